@@ -1,0 +1,50 @@
+# Everything a fresh machine needs is installed by these targets; caches live in the user's cache folder.
+SHELL := bash
+.DEFAULT_GOAL := help
+export UV_PYTHON_DOWNLOADS := never
+PYTHON ?= python3
+PORT ?= 8000
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/evenhand
+UV_VERSION := 0.13.9
+UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
+EXTRAS := --extra operator --extra test
+
+help:  ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(UV):
+	$(PYTHON) -m venv $(CACHE)/uv-$(UV_VERSION) && $(CACHE)/uv-$(UV_VERSION)/bin/pip install -q uv==$(UV_VERSION)
+
+.venv/installed: requirements.lock pyproject.toml | $(UV)
+	test -x .venv/bin/python || $(UV) venv -q --python $(PYTHON) .venv
+	$(UV) pip sync -q --python .venv/bin/python --require-hashes requirements.lock
+	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: help install serve demo check test soak lock bench-%
+install: .venv/installed  ## fill .venv with the locked packages and the project itself
+
+serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
+	.venv/bin/evenhand serve --port $(PORT)
+
+demo: install  ## the noisy-neighbour incident under static, fcfs and fair: a table and a plot
+	.venv/bin/python benchmarks/incident.py --demo
+
+check: install  ## format, lint, types, import contracts, YAML
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/yamllint --strict .
+
+test: install  ## start the real components and run every test that this machine can run
+	.venv/bin/pytest -m "not soak"
+
+soak: install  ## long property searches and churn
+	.venv/bin/pytest -m soak
+
+bench-%: install  ## run benchmarks/NAME.py (dashes for underscores)
+	.venv/bin/python benchmarks/$(subst -,_,$*).py $(ARGS)
+
+lock: | $(UV)  ## resolve pyproject.toml again into requirements.lock
+	$(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-index-url $(EXTRAS) pyproject.toml -o requirements.lock --custom-compile-command "make lock"

@@ -1,0 +1,125 @@
+"""Messages between the HTTP process and the engine core process: msgspec structs, sent as MessagePack.
+
+Times are `time.monotonic()` seconds, which on Linux and macOS is one clock for all processes of a machine.
+"""
+
+import msgspec
+
+from evenhand_engine.request import FinishReason, SamplingParams
+from evenhand_policy.config import SchedulerConfig
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request that passed the door. `user` orders requests inside a tenant whose fairness is PerUser."""
+
+    request_id: str
+    tenant_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    arrival_time: float
+    user: str = ""
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """End a request: the client is gone (ABORT), or a stop string was seen in its text (STOP).
+
+    `num_output_tokens`: how many outputs count; those computed past a stop string are discarded and not charged.
+    """
+
+    request_id: str
+    reason: FinishReason
+    num_output_tokens: int | None = None
+
+
+class Reconfigure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Enforce this config from the next step on."""
+
+    config: SchedulerConfig
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Leave the loop and exit."""
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The model is loaded and warm. Sent once, first."""
+
+    model_name: str
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+
+
+class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The core could not start; `message` is what the user should read. Sent instead of EngineReady."""
+
+    message: str
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """News of one request. The first has no tokens and tells that it was scheduled for the first time.
+
+    `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
+    prefix hit spared.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Live state of one tenant in the scheduler. Services are integers in units of price; virtual = service / weight.
+
+    `lag` is how far the tenant's virtual service is behind (positive) or ahead (negative) of the virtual time.
+    """
+
+    tenant_id: str
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    service: int
+    virtual_service: float
+    lag: float
+    num_preemptions: int
+    num_prompt_tokens: int  # computed, first time
+    num_generation_tokens: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """State of the engine after a step; counters grow from the start of the process."""
+
+    time: float
+    step_id: int
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int  # evictable cached blocks count as free
+    num_preemptions: int
+    num_prefix_queries: int  # tokens looked up in the prefix cache
+    num_prefix_hits: int  # tokens found there
+    virtual_time: float
+    config_digest: str
+    step_tokens: tuple[int, ...]  # tokens of each step since the last EngineStats
+    step_seconds: tuple[float, ...]  # duration of each of these steps
+    tenants: tuple[TenantStats, ...]  # tenants with work or with service above the virtual time
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What one step brought. `stats` comes at most every 100 ms while the engine works, and when it falls idle."""
+
+    outputs: tuple[RequestOutput, ...]
+    stats: EngineStats | None = None
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The core's loop ended by an error that it could not contain; the process exits after this message."""
+
+    message: str
+
+
+ToCore = AddRequest | AbortRequest | Reconfigure | Shutdown
+FromCore = EngineReady | StartupFailed | StepOutputs | EngineFailed

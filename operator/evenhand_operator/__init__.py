@@ -1,0 +1,1 @@
+"""Kopf operator: compiles TenantPolicy resources and pushes scheduler configs to engine pods."""
