@@ -1,0 +1,63 @@
+"""EngineConfig: settings of the engine core, read once at start and frozen."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SchedulingPolicy(StrEnum):
+    """FAIR shares by tenant; FCFS and STATIC are the baselines that every report compares with."""
+
+    FAIR = "fair"
+    FCFS = "fcfs"
+    STATIC = "static"  # a batch runs to its end before the next one starts
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Limits of the scheduler that come with the engine, not with a policy.
+
+    Attributes:
+        scheduling_policy: who goes first.
+        max_num_seqs: most requests running at once.
+        max_num_batched_tokens: most tokens in one step.
+        max_model_len: most tokens of one request, prompt and output together.
+        num_kv_blocks: size of the KV cache.
+        block_size: tokens in one KV block.
+        enable_prefix_caching: keep and reuse the KV blocks of equal prompt prefixes.
+    """
+
+    scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 8192
+    num_kv_blocks: int = 1024
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine core process is started with. None means: chosen by the engine for the model and the device.
+
+    Attributes:
+        model: Hugging Face directory, hub id or GGUF file; None: the default model.
+        load_format: "auto", or "dummy" for random weights of the model's config.
+        dtype: "auto" (float32 on the CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16".
+        max_model_len: None: the model's own.
+        max_num_seqs: None: 32 on the CPU, 256 on a GPU.
+        max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
+        kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
+        seed: of dummy weights.
+    """
+
+    model: str | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
+    seed: int = 0
