@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check test soak lock bench-%
+.PHONY: help install serve demo check cluster test soak lock bench-%
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -37,7 +37,11 @@ check: install  ## format, lint, types, import contracts, YAML
 	.venv/bin/lint-imports
 	.venv/bin/yamllint --strict .
 
+cluster:  ## build the control plane for tests into the cache: 10 minutes, once
+	$(PYTHON) e2e/cluster/build.py
+
 test: install  ## start the real components and run every test that this machine can run
+	$(PYTHON) e2e/cluster/build.py --if-possible
 	.venv/bin/pytest -m "not soak"
 
 soak: install  ## long property searches and churn

@@ -1,0 +1,258 @@
+"""A real control plane: etcd, kube-apiserver and kube-controller-manager on free loopback ports.
+
+TLS is verified by the cluster's own authority, RBAC is on, ServiceAccount tokens are real, and every run has its own
+data. No node runs: Pods are kept by `cluster.pod_runner`, so the controllers that would declare them lost are left out.
+"""
+
+import json
+import os
+import random
+import shutil
+import socket
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
+from cluster.programs import Program, Watchdog
+
+ISSUER = "https://kubernetes.default.svc"
+"""Issuer of the ServiceAccount tokens."""
+
+Object = dict[str, Any]
+
+
+class KubectlError(Exception):
+    """kubectl ended with another status than 0; the message is what it printed on standard error."""
+
+
+class ControlPlane:
+    """Starts and stops the programs, and is the way to everything in them.
+
+    `programs` tells where each program is; certificates, data and logs go below `directory`.
+    """
+
+    def __init__(self, programs: Mapping[str, Path], directory: Path) -> None:
+        self.directory = directory
+        self._programs = programs
+        etcd_port, peer_port, port, controller_port = free_ports(4)
+        self.server = f"https://127.0.0.1:{port}"
+        self._watchdog = Watchdog()
+        self._authority = CertificateAuthority(directory)
+        self.authority = self._authority.certificate
+        self.kubeconfig = self._certificate_kubeconfig("admin", "system:masters")
+        write_signing_key(directory / "service-account.key")
+        self.etcd = self._etcd(etcd_port, peer_port)
+        self.api_server = self._api_server(port, etcd_port)
+        self.controller_manager = self._controller_manager(controller_port)
+        certificate, key = directory / "admin.crt", directory / "admin.key"
+        self._tls = ssl.create_default_context(cafile=self.authority)
+        self._tls.load_cert_chain(certificate, key)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when the API server is ready and the controllers work. Raises ProgramDied, TimeoutError."""
+        self.etcd.start()
+        self.start_api_server()
+        self.controller_manager.start()
+        self._wait_for_service_account("default")
+
+    def stop(self) -> None:
+        """Ends everything, and removes etcd's data; logs stay."""
+        self.controller_manager.stop()
+        self.api_server.stop()  # before etcd: the other way round it takes a minute
+        self.etcd.stop()
+        self._watchdog.close()
+        shutil.rmtree(self.directory / "etcd", ignore_errors=True)
+
+    def start_api_server(self) -> None:
+        """Starts the API server alone and waits until it is ready; etcd has kept the objects."""
+        self.api_server.start()
+        self.api_server.wait_until_ready(self._is_ready)
+
+    def stop_api_server(self, grace: float = 2) -> None:
+        """Stops the API server alone, `grace=0` as a crash would; etcd keeps the objects.
+
+        It would wait longer for its clients to go, so it is mostly killed after `grace` seconds of refusing new ones.
+        """
+        self.api_server.stop(grace)
+
+    def restart_api_server(self, grace: float = 2) -> None:
+        """Stops and starts the API server alone: every watch is cut, and its watch cache starts empty."""
+        self.stop_api_server(grace)
+        self.start_api_server()
+
+    def kubectl(
+        self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None, timeout: float = 60
+    ) -> str:
+        """What kubectl prints on standard output, run as admin unless a kubeconfig is given. Raises KubectlError."""
+        environment = {
+            "HOME": str(self.directory),  # so that nothing of the user's own configuration or cache counts
+            "KUBECONFIG": str(kubeconfig or self.kubeconfig),
+            "PATH": os.environ["PATH"],
+        }
+        done = subprocess.run(
+            [self._programs["kubectl"], *arguments],
+            input=stdin or "",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if done.returncode:
+            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def apply(self, *objects: Object, kubeconfig: Path | None = None) -> None:
+        """`kubectl apply` of objects. Raises KubectlError."""
+        document = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+        self.kubectl("apply", "-f", "-", stdin=document, kubeconfig=kubeconfig)
+
+    def get(self, resource: str, name: str, namespace: str | None = None) -> Object:
+        """One object. Raises KubectlError."""
+        result: Object = json.loads(self.kubectl("get", resource, name, "-o", "json", *in_namespace(namespace)))
+        return result
+
+    def find(self, resource: str, namespace: str | None = None, selector: str = "") -> list[Object]:
+        """Objects of one kind, in one namespace or in the default one. Raises KubectlError."""
+        answer = self.kubectl("get", resource, "-o", "json", "--selector", selector, *in_namespace(namespace))
+        items: list[Object] = json.loads(answer)["items"]
+        return items
+
+    def kstatus(self, objects: Iterable[Object]) -> list[Object]:
+        """Kind, namespace, name, status and message of each object, as Flux would see it."""
+        lines = "".join(json.dumps(each) + "\n" for each in objects)
+        done = subprocess.run(
+            [self._programs["kstatus"]], input=lines, capture_output=True, text=True, check=True, timeout=60
+        )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def service_account_token(
+        self, namespace: str, name: str, audience: str | None = None, duration: str = "1h"
+    ) -> str:
+        """A token bound to the ServiceAccount (a TokenRequest), for the API server unless an audience is given."""
+        audiences = ["--audience", audience] if audience else []
+        return self.kubectl("create", "token", name, "-n", namespace, "--duration", duration, *audiences).strip()
+
+    def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
+        """A kubeconfig with which a program is that ServiceAccount, and may do what RBAC lets it do."""
+        path = self.directory / f"{namespace}-{name}.kubeconfig"
+        token = self.service_account_token(namespace, name)
+        return write_kubeconfig(path, self.server, self.authority, {"token": token}, namespace)
+
+    def create_namespace(self, name: str, **labels: str) -> None:
+        """Returns once Pods can be made in it: the controllers have given it its default ServiceAccount."""
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        self._wait_for_service_account(name)
+
+    def _wait_for_service_account(self, namespace: str) -> None:
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/default"
+        self.controller_manager.wait_until_ready(lambda: self._answers(path))
+
+    def _is_ready(self) -> bool:
+        return self._answers("/readyz")
+
+    def _answers(self, path: str) -> bool:
+        try:
+            with urllib.request.urlopen(self.server + path, context=self._tls, timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):  # not listening yet, 404, 500
+            return False
+
+    def _certificate_kubeconfig(self, user: str, group: str | None = None) -> Path:
+        certificate, key = self._authority.issue(user, organization=group)
+        path = certificate.with_suffix(".kubeconfig")
+        return write_kubeconfig(path, self.server, self.authority, client_certificate(certificate, key))
+
+    def _program(self, name: str, *options: str) -> Program:
+        return Program(name, [self._programs[name], *options], self.directory / f"{name}.log", self._watchdog)
+
+    def _etcd(self, port: int, peer_port: int) -> Program:
+        client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
+        return self._program(
+            "etcd",
+            f"--data-dir={self.directory / 'etcd'}",
+            "--unsafe-no-fsync",  # the data ends with the run
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
+        )
+
+    def _api_server(self, port: int, etcd_port: int) -> Program:
+        certificate, key = self._authority.issue("kube-apiserver", "127.0.0.1", "localhost", "kubernetes.default.svc")
+        signing_key = self.directory / "service-account.key"
+        return self._program(
+            "kube-apiserver",
+            f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            f"--secure-port={port}",
+            f"--tls-cert-file={certificate}",
+            f"--tls-private-key-file={key}",
+            f"--client-ca-file={self.authority}",
+            "--authorization-mode=RBAC",
+            "--allow-privileged",
+            f"--service-account-issuer={ISSUER}",
+            f"--service-account-signing-key-file={signing_key}",
+            f"--service-account-key-file={signing_key}",
+            "--service-cluster-ip-range=10.89.0.0/24",
+            "--endpoint-reconciler-type=none",  # a loopback address may not be an endpoint
+        )
+
+    def _controller_manager(self, port: int) -> Program:
+        kubeconfig = self._certificate_kubeconfig("system:kube-controller-manager")
+        return self._program(
+            "kube-controller-manager",
+            f"--kubeconfig={kubeconfig}",
+            f"--authentication-kubeconfig={kubeconfig}",
+            f"--authorization-kubeconfig={kubeconfig}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={port}",
+            "--leader-elect=false",
+            "--use-service-account-credentials",  # each controller with its own RBAC, as in a real cluster
+            f"--service-account-private-key-file={self.directory / 'service-account.key'}",
+            f"--root-ca-file={self.authority}",
+            # without a kubelet's heartbeats the first would declare Pods lost, the second delete them
+            "--controllers=*,-node-lifecycle-controller,-pod-garbage-collector-controller",
+        )
+
+
+def in_namespace(namespace: str | None) -> list[str]:
+    """kubectl's options for a namespace."""
+    return ["-n", namespace] if namespace else []
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports of 127.0.0.1 that nothing listens on.
+
+    They are below those that the kernel hands to outgoing connections: while the API server is down, one of its clients
+    could otherwise be given the very port that it is to come back on.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        candidate = random.randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+            except OSError:
+                continue
+        if candidate not in ports:
+            ports.append(candidate)
+    return ports

@@ -1,0 +1,27 @@
+"""pytest fixtures that any test may ask for: a control plane for the whole run, a namespace for one test."""
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import build
+from cluster.control_plane import ControlPlane
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """The control plane of this test run, started when the first test asks for it."""
+    if missing := build.missing_programs():
+        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
+    with ControlPlane(build.programs(), tmp_path_factory.mktemp("cluster")) as control_plane:
+        yield control_plane
+
+
+@pytest.fixture
+def namespace(cluster: ControlPlane) -> Iterator[str]:
+    """A fresh namespace in which Pods can be made; it is deleted after the test."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.create_namespace(name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
