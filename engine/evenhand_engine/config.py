@@ -24,6 +24,12 @@ class SchedulerSettings:
         num_kv_blocks: size of the KV cache.
         block_size: tokens in one KV block.
         enable_prefix_caching: keep and reuse the KV blocks of equal prompt prefixes.
+        preemption_lag: cost by which a tenant's virtual service (at weight 1) must be behind before a running request
+            of an over-served tenant is preempted for it: about one long prompt (theta in docs/fairness.md).
+        min_run_seconds: a request that runs for less is not preempted for service.
+        max_preemptions: a request that was preempted so often is not preempted for service again.
+        max_bypasses: requests admitted past one that lacks memory, before memory is held for it.
+        min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
     """
 
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
@@ -33,6 +39,11 @@ class SchedulerSettings:
     num_kv_blocks: int = 1024
     block_size: int = 16
     enable_prefix_caching: bool = True
+    preemption_lag: int = 4096
+    min_run_seconds: float = 1.0
+    max_preemptions: int = 3
+    max_bypasses: int = 16
+    min_prefill_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True)

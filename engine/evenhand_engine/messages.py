@@ -32,9 +32,10 @@ class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Reconfigure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Enforce this config from the next step on."""
+    """Enforce this config from the next step on; `num_replicas` engines share the pool's totals."""
 
     config: SchedulerConfig
+    num_replicas: int = 1
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -74,7 +75,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
     """Live state of one tenant in the scheduler. Services are integers in units of price; virtual = service / weight.
 
-    `lag` is how far the tenant's virtual service is behind (positive) or ahead (negative) of the virtual time.
+    `ahead` is how far the tenant's virtual service is beyond the virtual time; it is never behind it.
     """
 
     tenant_id: str
@@ -83,7 +84,7 @@ class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int
     service: int
     virtual_service: float
-    lag: float
+    ahead: float
     num_preemptions: int
     num_prompt_tokens: int  # computed, first time
     num_generation_tokens: int
@@ -105,7 +106,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     config_digest: str
     step_tokens: tuple[int, ...]  # tokens of each step since the last EngineStats
     step_seconds: tuple[float, ...]  # duration of each of these steps
-    tenants: tuple[TenantStats, ...]  # tenants with work or with service above the virtual time
+    tenants: tuple[TenantStats, ...]  # those whose state changed since the last EngineStats
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):

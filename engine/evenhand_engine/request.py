@@ -50,7 +50,6 @@ class Request:
         "num_cached_tokens",
         "num_charged_tokens",
         "num_computed_tokens",
-        "num_in_flight_batches",
         "num_in_flight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -85,7 +84,6 @@ class Request:
         self.num_cached_tokens = 0  # of the first admission: what a prefix hit spared
         self.num_charged_tokens = 0  # high-water mark: tokens below it are never charged again
         self.num_in_flight_tokens = 0  # outputs sampled by batches that are not yet updated
-        self.num_in_flight_batches = 0
         self.num_preemptions = 0
         self.started_at: float | None = None  # when it last began to run; None: waiting
         self.block_table: list[int] = []

@@ -1,0 +1,89 @@
+"""RequestQueue: the requests of one tenant that wait to run, in order of arrival, or by user with equal shares."""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from evenhand_engine.fair_share import FairShare
+from evenhand_engine.request import Request
+
+
+def _arrival(request: Request) -> float:
+    return request.arrival_time
+
+
+class RequestQueue:
+    """FIFO by arrival time, so that a preempted request finds its place again.
+
+    With `per_user` each user has a FIFO of its own and the user who was served least goes first, by the same rule that
+    shares the engine between tenants.
+    """
+
+    def __init__(self, *, per_user: bool) -> None:
+        self.per_user = per_user
+        self.users = FairShare()
+        self._lines: dict[str, deque[Request]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        for line in self._lines.values():
+            yield from line
+
+    def push(self, request: Request) -> None:
+        """Add by arrival time: at the end for a new request, further ahead for one that was preempted."""
+        line = self._lines.setdefault(self._line_of(request), deque())
+        if not line or line[-1].arrival_time <= request.arrival_time:
+            line.append(request)
+        elif request.arrival_time < line[0].arrival_time:
+            line.appendleft(request)
+        else:
+            insort(line, request, key=_arrival)
+        self._size += 1
+
+    def remove(self, request: Request) -> None:
+        """Take out a request, which must be in the queue; O(1) for a head."""
+        key = self._line_of(request)
+        line = self._lines[key]
+        if line[0] is request:
+            line.popleft()
+        else:
+            line.remove(request)
+        if not line:
+            del self._lines[key]
+        self._size -= 1
+
+    def heads(self) -> list[Request]:
+        """The oldest request of each line."""
+        return [line[0] for line in self._lines.values()]
+
+    def oldest(self) -> Request:
+        """The request that arrived first. The queue must not be empty."""
+        return min(self.heads(), key=_arrival)
+
+    def charge(self, request: Request, cost: int) -> None:
+        """Charge the request's user, where users share the tenant."""
+        if self.per_user:
+            self.users.charge(request.user, cost, 1)
+
+    def first(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
+        """Who computes next: of the tenant's `started` prompts (oldest first) and, if one more may start, the heads."""
+        if self.per_user:
+            return min(
+                (*started, *(self.heads() if may_start else ())),
+                key=lambda request: (self.users.virtual_service(request.user), request.arrival_time),
+                default=None,
+            )
+        for request in started:
+            return request
+        return self._lines[""][0] if may_start and self._size else None
+
+    def close_step(self, started: Iterable[Request]) -> None:
+        """Advance the users' virtual time; `started`: prompts in progress that the step left unfinished."""
+        if self.per_user:
+            self.users.close_step({request.user for request in (*started, *self.heads())})
+
+    def _line_of(self, request: Request) -> str:
+        return request.user if self.per_user else ""

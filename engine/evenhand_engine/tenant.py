@@ -1,0 +1,77 @@
+"""Tenant: the live state of one tenant in the scheduler."""
+
+from evenhand_engine.request import Request
+from evenhand_engine.request_queue import RequestQueue
+from evenhand_policy.config import Enforcement, Fairness, LatencyClass, TenantConfig
+
+_CLASS_RANK = {latency_class: rank for rank, latency_class in enumerate(LatencyClass)}
+_NEVER = float("inf")
+
+
+class Tenant:
+    """Queue, running requests and counters of one tenant, with its config resolved for this engine.
+
+    Attributes:
+        waiting: requests without KV blocks.
+        running: requests with KV blocks, in order of admission, by id.
+        prefilling: those of `running` whose prompt (or recompute) is not finished, in order of admission, by id.
+        service: cost of everything computed for the tenant, in units of price. Grows only.
+        num_bypasses: requests of others admitted past the head of the queue while it lacked memory.
+    """
+
+    def __init__(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
+        self.running: dict[str, Request] = {}
+        self.prefilling: dict[str, Request] = {}
+        self.service = 0
+        self.num_bypasses = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.waiting = RequestQueue(per_user=config.fairness is Fairness.PER_USER)
+        self.configure(config, num_kv_blocks=num_kv_blocks, num_replicas=num_replicas)
+
+    def configure(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
+        """Enforce another config from now on; requests and counters stay."""
+        enforced = config.enforcement is Enforcement.ENFORCE
+        limits = config.limits
+        self.config = config
+        self.tenant_id = config.tenant_id
+        self.weight = config.weight
+        self.class_rank = _CLASS_RANK[config.latency_class]
+        self.time_to_first_token = _seconds(config.slo.time_to_first_token_ms)
+        self.inter_token_latency = _seconds(config.slo.inter_token_latency_ms)
+        self.queue_timeout = _seconds(limits.queue_timeout_ms if enforced else None)
+        concurrent = limits.max_concurrent_requests if enforced else None
+        self.max_running = _NEVER if concurrent is None else -(-concurrent // num_replicas)
+        self.guaranteed_blocks = num_kv_blocks * config.kv_cache.guaranteed_percent // 100
+        self.max_blocks = max(1, num_kv_blocks * config.kv_cache.max_percent // 100)
+        group = config.kv_cache.prefix_sharing_group
+        self.cache_salt = f"group {group}" if group else f"tenant {config.tenant_id} {config.uid}"
+        per_user = config.fairness is Fairness.PER_USER
+        if per_user != self.waiting.per_user:
+            queue = RequestQueue(per_user=per_user)
+            for request in sorted(self.waiting, key=lambda request: request.arrival_time):
+                queue.push(request)
+            self.waiting = queue
+
+    @property
+    def is_suspended(self) -> bool:
+        return self.config.suspended and self.config.enforcement is Enforcement.ENFORCE
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is anything to prefill: a prompt in progress, or one that waits."""
+        return bool(self.prefilling) or len(self.waiting) > 0
+
+    @property
+    def may_start(self) -> bool:
+        """Whether its own concurrency limit lets one more request run."""
+        return len(self.running) < self.max_running
+
+    def next_prompt(self, *, may_start: bool = True) -> Request | None:
+        """The prompt that computes next: one in progress, or one from the queue if one more may start."""
+        return self.waiting.first(self.prefilling.values(), may_start=may_start and self.may_start)
+
+
+def _seconds(milliseconds: int | None) -> float:
+    return _NEVER if milliseconds is None else milliseconds / 1000

@@ -1,0 +1,124 @@
+"""Shared by the scheduler's tests: a scheduler with a pretended model, in virtual time."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from evenhand_engine.batch import Batch
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.messages import RequestOutput
+from evenhand_engine.request import FinishReason, Request, SamplingParams
+from evenhand_engine.scheduler import Scheduler
+from evenhand_policy.config import SchedulerConfig, TenantConfig
+
+EOS = 2
+
+
+class PretendEngine:
+    """Runs a Scheduler in virtual time: a step takes `step_seconds`, and a request's next token is a function of its
+    position alone, as a real model's greedy tokens are, so that recompute must reproduce it."""
+
+    def __init__(self, settings: SchedulerSettings, tenants: Iterable[TenantConfig] = (), *, depth: int = 1) -> None:
+        self.settings = settings
+        self.scheduler = Scheduler(settings, SchedulerConfig(tenants=tuple(tenants)))
+        self.depth = depth
+        self.now = 0.0
+        self.step_seconds = 1.0
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.requests: dict[str, Request] = {}
+        self.batches: list[Batch] = []
+        self._num_output_tokens: dict[str, int] = {}  # where a request says EOS
+        self._in_flight: deque[tuple[Batch, list[int]]] = deque()
+
+    def add(
+        self,
+        tenant_id: str,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        *,
+        max_tokens: int | None = None,
+        prompt: list[int] | None = None,
+        user: str = "",
+    ) -> Request:
+        number = len(self.requests) + 1
+        request = Request(
+            f"{tenant_id}-{number}",
+            tenant_id,
+            prompt or [number * 1000 + index for index in range(num_prompt_tokens)],
+            SamplingParams(max_tokens=max_tokens or num_output_tokens, stop_token_ids=frozenset({EOS})),
+            self.now,
+            user=user,
+        )
+        self._num_output_tokens[request.request_id] = num_output_tokens
+        self.requests[request.request_id] = request
+        self.scheduler.add(request, self.now)
+        return request
+
+    def keep(self, tenant_id: str, count: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Add requests until the tenant has `count` of them in the engine: a closed loop."""
+        live = sum(request.tenant_id == tenant_id for request in self.scheduler.roster.requests.values())
+        for _ in range(count - live):
+            self.add(tenant_id, num_prompt_tokens, num_output_tokens)
+
+    def token(self, request: Request, index: int) -> int:
+        """The request's output token number `index`, counted from 0."""
+        return EOS if index + 1 >= self._num_output_tokens[request.request_id] else 100 + index
+
+    def step(self) -> Batch | None:
+        """Submit one batch, and take in the oldest one when the pipeline is full or there is nothing to submit."""
+        batch = self.scheduler.step(self.now)
+        if batch is not None:
+            token_ids = [
+                self.token(i.request, i.num_computed_tokens + i.num_scheduled_tokens - i.request.num_prompt_tokens)
+                for i in batch.scheduled
+                if i.samples
+            ]
+            self.batches.append(batch)
+            self._in_flight.append((batch, token_ids))
+        self.now += self.step_seconds
+        if len(self._in_flight) >= self.depth or (batch is None and self._in_flight):
+            oldest, ids = self._in_flight.popleft()
+            self._record(self.scheduler.update(oldest, ids, self.now))
+        self._record(self.scheduler.collect())
+        return batch
+
+    def run(self, num_steps: int, before_step: Callable[[], None] = lambda: None) -> None:
+        for _ in range(num_steps):
+            before_step()
+            self.step()
+
+    def drain(self, max_steps: int = 100_000) -> None:
+        """Step until no request is left."""
+        for _ in range(max_steps):
+            if not self.scheduler.roster.requests and not self._in_flight:
+                return
+            self.step()
+        raise AssertionError(f"not drained: {list(self.scheduler.roster.requests.values())[:5]}")
+
+    def service(self, tenant_id: str) -> int:
+        return self.scheduler.roster.tenant(tenant_id).service
+
+    def services(self, num_steps: int, before_step: Callable[[], None]) -> dict[str, int]:
+        """What each tenant is served in the next steps."""
+        before = {tenant_id: tenant.service for tenant_id, tenant in self.scheduler.roster.tenants.items()}
+        self.run(num_steps, before_step)
+        return {i: tenant.service - before.get(i, 0) for i, tenant in self.scheduler.roster.tenants.items()}
+
+    def finish_reason(self, request: Request) -> FinishReason | None:
+        reasons = [output.finish_reason for output in self.outputs.get(request.request_id, []) if output.finish_reason]
+        assert len(reasons) <= 1, f"{request} ended {len(reasons)} times"
+        return reasons[0] if reasons else None
+
+    def token_ids(self, request: Request) -> list[int]:
+        return [token for output in self.outputs.get(request.request_id, []) for token in output.token_ids]
+
+    def _record(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            assert self.finish_reason(self.requests[output.request_id]) is None, "an output after the end"
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+
+@pytest.fixture
+def pretend_engine() -> type[PretendEngine]:
+    return PretendEngine
