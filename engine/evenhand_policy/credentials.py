@@ -1,0 +1,26 @@
+"""API keys: what counts as one, and the hash by which everybody but the client knows it."""
+
+import hashlib
+import re
+
+MIN_KEY_CHARACTERS = 24
+MAX_KEY_CHARACTERS = 1024
+MAX_KEYS_PER_SECRET = 64
+
+_SENDABLE = re.compile(rb"[!-~]{1,%d}" % MAX_KEY_CHARACTERS)
+
+
+def key_hash(key: str | bytes) -> str:
+    """`sha256:` and the hexadecimal SHA-256 of a key as the client sends it, without surrounding white space."""
+    raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+    return "sha256:" + hashlib.sha256(raw.strip()).hexdigest()
+
+
+def is_sendable(key: bytes) -> bool:
+    """Whether a key can be sent as a bearer token: visible ASCII, not too long."""
+    return _SENDABLE.fullmatch(key.strip()) is not None
+
+
+def is_strong(key: bytes) -> bool:
+    """Whether a key is long enough that nobody finds it by hashing guesses."""
+    return len(key.strip()) >= MIN_KEY_CHARACTERS

@@ -1,0 +1,110 @@
+"""EnginePool: which engines belong together, who may use them, and what holds for all of them."""
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from evenhand_policy.config import UnknownTenantAction
+from evenhand_policy.labels import LabelSelector
+from evenhand_policy.schema import Metadata, Model, Rule
+from evenhand_policy.secret import SecretKeys, SecretReference
+
+
+class NamespacesFrom(StrEnum):
+    """Where the policies of a pool may live."""
+
+    SAME = "Same"
+    ALL = "All"
+    SELECTOR = "Selector"
+
+
+class AllowedNamespaces(Model, frozen=True, kw_only=True):
+    """Namespaces whose policies the pool accepts."""
+
+    from_: Annotated[
+        NamespacesFrom,
+        Meta(description="Same: the pool's own namespace. All: every one. Selector: those whose labels match."),
+    ] = field(default=NamespacesFrom.SAME, name="from")
+    selector: Annotated[
+        LabelSelector | None, Meta(description="Labels of the namespaces; set if and only if from is Selector.")
+    ] = None
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "set selector if and only if from is Selector",
+            "has(self.selector) == (self.from == 'Selector')",
+            lambda allowed: (allowed.selector is not None) == (allowed.from_ is NamespacesFrom.SELECTOR),
+        ),
+    )
+
+
+class PricesSpec(Model, frozen=True, kw_only=True):
+    """Cost of one token in units of service. Cached and recomputed tokens cost nothing."""
+
+    input_token: Annotated[int, Meta(ge=1, le=1000, description="Cost of a prompt token that is computed.")] = 1
+    output_token: Annotated[int, Meta(ge=1, le=1000, description="Cost of a token that is generated.")] = 2
+
+
+class UnknownTenantsSpec(Model, frozen=True, kw_only=True):
+    """Requests that no policy claims."""
+
+    action: Annotated[
+        UnknownTenantAction,
+        Meta(description="Share: all of them together are one tenant. Reject: they are refused with invalid_api_key."),
+    ] = UnknownTenantAction.SHARE
+    weight: Annotated[int, Meta(ge=1, le=1000, description="Weight of all of them together.")] = 1
+
+
+class GatewaySpec(Model, frozen=True, kw_only=True):
+    """A trusted gateway in front of the engines."""
+
+    api_keys: Annotated[SecretKeys, Meta(description="The keys by which the gateway proves itself.")]
+    tenant_header: Annotated[
+        str,
+        Meta(
+            pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z",
+            max_length=63,
+            description="Header, in lower case, in which the gateway names the tenant.",
+            extra={"expected": "the name of an HTTP header in lower case"},
+        ),
+    ] = "x-evenhand-tenant"
+
+
+class EnginePoolSpec(Model, frozen=True, kw_only=True):
+    """Which engines form the pool, and what holds for all of them."""
+
+    selector: Annotated[LabelSelector, Meta(description="Labels of the engine pods, in the pool's namespace.")]
+    allowed_namespaces: Annotated[
+        AllowedNamespaces, Meta(description="Namespaces whose TenantPolicies may refer to this pool.")
+    ] = AllowedNamespaces()
+    prices: Annotated[PricesSpec, Meta(description="Cost of tokens, by which service is measured.")] = PricesSpec()
+    unknown_tenants: Annotated[
+        UnknownTenantsSpec, Meta(description="What happens to requests that no policy claims.")
+    ] = UnknownTenantsSpec()
+    gateway: Annotated[
+        GatewaySpec | None,
+        Meta(description="A trusted gateway. Identities of type Header count only on requests that carry its key."),
+    ] = None
+    push_key: Annotated[
+        SecretKeys, Meta(description="Keys by which operator and engines sign what they tell each other.")
+    ] = SecretKeys(secret_ref=SecretReference(name="evenhand-push"))
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "selector must not be empty: it would select every pod of the namespace",
+            "has(self.selector.matchLabels) && self.selector.matchLabels.size() > 0 || "
+            "has(self.selector.matchExpressions) && self.selector.matchExpressions.size() > 0",
+            lambda spec: bool(spec.selector.match_labels or spec.selector.match_expressions),
+        ),
+    )
+
+
+class EnginePool(Model, frozen=True, kw_only=True):
+    """A set of engine pods that enforce one document, compiled from the TenantPolicies that refer to the pool."""
+
+    api_version: Literal["evenhand.dev/v1alpha1"]
+    kind: Literal["EnginePool"]
+    metadata: Metadata
+    spec: Annotated[EnginePoolSpec, Meta(description="What the pool is.")]
+    status: dict[str, Any] | None = None

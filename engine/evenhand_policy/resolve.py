@@ -1,0 +1,64 @@
+"""From an accepted TenantPolicy to the TenantConfig that engines enforce: defaults and units resolved."""
+
+from collections.abc import Iterable
+
+from evenhand_policy.config import KvCacheShare, Limits, Slo, TenantConfig
+from evenhand_policy.identities import Claim, ClaimKind
+from evenhand_policy.schema import milliseconds
+from evenhand_policy.spec import KvCacheSpec, LimitsSpec, SloSpec, TenantPolicy
+
+
+def resolve_tenant(policy: TenantPolicy, claims: Iterable[Claim]) -> TenantConfig:
+    """The tenant of a policy whose claims nobody contests."""
+    claimed: dict[ClaimKind, set[str]] = {kind: set() for kind in ClaimKind}
+    for claim in claims:
+        claimed[claim.kind].add(claim.value)
+    spec = policy.spec
+    return TenantConfig(
+        tenant_id=policy.tenant_id,
+        uid=policy.metadata.uid,
+        generation=policy.metadata.generation,
+        weight=spec.weight,
+        latency_class=spec.latency_class,
+        slo=_resolve_slo(spec.slo or SloSpec()),
+        key_hashes=tuple(sorted(claimed[ClaimKind.KEY_HASH])),
+        service_accounts=tuple(sorted(claimed[ClaimKind.SERVICE_ACCOUNT])),
+        header_values=tuple(sorted(claimed[ClaimKind.HEADER_VALUE])),
+        limits=_resolve_limits(spec.limits or LimitsSpec()),
+        kv_cache=_resolve_kv_cache(spec.kv_cache or KvCacheSpec(), policy.metadata.namespace),
+        fairness=spec.fairness,
+        enforcement=spec.enforcement,
+        suspended=spec.suspend,
+    )
+
+
+def _resolve_slo(slo: SloSpec) -> Slo:
+    return Slo(
+        time_to_first_token_ms=_optional_milliseconds(slo.time_to_first_token),
+        inter_token_latency_ms=_optional_milliseconds(slo.inter_token_latency),
+    )
+
+
+def _resolve_limits(limits: LimitsSpec) -> Limits:
+    return Limits(
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        max_concurrent_requests=limits.max_concurrent_requests,
+        max_queued_requests=limits.max_queued_requests,
+        max_prompt_tokens=limits.max_prompt_tokens,
+        max_output_tokens=limits.max_output_tokens,
+        queue_timeout_ms=_optional_milliseconds(limits.queue_timeout),
+    )
+
+
+def _resolve_kv_cache(kv_cache: KvCacheSpec, namespace: str) -> KvCacheShare:
+    group = kv_cache.prefix_sharing_group
+    return KvCacheShare(
+        guaranteed_percent=kv_cache.guaranteed_percent,
+        max_percent=kv_cache.max_percent,
+        prefix_sharing_group=None if group is None else f"{namespace}/{group}",
+    )
+
+
+def _optional_milliseconds(duration: str | None) -> int | None:
+    return None if duration is None else milliseconds(duration)
