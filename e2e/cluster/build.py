@@ -31,6 +31,9 @@ PROGRAMS = {
     "kstatus": (SOURCES / "kstatus", "."),
 }
 
+# no C compiler needed, and the programs run on any libc; no other toolchain downloaded behind our back
+BUILD_ENVIRONMENT = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
+
 
 class GoMissing(Exception):
     """There is no Go toolchain that builds the programs, neither on this machine nor from PyPI."""
@@ -58,9 +61,8 @@ def missing_programs(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 def content_key() -> str:
     """Digest of everything that decides what the programs are."""
-    inputs = [*SOURCES.glob("go.*"), *(SOURCES / "kstatus").glob("*"), Path(__file__)]
-    digest = hashlib.sha256(f"{sys.platform} {platform.machine()}".encode())
-    for path in sorted(inputs):
+    digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {build_flags()} {BUILD_ENVIRONMENT}".encode())
+    for path in sorted([*SOURCES.glob("go.*"), *(SOURCES / "kstatus").glob("*")]):
         digest.update(f"\0{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -90,13 +92,13 @@ def build(name: str, output: Path, environment: Mapping[str, str]) -> None:
     """Builds one program into `output`."""
     module, package = PROGRAMS[name]
     began = time.monotonic()
-    command = ["go", "build", "-buildvcs=false", f"-ldflags=-s -w {version_flags()}", "-o", str(output), package]
+    command = ["go", "build", *build_flags(), "-o", str(output), package]
     subprocess.run(command, cwd=module, env=environment, stdin=subprocess.DEVNULL, check=True)
     say(f"built {name} in {time.monotonic() - began:.0f} s")
 
 
-def version_flags() -> str:
-    """Linker flags that tell each program its version: with Go's v0.0.0 clients refuse it and `kubectl version` fails."""
+def build_flags() -> list[str]:
+    """Small programs that know their version: with Go's v0.0.0 clients refuse them and `kubectl version` fails."""
     required = re.search(r"k8s\.io/kubernetes (v(\d+)\.(\d+)\.\d+)", (SOURCES / "go.mod").read_text())
     assert required, "go.mod requires k8s.io/kubernetes"
     version, major, minor = required.groups()
@@ -106,7 +108,8 @@ def version_flags() -> str:
         "k8s.io/component-base/version.gitMinor": minor,
         "k8s.io/client-go/pkg/version.gitVersion": version,
     }
-    return " ".join(f"-X {variable}={value}" for variable, value in variables.items())
+    stamps = " ".join(f"-X {variable}={value}" for variable, value in variables.items())
+    return ["-buildvcs=false", f"-ldflags=-s -w {stamps}"]
 
 
 def go_environment() -> dict[str, str]:
@@ -114,8 +117,7 @@ def go_environment() -> dict[str, str]:
 
     Raises GoMissing.
     """
-    # no download of another toolchain behind our back; no C compiler needed, and the programs run on any libc
-    environment = os.environ | {"GOTOOLCHAIN": "local", "GOWORK": "off", "CGO_ENABLED": "0"}
+    environment = os.environ | BUILD_ENVIRONMENT
     if go_is_new_enough(environment):
         return environment
     requirements = SOURCES / "go-requirements.txt"

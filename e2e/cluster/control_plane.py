@@ -13,10 +13,11 @@ import ssl
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from cluster.api_client import ApiClient
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
 from cluster.programs import Program, Watchdog
 
@@ -154,6 +155,16 @@ class ControlPlane:
         token = self.service_account_token(namespace, name)
         return write_kubeconfig(path, self.server, self.authority, {"token": token}, namespace)
 
+    def api_client(self) -> ApiClient:
+        """A client that is admin, for use within one event loop."""
+        return ApiClient(self.server, self.authority, self.directory / "admin.crt", self.directory / "admin.key")
+
+    def program(
+        self, name: str, command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
+    ) -> Program:
+        """A program, not started yet, that cannot outlive the test run."""
+        return Program(name, command, log, self._watchdog, environment)
+
     def create_namespace(self, name: str, **labels: str) -> None:
         """Returns once Pods can be made in it: the controllers have given it its default ServiceAccount."""
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
@@ -179,7 +190,7 @@ class ControlPlane:
         return write_kubeconfig(path, self.server, self.authority, client_certificate(certificate, key))
 
     def _program(self, name: str, *options: str) -> Program:
-        return Program(name, [self._programs[name], *options], self.directory / f"{name}.log", self._watchdog)
+        return self.program(name, [self._programs[name], *options], self.directory / f"{name}.log")
 
     def _etcd(self, port: int, peer_port: int) -> Program:
         client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"

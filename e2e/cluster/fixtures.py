@@ -25,3 +25,5 @@ def namespace(cluster: ControlPlane) -> Iterator[str]:
     cluster.create_namespace(name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+    # no kubelet is left that would say that they have ended
+    cluster.kubectl("delete", "pods", "--all", "-n", name, "--force", "--wait=false")

@@ -27,7 +27,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-S", watchdog.__file__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def close(self) -> None:
         """Stops watching; what is still watched is killed."""
@@ -43,7 +43,7 @@ class Watchdog:
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin
-        self._process.stdin.write(line + "\n")
+        os.write(self._process.stdin.fileno(), f"{line}\n".encode())  # short, so whole whichever thread writes it
 
 
 class Program:
@@ -84,6 +84,10 @@ class Program:
                 start_new_session=True,
             )
         self._watchdog.watch(self._process.pid)
+
+    def exit_code(self) -> int | None:
+        """How it ended, negative for a signal; None while it runs."""
+        return self._process.poll() if self._process else None
 
     def check_running(self) -> None:
         """Raises ProgramDied unless it runs."""
