@@ -1,0 +1,269 @@
+"""ModelConfig: the shape of a decoder, read from a checkpoint's `config.json` and resolved to the last default."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from evenhand_engine.errors import StartupError
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+)
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding: which frequencies, as `transformers.modeling_rope_utils` defines them.
+
+    `factor` scales positions; `attention_factor` multiplies cosines and sines (None: the type's own rule);
+    `original_max_position_embeddings` is the context that the model was first trained with.
+    """
+
+    rope_type: str
+    theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a decoder.
+
+    Attributes:
+        max_position_embeddings: longest context, rope scaling included.
+        attention_bias: biases on q, k and v.
+        attention_output_bias: bias on the attention's output projection.
+        qk_norm: RMSNorm of each query and key head before RoPE.
+        sliding_windows: for each layer, how many tokens a query sees, itself included; None: all.
+        rope_layers: for each layer, whether it rotates queries and keys at all.
+        dtype: in which the checkpoint is stored, "float32" if it does not say.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: RopeConfig
+    sliding_windows: tuple[int | None, ...]
+    rope_layers: tuple[bool, ...]
+    dtype: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the weights; biases and norms are too few to count."""
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp) + embeddings
+
+
+class _Json(msgspec.Struct, kw_only=True):
+    """The fields of `config.json` that matter, with the defaults that all supported architectures share."""
+
+    architectures: list[str]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    sliding_window: int | msgspec.UnsetType | None = msgspec.UNSET
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int = 4
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+def load_model_config(model_dir: Path) -> ModelConfig:
+    """Read `config.json`. Raises StartupError naming the missing, malformed or unsupported field."""
+    path = model_dir / "config.json"
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise StartupError(f"model {model_dir}: no config.json; is it a Hugging Face model directory?") from error
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path}: cannot be read: {error}") from error
+    return parse_model_config(document, str(path))
+
+
+def parse_model_config(document: Any, origin: str) -> ModelConfig:
+    """Resolve a `config.json` document; `origin` names it in errors. Raises StartupError."""
+    _require_architecture(document, origin)
+    try:
+        fields = msgspec.convert(document, _Json, strict=False)
+    except msgspec.ValidationError as error:
+        raise StartupError(f"{origin}: {error}") from error
+    architecture = fields.architectures[0]
+    qwen2, qwen3, smollm3 = (architecture.startswith(name) for name in ("Qwen2", "Qwen3", "SmolLM3"))
+    num_kv_heads = fields.num_key_value_heads or (
+        8 if architecture.startswith("Mistral") else fields.num_attention_heads
+    )
+    rope = _rope(fields, 2e6 if smollm3 else 1e4, origin)
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.vocab_size,
+        hidden_size=fields.hidden_size,
+        intermediate_size=fields.intermediate_size,
+        num_layers=fields.num_hidden_layers,
+        num_heads=fields.num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=fields.head_dim or (128 if qwen3 else fields.hidden_size // fields.num_attention_heads),
+        rms_norm_eps=fields.rms_norm_eps,
+        max_position_embeddings=_context_length(fields, rope),
+        tie_word_embeddings=smollm3 if fields.tie_word_embeddings is None else fields.tie_word_embeddings,
+        attention_bias=qwen2 or fields.attention_bias,
+        attention_output_bias=fields.attention_bias and not qwen2,
+        mlp_bias=fields.mlp_bias,
+        qk_norm=qwen3,
+        rope=rope,
+        sliding_windows=_sliding_windows(fields),
+        rope_layers=_rope_layers(fields),
+        dtype=(fields.dtype or fields.torch_dtype or "float32").removeprefix("torch."),
+    )
+    _check(fields, config, origin)
+    return config
+
+
+def _require_architecture(document: Any, origin: str) -> None:
+    architectures = document.get("architectures") if isinstance(document, dict) else None
+    if not isinstance(architectures, list) or not architectures:
+        raise StartupError(
+            f"{origin}: `architectures` is missing; it should name one of {_listed(SUPPORTED_ARCHITECTURES)}"
+        )
+    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise StartupError(
+            f"{origin}: architecture {architectures[0]} is not supported; "
+            f"supported are {_listed(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
+    """Refuse what the decoder would compute wrongly."""
+    if fields.quantization_config is not None:
+        method = fields.quantization_config.get("quant_method", "unknown")
+        raise StartupError(f"{origin}: weights quantised by {method} are not supported; use a float or GGUF checkpoint")
+    if fields.hidden_act != "silu":
+        raise StartupError(f"{origin}: hidden_act {fields.hidden_act} is not supported; supported is silu")
+    if min(config.num_layers, config.num_heads, config.num_kv_heads, config.hidden_size, config.vocab_size) < 1:
+        raise StartupError(f"{origin}: sizes and counts must be positive")
+    if config.num_heads % config.num_kv_heads:
+        raise StartupError(
+            f"{origin}: num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 8 or config.head_dim > 256:
+        raise StartupError(
+            f"{origin}: head_dim {config.head_dim} is not supported; it must be a multiple of 8 up to 256"
+        )
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise StartupError(f"{origin}: dtype {config.dtype} is not supported; supported are float32, bfloat16, float16")
+    if not len(config.sliding_windows) == len(config.rope_layers) == config.num_layers:
+        raise StartupError(f"{origin}: layer_types and no_rope_layers must have {config.num_layers} entries")
+
+
+def _rope(fields: _Json, default_theta: float, origin: str) -> RopeConfig:
+    """Both spellings: `rope_parameters` of today, `rope_theta` with `rope_scaling` of before."""
+    parameters = fields.rope_parameters or fields.rope_scaling or {}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise StartupError(
+            f"{origin}: rope type {rope_type} is not supported; supported are {_listed(SUPPORTED_ROPE_TYPES)}"
+        )
+    if parameters.get("partial_rotary_factor", fields.partial_rotary_factor) != 1.0:
+        raise StartupError(f"{origin}: partial_rotary_factor other than 1 is not supported")
+    original = (
+        parameters.get("original_max_position_embeddings")
+        or fields.original_max_position_embeddings
+        or fields.max_position_embeddings
+    )
+    resolved = {
+        "rope_type": rope_type,
+        "theta": parameters.get("rope_theta") or fields.rope_theta or default_theta,
+        "factor": parameters.get("factor") or fields.max_position_embeddings / original,
+        "original_max_position_embeddings": original,
+    }
+    known = {name: value for name, value in parameters.items() if name in RopeConfig.__slots__ and value is not None}
+    try:
+        return msgspec.convert(known | resolved, RopeConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise StartupError(f"{origin}: rope parameters: {error}") from error
+
+
+def _context_length(fields: _Json, rope: RopeConfig) -> int:
+    """Scaling by `linear` and `yarn` lengthens the context; the other types' configs hold the longer one already."""
+    match rope.rope_type:
+        case "linear":
+            return int(fields.max_position_embeddings * rope.factor)
+        case "yarn":
+            return max(fields.max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
+    return fields.max_position_embeddings
+
+
+def _sliding_windows(fields: _Json) -> tuple[int | None, ...]:
+    architecture, layers = fields.architectures[0], range(fields.num_hidden_layers)
+    window = 4096 if fields.sliding_window is msgspec.UNSET else fields.sliding_window
+    if architecture.startswith("Mistral"):
+        return tuple(window for _ in layers)
+    if architecture.startswith("Llama") or not fields.use_sliding_window:
+        return tuple(None for _ in layers)
+    if fields.layer_types is not None:
+        return tuple(window if layer_type == "sliding_attention" else None for layer_type in fields.layer_types)
+    if architecture.startswith("SmolLM3"):
+        return tuple(None if rotates else window for rotates in _rope_layers(fields))
+    return tuple(window if layer >= fields.max_window_layers else None for layer in layers)
+
+
+def _rope_layers(fields: _Json) -> tuple[bool, ...]:
+    if not fields.architectures[0].startswith("SmolLM3"):
+        return tuple(True for _ in range(fields.num_hidden_layers))
+    if fields.no_rope_layers is not None:
+        return tuple(bool(rotates) for rotates in fields.no_rope_layers)
+    return tuple((layer + 1) % fields.no_rope_layer_interval != 0 for layer in range(fields.num_hidden_layers))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,89 @@
+"""Where a model's files are: turns what the user named into a local Hugging Face style directory.
+
+Such a directory holds `config.json`, `*.safetensors`, `generation_config.json` and the tokenizer's files. GGUF files
+and the default model are converted into one once, below the user's cache folder. Both processes of the engine call
+`resolve_model_dir`; once a model is converted that imports neither torch nor transformers.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model import default_model
+from evenhand_engine.model.cache import cache_dir, cached
+from evenhand_engine.model.progress import Progress
+
+CONVERSION_VERSION = 1
+"""Part of the cache key: raise it when a conversion's result changes."""
+
+HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
+"""What is fetched of a hub repository: no second copy of the weights in another format."""
+
+
+def resolve_model_dir(model: str | None) -> Path:
+    """The directory with the files of `model`, downloaded and converted if need be.
+
+    `model` is a Hugging Face directory, a GGUF file or a hub id; None is the default model.
+    Raises StartupError that says what to do about it.
+    """
+    if model is None:
+        return _converted(f"{default_model.NAME}-{default_model.SHA256[:16]}", _build_default)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        return _converted(f"{path.stem}-{_gguf_digest(path)[:16]}", lambda *args: _convert(path, *args))
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
+        raise StartupError(f"model {model}: no such directory or GGUF file")
+    return _hub_snapshot(model)
+
+
+def _converted(name: str, build: Callable[[Path, Progress], None]) -> Path:
+    def build_with_progress(directory: Path) -> None:
+        with Progress() as progress:
+            build(directory, progress)
+
+    models_dir = cache_dir() / "models"
+    try:
+        return cached(models_dir / f"{name}-v{CONVERSION_VERSION}", build_with_progress)
+    except OSError as error:
+        raise StartupError(f"cannot prepare the model in {models_dir}: {error}") from error
+
+
+def _build_default(directory: Path, progress: Progress) -> None:
+    download_dir = directory / "download"
+    _convert(default_model.download(download_dir, progress), directory, progress)
+    shutil.rmtree(download_dir)
+
+
+def _convert(gguf_path: Path, directory: Path, progress: Progress) -> None:
+    from evenhand_engine.model.gguf_conversion import convert_gguf  # imports torch and transformers
+
+    convert_gguf(gguf_path, directory, progress)
+
+
+def _gguf_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise StartupError(f"model {path}: not a GGUF file; give a Hugging Face directory, a hub id or a GGUF file")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise StartupError(f"model {model}: neither a local path nor a Hugging Face hub id: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise StartupError(
+            f"model {model}: not in the local Hugging Face cache, and the hub cannot be reached. "
+            "Give a local directory or GGUF file, or no model at all for the default one"
+        ) from error
+    except HfHubHTTPError as error:
+        raise StartupError(f"model {model}: the Hugging Face hub refused: {error}") from error

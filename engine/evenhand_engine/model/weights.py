@@ -1,0 +1,190 @@
+"""Weights: a checkpoint's tensors on the device, in the layout of its kernels. Each tensor is used exactly once."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model.config import ModelConfig
+from evenhand_kernels.kernels import Kernels, Linear
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. `qkv` gives query heads, key heads, value heads; `gate_up` gives gate, then up."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A decoder. Norms are float32; `embedding` is [vocab_size, hidden_size] in the model's dtype."""
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    lm_head: Linear
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: a checkpoint, or a random number generator."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name and shape, for the only time."""
+        ...
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, memory mapped. A context manager.
+
+    Every error in the files is a StartupError that names the file or the tensor.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
+        self._stack = ExitStack()
+        self._files = [self._open(path) for path in sorted(set(_shards(model_dir)))]
+        self._untaken = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Raises StartupError if the tensor is missing or has another shape."""
+        file = self._untaken.pop(name, None)
+        if file is None:
+            raise StartupError(
+                f"{self._model_dir}: the checkpoint has no tensor {name}, which its config.json asks for"
+            )
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise StartupError(f"{self._model_dir}: tensor {name} cannot be read: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise StartupError(
+                f"{self._model_dir}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
+        return tensor
+
+    def discard(self, name: str) -> None:
+        """Ignore a tensor that a checkpoint may hold though nothing needs it."""
+        self._untaken.pop(name, None)
+
+    def require_all_taken(self) -> None:
+        """Raises StartupError if the checkpoint holds tensors that the config does not explain."""
+        rest = sorted(name for name in self._untaken if not name.endswith(".rotary_emb.inv_freq"))
+        if rest:
+            raise StartupError(
+                f"{self._model_dir}: the checkpoint holds {len(rest)} tensors that its config.json does not explain, "
+                f"first {rest[0]}"
+            )
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError as error:
+            raise StartupError(f"{path}: no such file") from error
+        except (OSError, SafetensorError) as error:
+            raise StartupError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+class RandomTensors:
+    """Weights for `--load-format dummy`: the right shapes, small random values, norms of one."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape)
+        return torch.randn(shape, generator=self._generator) * 0.02
+
+
+def load_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Weights:
+    """Read the checkpoint in `model_dir`. Raises StartupError for missing, unexpected, mis-shaped or torn tensors."""
+    with Checkpoint(model_dir) as checkpoint:
+        weights = assemble(checkpoint, config, dtype, kernels)
+        if config.tie_word_embeddings:
+            checkpoint.discard("lm_head.weight")
+        checkpoint.require_all_taken()
+    return weights
+
+
+def assemble(source: TensorSource, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Weights:
+    """Take every tensor of the model from `source`, fuse and pack them."""
+    embedding = source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size).to(dtype)
+    head = embedding if config.tie_word_embeddings else None
+    if head is None:
+        head = source.take("lm_head.weight", config.vocab_size, config.hidden_size).to(dtype)
+    return Weights(
+        embedding=embedding,
+        layers=tuple(
+            _layer(source, f"model.layers.{index}", config, dtype, kernels) for index in range(config.num_layers)
+        ),
+        norm=source.take("model.norm.weight", config.hidden_size).float(),
+        lm_head=kernels.linear(head, None),
+    )
+
+
+def _layer(
+    source: TensorSource, prefix: str, config: ModelConfig, dtype: torch.dtype, kernels: Kernels
+) -> LayerWeights:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def norm(name: str, size: int) -> Tensor:
+        return source.take(f"{prefix}.{name}.weight", size).float()
+
+    def linear(names: str, in_features: int, out_features: Sequence[int], bias: bool) -> Linear:
+        """The projections of these names stacked into one."""
+        parts = list(zip(names.split(), out_features, strict=True))
+        weights = [source.take(f"{prefix}.{name}.weight", size, in_features).to(dtype) for name, size in parts]
+        biases = [source.take(f"{prefix}.{name}.bias", size).float() for name, size in parts if bias]
+        return kernels.linear(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    qkv = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+    return LayerWeights(
+        input_norm=norm("input_layernorm", hidden),
+        qkv=linear(qkv, hidden, (query, key_value, key_value), config.attention_bias),
+        q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
+        output=linear("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
+        post_attention_norm=norm("post_attention_layernorm", hidden),
+        gate_up=linear("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias),
+        down=linear("mlp.down_proj", inner, (hidden,), config.mlp_bias),
+    )
+
+
+def _shards(model_dir: Path) -> list[Path]:
+    index = model_dir / INDEX_FILE
+    if not index.is_file():
+        if not (model_dir / WEIGHTS_FILE).is_file():
+            raise StartupError(
+                f"model {model_dir}: no {WEIGHTS_FILE} and no {INDEX_FILE}; weights in other formats are not supported"
+            )
+        return [model_dir / WEIGHTS_FILE]
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=dict[str, object])["weight_map"]
+        return [model_dir / name for name in msgspec.convert(weight_map, dict[str, str]).values()]
+    except (KeyError, msgspec.MsgspecError) as error:
+        raise StartupError(f"{index}: no valid weight map: {error}") from error

@@ -1,0 +1,87 @@
+"""Tiny checkpoints made by transformers, and our decoder's logits for them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from evenhand_engine.batch import ScheduledRequest
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.decoder import build_decoder, forward
+from evenhand_engine.model.weights import load_weights
+from evenhand_engine.request import Request, SamplingParams
+from evenhand_engine.staging import Staging
+from evenhand_kernels.kernels import Kernels
+from evenhand_kernels.reference import ReferenceKernels
+
+SHAPE = {
+    "vocab_size": 199,
+    "hidden_size": 96,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, PreTrainedModel]]:
+    """Makes a random model of a config class, saves it; its directory and the reference itself, float32 and eager."""
+
+    def make(config_class: type[PreTrainedConfig], **fields: Any) -> tuple[Path, PreTrainedModel]:
+        torch.manual_seed(7)
+        config = config_class(**(SHAPE | fields))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        for name, parameter in model.named_parameters():  # norms and biases too, or nothing would test them
+            scale = 0.3 if parameter.dim() > 1 else 0.5
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=scale)
+        model.save_pretrained(tmp_path)
+        return tmp_path, model.eval()
+
+    return make
+
+
+def _split(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for size in sizes:
+        yield start, min(size, total - start)
+        start += size
+    assert start >= total
+
+
+@pytest.fixture
+def our_logits() -> Callable[..., Tensor]:
+    """Logits of every token of one sequence, float32 [num_tokens, vocab_size], computed in chunks of these sizes."""
+
+    def compute(
+        model_dir: Path, token_ids: Sequence[int], chunks: Sequence[int], kernels: Kernels | None = None
+    ) -> Tensor:
+        kernels = kernels or ReferenceKernels()
+        config = load_model_config(model_dir)
+        settings = SchedulerSettings(max_num_batched_tokens=256, max_num_seqs=4, max_model_len=256, num_kv_blocks=40)
+        weights = load_weights(model_dir, config, torch.float32, kernels)
+        decoder = build_decoder(config, weights, kernels, settings.max_model_len)
+        kv_cache = [
+            kernels.new_kv_cache(settings.num_kv_blocks, config.num_kv_heads, config.head_dim, 16, torch.float32)
+            for _ in range(config.num_layers)
+        ]
+        request = Request("a", "tenant", list(token_ids), SamplingParams(max_tokens=1), arrival_time=0.0)
+        request.block_table = list(range(39, 39 - 2 * 18, -2))  # neither in order nor next to each other
+        staging, logits = Staging(settings), []
+        for start, size in _split(len(token_ids), chunks):
+            chunk = [request.token_ids[start : start + size]]
+            model_input = staging.fill([ScheduledRequest(request, start, size, True)], chunk)
+            everything = dataclasses.replace(model_input, logits_indices=torch.arange(size, dtype=torch.int32))
+            with torch.inference_mode():
+                logits.append(forward(decoder, everything, kv_cache))
+        return torch.cat(logits)
+
+    return compute
