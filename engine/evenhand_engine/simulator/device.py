@@ -1,0 +1,167 @@
+"""Device: how long a modelled machine takes for one step, and how much KV memory it has.
+
+A step's time is linear in what the step computes, which fits measured engines well (Niyama, FairBatching); above some
+number of tokens the slopes change, because the machine is then bound by arithmetic instead of memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+
+from evenhand_engine.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step computes.
+
+    Attributes:
+        num_prefill_tokens: of prompts, and of outputs that are computed again after a preemption.
+        num_decode_tokens: one for each stream.
+        prefill_context: tokens of the same requests that were computed before these chunks.
+        decode_context: tokens in the KV cache of all streams.
+    """
+
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    prefill_context: int
+    decode_context: int
+
+
+def shape_of(batch: Batch) -> StepShape:
+    prefill = decode = prefill_context = decode_context = 0
+    for item in batch.scheduled:
+        if item.num_scheduled_tokens == 1 and item.samples and item.num_computed_tokens:
+            decode += 1
+            decode_context += item.num_computed_tokens
+        else:
+            prefill += item.num_scheduled_tokens
+            prefill_context += item.num_computed_tokens
+    return StepShape(prefill, decode, prefill_context, decode_context)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStepTime:
+    """Seconds of a step: `intercept`, plus a coefficient for each token, each prefill token, and so on."""
+
+    intercept: float
+    per_token: float = 0.0
+    per_prefill_token: float = 0.0
+    per_decode_token: float = 0.0
+    per_prefill_context: float = 0.0
+    per_decode_context: float = 0.0
+
+    def seconds(self, shape: StepShape) -> float:
+        return (
+            self.intercept
+            + self.per_token * (shape.num_prefill_tokens + shape.num_decode_tokens)
+            + self.per_prefill_token * shape.num_prefill_tokens
+            + self.per_decode_token * shape.num_decode_tokens
+            + self.per_prefill_context * shape.prefill_context
+            + self.per_decode_context * shape.decode_context
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A machine with one model on it.
+
+    Attributes:
+        num_kv_tokens: tokens that its KV cache holds.
+        small_step: step time up to `threshold` tokens.
+        large_step: step time beyond; None: `small_step` holds for any size.
+    """
+
+    name: str
+    num_kv_tokens: int
+    small_step: LinearStepTime
+    large_step: LinearStepTime | None = None
+    threshold: int = 0
+
+    def seconds(self, shape: StepShape) -> float:
+        """How long a step of this shape takes."""
+        if self.large_step is not None and shape.num_prefill_tokens + shape.num_decode_tokens > self.threshold:
+            return self.large_step.seconds(shape)
+        return self.small_step.seconds(shape)
+
+
+def perturbed(device: Device, seed: int, spread: float = 0.01) -> Device:
+    """`device` with each coefficient of its small step off by up to `spread`. Seed 0 is the device itself.
+
+    A scheduler's run is chaotic: shift one admission and all later ones differ. What is claimed of a run should hold for
+    the runs around it.
+    """
+    factors = 1.0 + np.random.default_rng(seed).uniform(-spread, spread, 6) * (seed != 0)
+    coefficients = (float(value * factor) for value, factor in zip(astuple(device.small_step), factors, strict=True))
+    return replace(device, small_step=LinearStepTime(*coefficients))
+
+
+def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> LinearStepTime:
+    """Least-squares fit of a recorded run; coefficients that come out negative are left out and the rest fitted again.
+
+    Raises:
+        ValueError: fewer than 8 steps, or lengths that differ.
+    """
+    if len(shapes) != len(seconds) or len(shapes) < 8:
+        raise ValueError(
+            f"a fit needs at least 8 steps with their times; got {len(shapes)} shapes, {len(seconds)} times"
+        )
+    rows = [(1, x.num_prefill_tokens, x.num_decode_tokens, x.prefill_context, x.decode_context) for x in shapes]
+    solution = non_negative_least_squares(np.array(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64))
+    return step_time_of(solution)
+
+
+def step_time_of(coefficients: Sequence[float]) -> LinearStepTime:
+    """From (intercept, per prefill token, per decode token, per prefill context, per decode context)."""
+    intercept, prefill, decode, prefill_context, decode_context = (float(value) for value in coefficients)
+    return LinearStepTime(
+        intercept=intercept,
+        per_prefill_token=prefill,
+        per_decode_token=decode,
+        per_prefill_context=prefill_context,
+        per_decode_context=decode_context,
+    )
+
+
+def non_negative_least_squares(matrix: np.ndarray, target: np.ndarray) -> list[float]:
+    """Minimise |matrix @ x - target| with x >= 0, by leaving out the most negative coefficient until none is."""
+    columns = list(range(matrix.shape[1]))
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
+    while columns:
+        solution = np.linalg.lstsq(matrix[:, columns] / scale[columns], target, rcond=None)[0]
+        if solution.min() >= 0:
+            break
+        columns.pop(int(solution.argmin()))
+    full = np.zeros(matrix.shape[1])
+    full[columns] = solution / scale[columns] if columns else 0.0
+    return [float(value) for value in full]
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        # Fitted to the published FCFS run of the Arena trace by `benchmarks/arena.py --calibrate`; the KV pool is that
+        # run's. What a chunk's context costs cannot be seen there (prompts ran whole): taken as that of a decode.
+        Device(
+            "a10g-llama-2-7b",
+            10_000,
+            LinearStepTime(
+                0.02884,
+                per_prefill_token=1.942e-4,
+                per_decode_token=1.111e-4,
+                per_prefill_context=1.224e-6,
+                per_decode_context=1.224e-6,
+            ),
+        ),
+        # Coefficients of Niyama's deadline scheduler (microsoft/sarathi-serve, branch niyama_asplos2026). The device is
+        # not named there; its scripts run Llama-3-8B. Beyond 2,552 tokens in a step they extrapolate.
+        Device(
+            "h100-8b",
+            32_768,
+            LinearStepTime(0.014936, 5.882475e-5, 2.247956e-5, 3.634519e-5, 7.554773e-7, 1.111258e-7),
+            LinearStepTime(0.005004, 2.719050e-5, 6.863043e-5, -4.143993e-5, 2.727223e-6, 1.663409e-7),
+            threshold=512,
+        ),
+    )
+}
