@@ -19,10 +19,23 @@ class PretendEngine:
     """Runs a Scheduler in virtual time: a step takes `step_seconds`, and a request's next token is a function of its
     position alone, as a real model's greedy tokens are, so that recompute must reproduce it."""
 
-    def __init__(self, settings: SchedulerSettings, tenants: Iterable[TenantConfig] = (), *, depth: int = 1) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        tenants: Iterable[TenantConfig] = (),
+        *,
+        depth: int = 1,
+        check_kv: bool = False,
+    ) -> None:
+        """`depth`: batches submitted before the first is taken in. `check_kv`: keep a pretended KV cache and assert
+        that every token finds the keys and values of exactly the tokens before it (slow)."""
         self.settings = settings
+        self.check_kv = check_kv
         self.scheduler = Scheduler(settings, SchedulerConfig(tenants=tuple(tenants)))
         self.depth = depth
+        self.charged = 0
+        self._charge = self.scheduler.shares.charge
+        self.scheduler.shares.charge = self._count_charge  # type: ignore[method-assign]
         self.now = 0.0
         self.step_seconds = 1.0
         self.outputs: dict[str, list[RequestOutput]] = {}
@@ -30,6 +43,7 @@ class PretendEngine:
         self.batches: list[Batch] = []
         self._num_output_tokens: dict[str, int] = {}  # where a request says EOS
         self._in_flight: deque[tuple[Batch, list[int]]] = deque()
+        self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot: (salt, all tokens up to its own)
 
     def add(
         self,
@@ -75,6 +89,8 @@ class PretendEngine:
                 if i.samples
             ]
             self.batches.append(batch)
+            if self.check_kv:
+                self._compute(batch)
             self._in_flight.append((batch, token_ids))
         self.now += self.step_seconds
         if len(self._in_flight) >= self.depth or (batch is None and self._in_flight):
@@ -105,6 +121,10 @@ class PretendEngine:
         self.run(num_steps, before_step)
         return {i: tenant.service - before.get(i, 0) for i, tenant in self.scheduler.roster.tenants.items()}
 
+    def num_output_tokens(self, request: Request) -> int:
+        """How many output tokens the request has by itself, the end of sequence included."""
+        return self._num_output_tokens[request.request_id]
+
     def finish_reason(self, request: Request) -> FinishReason | None:
         reasons = [output.finish_reason for output in self.outputs.get(request.request_id, []) if output.finish_reason]
         assert len(reasons) <= 1, f"{request} ended {len(reasons)} times"
@@ -112,6 +132,26 @@ class PretendEngine:
 
     def token_ids(self, request: Request) -> list[int]:
         return [token for output in self.outputs.get(request.request_id, []) for token in output.token_ids]
+
+    def _count_charge(self, account: str, cost: int, weight: int) -> None:
+        self.charged += cost
+        self._charge(account, cost, weight)
+
+    def _compute(self, batch: Batch) -> None:
+        """Write the batch's keys and values, then let every item read its context, as a runner does layer by layer."""
+        size = self.settings.block_size
+        for reads in (False, True):
+            for item in batch.scheduled:
+                request, end = item.request, item.num_computed_tokens + item.num_scheduled_tokens
+                outputs = (self.token(request, index) for index in range(end - request.num_prompt_tokens))
+                token_ids = (*request.token_ids[: request.num_prompt_tokens], *outputs)[:end]
+                for position in range(0 if reads else item.num_computed_tokens, end):
+                    slot = request.block_table[position // size] * size + position % size
+                    content = (request.cache_salt, token_ids[: position + 1])
+                    if reads:
+                        assert self._kv.get(slot) == content, f"{request}: wrong keys and values at {position}"
+                    else:
+                        self._kv[slot] = content
 
     def _record(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -1,0 +1,101 @@
+"""The four golden traces of the virtual time: nobody banks credit, nobody pays for what nobody wanted."""
+
+import pytest
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_policy.config import TenantConfig
+
+from .conftest import PretendEngine
+
+SETTINGS = SchedulerSettings(max_num_batched_tokens=64, max_num_seqs=64, num_kv_blocks=4096)
+
+
+@pytest.fixture
+def engine() -> PretendEngine:
+    return PretendEngine(SETTINGS, [TenantConfig(tenant_id=tenant_id) for tenant_id in "abc"])
+
+
+def flood(engine: PretendEngine, *tenant_ids: str) -> None:
+    for tenant_id in tenant_ids:
+        engine.keep(tenant_id, 16, 100, 4)
+
+
+def test_silence_then_a_flood_gets_half(engine: PretendEngine) -> None:
+    engine.run(2000, lambda: flood(engine, "b"))
+    services = engine.services(600, lambda: flood(engine, "a", "b"))
+    assert services["a"] / sum(services.values()) == pytest.approx(0.50, abs=0.01)
+
+
+def test_a_trickle_does_not_hold_the_virtual_time_back(engine: PretendEngine) -> None:
+    def trickle() -> None:
+        if engine.now % 20 == 0:
+            engine.add("c", 10, 2)
+        flood(engine, "a")
+
+    def trickle_beside_two() -> None:
+        trickle()
+        flood(engine, "b")
+
+    engine.run(1000, trickle)
+    services = engine.services(600, trickle_beside_two)
+    assert services["b"] / services["a"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_lone_user_of_idle_capacity_owes_nothing(engine: PretendEngine) -> None:
+    engine.run(1000, lambda: engine.keep("a", 1, 30, 10))
+    services = engine.services(600, lambda: flood(engine, "a", "b"))
+    assert services["b"] / sum(services.values()) == pytest.approx(0.50, abs=0.01)
+
+
+def test_a_closed_loop_that_leaves_nothing_waiting_banks_nothing(engine: PretendEngine) -> None:
+    """Client a never has more than one request, so it uses less than its share; it may not save up the rest."""
+
+    def closed_loop_beside_flood() -> None:
+        engine.keep("a", 1, 30, 10)
+        flood(engine, "b")
+
+    closed_loop = engine.services(1000, closed_loop_beside_flood)
+    assert closed_loop["a"] / sum(closed_loop.values()) < 0.1
+    services = engine.services(300, lambda: flood(engine, "a", "b"))
+    assert services["a"] / sum(services.values()) == pytest.approx(0.50, abs=0.01)
+
+
+def test_weights_divide_the_service(engine: PretendEngine) -> None:
+    weights = {"x": 1, "y": 2, "z": 5}
+    engine = PretendEngine(SETTINGS, [TenantConfig(tenant_id=i, weight=weight) for i, weight in weights.items()])
+    services = engine.services(3000, lambda: flood(engine, *weights))
+    for tenant_id, weight in weights.items():
+        assert services[tenant_id] / sum(services.values()) == pytest.approx(weight / 8, rel=0.02)
+
+
+class TestFairShare:
+    """The accounts alone."""
+
+    def test_an_account_is_never_behind_the_virtual_time(self) -> None:
+        shares = FairShare()
+        shares.charge("a", 100, 1)
+        shares.charge("b", 30, 2)
+        shares.close_step({"a", "b"})
+        assert shares.virtual_time == 15 * VIRTUAL_UNIT
+        assert shares.virtual_service("new") == shares.virtual_time
+
+    def test_a_step_that_leaves_nobody_out_settles_all(self) -> None:
+        shares = FairShare()
+        shares.charge("a", 100, 1)
+        shares.close_step(())
+        assert shares.virtual_service("a") == shares.virtual_service("b") == 100 * VIRTUAL_UNIT
+
+    def test_debt_survives_while_others_are_left_out(self) -> None:
+        shares = FairShare()
+        shares.charge("a", 100, 1)
+        shares.close_step({"b"})
+        assert shares.virtual_service("a") - shares.virtual_service("b") == 100 * VIRTUAL_UNIT
+
+    def test_the_virtual_time_never_goes_back(self) -> None:
+        shares = FairShare()
+        shares.charge("a", 100, 1)
+        shares.close_step({"a"})
+        shares.charge("a", -10, 1)
+        shares.close_step({"a"})
+        assert shares.virtual_time == shares.virtual_service("a") == 100 * VIRTUAL_UNIT
