@@ -1,13 +1,13 @@
 """Batch: what one step computes, the only thing that the scheduler hands to a runner."""
 
+from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
 
 from evenhand_engine.request import Request
 
 
-class ScheduledRequest(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
     """The part of one request that a step computes: tokens [num_computed_tokens, + num_scheduled_tokens).
 
     The runner reads `request.block_table`, which covers these tokens, before `Runner.submit` returns. A token at or
@@ -20,7 +20,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True):
     samples: bool  # True when the last scheduled token is the request's last: its logits give the next output token
 
 
-class Batch(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Batch:
     """One step. `scheduled` lists decodes first; `finished_request_ids` left since the previous batch."""
 
     step_id: int
