@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check cluster test soak lock bench-%
+.PHONY: help install serve demo check crds cluster test soak lock bench-%
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -36,6 +36,9 @@ check: install  ## format, lint, types, import contracts, YAML
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/yamllint --strict .
+
+crds: install  ## write crds/ from engine/evenhand_policy
+	.venv/bin/python -m evenhand_policy.crd crds
 
 cluster:  ## build the control plane for tests into the cache: 10 minutes, once
 	$(PYTHON) e2e/cluster/build.py

@@ -28,7 +28,7 @@ Object = dict[str, Any]
 
 
 class KubectlError(Exception):
-    """kubectl ended with another status than 0; the message is what it printed on standard error."""
+    """kubectl ended with another status than 0; the message is what it printed."""
 
 
 class ControlPlane:
@@ -115,7 +115,7 @@ class ControlPlane:
             timeout=timeout,
         )
         if done.returncode:
-            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr}{done.stdout}".rstrip())
         return done.stdout
 
     def apply(self, *objects: Object, kubeconfig: Path | None = None) -> None:

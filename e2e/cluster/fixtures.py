@@ -8,6 +8,8 @@ import pytest
 from cluster import build
 from cluster.control_plane import ControlPlane
 
+CRDS = build.SOURCES.parents[1] / "crds"
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
@@ -16,6 +18,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
     with ControlPlane(build.programs(), tmp_path_factory.mktemp("cluster")) as control_plane:
         yield control_plane
+
+
+@pytest.fixture(scope="session")
+def crds(cluster: ControlPlane) -> None:
+    """Evenhand's own kinds, known to the API server."""
+    files = [f"--filename={path}" for path in sorted(CRDS.glob("evenhand.dev_*.yaml"))]
+    cluster.kubectl("apply", "--server-side", "--validate=strict", *files)
+    cluster.kubectl("wait", "--for=condition=Established", *files)
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Batch: what one step computes, the only thing that the scheduler hands to a runner."""
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from evenhand_engine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(msgspec.Struct, frozen=True):
     """The part of one request that a step computes: tokens [num_computed_tokens, + num_scheduled_tokens).
 
     The runner reads `request.block_table`, which covers these tokens, before `Runner.submit` returns. A token at or
@@ -20,8 +20,7 @@ class ScheduledRequest:
     samples: bool  # True when the last scheduled token is the request's last: its logits give the next output token
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """One step. `scheduled` lists decodes first; `finished_request_ids` left since the previous batch."""
 
     step_id: int

@@ -38,11 +38,17 @@ class FairShare:
 
     def close_step(self, left_out: Iterable[str]) -> None:
         """Advance the virtual time after a step; `left_out`: accounts with work that the step had no room for."""
-        least = min(map(self.virtual_service, left_out), default=None)
+        least = None
+        for account in left_out:
+            service = self._virtual_service.get(account, 0)
+            if service <= self.virtual_time:
+                return
+            if least is None or service < least:
+                least = service
         if least is None:
             self.virtual_time = self._highest
             self._virtual_service.clear()
             return
-        self.virtual_time = max(self.virtual_time, least)
+        self.virtual_time = least
         if len(self._virtual_service) > _PRUNE_AT:
             self._virtual_service = {a: s for a, s in self._virtual_service.items() if s > self.virtual_time}

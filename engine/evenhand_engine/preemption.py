@@ -41,7 +41,7 @@ class Preemption:
         others = [tenant for tenant in tenants if tenant is not beneficiary and self._beyond_guarantee(tenant) > 0]
         for tenant in sorted(others, key=self._beyond_guarantee, reverse=True):
             beyond = self._beyond_guarantee(tenant)
-            for victim in _least_computed_first(tenant.running.values()):
+            for victim in _least_computed_first(tenant.running()):
                 if victims.suffice or beyond <= 0:
                     break
                 beyond -= victims.add(victim)
@@ -60,7 +60,7 @@ class Preemption:
         ahead = [t for t in tenants if t is not beneficiary and self._virtual_service(t.tenant_id) > limit]
         for tenant in sorted(ahead, key=lambda t: self._virtual_service(t.tenant_id), reverse=True):
             beyond = self._beyond_guarantee(tenant)
-            for victim in _least_computed_first(filter(lambda r: self._has_run(r, now), tenant.running.values())):
+            for victim in _least_computed_first(filter(lambda r: self._has_run(r, now), tenant.running())):
                 freed = self._blocks.num_reclaimable_blocks(victim)
                 if victims.suffice:
                     return victims.chosen
@@ -71,14 +71,14 @@ class Preemption:
     def growth(self, request: Request, owner: Tenant, tenants: Iterable[Tenant]) -> Request:
         """The one who yields a block so that the running `request` of `owner` can go on; maybe `request` itself."""
         if self._held(owner) >= owner.max_blocks:
-            return _least_computed_first(owner.running.values())[0]
-        holders = [tenant for tenant in tenants if tenant.running]
+            return _least_computed_first(owner.running())[0]
+        holders = [tenant for tenant in tenants if tenant.num_running]
         if self._held(owner) < owner.guaranteed_blocks:
             victim_tenant = max(holders, key=self._beyond_guarantee)
         else:
             beyond = [tenant for tenant in holders if self._beyond_guarantee(tenant) > 0] or holders
             victim_tenant = max(beyond, key=lambda tenant: self._virtual_service(tenant.tenant_id))
-        victims = list(victim_tenant.running.values())
+        victims = list(victim_tenant.running())
         spared = [victim for victim in victims if victim.num_preemptions < self._settings.max_preemptions]
         return _least_computed_first(spared or victims)[0]
 

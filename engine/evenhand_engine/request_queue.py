@@ -82,8 +82,7 @@ class RequestQueue:
 
     def close_step(self, started: Iterable[Request]) -> None:
         """Advance the users' virtual time; `started`: prompts in progress that the step left unfinished."""
-        if self.per_user:
-            self.users.close_step({request.user for request in (*started, *self.heads())})
+        self.users.close_step({request.user for request in (*started, *self.heads())})
 
     def _line_of(self, request: Request) -> str:
         return request.user if self.per_user else ""

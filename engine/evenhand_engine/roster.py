@@ -7,7 +7,6 @@
 It makes each move whole and keeps the counts right; the scheduler decides which move is made.
 """
 
-from collections.abc import Iterable
 from enum import Enum, auto
 
 from evenhand_engine.block_manager import BlockManager
@@ -31,8 +30,8 @@ class Roster:
 
     Attributes:
         active: tenants with a prompt that waits or is in progress, by id.
+        prefilling_tenants: tenants with a prompt in progress, by id.
         running_tenants: tenants with a running request, by id.
-        decoding: running requests past their prompt, in order of admission, by id.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -41,8 +40,8 @@ class Roster:
         )
         self.tenants: dict[str, Tenant] = {}
         self.active: dict[str, Tenant] = {}
+        self.prefilling_tenants: dict[str, Tenant] = {}
         self.running_tenants: dict[str, Tenant] = {}
-        self.decoding: dict[str, Request] = {}
         self.requests: dict[str, Request] = {}
         self.num_running = 0
         self._settings = settings
@@ -124,16 +123,16 @@ class Roster:
         request.num_charged_tokens = max(request.num_charged_tokens, num_prompt_tokens)
         request.started_at = now
         tenant.waiting.remove(request)
-        tenant.running[request.request_id] = tenant.prefilling[request.request_id] = request
+        tenant.prefilling[request.request_id] = request
         tenant.num_bypasses = 0
-        self.running_tenants[tenant.tenant_id] = tenant
+        self.prefilling_tenants[tenant.tenant_id] = self.running_tenants[tenant.tenant_id] = tenant
         self.num_running += 1
 
     def end_prefill(self, request: Request) -> None:
         """Prefilling to decoding."""
         tenant = self.tenants[request.tenant_id]
         del tenant.prefilling[request.request_id]
-        self.decoding[request.request_id] = request
+        tenant.decoding[request.request_id] = request
         self._deactivate(tenant)
 
     def preempt(self, request: Request) -> None:
@@ -159,14 +158,14 @@ class Roster:
         """Assert that every request has exactly one place and every count is right. For tests and idle moments."""
         self.blocks.check_integrity()
         tenants = self.tenants.values()
-        waiting, running = [r for t in tenants for r in t.waiting], [r for t in tenants for r in t.running.values()]
-        prefilling = [r for t in tenants for r in t.prefilling.values()]
+        waiting, running = [r for t in tenants for r in t.waiting], [r for t in tenants for r in t.running()]
         assert len(running) == self.num_running and len(waiting) == self.num_waiting
         assert {r.request_id for r in (*waiting, *running)} == set(self.requests)
-        assert {r.request_id for r in (*prefilling, *self.decoding.values())} == {r.request_id for r in running}
+        assert all(r.num_pending_tokens == 1 for t in tenants for r in t.decoding.values())
         assert all(not r.block_table and r.started_at is None for r in waiting)
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
-        assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.running}
+        assert set(self.prefilling_tenants) == {t.tenant_id for t in tenants if t.prefilling}
+        assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
         assert len(table_blocks) == sum(self.blocks.num_held_blocks(t.tenant_id) for t in tenants)
 
@@ -176,32 +175,34 @@ class Roster:
 
     def _stop_running(self, tenant: Tenant, request: Request) -> None:
         self.blocks.release(request)
-        del tenant.running[request.request_id]
-        tenant.prefilling.pop(request.request_id, None)
-        self.decoding.pop(request.request_id, None)
+        if tenant.prefilling.pop(request.request_id, None) is None:
+            del tenant.decoding[request.request_id]
         self.num_running -= 1
-        if not tenant.running:
+        if not tenant.num_running:
             del self.running_tenants[tenant.tenant_id]
         self._deactivate(tenant)
 
     def _deactivate(self, tenant: Tenant) -> None:
-        if not tenant.has_prompts:
-            self.active.pop(tenant.tenant_id, None)
+        if not tenant.prefilling:
+            self.prefilling_tenants.pop(tenant.tenant_id, None)
+            if not tenant.waiting:
+                self.active.pop(tenant.tenant_id, None)
 
     def _retire(self, tenant: Tenant) -> None:
         """The tenant is gone: what it has left belongs to the default tenant."""
-        for tenants in (self.tenants, self.active, self.running_tenants):
+        for tenants in (self.tenants, self.active, self.prefilling_tenants, self.running_tenants):
             tenants.pop(tenant.tenant_id, None)
         heir = self.tenant(DEFAULT_TENANT_ID)
         self.blocks.transfer(tenant.tenant_id, heir.tenant_id)
-        running: Iterable[Request] = tenant.running.values()
-        for request in (*running, *tenant.waiting):
+        for request in (*tenant.running(), *tenant.waiting):
             request.tenant_id = heir.tenant_id
         for request in tenant.waiting:
             self._wait(heir, request)
-        heir.running |= tenant.running
         heir.prefilling |= tenant.prefilling
-        if heir.running:
+        heir.decoding |= tenant.decoding
+        if heir.prefilling:
+            self.prefilling_tenants[heir.tenant_id] = heir
+        if heir.num_running:
             self.running_tenants[heir.tenant_id] = heir
         if heir.has_prompts:
             self.active[heir.tenant_id] = heir

@@ -63,7 +63,7 @@ class Scheduler:
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._outputs: list[RequestOutput] = []
         self._finished: list[str] = []
-        self._in_flight: deque[tuple[int, float]] = deque()  # (step_id, time of step) of batches without update
+        self._in_flight: deque[tuple[int, float, StepLoad]] = deque()  # (step_id, time, load) of batches without update
         self._last_update = -_NEVER
         self.reconfigure(config, num_replicas=num_replicas)
 
@@ -86,8 +86,7 @@ class Scheduler:
         if request is None:
             return
         if num_output_tokens is not None:
-            surplus = max(0, request.num_output_tokens - num_output_tokens)
-            self._charge(request, -surplus * self.config.prices.output_token)
+            self._refund(request, max(0, request.num_output_tokens - num_output_tokens))
         self._finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
@@ -117,26 +116,28 @@ class Scheduler:
         if not scheduled:
             return None
         self.step_id += 1
-        self._in_flight.append((self.step_id, now))
+        self._in_flight.append((self.step_id, now, budget.load))
         finished, self._finished = self._finished, []
         return Batch(self.step_id, tuple(scheduled), tuple(finished))
 
     def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]:
         """Take in the results of the oldest batch without one: a token id for each of its items with `samples`."""
-        step_id, started_at = self._in_flight.popleft()
+        step_id, started_at, load = self._in_flight.popleft()
         assert step_id == batch.step_id, "batches must be updated in the order of their steps"
-        self.step_time.observe(StepLoad.of(batch), now - max(started_at, self._last_update))
+        self.step_time.observe(load, now - max(started_at, self._last_update))
         self._last_update = now
         sampled = iter(token_ids)
+        block_size = self.settings.block_size
         for item in batch.scheduled:
-            request = item.request
+            request, start = item.request, item.num_computed_tokens
             token_id = next(sampled) if item.samples else None
             if request.finish_reason is not None:
                 if item.samples and request.finish_reason is FinishReason.STOP:
-                    self._charge(request, -self.config.prices.output_token)  # computed past its end
+                    self._refund(request, 1)  # computed past its end
                 continue
-            end = min(item.num_computed_tokens + item.num_scheduled_tokens, request.num_computed_tokens)
-            self.roster.blocks.commit(request, item.num_computed_tokens, end)
+            end = start + item.num_scheduled_tokens
+            if end % block_size == 0 or item.num_scheduled_tokens > 1:
+                self.roster.blocks.commit(request, start, min(end, request.num_computed_tokens))
             if token_id is not None:
                 self._take_token(request, token_id)
         return self.collect()
@@ -209,35 +210,48 @@ class Scheduler:
 
     def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
         """One token for every running request past its prompt; returns tenants that the budget left out."""
-        decoding, block_size = self.roster.decoding, self.settings.block_size
-        for request in [r for r in decoding.values() if len(r.block_table) * block_size < r.num_tokens]:
-            if request.request_id in decoding and not self._is_at_end(request):
+        self._grow_decodes()
+        left_out = set()
+        for tenant in sorted(self.roster.running_tenants.values(), key=self._service):
+            decodes = [request for request in tenant.decoding.values() if not self._is_at_end(request)]
+            if len(decodes) > budget.tokens:
+                del decodes[budget.tokens :]
+                left_out.add(tenant.tenant_id)
+            if decodes:
+                costs = [self._schedule(tenant, request, 1, budget, scheduled) for request in decodes]
+                self._charge(tenant, sum(costs))
+        return left_out
+
+    def _grow_decodes(self) -> None:
+        block_size = self.settings.block_size
+        growing = [
+            request
+            for tenant in self.roster.running_tenants.values()
+            for request in tenant.decoding.values()
+            if len(request.block_table) * block_size < request.num_computed_tokens + 1 and not self._is_at_end(request)
+        ]
+        for request in growing:
+            if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
-        decodes = [request for request in decoding.values() if not self._is_at_end(request)]
-        if len(decodes) > budget.tokens:
-            decodes.sort(key=lambda request: self.shares.virtual_service(request.tenant_id))
-        num_decodes = min(len(decodes), budget.tokens)
-        for request in decodes[:num_decodes]:
-            self._schedule(request, 1, budget, scheduled)
-        return {request.tenant_id for request in decodes[num_decodes:]}
 
     def _is_at_end(self, request: Request) -> bool:
         """Whether the output in flight is the request's last, so that there is nothing more to compute."""
-        num_outputs = request.num_tokens - request.num_prompt_tokens
-        return num_outputs >= request.sampling_params.max_tokens or request.num_tokens >= self.settings.max_model_len
+        num_tokens = request.num_computed_tokens + 1
+        num_outputs = num_tokens - request.num_prompt_tokens
+        return num_outputs >= request.sampling_params.max_tokens or num_tokens >= self.settings.max_model_len
 
     def _grow(self, request: Request) -> None:
         """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
         roster, tenant = self.roster, self.roster.tenants[request.tenant_id]
         while (at_ceiling := roster.is_at_ceiling(tenant)) or not roster.blocks.grow(request, request.num_tokens):
-            num_rivals = len(tenant.running) if at_ceiling else roster.num_running
+            num_rivals = tenant.num_running if at_ceiling else roster.num_running
             if num_rivals == 1:
                 self._finish(request, FinishReason.LENGTH)
                 return
             if self._is_fair or at_ceiling:
                 victim = self._preemption.growth(request, tenant, roster.running_tenants.values())
             else:
-                running = (r for t in roster.running_tenants.values() for r in t.running.values())
+                running = (r for t in roster.running_tenants.values() for r in t.running())
                 victim = max(running, key=lambda request: request.arrival_time)
             self._preempt(victim)
             if victim is request:
@@ -280,8 +294,8 @@ class Scheduler:
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
-            self._schedule(request, num_tokens, budget, scheduled)
-            if request.num_pending_tokens <= 1:
+            self._charge(tenant, self._schedule(tenant, request, num_tokens, budget, scheduled))
+            if scheduled[-1].samples:
                 self.roster.end_prefill(request)
         self._is_starved = bool(misfits) or not may_admit
         return capped
@@ -292,22 +306,26 @@ class Scheduler:
         Fair: the least virtual service; among tenants within the slack of that the higher latency class, then the
         nearer deadline. So a class decides when inside the bound, never how much over time. Else: the oldest prompt.
         """
-        tenants = [
-            tenant
-            for tenant in self.roster.active.values()
-            if tenant.prefilling or (may_admit and tenant.may_start and tenant.tenant_id not in blocked)
-        ]
+        if may_admit:
+            tenants = [
+                tenant
+                for tenant_id, tenant in self.roster.active.items()
+                if tenant.prefilling or (tenant.may_start and tenant_id not in blocked)
+            ]
+        else:
+            tenants = list(self.roster.prefilling_tenants.values())
         if len(tenants) < 2:
             return tenants[0] if tenants else None
         if not self._is_fair:
             return min(tenants, key=_next_arrival)
-        limit = min(map(self._service, tenants)) + self._slack
-        near = [tenant for tenant in tenants if self._service(tenant) <= limit]
-        best_class = min(tenant.class_rank for tenant in near)
-        return min(
-            (tenant for tenant in near if tenant.class_rank == best_class),
-            key=lambda tenant: (_next_arrival(tenant) + tenant.time_to_first_token, self._service(tenant)),
-        )
+        services = [self.shares.virtual_service(tenant.tenant_id) for tenant in tenants]
+        limit = min(services) + self._slack
+        near = [
+            (tenant.class_rank, tenant.deadline, service, index)
+            for index, (tenant, service) in enumerate(zip(tenants, services, strict=True))
+            if service <= limit
+        ]
+        return tenants[min(near)[3]]
 
     @property
     def _slack(self) -> int:
@@ -319,11 +337,16 @@ class Scheduler:
 
     def _close(self, left_out: set[str], capped: set[str]) -> None:
         """Advance the virtual time: `left_out` and every tenant whose prompts wait for budget, memory or a seat."""
-        for tenant in self.roster.active.values():
-            is_eligible = tenant.may_start and tenant.tenant_id not in capped and not self.roster.is_at_ceiling(tenant)
-            if tenant.prefilling or is_eligible:
-                left_out.add(tenant.tenant_id)
-                tenant.waiting.close_step(tenant.prefilling.values())
+        num_blocks = self.settings.num_kv_blocks
+        for tenant_id, tenant in self.roster.active.items():
+            if tenant.prefilling or (
+                tenant.may_start
+                and tenant_id not in capped
+                and (tenant.max_blocks == num_blocks or not self.roster.is_at_ceiling(tenant))
+            ):
+                left_out.add(tenant_id)
+                if tenant.waiting.per_user:
+                    tenant.waiting.close_step(tenant.prefilling.values())
         self.shares.close_step(left_out)
 
     # -- inside
@@ -343,26 +366,36 @@ class Scheduler:
         return self.shares.virtual_service(tenant.tenant_id)
 
     def _schedule(
-        self, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
-    ) -> None:
-        """Put the request's next tokens into the batch, and charge them: the one place where service is charged."""
+        self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
+    ) -> int:
+        """Put the request's next tokens into the batch; returns their cost, which the caller charges."""
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
-        samples = end == request.num_tokens
+        samples = end == len(request.token_ids) + request.num_in_flight_tokens
+        cost = self.config.prices.output_token if samples else 0
+        if start < request.num_prompt_tokens:
+            new = max(0, min(end, request.num_prompt_tokens) - max(start, request.num_charged_tokens))
+            cost += new * self.config.prices.input_token
+            request.num_charged_tokens += new
+            tenant.num_prompt_tokens += new
         scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
         budget.spend(start, num_tokens)
-        new_prompt_tokens = max(0, min(end, request.num_prompt_tokens) - max(start, request.num_charged_tokens))
-        prices = self.config.prices
-        self._charge(request, new_prompt_tokens * prices.input_token + samples * prices.output_token)
-        request.num_charged_tokens += new_prompt_tokens
         request.num_computed_tokens = end
         request.num_in_flight_tokens += samples
-        self.roster.tenants[request.tenant_id].num_prompt_tokens += new_prompt_tokens
+        if tenant.waiting.per_user:
+            tenant.waiting.charge(request, cost)
+        return cost
 
-    def _charge(self, request: Request, cost: int) -> None:
-        tenant = self.roster.tenant(request.tenant_id)
+    def _charge(self, tenant: Tenant, cost: int) -> None:
+        """The one place where tenants are charged (negative: given back)."""
         tenant.service += cost
-        tenant.waiting.charge(request, cost)
         self.shares.charge(tenant.tenant_id, cost, tenant.weight)
+
+    def _refund(self, request: Request, num_output_tokens: int) -> None:
+        """Give outputs back that were computed past the request's end."""
+        tenant = self.roster.tenant(request.tenant_id)
+        cost = num_output_tokens * self.config.prices.output_token
+        tenant.waiting.charge(request, -cost)
+        self._charge(tenant, -cost)
 
     def _take_token(self, request: Request, token_id: int) -> None:
         params = request.sampling_params

@@ -60,7 +60,7 @@ class StatsRecorder:
         virtual_service = shares.virtual_service(tenant.tenant_id)
         return TenantStats(
             tenant_id=tenant.tenant_id,
-            num_running=len(tenant.running),
+            num_running=tenant.num_running,
             num_waiting=len(tenant.waiting),
             num_kv_blocks=self._scheduler.roster.blocks.num_held_blocks(tenant.tenant_id),
             service=tenant.service,

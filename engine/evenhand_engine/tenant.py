@@ -1,5 +1,7 @@
 """Tenant: the live state of one tenant in the scheduler."""
 
+from collections.abc import Iterator
+
 from evenhand_engine.request import Request
 from evenhand_engine.request_queue import RequestQueue
 from evenhand_policy.config import Enforcement, Fairness, LatencyClass, TenantConfig
@@ -13,15 +15,15 @@ class Tenant:
 
     Attributes:
         waiting: requests without KV blocks.
-        running: requests with KV blocks, in order of admission, by id.
-        prefilling: those of `running` whose prompt (or recompute) is not finished, in order of admission, by id.
+        prefilling: running requests whose prompt (or recompute) is not finished, in order of admission, by id.
+        decoding: running requests that generate, in order of admission, by id.
         service: cost of everything computed for the tenant, in units of price. Grows only.
         num_bypasses: requests of others admitted past the head of the queue while it lacked memory.
     """
 
     def __init__(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
-        self.running: dict[str, Request] = {}
         self.prefilling: dict[str, Request] = {}
+        self.decoding: dict[str, Request] = {}
         self.service = 0
         self.num_bypasses = 0
         self.num_preemptions = 0
@@ -59,6 +61,24 @@ class Tenant:
         return self.config.suspended and self.config.enforcement is Enforcement.ENFORCE
 
     @property
+    def num_running(self) -> int:
+        """Requests with KV blocks."""
+        return len(self.prefilling) + len(self.decoding)
+
+    def running(self) -> Iterator[Request]:
+        """Requests with KV blocks: those that prefill, then those that decode."""
+        yield from self.prefilling.values()
+        yield from self.decoding.values()
+
+    @property
+    def deadline(self) -> float:
+        """When its next prompt should give its first token; infinite without an objective."""
+        if self.time_to_first_token == _NEVER:
+            return _NEVER
+        request = self.next_prompt()
+        return request.arrival_time + self.time_to_first_token if request else _NEVER
+
+    @property
     def has_prompts(self) -> bool:
         """Whether there is anything to prefill: a prompt in progress, or one that waits."""
         return bool(self.prefilling) or len(self.waiting) > 0
@@ -66,7 +86,7 @@ class Tenant:
     @property
     def may_start(self) -> bool:
         """Whether its own concurrency limit lets one more request run."""
-        return len(self.running) < self.max_running
+        return self.max_running == _NEVER or self.num_running < self.max_running
 
     def next_prompt(self, *, may_start: bool = True) -> Request | None:
         """The prompt that computes next: one in progress, or one from the queue if one more may start."""

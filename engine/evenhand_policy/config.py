@@ -1,13 +1,16 @@
 """SchedulerConfig: the compiled document of one pool, which the operator pushes and an engine enforces.
 
 Every default of the TenantPolicy schema is resolved here, so that an engine never needs to know the schema. The
-document is canonical JSON (keys in camel case, sorted) and its digest is the SHA-256 of that.
+document is canonical JSON (keys in camel case, sorted) and its digest is the SHA-256 of that. Bounds are checked where
+a document is decoded; `evenhand_policy.push_document` checks what no single field can say.
 """
 
 import hashlib
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 
 class LatencyClass(StrEnum):
@@ -39,6 +42,13 @@ class UnknownTenantAction(StrEnum):
     REJECT = "Reject"
 
 
+Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Weight = Annotated[int, Meta(ge=1, le=1000)]
+Name = Annotated[str, Meta(min_length=1, max_length=512)]
+KeyHash = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+
+
 class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     pass
 
@@ -46,78 +56,78 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class PoolReference(_Document, frozen=True, kw_only=True):
     """Identity of the EnginePool that a document belongs to."""
 
-    namespace: str
-    name: str
+    namespace: Name
+    name: Name
 
 
 class Prices(_Document, frozen=True, kw_only=True):
     """Cost of one token in units of service, before it is divided by the tenant's weight."""
 
-    input_token: int = 1
-    output_token: int = 2
+    input_token: Positive = 1
+    output_token: Positive = 2
 
 
 class UnknownTenants(_Document, frozen=True, kw_only=True):
     """The share of all requests without a policy of their own, taken together."""
 
     action: UnknownTenantAction = UnknownTenantAction.SHARE
-    weight: int = 1
+    weight: Weight = 1
 
 
 class Gateway(_Document, frozen=True, kw_only=True):
     """A trusted gateway: `tenant_header` counts only on requests that carry one of its keys."""
 
-    key_hashes: tuple[str, ...] = ()
-    tenant_header: str = "x-evenhand-tenant"
+    key_hashes: tuple[KeyHash, ...] = ()
+    tenant_header: Name = "x-evenhand-tenant"
 
 
 class ServiceAccountIssuer(_Document, frozen=True, kw_only=True):
     """What an engine needs to verify Kubernetes ServiceAccount tokens offline. `jwks` is an RFC 7517 key set."""
 
-    issuer: str
-    audience: str
+    issuer: Name
+    audience: Name
     jwks: dict[str, list[dict[str, str | list[str]]]]
 
 
 class Slo(_Document, frozen=True, kw_only=True):
     """Latency objectives in milliseconds; None: no objective."""
 
-    time_to_first_token_ms: int | None = None
-    inter_token_latency_ms: int | None = None
+    time_to_first_token_ms: Positive | None = None
+    inter_token_latency_ms: Positive | None = None
 
 
 class Limits(_Document, frozen=True, kw_only=True):
     """Limits of one tenant over the whole pool; None: unlimited."""
 
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    max_concurrent_requests: int | None = None
-    max_queued_requests: int | None = None
-    max_prompt_tokens: int | None = None
-    max_output_tokens: int | None = None
-    queue_timeout_ms: int | None = None
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    max_concurrent_requests: Positive | None = None
+    max_queued_requests: Natural | None = None
+    max_prompt_tokens: Positive | None = None
+    max_output_tokens: Positive | None = None
+    queue_timeout_ms: Positive | None = None
 
 
 class KvCacheShare(_Document, frozen=True, kw_only=True):
     """Share of an engine's KV blocks: guaranteed (lent while unused) and at most, in percent."""
 
-    guaranteed_percent: int = 0
-    max_percent: int = 100
-    prefix_sharing_group: str | None = None
+    guaranteed_percent: Annotated[int, Meta(ge=0, le=100)] = 0
+    max_percent: Annotated[int, Meta(ge=1, le=100)] = 100
+    prefix_sharing_group: Name | None = None
 
 
 class TenantConfig(_Document, frozen=True, kw_only=True):
     """One tenant, defaults resolved. `weight` is relative; `generation` is that of the TenantPolicy it comes from."""
 
-    tenant_id: str
+    tenant_id: Name
     uid: str = ""
-    generation: int = 0
-    weight: int = 1
+    generation: Natural = 0
+    weight: Weight = 1
     latency_class: LatencyClass = LatencyClass.STANDARD
     slo: Slo = Slo()
-    key_hashes: tuple[str, ...] = ()
-    service_accounts: tuple[str, ...] = ()
-    header_values: tuple[str, ...] = ()
+    key_hashes: tuple[KeyHash, ...] = ()
+    service_accounts: tuple[Name, ...] = ()
+    header_values: tuple[Name, ...] = ()
     limits: Limits = Limits()
     kv_cache: KvCacheShare = KvCacheShare()
     fairness: Fairness = Fairness.FIFO
@@ -134,8 +144,8 @@ class SchedulerConfig(_Document, frozen=True, kw_only=True):
     schema_version: int = 1
     cluster: str = ""
     pool: PoolReference | None = None
-    epoch: int = 0
-    revision: int = 0
+    epoch: Natural = 0
+    revision: Natural = 0
     prices: Prices = Prices()
     unknown_tenants: UnknownTenants = UnknownTenants()
     gateway: Gateway = Gateway()

@@ -1,0 +1,283 @@
+"""A real API server accepts exactly the objects that `evenhand_policy` accepts, and they mean the same to both."""
+
+import http.client
+import json
+import re
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from cluster.control_plane import ControlPlane, Object
+from evenhand_policy.crd import engine_pool_crd, tenant_policy_crd
+from evenhand_policy.decode import decode
+from evenhand_policy.errors import InvalidResourceError
+from evenhand_policy.pool import EnginePool
+from evenhand_policy.spec import TenantPolicy
+
+Answer = tuple[int, Any]
+
+
+class Resources:
+    """One keep-alive connection to the API server, for the many dry runs of a property test."""
+
+    def __init__(self, cluster: ControlPlane) -> None:
+        context = ssl.create_default_context(cafile=str(cluster.authority))
+        context.load_cert_chain(cluster.directory / "admin.crt", cluster.directory / "admin.key")
+        self._connection = http.client.HTTPSConnection(cluster.server.removeprefix("https://"), context=context)
+
+    def create(self, plural: str, obj: Object, *, dry_run: bool = True) -> Answer:
+        """Status and body of creating the object, strictly validated."""
+        path = f"/apis/evenhand.dev/v1alpha1/namespaces/default/{plural}?fieldValidation=Strict"
+        return self._send("POST", path + ("&dryRun=All" if dry_run else ""), obj)
+
+    def _send(self, method: str, path: str, body: Object) -> Answer:
+        self._connection.request(method, path, json.dumps(as_kubectl_sends(body)), {"Content-Type": "application/json"})
+        response = self._connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def as_kubectl_sends(value: Any) -> Any:
+    """The value with 4 for 4.0, as it is after kubectl has read it from YAML."""
+    if isinstance(value, dict):
+        return {key: as_kubectl_sends(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_kubectl_sends(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@pytest.fixture(scope="module")
+def resources(cluster: ControlPlane, crds: None) -> Iterator[Resources]:
+    resources = Resources(cluster)
+    yield resources
+    resources.close()
+
+
+def resource(kind: str, spec: Any, name: str = "chatbot") -> Object:
+    return {"apiVersion": "evenhand.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+TEXTS = [
+    *(
+        "a",
+        "web-1",
+        "a.b",
+        "a..b",
+        "A",
+        "X_1",
+        "example.org/app",
+        "a/b/c",
+        "!~",
+        "a b",
+        "-a",
+        "a-",
+        "a\n",
+        "\u00e9",
+        "",
+    ),
+    *("a" * 63, "a" * 64, "a" * 253, "a" * 254, "a" * 317, "a" * 318),
+    *("0ms", "1ms", "59s", "1m", "1m1ms", "1h", "60m1ms", "23h60m", "24h1ms", "99999h", "1d", "1.5s", "-1s", "1ms" * 5),
+]
+JUNK: list[Any] = [*TEXTS, None, True, False, 0, -1, 1.0, 2.5, 2**70, [], [None], {}, {"x": 1}, {"name": "a"}]
+
+
+def sound(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that keep the bounds of a schema, if not every rule between its fields."""
+    match schema:
+        case {"enum": members}:
+            return st.sampled_from(members)
+        case {"type": "string", "maxLength": most}:
+            shape = re.compile(schema.get("pattern", "").replace("$", r"\Z"))
+            return st.sampled_from([text for text in TEXTS if shape.search(text) and len(text) <= most])
+        case {"type": "integer", "minimum": least, "maximum": most}:
+            return st.integers(least, most) | st.sampled_from([least, most, float(least)])
+        case {"type": "boolean"}:
+            return st.booleans()
+        case {"type": "array", "items": {"properties": {"name": _}} as item}:
+            entries = st.lists(sound(item), max_size=3)
+            return entries.map(lambda items: [{**each, "name": f"n{index}"} for index, each in enumerate(items)])
+        case {"type": "array", "items": item}:
+            return st.lists(sound(item), max_size=3)
+        case {"additionalProperties": value}:
+            return st.dictionaries(st.sampled_from(["a", "example.org/app", "B_c"]), sound(value), max_size=3)
+        case {"properties": properties}:
+            required = set(schema.get("required", ()))
+            members = {name: sound(member) for name, member in properties.items()}
+            return st.fixed_dictionaries(
+                {name: member for name, member in members.items() if name in required},
+                optional={name: member for name, member in members.items() if name not in required},
+            ).map(lambda obj: consistent(obj, properties))
+    raise AssertionError(schema)
+
+
+def consistent(obj: Object, properties: dict[str, Any]) -> Object:
+    """The object with the members that its discriminator asks for, and no others."""
+    match obj:
+        case {"type": "APIKey", "name": name}:
+            return {"name": name, "type": "APIKey", "apiKey": {"secretRef": {"name": "keys"}}}
+        case {"type": "ServiceAccount" as kind, "name": name}:
+            return {"name": name, "type": kind, "serviceAccount": obj.get("serviceAccount", {"name": "web"})}
+        case {"type": "Header" as kind, "name": name}:
+            return {"name": name, "type": kind, "header": obj.get("header", {"value": "v"})}
+        case {"operator": "In" | "NotIn"}:
+            return obj | {"values": obj.get("values") or ["a"]}
+        case {"operator": operator, "key": key}:
+            return {"operator": operator, "key": key}
+        case {"from": "Selector" as where}:
+            return {"from": where, "selector": obj.get("selector", {})}
+    if "from" in properties:
+        return {name: value for name, value in obj.items() if name == "from"}
+    if "pushKey" in properties and not any(obj["selector"].values()):
+        return obj | {"selector": {"matchLabels": {"app": "engine"}}}
+    return obj
+
+
+def spec_schema(crd: Object) -> dict[str, Any]:
+    schema: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return schema
+
+
+KINDS: dict[str, tuple[str, type[TenantPolicy | EnginePool], dict[str, Any]]] = {
+    "TenantPolicy": ("tenantpolicies", TenantPolicy, spec_schema(tenant_policy_crd())),
+    "EnginePool": ("enginepools", EnginePool, spec_schema(engine_pool_crd())),
+}
+
+
+def edges(schema: dict[str, Any] | None) -> list[Any]:
+    """What may be just right or just wrong in the place of a value."""
+    match schema:
+        case {"enum": members}:
+            return [*members, members[0].lower(), *JUNK]
+        case {"minimum": least, "maximum": most}:
+            return [least - 1, least, most, most + 1, float(most), least + 0.5, *JUNK]
+    return JUNK
+
+
+def spoil(draw: st.DrawFn, value: Any, schema: dict[str, Any] | None) -> Any:
+    """The value with one thing in it replaced, removed or added."""
+    schema = schema or {}
+    children = list(range(len(value))) if isinstance(value, list) else sorted(value) if isinstance(value, dict) else []
+    if children and draw(st.integers(0, 4)):
+        key = draw(st.sampled_from(children))
+        below = schema.get("items") or schema.get("properties", {}).get(key) or schema.get("additionalProperties")
+        return type(value)(
+            [spoil(draw, item, below) if index == key else item for index, item in enumerate(value)]
+            if isinstance(value, list)
+            else {name: spoil(draw, item, below) if name == key else item for name, item in value.items()}
+        )
+    if isinstance(value, dict) and draw(st.booleans()):
+        if children and draw(st.booleans()):
+            gone = draw(st.sampled_from(children))
+            return {name: item for name, item in value.items() if name != gone}
+        name = draw(st.sampled_from([*sorted(schema.get("properties", {})), "x", "y z"]))
+        return value | {name: draw(st.sampled_from(edges(schema.get("properties", {}).get(name))))}
+    if isinstance(value, list) and value and draw(st.booleans()):
+        return value * draw(st.sampled_from([2, 17, 33]))
+    return draw(st.sampled_from(edges(schema)))
+
+
+@st.composite
+def specs(draw: st.DrawFn, kind: str) -> Any:
+    schema = KINDS[kind][2]
+    spec = draw(sound(schema))
+    return spoil(draw, spec, schema) if draw(st.booleans()) else spec
+
+
+def check_agreement(resources: Resources, kind: str, obj: Object) -> bool:
+    """Whether both sides accept the object; fails where they differ, or where defaults make it mean something else."""
+    plural, resource_type, _ = KINDS[kind]
+    status, answer = resources.create(plural, obj)
+    assert status in (201, 400, 422), answer
+    try:
+        ours = decode(obj, resource_type)
+    except InvalidResourceError as error:
+        assert status != 201, f"the API server accepts what we refuse: {error}"
+        return False
+    assert status == 201, f"the API server refuses what we accept: {answer['message']}"
+    assert decode(answer, resource_type).spec == ours.spec
+    return True
+
+
+AGREEMENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@settings(max_examples=300, derandomize=True, **AGREEMENT)
+@given(data=st.data())
+def test_both_sides_agree_on_generated_objects(resources: Resources, kind: str, data: st.DataObject) -> None:
+    event("accepted" if check_agreement(resources, kind, resource(kind, data.draw(specs(kind)))) else "refused")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", list(KINDS))
+@settings(max_examples=10_000, **AGREEMENT)
+@given(data=st.data())
+def test_both_sides_agree_on_very_many_objects(resources: Resources, kind: str, data: st.DataObject) -> None:
+    check_agreement(resources, kind, resource(kind, data.draw(specs(kind))))
+
+
+SELECTOR = {"matchLabels": {"app": "engine"}}
+BROKEN_RULES: list[tuple[str, Any, str]] = [
+    ("TenantPolicy", {"slo": {"timeToFirstToken": "61m"}}, "timeToFirstToken must be between 1ms and 1h"),
+    ("TenantPolicy", {"slo": {"interTokenLatency": "0ms"}}, "interTokenLatency must be between 1ms and 1m"),
+    ("TenantPolicy", {"limits": {"queueTimeout": "24h1ms"}}, "queueTimeout must be between 1ms and 24h"),
+    (
+        "TenantPolicy",
+        {"limits": {"tokensPerMinute": 10, "maxPromptTokens": 6, "maxOutputTokens": 5}},
+        "maxPromptTokens and maxOutputTokens together must not exceed tokensPerMinute",
+    ),
+    ("TenantPolicy", {"kvCache": {"guaranteedPercent": 2, "maxPercent": 1}}, "guaranteedPercent must not exceed"),
+    (
+        "TenantPolicy",
+        {"identities": [{"name": "a", "type": "Header", "apiKey": {"secretRef": {"name": "keys"}}}]},
+        "set exactly the member that type names",
+    ),
+    (
+        "TenantPolicy",
+        {"identities": [{"name": "a", "type": "Header", "header": {"value": "v"}, "serviceAccount": {"name": "w"}}]},
+        "set exactly the member that type names",
+    ),
+    ("TenantPolicy", {"tenant": "default"}, "the tenant name default is that of all requests without a policy"),
+    ("EnginePool", {"selector": {}}, "selector must not be empty"),
+    ("EnginePool", {"selector": SELECTOR, "allowedNamespaces": {"from": "Selector"}}, "set selector if and only if"),
+    (
+        "EnginePool",
+        {"selector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}},
+        "give values if and only if",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "spec", "message"), BROKEN_RULES)
+def test_a_broken_rule_is_told_in_the_same_words(resources: Resources, kind: str, spec: Any, message: str) -> None:
+    plural, resource_type, _ = KINDS[kind]
+    status, answer = resources.create(plural, resource(kind, spec))
+    assert status == 422
+    assert message in answer["message"]
+    with pytest.raises(InvalidResourceError, match=re.escape(message)):
+        decode(resource(kind, spec), resource_type)
+
+
+def rules_of(crd: Any) -> list[str]:
+    """Messages of all CEL rules in a schema."""
+    if isinstance(crd, dict):
+        own = [rule["message"] for rule in crd.get("x-kubernetes-validations", [])]
+        return own + [rule for value in crd.values() for rule in rules_of(value)]
+    return [rule for item in crd for rule in rules_of(item)] if isinstance(crd, list) else []
+
+
+def test_every_rule_is_broken_by_some_test() -> None:
+    told = {rule for rule in rules_of([tenant_policy_crd(), engine_pool_crd()]) if "immutable" not in rule}
+    assert {rule for rule in told if any(message in rule for _, _, message in BROKEN_RULES)} == told
+
+
+def test_the_default_tenant_cannot_be_taken_by_the_name_of_a_policy(resources: Resources) -> None:
+    assert not check_agreement(resources, "TenantPolicy", resource("TenantPolicy", {}, name="default"))
+    assert check_agreement(resources, "TenantPolicy", resource("TenantPolicy", {"tenant": "web"}, name="default"))

@@ -1,0 +1,78 @@
+"""Reading a document that came over the network or from disk: every doubt is an error, nothing is repaired."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
+
+SCHEMA_VERSION = 1
+
+
+class DocumentRejectedError(ValueError):
+    """A document cannot be enforced.
+
+    Attributes:
+        path: the field at fault, such as `tenants[3].weight`; empty for the document as a whole.
+        message: what is wrong.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}" if path else message)
+        self.path = path
+        self.message = message
+
+
+class _Versioned(msgspec.Struct, rename="camel"):
+    schema_version: int
+
+
+def read_document(body: bytes) -> SchedulerConfig:
+    """The config in a document.
+
+    Raises:
+        DocumentRejectedError: it is not JSON, of another schema version, out of bounds or contradicts itself.
+    """
+    try:
+        version = msgspec.json.decode(body, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            advice = f"version {version} is not {SCHEMA_VERSION}: operator and engine are too far apart; upgrade one"
+            raise DocumentRejectedError("schemaVersion", advice)
+        config = msgspec.json.decode(body, type=SchedulerConfig)
+    except msgspec.DecodeError as error:
+        message, _, path = str(error).partition(" - at `$")
+        raise DocumentRejectedError(path.rstrip("`").lstrip("."), message) from None
+    for path, message in _contradictions(config):
+        raise DocumentRejectedError(path, message)
+    return config
+
+
+def _contradictions(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
+    names = [tenant.tenant_id for tenant in config.tenants]
+    if names != sorted(set(names)):
+        yield "tenants", "not sorted by tenantId, or a tenant is in it twice"
+    if DEFAULT_TENANT_ID in names:
+        yield "tenants", f"the tenant {DEFAULT_TENANT_ID} stands for all others and cannot be configured"
+    if sum(tenant.kv_cache.guaranteed_percent for tenant in config.tenants) > 100:
+        yield "tenants", "the kvCache guarantees exceed 100 percent together"
+    for index, tenant in enumerate(config.tenants):
+        if tenant.kv_cache.guaranteed_percent > tenant.kv_cache.max_percent:
+            yield f"tenants[{index}].kvCache", "guaranteedPercent exceeds maxPercent"
+    yield from _shared_identities(config)
+
+
+def _shared_identities(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
+    """An identity of two tenants would make it a matter of chance who pays."""
+    claimed = {("keyHashes", value) for value in config.gateway.key_hashes}
+    for index, tenant in enumerate(config.tenants):
+        for field, values in _identities(tenant):
+            for value in values:
+                if (field, value) in claimed:
+                    yield f"tenants[{index}].{field}", "another tenant, the gateway or this one has the same"
+                claimed.add((field, value))
+
+
+def _identities(tenant: TenantConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "keyHashes", tenant.key_hashes
+    yield "serviceAccounts", tenant.service_accounts
+    yield "headerValues", tenant.header_values

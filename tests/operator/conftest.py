@@ -1,0 +1,165 @@
+"""Stand-ins for engine pods: the engine's own admin code, and servers that behave as no engine should."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import web
+
+from evenhand_engine.push_receiver import PushReceiver, PushSettings
+from evenhand_operator.engine_client import EngineClient, Offer
+from evenhand_operator.objects import EnginePod
+from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
+from evenhand_policy.push_protocol import CONFIG_PATH, PushKeys
+
+KEY = b"a-push-key-of-the-pool-0001"
+POOL = PoolReference(namespace="inference", name="default")
+
+
+def make_offer(
+    revision: int = 1, *, epoch: int = 1, num_replicas: int = 1, keys: PushKeys = (KEY,), weight: int = 4
+) -> Offer:
+    """What a leader would offer to the pods of `POOL`."""
+    tenants = (TenantConfig(tenant_id="chat", weight=weight),)
+    config = SchedulerConfig(cluster="c1", pool=POOL, epoch=epoch, revision=revision, tenants=tenants)
+    return Offer(config.canonical_json(), config.digest(), epoch, revision, num_replicas, keys)
+
+
+def make_pod(name: str, url: str = "http://127.0.0.1:1", *, restarts: int = 0, started_at: float = 0.0) -> EnginePod:
+    """A ready pod of `POOL`."""
+    return EnginePod(
+        key=(POOL.namespace, name),
+        uid=f"uid-{name}",
+        labels={},
+        url=url,
+        instance=f"uid-{name}/{restarts}",
+        started_at=started_at,
+        ready_since=0.0,
+    )
+
+
+class EngineStandIn:
+    """The engine's real admin code on a port of its own. `enforced` is what it was told to enforce, in order."""
+
+    def __init__(self, folder: Path, key: bytes = KEY) -> None:
+        self.keys = folder / "keys"
+        self.keys.mkdir(parents=True)
+        (self.keys / "current").write_bytes(key)
+        self._settings = PushSettings(POOL, self.keys, last_good=folder / "last-good.json")
+        self.enforced: list[tuple[SchedulerConfig, int]] = []
+        self.num_requests = 0
+        self.url = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """As if the process had been killed and started."""
+        self.receiver = PushReceiver(self._settings, lambda config, replicas: self.enforced.append((config, replicas)))
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """The admin port."""
+        self.num_requests += 1
+        receiver = self.receiver
+        return await (receiver.put_config(request) if request.method == "PUT" else receiver.show_config(request))
+
+    @property
+    def revision(self) -> int:
+        """Of what is in force."""
+        return self.receiver.in_force.config.revision
+
+
+Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextlib.asynccontextmanager
+async def serving(handle: Handle) -> AsyncIterator[str]:
+    """A server on a free port; yields its URL."""
+    app = web.Application(client_max_size=0)
+    app.router.add_route("*", CONFIG_PATH, handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield site.name if not site.name.endswith(":0") else f"http://127.0.0.1:{_port(runner)}"
+    finally:
+        await runner.cleanup()
+
+
+def _port(runner: web.AppRunner) -> int:
+    return int(runner.addresses[0][1])
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[[Handle], Awaitable[str]]]:
+    """Starts servers that the test's end stops."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(handle: Handle) -> str:
+            return await stack.enter_async_context(serving(handle))
+
+        yield start
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, serve: Callable[[Handle], Awaitable[str]]) -> Callable[..., Awaitable[EngineStandIn]]:
+    """Starts engine stand-ins."""
+
+    async def start(name: str = "pod-0", key: bytes = KEY) -> EngineStandIn:
+        stand_in = EngineStandIn(tmp_path / name, key)
+        stand_in.url = await serve(stand_in.handle)
+        return stand_in
+
+    return start
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[EngineClient]:
+    """The operator's way to its pods."""
+    client = EngineClient()
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def hasty_client() -> AsyncIterator[EngineClient]:
+    """The same with little patience."""
+    client = EngineClient(request_seconds=0.3)
+    yield client
+    await client.close()
+
+
+class Changes:
+    """Counts notifications and lets a test wait for what they bring."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = asyncio.Condition()
+
+    def notify(self, *_: object) -> None:
+        """To be called on a change."""
+        self.count += 1
+        asyncio.get_running_loop().create_task(self._wake())
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, holds: Callable[[], bool], timeout: float = 10) -> None:
+        """Returns once it holds, looked at after every change."""
+        async with asyncio.timeout(timeout), self._changed:
+            await self._changed.wait_for(holds)
+
+
+@pytest.fixture
+def make() -> SimpleNamespace:
+    """The helpers of this file, for test modules, which cannot import it."""
+    return SimpleNamespace(offer=make_offer, pod=make_pod)
+
+
+@pytest.fixture
+def changes() -> Changes:
+    """Notifications of one test."""
+    return Changes()
