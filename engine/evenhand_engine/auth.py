@@ -1,0 +1,121 @@
+"""Authenticator: from a request's headers to its tenant. A tenant is proved, never claimed.
+
+Built anew from each SchedulerConfig and immutable. Pure but for the time at which ServiceAccount tokens are checked.
+It never keeps, logs or returns a credential.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import jwt
+
+from evenhand_engine.errors import Refusal
+from evenhand_policy.config import (
+    DEFAULT_TENANT_ID,
+    SchedulerConfig,
+    ServiceAccountIssuer,
+    UnknownTenantAction,
+)
+
+_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"]  # asymmetric only: no key confusion
+_CLOCK_SKEW_SECONDS = 30
+
+
+class Authenticator:
+    """Who may use the engine, as one config says.
+
+    A credential is an API key or a Kubernetes ServiceAccount token, in `Authorization: Bearer`. On a request with a
+    gateway's key the config's tenant header names the tenant; on any other request that header means nothing. Where
+    neither config nor command line knows any credential, and requests without one are served, one is not looked at:
+    OpenAI's clients cannot leave it out.
+
+    Args:
+        config: the config to enforce.
+        anonymous: whether a request without credential is served as the default tenant.
+        shared_keys: API keys that admit to the default tenant, whatever the config says.
+    """
+
+    def __init__(self, config: SchedulerConfig, *, anonymous: bool = True, shared_keys: Iterable[str] = ()) -> None:
+        self._anonymous = anonymous
+        self._shares_with_unknown = config.unknown_tenants.action is UnknownTenantAction.SHARE
+        # Looked up by SHA-256, so how long a look-up takes says nothing about the key.
+        self._tenants_by_key = {hash_key(key): DEFAULT_TENANT_ID for key in shared_keys}
+        self._tenants_by_key |= {key: tenant.tenant_id for tenant in config.tenants for key in tenant.key_hashes}
+        self._tenants_by_subject = {s: tenant.tenant_id for tenant in config.tenants for s in tenant.service_accounts}
+        self._tenants_by_header = {v: tenant.tenant_id for tenant in config.tenants for v in tenant.header_values}
+        self._gateway_keys = frozenset(config.gateway.key_hashes)
+        self._tenant_header = config.gateway.tenant_header
+        self._is_open = anonymous and not (self._tenants_by_key or self._gateway_keys or config.service_accounts)
+        self._tokens = None if config.service_accounts is None else _TokenVerifier(config.service_accounts)
+
+    def authenticate(self, headers: Mapping[str, str]) -> str:
+        """The tenant's id; raises Refusal 401 without a valid credential, 403 if a valid one has no tenant."""
+        scheme, _, credential = headers.get("Authorization", "").strip().partition(" ")
+        credential = credential.strip()
+        if not scheme or self._is_open:
+            return self._anonymous_tenant()
+        if scheme.lower() != "bearer" or not credential:
+            raise _unauthorized("The Authorization header must be `Bearer` and an API key.")
+        key_hash = hash_key(credential)
+        if key_hash in self._gateway_keys:
+            value = headers.get(self._tenant_header)
+            return self._known_or_shared(None if value is None else self._tenants_by_header.get(value))
+        if (tenant_id := self._tenants_by_key.get(key_hash)) is not None:
+            return tenant_id
+        if self._tokens is not None and credential.count(".") == 2:
+            return self._known_or_shared(self._tenants_by_subject.get(self._tokens.subject(credential)))
+        raise _unauthorized("The API key is not valid here.")
+
+    def _anonymous_tenant(self) -> str:
+        if self._anonymous and self._shares_with_unknown:
+            return DEFAULT_TENANT_ID
+        raise _unauthorized("An API key is needed: send `Authorization: Bearer` and the key.")
+
+    def _known_or_shared(self, tenant_id: str | None) -> str:
+        if tenant_id is not None:
+            return tenant_id
+        if self._shares_with_unknown:
+            return DEFAULT_TENANT_ID
+        raise Refusal(403, "unknown_tenant", "The credential is valid, but no TenantPolicy claims it.")
+
+
+class _TokenVerifier:
+    """Verifies ServiceAccount tokens offline against the cluster's published keys."""
+
+    def __init__(self, issuer: ServiceAccountIssuer) -> None:
+        self._issuer = issuer
+        try:
+            keys = jwt.PyJWKSet.from_dict({"keys": issuer.jwks.get("keys", [])}).keys
+        except jwt.PyJWTError:
+            keys = []  # no key that we can use: no token is valid
+        self._keys = {key.key_id: key for key in keys}
+
+    def subject(self, token: str) -> str:
+        """The token's `sub`, as system:serviceaccount:NAMESPACE:NAME; raises Refusal 401 if it is not valid."""
+        try:
+            key = self._keys.get(jwt.get_unverified_header(token).get("kid"))
+            if key is None:
+                raise _unauthorized("The token is signed with a key that is not known here.")
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=_ALGORITHMS,
+                issuer=self._issuer.issuer,
+                audience=self._issuer.audience,
+                leeway=_CLOCK_SKEW_SECONDS,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.ExpiredSignatureError as error:
+            raise _unauthorized("The token has expired.") from error
+        except jwt.PyJWTError as error:
+            raise _unauthorized("The token is not valid here.") from error
+        return str(claims["sub"])
+
+
+def hash_key(key: str) -> str:
+    """How a config names an API key: `sha256:` and the hexadecimal SHA-256."""
+    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _unauthorized(message: str) -> Refusal:
+    return Refusal(401, "invalid_api_key", message)

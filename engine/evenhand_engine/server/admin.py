@@ -1,0 +1,137 @@
+"""The admin application, on a port that tenants must not reach: what is enforced, and each tenant's live state.
+
+Health and metrics are for anybody who reaches the port; the rest is for this machine, since it names tenants.
+"""
+
+import ipaddress
+import math
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from evenhand_engine.admission import TenantAccount
+from evenhand_engine.errors import Refusal
+from evenhand_engine.messages import TenantStats
+from evenhand_engine.quota import TokenBucket
+from evenhand_engine.server.app import Handler, answer_errors, log_access, show_health, show_ready
+from evenhand_engine.server.responses import json_response, metrics_response
+from evenhand_engine.server.service import SERVICE, Service
+from evenhand_engine.share_tracker import Share
+
+
+def build_admin_app(service: Service) -> web.Application:
+    app = web.Application(middlewares=[log_access, answer_errors, require_loopback])
+    app[SERVICE] = service
+    app.add_routes(
+        [
+            web.get("/v1/scheduler-config", show_config),
+            web.get("/v1/tenants", list_tenants),
+            web.get("/metrics", show_metrics),
+            web.get("/health", show_health),
+            web.get("/ready", show_ready),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def require_loopback(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.match_info.handler not in _OPEN_HANDLERS and not _is_loopback(request.remote):
+        raise Refusal(403, "not_local", "This is answered to requests from the machine itself only.")
+    return await handler(request)
+
+
+def _is_loopback(remote: str | None) -> bool:
+    return remote is not None and ipaddress.ip_address(remote).is_loopback
+
+
+async def show_config(request: web.Request) -> web.Response:
+    """The config in force, where it came from, and why a newer one is not. It holds hashes of keys, never keys."""
+    service = request.app[SERVICE]
+    state = service.config_state
+    stats = service.engine.stats
+    return json_response(
+        {
+            "source": state.source,
+            "path": None if service.settings.policies is None else str(service.settings.policies),
+            "digest": state.digest,
+            "appliedAt": state.applied_at,
+            "engineDigest": None if stats is None else stats.config_digest,
+            "error": state.error,
+            "rejectedAt": state.rejected_at,
+            "config": msgspec.to_builtins(state.config),
+        }
+    )
+
+
+async def list_tenants(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    shares, now = service.shares.shares(), time.monotonic()
+    accounts = service.admission.accounts
+    return json_response(
+        {
+            "tenants": [
+                _tenant(tenant_id, account, service.tenants.get(tenant_id), shares.get(tenant_id), now)
+                for tenant_id, account in sorted(accounts.items())
+            ],
+            # served to the end of what they have begun, under the share of unknown tenants
+            "deletedTenants": [
+                {"tenantId": tenant.tenant_id} | _work(tenant)
+                for tenant in service.tenants.values()
+                if tenant.tenant_id not in accounts and (tenant.num_running or tenant.num_waiting)
+            ],
+        }
+    )
+
+
+def _tenant(
+    tenant_id: str, account: TenantAccount, stats: TenantStats | None, share: Share | None, now: float
+) -> dict[str, Any]:
+    config = account.config
+    return {
+        "tenantId": tenant_id,
+        "weight": config.weight,
+        "latencyClass": config.latency_class,
+        "enforcement": config.enforcement,
+        "suspended": config.suspended,
+        "inFlight": account.num_in_flight,
+        **(_work(stats) if stats is not None else {}),
+        "attainedShare": None if share is None else round(share.attained, 4),
+        "entitledShare": None if share is None else round(share.entitled, 4),
+        "quota": {"requests": _quota(account.requests, now), "tokens": _quota(account.tokens, now)},
+        "refusals": account.refusals,
+        "audited": account.audited,
+    }
+
+
+def _work(stats: TenantStats) -> dict[str, Any]:
+    return {
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "kvBlocks": stats.num_kv_blocks,
+        "service": stats.service,
+        "virtualService": stats.virtual_service,
+        "ahead": stats.ahead,
+        "preemptions": stats.num_preemptions,
+        "promptTokens": stats.num_prompt_tokens,
+        "generationTokens": stats.num_generation_tokens,
+    }
+
+
+def _quota(bucket: TokenBucket | None, now: float) -> dict[str, Any] | None:
+    if bucket is None:
+        return None
+    return {
+        "limitPerMinute": bucket.limit,
+        "remaining": max(0, math.floor(bucket.level(now))),
+        "secondsUntilFull": round(bucket.seconds_until_full(now), 1),
+    }
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    return metrics_response(request.app[SERVICE].metrics.admin_text())
+
+
+_OPEN_HANDLERS = {show_health, show_ready, show_metrics}

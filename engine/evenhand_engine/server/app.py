@@ -1,0 +1,185 @@
+"""The public application: OpenAI's routes and what stands around every one of them.
+
+Outermost first: request id and access log, errors as OpenAI's error body, refusal while draining, authentication.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+
+from aiohttp import web
+
+from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.quota import TokenBucket
+from evenhand_engine.server.chat import create_chat_completion
+from evenhand_engine.server.completions import create_completion
+from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_http
+from evenhand_engine.server.requests import request_id
+from evenhand_engine.server.responses import json_response, metrics_response
+from evenhand_engine.server.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.server.tokens import detokenize, tokenize
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("evenhand.access")
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only in the log
+_RESTART_SECONDS = 10.0
+_NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody's
+
+
+def build_app(service: Service) -> web.Application:
+    app = web.Application(
+        middlewares=[log_access, answer_errors, authenticate], client_max_size=service.settings.max_request_bytes
+    )
+    app[SERVICE] = service
+    app.on_response_prepare.append(_add_headers)
+    app.add_routes(
+        [
+            web.post("/v1/completions", create_completion),
+            web.post("/v1/chat/completions", create_chat_completion),
+            web.get("/v1/models", list_models),
+            web.get("/v1/models/{model:.+}", show_model),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+            web.get("/health", show_health),
+            web.get("/ready", show_ready),
+            web.get("/ping", show_health),
+            web.post("/ping", show_health),
+            web.get("/version", show_version),
+            web.get("/metrics", show_metrics),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def log_access(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One line for each request: never a credential, a prompt or an output."""
+    request[REQUEST_ID] = request_id(request)
+    started_at = time.monotonic()
+    status = _CLIENT_CLOSED_REQUEST
+    reason = ""
+    try:
+        response = await handler(request)
+        status, reason = response.status, response.headers.get("X-Evenhand-Reason", "")
+        return response
+    finally:
+        fields = {
+            "method": request.method,
+            "path": request.path,
+            "status": status,
+            "tenant": request.get(TENANT_ID, ""),
+            "reason": reason,
+            "request_id": request[REQUEST_ID],
+            "seconds": round(time.monotonic() - started_at, 4),
+        }
+        level = logging.DEBUG if request.match_info.handler in _PROBES else logging.INFO
+        access_log.log(level, "request", extra={"fields": fields})
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        return refuse(request, refusal)
+    except EngineDeadError as error:
+        return refuse(request, refuse_dead_engine(error))
+    except web.HTTPException as error:
+        return refuse(request, refuse_http(error))
+    except ConnectionResetError:
+        raise
+    except Exception:
+        log.exception("request failed", extra={"fields": {"request_id": request[REQUEST_ID]}})
+        return refuse(request, Refusal(500, "internal_error", "The server failed to answer.", retry_after=1))
+
+
+def refuse(request: web.Request, refusal: Refusal) -> web.Response:
+    request.app[SERVICE].metrics.count_refusal(request.get(TENANT_ID, _NO_TENANT), refusal.code)
+    return error_response(refusal)
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Before the body is read: a stranger costs a hash and no memory."""
+    service = request.app[SERVICE]
+    if request.match_info.handler in _PROBES:
+        return await handler(request)
+    request[TENANT_ID] = service.authenticator.authenticate(request.headers)
+    if service.draining:
+        raise _draining()
+    with service.active:
+        return await handler(request)
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+    if (tenant_id := request.get(TENANT_ID)) is None:
+        return
+    now = time.monotonic()
+    account = request.app[SERVICE].admission.account(tenant_id)
+    for unit, bucket in (("requests", account.requests), ("tokens", account.tokens)):
+        if bucket is not None:
+            _add_rate_limit(response, unit, bucket, now)
+
+
+def _add_rate_limit(response: web.StreamResponse, unit: str, bucket: TokenBucket, now: float) -> None:
+    response.headers[f"x-ratelimit-limit-{unit}"] = str(bucket.limit)
+    response.headers[f"x-ratelimit-remaining-{unit}"] = str(max(0, math.floor(bucket.level(now))))
+    response.headers[f"x-ratelimit-reset-{unit}"] = f"{math.ceil(bucket.seconds_until_full(now))}s"
+
+
+async def list_models(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    return json_response({"object": "list", "data": [_model(service, name) for name in service.model_names]})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    service, name = request.app[SERVICE], request.match_info["model"]
+    service.check_model(name)
+    return json_response(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "evenhand",
+        "root": service.ready.model_name,
+        "parent": None,
+        "max_model_len": service.ready.max_model_len,
+    }
+
+
+async def show_health(request: web.Request) -> web.Response:
+    """200 with an empty body, as vLLM's, only while the engine makes progress."""
+    problem = request.app[SERVICE].health(time.monotonic())
+    return web.Response() if problem is None else error_response(Refusal(503, "unhealthy", problem, retry_after=1))
+
+
+async def show_ready(request: web.Request) -> web.Response:
+    """Like /health, and 503 as soon as the server drains, so that nothing new is sent here."""
+    if request.app[SERVICE].draining:
+        return error_response(_draining())
+    return await show_health(request)
+
+
+async def show_version(request: web.Request) -> web.Response:
+    return json_response({"version": version("evenhand")})
+
+
+def _draining() -> Refusal:
+    return Refusal(503, "draining", "The server is shutting down.", retry_after=_RESTART_SECONDS)
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """The `vllm:*` set, which says nothing of tenants; theirs is on the admin port."""
+    return metrics_response(request.app[SERVICE].metrics.public_text())
+
+
+_PROBES = {show_health, show_ready, show_version, show_metrics}

@@ -1,0 +1,69 @@
+"""POST /v1/completions."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from evenhand_engine.errors import Refusal
+from evenhand_engine.server.generation import begin
+from evenhand_engine.server.requests import read_body
+from evenhand_engine.server.schema import CompletionRequest, parse_body
+from evenhand_engine.server.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.server.stream import answer
+
+
+@dataclass(frozen=True, slots=True)
+class _CompletionFormat:
+    completion_id: str
+    model: str
+    created: int
+    echoes: list[str] | None  # the prompts' texts, to be written before the outputs
+
+    def envelope(self, *, streamed: bool) -> dict[str, Any]:
+        return {
+            "id": self.completion_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None if self.echoes is None else self._choice(index, self.echoes[index], None)
+
+    def choice(self, index: int, text: str, finish_reason: str | None, *, streamed: bool) -> dict[str, Any]:
+        echo = "" if streamed or self.echoes is None else self.echoes[index]
+        return self._choice(index, echo + text, finish_reason)
+
+    def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
+    service.admission.check(tenant_id, 1, time.monotonic())
+    body = parse_body(await read_body(request), CompletionRequest)
+    service.check_model(body.model)
+    prompts = await _token_ids(service, tenant_id, body)
+    form = _CompletionFormat(
+        completion_id=f"cmpl-{request[REQUEST_ID]}",
+        model=body.model or service.model_names[0],
+        created=int(time.time()),
+        echoes=[service.tokenizer.decode(prompt) for prompt in prompts] if body.echo else None,
+    )
+    with begin(service, tenant_id, body, prompts, body.max_tokens) as generations:
+        return await answer(request, body, generations, form)
+
+
+async def _token_ids(service: Service, tenant_id: str, body: CompletionRequest) -> list[list[int]]:
+    vocab_size = service.tokenizer.vocab_size
+    token_ids: list[list[int]] = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            prompt = await service.encode(tenant_id, prompt, body.add_special_tokens is not False)
+        elif max(prompt, default=0) >= vocab_size:
+            message = f"Token id {max(prompt)} is not in the vocabulary of {vocab_size}."
+            raise Refusal(400, "invalid_value", message, param="prompt")
+        token_ids.append(prompt)
+    return token_ids

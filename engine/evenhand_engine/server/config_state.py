@@ -1,0 +1,54 @@
+"""ConfigState: which SchedulerConfig is in force, where it came from, and what became of the last one offered."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from evenhand_policy.config import SchedulerConfig
+
+
+class ConfigSource(StrEnum):
+    """Where a config came from."""
+
+    DEFAULT = "default"  # nothing was given: everybody is the default tenant
+    FILES = "files"
+
+
+@dataclass(slots=True)
+class ConfigState:
+    """What is enforced, and how it came about.
+
+    Attributes:
+        config, source, digest, applied_at: of the config in force.
+        error, rejected_at: of the last config offered, if it was rejected; None if it is in force.
+        results: how many configs were `applied` and `rejected`.
+    """
+
+    config: SchedulerConfig
+    source: ConfigSource
+    digest: str = ""
+    applied_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    error: str | None = None
+    rejected_at: datetime | None = None
+    results: Counter[str] = field(default_factory=lambda: Counter(applied=0, rejected=0))
+
+    def __post_init__(self) -> None:
+        self.digest = self.config.digest()
+
+    def apply(self, config: SchedulerConfig, source: ConfigSource) -> bool:
+        """Note that `config` is the one offered last; returns whether it differs from the one in force."""
+        self.error = self.rejected_at = None
+        digest = config.digest()
+        if digest == self.digest:
+            return False
+        self.config, self.source, self.digest = config, source, digest
+        self.applied_at = datetime.now(UTC)
+        self.results["applied"] += 1
+        return True
+
+    def reject(self, error: str) -> None:
+        """Note that the config offered last was rejected; what is in force stays."""
+        self.error = error
+        self.rejected_at = datetime.now(UTC)
+        self.results["rejected"] += 1

@@ -1,0 +1,250 @@
+"""Shared by the engine's tests: a small tokenizer, a scripted engine core, and the server around them."""
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import openai
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.messages import (
+    AddRequest,
+    EngineReady,
+    FromCore,
+    RequestOutput,
+    Shutdown,
+    StepOutputs,
+    ToCore,
+)
+from evenhand_engine.request import FinishReason
+from evenhand_engine.server.run import Running, start_server
+from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.tokenizer import Tokenizer
+
+WAIT_SECONDS = 20.0
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
+"""
+CORPUS = [
+    "The capital of France is Paris. The capital of Italy is Rome, isn't it?",
+    "Ein Käse für 3 €, naïve façade; 東京は日本の首都です。 👩‍🚀 flew past 🪐!",
+]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory without weights: byte-level BPE of a few hundred tokens, and a chat template."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS[:1], trainer)  # so that the second text's code points stay split in bytes
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return directory
+
+
+class _ThreadProcess:
+    """Stands for the core's process, while the core is a thread of this one."""
+
+    def join(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+M = TypeVar("M", bound=ToCore)
+Reply = Callable[[AddRequest], Iterable[RequestOutput]]
+
+
+@dataclass
+class ScriptedCore:
+    """The other end of the pipe. Answers every request at once with `reply`, or leaves it to the test.
+
+    Attributes:
+        reply: the outputs of a request; None: the test sends them itself.
+        received: what the HTTP side sent, in order.
+    """
+
+    reply: Reply | None = None
+    received: "queue.Queue[ToCore]" = field(default_factory=queue.Queue)
+    max_model_len: int = 256
+    _connection: Connection | None = None
+
+    def spawn(self, config: EngineConfig) -> tuple[_ThreadProcess, Connection]:
+        theirs, self._connection = Pipe(duplex=True)
+        self.start()
+        threading.Thread(target=self._run, args=(self._connection,), name="scripted-core", daemon=True).start()
+        return _ThreadProcess(), theirs
+
+    def start(self) -> None:
+        self.send(
+            EngineReady(
+                model_name="tiny",
+                max_model_len=self.max_model_len,
+                num_kv_blocks=64,
+                block_size=16,
+                dtype="float32",
+                device="cpu",
+            )
+        )
+
+    def _run(self, connection: Connection) -> None:
+        decoder = msgspec.msgpack.Decoder(ToCore)
+        try:
+            while True:
+                message = decoder.decode(connection.recv_bytes())
+                self.received.put(message)
+                if isinstance(message, Shutdown):
+                    return self.die()
+                if isinstance(message, AddRequest) and self.reply is not None:
+                    for output in self.reply(message):
+                        self.output(output)
+        except (EOFError, OSError):
+            return None
+
+    def send(self, message: FromCore) -> None:
+        assert self._connection is not None
+        self._connection.send_bytes(msgspec.msgpack.encode(message))
+
+    def output(self, *outputs: RequestOutput) -> None:
+        self.send(StepOutputs(outputs=outputs))
+
+    def expect(self, kind: type[M]) -> M:
+        """The next message of this kind; fails if none comes."""
+        while True:
+            message = self.received.get(timeout=WAIT_SECONDS)
+            if isinstance(message, kind):
+                return message
+
+    def die(self) -> None:
+        """End the connection as the end of the process would, also under the feet of the thread that reads."""
+        assert self._connection is not None
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Server:
+    """A server in a thread of its own, and clients for it."""
+
+    running: Running
+    core: ScriptedCore
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+    @property
+    def admin_url(self) -> str:
+        return self.running.admin_url
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**self._options(options))
+
+    def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._options(options))
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        defaults = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": WAIT_SECONDS}
+        return defaults | options
+
+
+class _Thread:
+    """Runs `start_server` in a thread with its own event loop, until it is told to stop."""
+
+    def __init__(self, settings: ServerSettings, config: EngineConfig, core: ScriptedCore) -> None:
+        self._args = settings, config, core
+        self._started: Future[Running] = Future()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="server")
+        self._thread.start()
+
+    async def _serve(self) -> None:
+        settings, config, core = self._args
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            async with start_server(settings, config, spawn=core.spawn) as running:
+                self._started.set_result(running)
+                await self._stopping.wait()
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    def running(self) -> Running:
+        return self._started.result(WAIT_SECONDS)
+
+    def stop(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+
+Serve = Callable[..., Server]
+Say = Callable[[str], Reply]
+
+
+@pytest.fixture
+def serve(model_dir: Path) -> Iterator[Serve]:
+    """Starts servers on free ports around a scripted core: `serve(reply, **ServerSettings fields)`."""
+    with contextlib.ExitStack() as stack:
+
+        def start(reply: Reply | None = None, *, core: ScriptedCore | None = None, **settings: Any) -> Server:
+            core = core or ScriptedCore(reply)
+            defaults: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
+            thread = _Thread(ServerSettings(**defaults | settings), EngineConfig(model=str(model_dir)), core)
+            stack.callback(thread.stop)
+            return Server(thread.running(), core)
+
+        yield start
+
+
+@pytest.fixture
+def say(model_dir: Path) -> Say:
+    """`say(text)`: a reply of that text, a token at a time, then the end of sequence, within max_tokens."""
+    tokenizer = Tokenizer(model_dir)
+    eos = min(tokenizer.eos_token_ids)
+
+    def make(text: str) -> Reply:
+        token_ids = [*tokenizer.encode(text), eos]
+
+        def reply(request: AddRequest) -> Iterator[RequestOutput]:
+            yield RequestOutput(request_id=request.request_id, num_cached_tokens=3)
+            limit = request.sampling_params.max_tokens
+            for number, token_id in enumerate(token_ids[:limit], 1):
+                reason = None
+                if token_id in request.sampling_params.stop_token_ids:
+                    reason = FinishReason.STOP
+                elif number == limit:
+                    reason = FinishReason.LENGTH
+                yield RequestOutput(request_id=request.request_id, token_ids=(token_id,), finish_reason=reason)
+
+        return reply
+
+    return make

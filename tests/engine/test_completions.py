@@ -1,0 +1,233 @@
+"""The OpenAI API, driven by the official client against a scripted engine core."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from evenhand_engine.messages import AbortRequest, AddRequest, RequestOutput
+from evenhand_engine.request import FinishReason
+from evenhand_engine.tokenizer import Tokenizer
+
+from .conftest import Say, Serve, Server
+
+PARIS = "The capital of France is Paris."
+UNICODE = "Käse 3 €, 東京 👩‍🚀🪐!"
+
+
+@pytest.fixture
+def paris(serve: Serve, say: Say) -> Server:
+    return serve(say(PARIS))
+
+
+def ask(client: openai.OpenAI | openai.AsyncOpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "What is the capital of France?"}], **options
+    )
+
+
+def test_chat(paris: Server) -> None:
+    answer = ask(paris.client())
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.content == PARIS
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    request = paris.core.expect(AddRequest)
+    usage = answer.usage
+    assert usage.prompt_tokens == len(request.prompt_token_ids)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_chat_renders_the_template(paris: Server, model_dir: Path) -> None:
+    ask(paris.client())
+    prompt = Tokenizer(model_dir).decode(paris.core.expect(AddRequest).prompt_token_ids, skip_special_tokens=False)
+    assert prompt == "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_chat_stream(paris: Server) -> None:
+    chunks = list(ask(paris.client(), stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == PARIS
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
+    assert all(chunk.usage is None for chunk in chunks)
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert len(chunks) > 3, "the text comes as it is generated"
+
+
+def test_stream_usage(paris: Server) -> None:
+    *chunks, last = ask(paris.client(), stream=True, stream_options={"include_usage": True})
+    assert last.choices == []
+    assert last.usage.completion_tokens > 3
+    assert last.usage.prompt_tokens_details.cached_tokens == 3
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_stream_continuous_usage(paris: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [chunk.usage.completion_tokens for chunk in ask(paris.client(), stream=True, stream_options=options)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+async def test_async_clients_at_once(paris: Server) -> None:
+    async with paris.async_client() as client:
+        answers = await asyncio.gather(*(ask(client) for _ in range(20)))
+    assert {answer.choices[0].message.content for answer in answers} == {PARIS}
+    assert len({answer.id for answer in answers}) == 20
+
+
+async def test_async_stream(paris: Server) -> None:
+    async with paris.async_client() as client:
+        stream = await ask(client, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == PARIS
+
+
+def test_completion_default_is_16_tokens(serve: Serve, say: Say) -> None:
+    server = serve(say("a" * 100))
+    answer = server.client().completions.create(model="tiny", prompt="x")
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.object == "text_completion"
+
+
+def test_completion_prompts(serve: Serve, say: Say) -> None:
+    server = serve(say(PARIS))
+    create = server.client().completions.create
+    texts = create(model="tiny", prompt=["one", "two"], max_tokens=50)
+    assert [choice.index for choice in texts.choices] == [0, 1]
+    assert [choice.text for choice in texts.choices] == [PARIS, PARIS]
+    sent = [server.core.expect(AddRequest).prompt_token_ids for _ in range(2)]
+    ids = create(model="tiny", prompt=sent, max_tokens=50)
+    assert [server.core.expect(AddRequest).prompt_token_ids for _ in range(2)] == sent
+    assert ids.usage.prompt_tokens == texts.usage.prompt_tokens == sum(map(len, sent))
+    assert create(model="tiny", prompt=sent[0], max_tokens=50).choices[0].text == PARIS
+    assert server.core.expect(AddRequest).prompt_token_ids == sent[0]
+
+
+def test_completion_stream_of_two_prompts(paris: Server) -> None:
+    texts = ["", ""]
+    stream = paris.client().completions.create(model="tiny", prompt=["one", "two"], stream=True, max_tokens=50)
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [PARIS, PARIS]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(paris: Server, stream: bool) -> None:
+    answer = paris.client().completions.create(model="tiny", prompt="Say: ", echo=True, stream=stream, max_tokens=50)
+    chunks = list(answer) if stream else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "Say: " + PARIS
+
+
+def test_stream_never_splits_a_character(serve: Serve, say: Say) -> None:
+    server = serve(say(UNICODE))
+    pieces = [c.choices[0].delta.content for c in ask(server.client(), stream=True) if c.choices[0].delta.content]
+    assert "".join(pieces) == UNICODE
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_text_and_the_request(serve: Serve, say: Say, stream: bool) -> None:
+    core_reply = say(PARIS)
+
+    def endless(request: AddRequest) -> Iterator[RequestOutput]:
+        yield from (o for o in core_reply(request) if o.finish_reason is None)
+
+    server = serve(endless)
+    answer = ask(server.client(), stop=["Rome", "Paris"], stream=stream)
+    if stream:
+        chunks = list(answer)
+        text, reason = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert (text, reason) == ("The capital of France is ", "stop")
+    abort = server.core.expect(AbortRequest)
+    assert abort.reason is FinishReason.STOP
+    if not stream:
+        assert abort.num_output_tokens == answer.usage.completion_tokens
+
+
+def test_stop_string_included_on_request(paris: Server) -> None:
+    answer = ask(paris.client(), stop=["France"], extra_body={"include_stop_str_in_output": True})
+    assert answer.choices[0].message.content == "The capital of France"
+
+
+def test_sampling_parameters_arrive(paris: Server) -> None:
+    ask(
+        paris.client(),
+        temperature=0.5,
+        top_p=0.9,
+        seed=-1,
+        max_tokens=7,
+        extra_body={"top_k": -1, "min_tokens": 2, "stop_token_ids": [9]},
+    )
+    params = paris.core.expect(AddRequest).sampling_params
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.9, 0, 7)
+    assert params.seed == 2**63 - 1
+    assert params.min_tokens == 2
+    assert params.stop_token_ids == {2, 9}
+    ask(paris.client(), max_tokens=3, extra_body={"ignore_eos": True})
+    assert paris.core.expect(AddRequest).sampling_params.stop_token_ids == frozenset()
+
+
+def test_chat_without_max_tokens_may_fill_the_context(paris: Server) -> None:
+    ask(paris.client())
+    request = paris.core.expect(AddRequest)
+    assert len(request.prompt_token_ids) + request.sampling_params.max_tokens == paris.core.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "code"),
+    [
+        (FinishReason.QUEUE_TIMEOUT, 503, "queue_timeout"),
+        (FinishReason.TENANT_SUSPENDED, 403, "tenant_suspended"),
+        (FinishReason.OVERLOADED, 503, "overloaded"),
+        (FinishReason.ERROR, 500, "engine_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refused_in_the_queue_is_a_status(
+    serve: Serve, reason: FinishReason, status: int, code: str, stream: bool
+) -> None:
+    server = serve(lambda request: [RequestOutput(request_id=request.request_id, finish_reason=reason)])
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server.client(), stream=stream)
+    assert caught.value.status_code == status
+    assert caught.value.code == code
+    assert caught.value.response.headers["X-Evenhand-Reason"] == code
+
+
+def test_error_in_a_stream_is_an_event(serve: Serve, say: Say) -> None:
+    def reply(request: AddRequest) -> Iterator[RequestOutput]:
+        outputs = list(say(PARIS)(request))
+        yield from outputs[:3]
+        yield RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR)
+
+    text = ""
+    with pytest.raises(openai.APIError) as caught:
+        for chunk in ask(serve(reply).client(), stream=True):
+            text += chunk.choices[0].delta.content or ""
+    assert caught.value.code == "engine_error"
+    assert text
+
+
+def test_models(paris: Server) -> None:
+    models = paris.client().models.list().data
+    assert [model.id for model in models] == ["tiny"]
+    assert models[0].max_model_len == paris.core.max_model_len
+    assert paris.client().models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        paris.client().models.retrieve("gpt-4")
+
+
+def test_served_model_names(serve: Serve, say: Say) -> None:
+    client = serve(say(PARIS), served_model_names=("a", "b/c")).client()
+    assert [model.id for model in client.models.list().data] == ["a", "b/c"]
+    assert client.completions.create(model="b/c", prompt="x").model == "b/c"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="tiny", prompt="x")
+    assert caught.value.code == "model_not_found"
