@@ -135,7 +135,7 @@ def jain_index(shares: Sequence[float]) -> float:
     return float(values.sum()) ** 2 / (len(values) * squares) if squares else 1.0
 
 
-def slo_attainment(values: Sequence[float], objective: float, num_missing: int = 0) -> float:
+def slo_attainment(values: Sequence[float] | FloatArray, objective: float, num_missing: int = 0) -> float:
     """Share of `values` that are within `objective`; those that never came (`num_missing`) miss it. Nothing asked: 1."""
     total = len(values) + num_missing
     return float((np.asarray(values) <= objective).sum()) / total if total else 1.0

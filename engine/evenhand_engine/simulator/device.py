@@ -4,12 +4,18 @@ A step's time is linear in what the step computes, which fits measured engines w
 number of tokens the slopes change, because the machine is then bound by arithmetic instead of memory.
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from evenhand_engine.batch import Batch
+from evenhand_engine.errors import StartupError
+
+FEWEST_STEPS = 8
+"""A fit has five unknowns; fewer steps than this say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class Device:
 
     Attributes:
         num_kv_tokens: tokens that its KV cache holds.
+        max_num_batched_tokens, max_num_seqs: what the engine is started with on such a machine.
         small_step: step time up to `threshold` tokens.
         large_step: step time beyond; None: `small_step` holds for any size.
     """
@@ -78,12 +85,46 @@ class Device:
     small_step: LinearStepTime
     large_step: LinearStepTime | None = None
     threshold: int = 0
+    max_num_batched_tokens: int = 2_048
+    max_num_seqs: int = 256
 
     def seconds(self, shape: StepShape) -> float:
         """How long a step of this shape takes."""
         if self.large_step is not None and shape.num_prefill_tokens + shape.num_decode_tokens > self.threshold:
             return self.large_step.seconds(shape)
         return self.small_step.seconds(shape)
+
+
+_STEP_COLUMNS = ("prefill_tokens", "decode_tokens", "prefill_context", "decode_context", "seconds")
+
+
+def save_steps(path: Path, shapes: Sequence[StepShape], seconds: Sequence[float]) -> None:
+    """Write a recorded run as CSV, for `load_steps`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_STEP_COLUMNS)
+        writer.writerows((*astuple(shape), f"{time:.6f}") for shape, time in zip(shapes, seconds, strict=True))
+
+
+def load_steps(path: Path) -> tuple[list[StepShape], list[float]]:
+    """Read a recorded run.
+
+    Raises:
+        StartupError: no such file, a column is missing, a value is no number, or there are too few steps to fit.
+    """
+    shapes, seconds = [], []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                shapes.append(StepShape(*(int(row[column]) for column in _STEP_COLUMNS[:-1])))
+                seconds.append(float(row[_STEP_COLUMNS[-1]]))
+    except KeyError as error:
+        raise StartupError(f"{path}: column {error} is missing; steps need {', '.join(_STEP_COLUMNS)}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise StartupError(f"{path}: cannot be read: {error}") from error
+    if len(shapes) < FEWEST_STEPS:
+        raise StartupError(f"{path}: {len(shapes)} steps are too few for a fit; record at least {FEWEST_STEPS}")
+    return shapes, seconds
 
 
 def perturbed(device: Device, seed: int, spread: float = 0.01) -> Device:
@@ -101,11 +142,11 @@ def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> Line
     """Least-squares fit of a recorded run; coefficients that come out negative are left out and the rest fitted again.
 
     Raises:
-        ValueError: fewer than 8 steps, or lengths that differ.
+        ValueError: fewer than `FEWEST_STEPS` steps, or lengths that differ.
     """
-    if len(shapes) != len(seconds) or len(shapes) < 8:
+    if len(shapes) != len(seconds) or len(shapes) < FEWEST_STEPS:
         raise ValueError(
-            f"a fit needs at least 8 steps with their times; got {len(shapes)} shapes, {len(seconds)} times"
+            f"a fit needs at least {FEWEST_STEPS} steps with their times; got {len(shapes)} shapes, {len(seconds)} times"
         )
     rows = [(1, x.num_prefill_tokens, x.num_decode_tokens, x.prefill_context, x.decode_context) for x in shapes]
     solution = non_negative_least_squares(np.array(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64))

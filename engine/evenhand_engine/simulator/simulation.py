@@ -59,7 +59,7 @@ class StepLog:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of a simulation: one record for each request of the trace, in its order."""
+    """What came of a simulation: one record for each request that arrived, in order of arrival."""
 
     records: list[RequestRecord]
     steps: StepLog
@@ -124,7 +124,7 @@ class Simulation:
             steps.append(now, seconds, shape)
             now += seconds
             self._deliver(self._scheduler.update(batch, self._sample(batch), now), now)
-        return Run([self._record(i) for i in range(len(self._trace))], steps, now)
+        return Run([self._record(i) for i in range(num_added)], steps, now)
 
     def _add_arrivals(self, num_added: int, now: float) -> int:
         while num_added < len(self._trace) and self._trace[num_added].arrival_time <= now:
