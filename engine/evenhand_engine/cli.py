@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evenhand_engine.simulate_command import simulate
+
 if TYPE_CHECKING:
     from evenhand_engine.server.run import Running
 
@@ -26,6 +28,9 @@ def quantity(value: str) -> int:
 @click.version_option(package_name="evenhand")
 def main() -> None:
     """Evenhand: fair sharing of one LLM between teams."""
+
+
+main.add_command(simulate)
 
 
 @main.command()

@@ -172,7 +172,10 @@ def _attainment(values: Sequence[float] | FloatArray, objective_ms: int | None, 
 def summary_table(reports: Sequence[RunReport]) -> Table:
     """One row for each policy."""
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Policies (difference: spread evenly, by true token times)", title_justify="left"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title="Policies (difference: spread evenly, by true token times)",
+        title_justify="left",
     )
     table.add_column("policy", min_width=8)
     for heading in ("max diff", "mean", "max true", "mean true", "tok/s", "served", "Jain", "preempted"):
