@@ -1,0 +1,172 @@
+"""What `kubectl apply -k` installs: accepted to the last field, run by the controllers, allowed no more than it needs."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tenacity
+import yaml
+
+from cluster import build
+from cluster.control_plane import ControlPlane, KubectlError
+
+REPOSITORY = build.SOURCES.parents[1]
+OPERATOR_NAMESPACE, ENGINE_NAMESPACE = "evenhand-system", "inference"
+
+Object = dict[str, Any]
+eventually = tenacity.retry(stop=tenacity.stop_after_delay(30), wait=tenacity.wait_fixed(0.2), reraise=True)
+
+
+@pytest.fixture(scope="module", params=["dev", "prod"])
+def overlay(request: pytest.FixtureRequest) -> str:
+    return f"{REPOSITORY}/manifests/overlays/{request.param}"
+
+
+@pytest.fixture(scope="module")
+def installed(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane of its own, since what is installed here reaches beyond one namespace."""
+    if missing := build.missing_programs():
+        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
+    with ControlPlane(build.programs(), tmp_path_factory.mktemp("manifests")) as cluster:
+        cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
+        cluster.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", overlay)
+        yield cluster
+
+
+@pytest.fixture
+def operator_may(installed: ControlPlane) -> Callable[..., bool]:
+    """Whether the operator's ServiceAccount may do something, by the API server's own judgement."""
+    kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
+
+    def may(verb: str, resource: str, namespace: str = "default", subresource: str = "") -> bool:
+        return can_i(installed, verb, resource, "-n", namespace, "--subresource", subresource, kubeconfig=kubeconfig)
+
+    return may
+
+
+def test_applying_again_changes_nothing(installed: ControlPlane, overlay: str) -> None:
+    assert installed.kubectl("diff", "--server-side", "-k", overlay) == ""
+    assert installed.kubectl("diff", "--server-side", "-k", f"{REPOSITORY}/crds") == ""
+
+
+def test_pods_are_made_in_namespaces_that_enforce_restricted(installed: ControlPlane, overlay: str) -> None:
+    for deployment in rendered(installed, overlay, "Deployment"):
+        name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
+        replicas = deployment["spec"]["replicas"]
+        wait = ["wait", f"deployment/{name}", "-n", namespace, f"--for=jsonpath={{.status.replicas}}={replicas}"]
+        installed.kubectl(*wait, "--timeout=30s")
+    for namespace in (OPERATOR_NAMESPACE, ENGINE_NAMESPACE):
+        with pytest.raises(KubectlError, match='violates PodSecurity "restricted:latest"'):
+            installed.kubectl("run", "intruder", "--image=intruder", "-n", namespace)
+
+
+def test_pool_selects_the_engines_and_the_service_hides_their_admin_port(installed: ControlPlane, overlay: str) -> None:
+    [pool] = rendered(installed, overlay, "EnginePool")
+    [engine] = [each for each in rendered(installed, overlay, "Deployment") if "engine" in each["metadata"]["name"]]
+    [service] = [each for each in rendered(installed, overlay, "Service") if "engine" in each["metadata"]["name"]]
+    template = engine["spec"]["template"]
+    labels = template["metadata"]["labels"].items()
+    assert pool["spec"]["selector"]["matchLabels"].items() <= labels
+    assert service["spec"]["selector"].items() <= labels
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize(
+    ("verbs", "resource", "subresource"),
+    [
+        ("get list watch", "tenantpolicies.evenhand.dev", ""),
+        ("get list watch", "enginepools.evenhand.dev", ""),
+        ("patch", "tenantpolicies.evenhand.dev", "status"),
+        ("patch", "enginepools.evenhand.dev", "status"),
+        ("list watch", "pods", ""),
+        ("get list watch create patch", "secrets", ""),
+        ("create patch", "events", ""),
+    ],
+)
+def test_operator_may_do_its_work_where_it_serves(
+    operator_may: Callable[..., bool], overlay: str, verbs: str, resource: str, subresource: str
+) -> None:
+    everywhere = overlay.endswith("prod")
+    for verb in verbs.split():
+        assert operator_may(verb, resource, ENGINE_NAMESPACE, subresource)
+        assert operator_may(verb, resource, "default", subresource) is everywhere
+
+
+def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bool], overlay: str) -> None:
+    everywhere = overlay.endswith("prod")
+    assert operator_may("create", "leases.coordination.k8s.io", OPERATOR_NAMESPACE)
+    assert operator_may("update", "leases.coordination.k8s.io/evenhand-operator", OPERATOR_NAMESPACE)
+    assert operator_may("get", "/openid/v1/jwks")
+    assert operator_may("get", "/.well-known/openid-configuration")
+    assert operator_may("get", "namespaces/kube-system")
+    assert operator_may("list", "namespaces") is everywhere
+
+    assert not operator_may("update", "leases.coordination.k8s.io/another", OPERATOR_NAMESPACE)
+    assert not operator_may("create", "leases.coordination.k8s.io", ENGINE_NAMESPACE)
+    for verb in ("create", "update", "patch", "delete"):
+        assert not operator_may(verb, "tenantpolicies.evenhand.dev", ENGINE_NAMESPACE)
+        assert not operator_may(verb, "enginepools.evenhand.dev", ENGINE_NAMESPACE)
+        assert not operator_may(verb, "deployments.apps", ENGINE_NAMESPACE)
+        assert not operator_may(verb, "roles.rbac.authorization.k8s.io", ENGINE_NAMESPACE)
+    for verb in ("create", "update", "patch", "delete", "get"):
+        assert not operator_may(verb, "pods", ENGINE_NAMESPACE)
+    assert not operator_may("delete", "secrets", ENGINE_NAMESPACE)
+    assert not operator_may("create", "pods", ENGINE_NAMESPACE, "exec")
+    assert not operator_may("create", "serviceaccounts", ENGINE_NAMESPACE, "token")
+    assert not operator_may("impersonate", "users")
+
+
+def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None:
+    kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
+
+    def write(name: str) -> None:
+        metadata = {"name": name, "namespace": ENGINE_NAMESPACE}
+        document = json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {"part": "AA=="}})
+        installed.kubectl("apply", "--server-side", "-f", "-", stdin=document, kubeconfig=kubeconfig)
+
+    write("evenhand-bootstrap-default-0")
+    installed.kubectl(
+        "create", "secret", "generic", "evenhand-push", "-n", ENGINE_NAMESPACE, "--from-literal=current=theirs"
+    )
+
+    @eventually  # an admission policy is in force a moment after it was applied
+    def refused() -> None:
+        for name in ("planted", "evenhand-push"):
+            with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+                write(name)
+
+    refused()
+
+
+def test_editors_of_a_namespace_edit_policies_but_no_pools(installed: ControlPlane) -> None:
+    installed.kubectl("create", "rolebinding", "jane", "--clusterrole=edit", "--user=jane", "-n", ENGINE_NAMESPACE)
+
+    def jane_may(verb: str, resource: str, subresource: str = "") -> bool:
+        return can_i(installed, verb, resource, "--as=jane", "-n", ENGINE_NAMESPACE, "--subresource", subresource)
+
+    @eventually  # the controllers aggregate roles
+    def may_edit() -> None:
+        assert jane_may("create", "tenantpolicies.evenhand.dev")
+        assert jane_may("get", "enginepools.evenhand.dev")
+
+    may_edit()
+    assert not jane_may("create", "enginepools.evenhand.dev")
+    assert not jane_may("patch", "tenantpolicies.evenhand.dev", "status")
+
+
+def can_i(cluster: ControlPlane, *question: str, kubeconfig: Path | None = None) -> bool:
+    """kubectl's yes or no."""
+    try:
+        return cluster.kubectl("auth", "can-i", *question, kubeconfig=kubeconfig).strip() == "yes"
+    except KubectlError as refused:
+        assert str(refused).splitlines()[-1].split()[-1] == "no", refused
+        return False
+
+
+def rendered(cluster: ControlPlane, overlay: str, kind: str) -> list[Object]:
+    """What kustomize makes of an overlay, of one kind."""
+    return [each for each in yaml.safe_load_all(cluster.kubectl("kustomize", overlay)) if each["kind"] == kind]
