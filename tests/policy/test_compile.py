@@ -158,6 +158,11 @@ def test_a_policy_without_a_creation_time_is_the_youngest(policy: Build) -> None
     assert refusals(result) == [("a", "Conflicted", "spec.tenant")]
 
 
+def test_even_two_objects_of_one_name_have_an_order(policy: Build) -> None:
+    twins = [policy(weight=1), policy(weight=2)]
+    assert compiled(twins) == compiled(twins[::-1])
+
+
 def test_the_tenant_name_defaults_to_the_name_of_the_policy(policy: Build) -> None:
     result = compiled([policy("a", age=2), policy("b", tenant="a", age=1)])
     assert refusals(result) == [("b", "Conflicted", "spec.tenant")]
@@ -220,10 +225,14 @@ def test_guarantees_are_given_from_the_oldest_on_as_far_as_they_reach(policy: Bu
 
 
 def test_every_value_of_a_secret_is_a_key(policy: Build, secret: Build) -> None:
-    (tenant,) = compiled([policy(identities=[api_key("k", "keys")])], secrets=[secret("keys", a=KEY_A, b=KEY_B)])[
-        0
-    ].tenants
-    assert set(tenant.key_hashes) == {sha256(KEY_A), sha256(KEY_B)}
+    keys = {f"k{index}": "k" * 24 + str(index) for index in range(64)}
+    config, problems = compiled([policy(identities=[api_key("k", "keys")])], secrets=[secret("keys", **keys)])
+    assert not problems
+    assert config.tenants[0].key_hashes == tuple(sorted(map(sha256, keys.values())))
+
+
+def test_a_key_of_24_characters_is_long_enough(policy: Build, secret: Build) -> None:
+    assert not compiled([policy(identities=[api_key("k", "keys")])], secrets=[secret("keys", a="k" * 24)]).problems
 
 
 @pytest.mark.parametrize(
