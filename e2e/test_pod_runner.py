@@ -173,6 +173,29 @@ def test_volume_follows_its_secret(
     changed()
 
 
+def test_pods_own_command_finds_its_mounts_address_and_environment(cluster: ControlPlane, namespace: str) -> None:
+    cluster.apply(secret(namespace, current="mounted"))
+    manifest = deployment(namespace, 1, [{"name": "keys", "secret": {"secretName": "keys"}}])
+    [container] = manifest["spec"]["template"]["spec"]["containers"]
+    fields = [
+        {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        {"name": "KEYS", "value": "/etc/keys"},
+    ]
+    serve_here = 'echo "$POD_NAME" > "$KEYS/name"; exec "$@"'
+    container |= {
+        "command": ["sh", "-c", serve_here, "sh", sys.executable],
+        "args": ["-m", "http.server", "--bind=0.0.0.0", "--directory=/etc/keys", str(PORT)],
+        "env": fields,
+        "volumeMounts": [{"name": "keys", "mountPath": "/etc/keys"}],
+    }
+    with PodRunner(cluster, namespace):
+        cluster.apply(manifest)
+        cluster.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
+        [pod] = cluster.find("pods", namespace)
+        assert get(pod, "/current") == "mounted"
+        assert get(pod, "/name").strip() == pod["metadata"]["name"]
+
+
 def test_optional_secret_may_be_missing(runner: PodRunner, deploy: Callable[..., list[Object]]) -> None:
     sources = [{"secret": {"name": "part-0", "optional": True}}, {"secret": {"name": "part-1", "optional": True}}]
     [pod] = deploy(volumes=[{"name": "parts", "projected": {"sources": sources}}])

@@ -46,6 +46,7 @@ class ApiClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
+        await asyncio.sleep(0.1)  # the loop closes aborted TLS connections in rounds of its own
 
     async def call(
         self, method: str, path: str, body: Object | None = None, content_type: str = "application/json"

@@ -6,7 +6,9 @@ they answer and at the API does not notice the difference.
 """
 
 import asyncio
+import os
 import random
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,14 @@ TICK = 0.05
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How to start the process that stands for a container; without `environment` it has that of the tests."""
+
+    command: Sequence[str | Path]
+    environment: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """What the process of a Pod is given: the Pod, its address, and a folder of its own."""
 
@@ -35,17 +45,38 @@ class Sandbox:
     address: str
     directory: Path
 
+    @property
+    def container(self) -> Object:
+        """Spec of the container that runs."""
+        first: Object = self.pod["spec"]["containers"][0]
+        return first
+
     def volume(self, name: str) -> Path:
         """The folder that has what the Pod mounts as the volume of this name."""
         return self.directory / "volumes" / name
 
+    def own_command(self) -> Launch:
+        """The container's own command, arguments and environment, as a manifest has them, made to fit this machine.
 
-@dataclass(frozen=True)
-class Launch:
-    """How to start the process that stands for a container; without `environment` it has that of the tests."""
+        Mounted folders are those of the volumes, all addresses (0.0.0.0) is the Pod's, programs come from the PATH.
+        """
+        spec = self.container
+        environment = {each["name"]: self._here(each["value"]) for each in spec.get("env", []) if "value" in each}
+        for each in spec.get("env", []):
+            if (
+                "valueFrom" in each
+            ):  # of the fields of a Pod those that programs ask for: metadata.name, .namespace, .uid
+                environment[each["name"]] = self.pod["metadata"][
+                    each["valueFrom"]["fieldRef"]["fieldPath"].split(".")[1]
+                ]
+        command = [self._here(each) for each in (*spec.get("command", []), *spec.get("args", []))]
+        return Launch(command, os.environ | environment)
 
-    command: Sequence[str | Path]
-    environment: Mapping[str, str] | None = None
+    def _here(self, text: str) -> str:
+        for mount in self.container.get("volumeMounts", []):
+            folder = str(self.volume(mount["name"]))
+            text = re.sub(rf"(?<![\w./-]){re.escape(mount['mountPath'])}(?![\w.-])", folder, text)
+        return text.replace("0.0.0.0", self.address)
 
 
 @dataclass
@@ -62,14 +93,16 @@ class _Keeper:
 
 
 class PodRunner:
-    """Runs the Pods of `namespace` while it is entered; `launch` tells how to start each.
+    """Runs the Pods of `namespace` while it is entered; `launch` may tell another way to start each than its own command.
 
     A Pod is one process, that of its first container, restarted whenever it ends. Of probes only readiness by httpGet is
     run, and no lifecycle hook. Volumes follow their Secrets within a moment. Everything happens in a thread of its own,
     so that it serves tests with and without an event loop.
     """
 
-    def __init__(self, cluster: ControlPlane, namespace: str, launch: Callable[[Sandbox], Launch]) -> None:
+    def __init__(
+        self, cluster: ControlPlane, namespace: str, launch: Callable[[Sandbox], Launch] = Sandbox.own_command
+    ) -> None:
         self._cluster = cluster
         self._path = f"/api/v1/namespaces/{namespace}"
         self._directory = cluster.directory / f"pods-{namespace}"
@@ -176,7 +209,7 @@ class PodRunner:
             keeper.container.tick()
 
     def _container(self, sandbox: Sandbox) -> Container:
-        spec = sandbox.pod["spec"]["containers"][0]
+        spec = sandbox.container
         launch = self._launch(sandbox)
         sandbox.directory.mkdir(parents=True, exist_ok=True)
         log = sandbox.directory / f"{spec['name']}.log"
