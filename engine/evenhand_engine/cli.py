@@ -46,6 +46,8 @@ main.add_command(simulate)
 @click.option("--kv-cache-memory-bytes", type=quantity, help="Memory of the KV cache; default: by the device.")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
 @click.option("--scheduling-policy", type=click.Choice(["fair", "fcfs", "static"]), default="fair")
+@click.option("--record-steps", type=click.Path(path_type=Path), help="CSV file to write every step's time to.")
+@click.option("--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
 @click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
@@ -84,6 +86,8 @@ def serve(model: str | None, **options: Any) -> None:
         enable_prefix_caching=options["enable_prefix_caching"],
         scheduling_policy=SchedulingPolicy(options["scheduling_policy"]),
         seed=options["seed"],
+        record_steps=options["record_steps"],
+        replay_steps=options["replay_steps"],
     )
     settings = ServerSettings(
         host=options["host"],

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 
 class SchedulingPolicy(StrEnum):
@@ -59,6 +60,8 @@ class EngineConfig:
         max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
         seed: of dummy weights.
+        record_steps: CSV file to write every step's shape and duration to, for fits and replays.
+        replay_steps: such a file, whose steps' token counts are the token budgets of this run's steps.
     """
 
     model: str | None = None
@@ -72,3 +75,5 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
     seed: int = 0
+    record_steps: Path | None = None
+    replay_steps: Path | None = None

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -25,6 +26,7 @@ from evenhand_engine.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FromCore,
     Reconfigure,
     RequestOutput,
@@ -36,6 +38,7 @@ from evenhand_engine.messages import (
 from evenhand_engine.request import Request
 from evenhand_engine.scheduler import Scheduler
 from evenhand_engine.stats import StatsRecorder
+from evenhand_engine.step_recorder import StepRecorder, load_token_budgets
 from evenhand_policy.config import SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
     try:
         from evenhand_engine.model_runner import load_model  # imports torch: only this process pays for it
 
+        token_budgets = iter(load_token_budgets(config.replay_steps)) if config.replay_steps else None
         model = load_model(config)
     except StartupError as error:
         _send(connection, StartupFailed(message=str(error)))
@@ -67,7 +71,9 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     try:
-        EngineCore(model.settings, model.runner, connection).run()
+        with contextlib.ExitStack() as stack:
+            recorder = stack.enter_context(StepRecorder(config.record_steps)) if config.record_steps else None
+            EngineCore(model.settings, model.runner, connection, token_budgets=token_budgets, recorder=recorder).run()
     except (BrokenPipeError, ConnectionResetError):
         logger.info("the HTTP process is gone; the engine core ends")
     except Exception as error:
@@ -83,8 +89,18 @@ def _send(connection: Connection, message: FromCore) -> None:
 class EngineCore:
     """The actor: drain commands, plan a step, run it, publish what came of it."""
 
-    def __init__(self, settings: SchedulerSettings, runner: Runner, connection: Connection) -> None:
-        self._scheduler = Scheduler(settings, SchedulerConfig())
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        runner: Runner,
+        connection: Connection,
+        *,
+        token_budgets: Iterator[int] | None = None,
+        recorder: StepRecorder | None = None,
+    ) -> None:
+        """`token_budgets`: budgets of the steps to come (a replay). `recorder` is told of every finished step."""
+        self._scheduler = Scheduler(settings, SchedulerConfig(), token_budgets=token_budgets)
+        self._recorder = recorder
         self._runner = runner
         self._connection = connection
         self._commands: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
@@ -143,6 +159,7 @@ class EngineCore:
         """Submit one batch; take in the oldest when the pipeline is full or there is nothing to submit."""
         started_at = time.monotonic()
         batch = self._scheduler.step(started_at)
+        self._publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
         if batch is not None:
             self._runner.submit(batch)
             self._in_flight.append(batch)
@@ -151,15 +168,15 @@ class EngineCore:
             token_ids = self._runner.collect()
             now = time.monotonic()
             outputs = self._scheduler.update(oldest, token_ids, now)
-            self._stats.record_step(oldest.num_tokens, now - max(started_at, self._step_ended_at))
+            seconds = now - max(started_at, self._step_ended_at)
             self._step_ended_at = now
-        else:
-            outputs = self._scheduler.collect()
-        self._publish(outputs)
+            self._stats.record_step(oldest.num_tokens, seconds)
+            if self._recorder is not None:
+                self._recorder.record(oldest, seconds)
+            self._publish(outputs)
         self._is_stuck = batch is None and not self._in_flight
+        self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
 
-    def _publish(self, outputs: list[RequestOutput]) -> None:
-        is_idle = not self._scheduler.roster.requests and not self._in_flight
-        stats = self._stats.snapshot(time.monotonic(), is_idle=is_idle)
+    def _publish(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
         if outputs or stats is not None:
             _send(self._connection, StepOutputs(outputs=tuple(outputs), stats=stats))

@@ -1,0 +1,197 @@
+"""The incident: a chat tenant alone, then beside a batch flood, under static, fcfs and fair scheduling.
+
+Every 1.5 s the chat tenant (weight 4, Interactive, inter-token SLO 100 ms) streams a 32-token prompt with 16 output
+tokens, while the batch tenant (weight 1, Batch) keeps 16 requests in flight, each a different prompt of 2,000 tokens
+with 32 output tokens. Real server, real model, official client; times are the client's. An unfinished request counts
+with the time that it has waited.
+
+Throughput is compared twice: with fcfs given exactly the token budgets that fair used, step by step (what fairness
+costs), and with fcfs at the budget that is best for it on this processor (what the inter-token SLO costs).
+"""
+
+import asyncio
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import serving
+
+CHAT_KEY = "chat-tenant-key-of-the-benchmark"
+BATCH_KEY = "batch-tenant-key-of-the-benchmark"
+POLICIES = f"""\
+apiVersion: evenhand.dev/v1alpha1
+kind: TenantPolicy
+metadata: {{name: chat}}
+spec:
+  weight: 4
+  latencyClass: Interactive
+  slo: {{interTokenLatency: 100ms}}
+  identities: [{{name: keys, type: APIKey, apiKey: {{secretRef: {{name: chat-keys}}}}}}]
+---
+apiVersion: evenhand.dev/v1alpha1
+kind: TenantPolicy
+metadata: {{name: batch}}
+spec:
+  weight: 1
+  latencyClass: Batch
+  identities: [{{name: keys, type: APIKey, apiKey: {{secretRef: {{name: batch-keys}}}}}}]
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: chat-keys}}
+stringData: {{key: {CHAT_KEY}}}
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: batch-keys}}
+stringData: {{key: {BATCH_KEY}}}
+"""
+CHAT_INTERVAL_SECONDS = 1.5
+NUM_BATCH_REQUESTS = 16
+BUDGETS = (64, 128, 256, 512, 1024)
+
+
+@dataclass
+class Outcome:
+    """One run. Chat requests as (seconds since the flood began, TTFT)."""
+
+    chat_ttft_s: list[tuple[float, float]]
+    chat_itl_s: list[float]
+    batch_tokens_per_s: float
+
+    def results(self) -> dict[str, float]:
+        times = [ttft for _, ttft in self.chat_ttft_s]
+        return {
+            "chat_ttft_p50_s": serving.percentile(times, 50),
+            "chat_ttft_p95_s": serving.percentile(times, 95),
+            "chat_itl_p99_s": serving.percentile(self.chat_itl_s, 99),
+            "batch_tokens_per_s": self.batch_tokens_per_s,
+        }
+
+
+class Incident:
+    """Runs the two tenants against one server after another."""
+
+    def __init__(self, seconds: float, seed: int, directory: Path) -> None:
+        self.seconds = seconds
+        self._random = random.Random(seed)
+        self._policies = directory / "policies"
+        self._policies.mkdir()
+        (self._policies / "policies.yaml").write_text(POLICIES)
+
+    def run(self, policy: str, *flags: str, flood: bool = True) -> Outcome:
+        """Serve under the scheduling policy and load it for `seconds`, after the flood has settled."""
+        with serving.serve("--policies", str(self._policies), "--scheduling-policy", policy, *flags) as server:
+            return asyncio.run(self._load(server, flood=flood))
+
+    async def _load(self, server: serving.Server, *, flood: bool) -> Outcome:
+        chat, batch = server.client(CHAT_KEY), server.client(BATCH_KEY)
+        async with chat, batch:
+            await serving.stream(
+                chat, serving.Timing(0.0), self._prompt(32), 4
+            )  # the first request of a client is slow
+            flooders = [asyncio.create_task(self._flood(batch)) for _ in range(NUM_BATCH_REQUESTS * flood)]
+            await asyncio.sleep(3.0 * flood)
+            started_at, tokens_before = time.monotonic(), await self._batch_tokens(server)
+            timings, chats = [], []
+            while time.monotonic() < started_at + self.seconds:
+                timing = serving.Timing(time.monotonic())
+                timings.append(timing)
+                chats.append(asyncio.create_task(serving.stream(chat, timing, self._prompt(32), 16)))
+                await asyncio.sleep(max(0.0, timing.sent_at + CHAT_INTERVAL_SECONDS - time.monotonic()))
+            tokens_per_second = (await self._batch_tokens(server) - tokens_before) / (time.monotonic() - started_at)
+            if not flood:
+                await asyncio.gather(*chats)
+            now = time.monotonic()
+            outcome = Outcome(
+                [(timing.sent_at - started_at, timing.time_to_first_token(now)) for timing in timings],
+                [gap for timing in timings for gap in timing.gaps(now)],
+                tokens_per_second,
+            )
+            await serving.cancel([*chats, *flooders])
+        return outcome
+
+    async def _flood(self, client: object) -> None:
+        while True:
+            await serving.stream(client, serving.Timing(0.0), self._prompt(2000), 32)  # type: ignore[arg-type]
+
+    async def _batch_tokens(self, server: serving.Server) -> int:
+        tenant = await server.tenant("batch")
+        return int(tenant.get("promptTokens", 0)) + int(tenant.get("generationTokens", 0))
+
+    def _prompt(self, num_tokens: int) -> list[int]:
+        return [self._random.randrange(1000, 40000) for _ in range(num_tokens)]
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--demo", action="store_true", help="four short runs and a plot, incident.png")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        if options.demo:
+            demo(Incident(30.0, options.seed, Path(directory)))
+        else:
+            benchmark(Incident(6.0 if options.quick else 60.0, options.seed, Path(directory)), Path(directory))
+
+
+def demo(incident: Incident) -> None:
+    outcomes = {"alone": incident.run("fair", flood=False)}
+    for policy in ("static", "fcfs", "fair"):
+        common.console.print(f"[bold]{policy}[/]: a chat tenant beside a batch flood, {incident.seconds:.0f} s")
+        outcomes[policy] = incident.run(policy)
+    show(outcomes)
+    plot(outcomes, Path("incident.png"))
+    common.console.print("The chat tenant's time to first token over time: incident.png")
+
+
+def benchmark(incident: Incident, directory: Path) -> None:
+    steps = directory / "steps.csv"
+    outcomes = {"alone": incident.run("fair", flood=False)}
+    outcomes["static"] = incident.run("static")
+    outcomes["fcfs"] = incident.run("fcfs")
+    outcomes["fair"] = incident.run("fair", "--record-steps", str(steps))
+    outcomes["fcfs_replayed"] = incident.run("fcfs", "--replay-steps", str(steps))
+    throughput = {}
+    for budget in BUDGETS:
+        throughput[budget] = incident.run("fcfs", "--max-num-batched-tokens", str(budget)).batch_tokens_per_s
+    rows = [[str(budget), f"{rate:.0f}"] for budget, rate in throughput.items()]
+    common.print_table("This processor's batch throughput under fcfs", ["tokens per step", "tokens/s"], rows)
+    show(outcomes)
+    fair = outcomes["fair"].batch_tokens_per_s
+    results: dict[str, object] = {policy: outcome.results() for policy, outcome in outcomes.items()}
+    results["fair_over_fcfs_replayed"] = fair / outcomes["fcfs_replayed"].batch_tokens_per_s
+    results["fair_over_fcfs_best"] = fair / max(throughput.values())
+    results["fcfs_tokens_per_s_by_budget"] = throughput
+    common.finish("incident", results)
+
+
+def show(outcomes: dict[str, Outcome]) -> None:
+    columns = ["scheduling policy", "chat TTFT p50 s", "p95 s", "chat ITL p99 s", "batch tokens/s"]
+    rows = [[name, *(f"{value:.3g}" for value in o.results().values())] for name, o in outcomes.items()]
+    common.print_table("A chat tenant beside a batch flood", columns, rows)
+
+
+def plot(outcomes: dict[str, Outcome], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for name, outcome in outcomes.items():
+        seconds, times = zip(*outcome.chat_ttft_s, strict=True)
+        axes.plot(
+            seconds, times, marker="o", markersize=4, label="alone" if name == "alone" else f"beside a flood, {name}"
+        )
+    axes.set(xlabel="seconds since the start", ylabel="chat time to first token, s", yscale="log")
+    axes.set_title("A chat tenant's time to first token, alone and beside another tenant's batch flood")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

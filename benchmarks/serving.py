@@ -1,0 +1,132 @@
+"""A real `evenhand serve` process for benchmarks, and the tenants that load it."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+
+STARTUP_SECONDS = 180.0
+MODEL = "benchmark"
+
+
+@dataclass
+class Server:
+    """A running server. `admin_url` is its admin port's."""
+
+    url: str
+    admin_url: str
+
+    def client(self, api_key: str) -> openai.AsyncOpenAI:
+        """The official client, as the tenant that `api_key` proves; it never retries."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=3600)
+
+    async def tenant(self, tenant_id: str) -> dict[str, Any]:
+        """The tenant's live state by the admin port."""
+        async with aiohttp.ClientSession() as session, session.get(f"{self.admin_url}/v1/tenants") as response:
+            tenants = (await response.json())["tenants"]
+        return next((tenant for tenant in tenants if tenant["tenantId"] == tenant_id), {})
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(*flags: str) -> Iterator[Server]:
+    """Start `evenhand serve` with the flags on free loopback ports; stopped at the end, whatever happens."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped even then
+    port, admin_port = free_port(), free_port()
+    command = [Path(sys.executable).parent / "evenhand", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--admin-port", str(admin_port), "--log-level", "warning", "--served-model-name", MODEL, *flags]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            _await_port(process, port, log)
+            yield Server(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _await_port(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
+    import urllib.error
+    import urllib.request
+
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            log.seek(0)
+            raise SystemExit(f"evenhand serve ended with {process.returncode}:\n{log.read().decode()}")
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
+            return
+        time.sleep(0.1)
+    raise SystemExit("evenhand serve did not become ready")
+
+
+@dataclass
+class Timing:
+    """When one streamed request was sent, and when each of its tokens came (monotonic seconds)."""
+
+    sent_at: float
+    token_times: list[float] = field(default_factory=list)
+    is_finished: bool = False
+
+    def time_to_first_token(self, now: float) -> float:
+        """Seconds; of a request without a token yet, how long it has waited until `now`."""
+        return (self.token_times[0] if self.token_times else now) - self.sent_at
+
+    def gaps(self, now: float) -> list[float]:
+        """Seconds between tokens; for an unfinished request the gap that is still open counts too."""
+        times = self.token_times if self.is_finished or not self.token_times else [*self.token_times, now]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+async def stream(client: openai.AsyncOpenAI, timing: Timing, prompt: list[int], max_tokens: int) -> None:
+    """Send one completion with a token-id prompt, and note the times of its tokens."""
+    chunks = await client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "stream_options": {"include_usage": False}},
+    )
+    async for chunk in chunks:
+        if chunk.choices:
+            timing.token_times.append(time.monotonic())
+    timing.is_finished = True
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile; NaN for no values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else float("nan")
+
+
+async def cancel(tasks: list[asyncio.Task[None]]) -> None:
+    """End tasks and wait until they are gone; an error that one ended with is raised."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            raise result
