@@ -214,6 +214,7 @@ class Admission:
             "context_length_exceeded",
             f"This model's context is {limit} tokens, but the request needs {cost.num_tokens}: "
             f"{cost.num_prompt_tokens} of the prompt and {cost.max_output_tokens} of output. Shorten one of them.",
+            param="max_tokens" if cost.num_prompt_tokens < limit else None,
         )
 
     def _refuse_sizes(self, account: TenantAccount, costs: Sequence[Cost]) -> Refusal | None:
@@ -253,16 +254,22 @@ class Admission:
         return None
 
     def _refuse_queue(self, account: TenantAccount, num_requests: int) -> Refusal | None:
-        limits = account.config.limits
+        limits, tenant_id = account.config.limits, account.config.tenant_id
         if limits.max_queued_requests is None:
             return None
-        allowed = math.ceil(limits.max_queued_requests / self._num_replicas)
-        queued = account.num_not_started
+        room = math.ceil(limits.max_queued_requests / self._num_replicas)
         if limits.max_concurrent_requests is not None:
-            queued = account.num_in_flight - math.ceil(limits.max_concurrent_requests / self._num_replicas)
-        excess = queued + num_requests - allowed
+            room += math.ceil(limits.max_concurrent_requests / self._num_replicas)
+            occupied = account.num_in_flight
+        else:
+            room = max(room, 1)  # for the request that need not wait
+            occupied = account.num_not_started
+        if num_requests > room:
+            message = f"The request has {num_requests} prompts, but tenant {tenant_id} may have {room} in the engine."
+            return Refusal(400, "queue_full", message, param="prompt")
+        excess = occupied + num_requests - room
         if excess <= 0:
             return None
-        message = f"The queue of tenant {account.config.tenant_id} is full: it holds {allowed} requests."
+        message = f"The queue of tenant {tenant_id} is full ({limits.max_queued_requests} requests)."
         delay = max(excess * (account.seconds_per_request or 0.0), _MIN_RETRY_SECONDS)
         return Refusal(429, "queue_full", message, retry_after=delay)

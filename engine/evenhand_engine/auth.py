@@ -5,9 +5,10 @@ It never keeps, logs or returns a credential.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import jwt
+from multidict import CIMultiDictProxy
 
 from evenhand_engine.errors import Refusal
 from evenhand_policy.config import (
@@ -48,9 +49,9 @@ class Authenticator:
         self._is_open = anonymous and not (self._tenants_by_key or self._gateway_keys or config.service_accounts)
         self._tokens = None if config.service_accounts is None else _TokenVerifier(config.service_accounts)
 
-    def authenticate(self, headers: Mapping[str, str]) -> str:
+    def authenticate(self, headers: CIMultiDictProxy[str]) -> str:
         """The tenant's id; raises Refusal 401 without a valid credential, 403 if a valid one has no tenant."""
-        scheme, _, credential = headers.get("Authorization", "").strip().partition(" ")
+        scheme, _, credential = _single(headers, "Authorization").strip().partition(" ")
         credential = credential.strip()
         if not scheme or self._is_open:
             return self._anonymous_tenant()
@@ -58,8 +59,7 @@ class Authenticator:
             raise _unauthorized("The Authorization header must be `Bearer` and an API key.")
         key_hash = hash_key(credential)
         if key_hash in self._gateway_keys:
-            value = headers.get(self._tenant_header)
-            return self._known_or_shared(None if value is None else self._tenants_by_header.get(value))
+            return self._known_or_shared(self._tenants_by_header.get(_single(headers, self._tenant_header)))
         if (tenant_id := self._tenants_by_key.get(key_hash)) is not None:
             return tenant_id
         if self._tokens is not None and credential.count(".") == 2:
@@ -110,6 +110,14 @@ class _TokenVerifier:
         except jwt.PyJWTError as error:
             raise _unauthorized("The token is not valid here.") from error
         return str(claims["sub"])
+
+
+def _single(headers: CIMultiDictProxy[str], name: str) -> str:
+    """The header's value; a second one, perhaps set by the client before a gateway added its own, is refused."""
+    values = headers.getall(name, [""])
+    if len(values) > 1:
+        raise Refusal(400, "invalid_value", f"The request has more than one {name} header.", param=name)
+    return values[0]
 
 
 def hash_key(key: str) -> str:

@@ -9,7 +9,7 @@ from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -89,6 +89,7 @@ class Metrics:
     """
 
     def __init__(self, model_name: str, max_model_len: int, snapshot: Callable[[], Snapshot]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the times of creation, which would double the number of series
         self.label = TenantLabels()
         self.public_registry = CollectorRegistry()
         self.tenant_registry = CollectorRegistry()

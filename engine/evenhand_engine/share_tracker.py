@@ -39,7 +39,7 @@ class ShareTracker:
         total_service = 0
         for tenant_id, service in services.items():
             account = self._accounts.setdefault(tenant_id, _Account())
-            gained = service - account.service
+            gained = max(0, service - account.service)  # less after a refund, or of a tenant that was deleted
             account.service = service
             account.attained = account.attained * decay + gained
             account.entitled *= decay

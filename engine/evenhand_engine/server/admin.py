@@ -38,13 +38,22 @@ def build_admin_app(service: Service) -> web.Application:
 
 @web.middleware
 async def require_loopback(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.match_info.handler not in _OPEN_HANDLERS and not _is_loopback(request.remote):
+    if request.match_info.handler not in _OPEN_HANDLERS and not _is_local(request):
         raise Refusal(403, "not_local", "This is answered to requests from the machine itself only.")
     return await handler(request)
 
 
-def _is_loopback(remote: str | None) -> bool:
-    return remote is not None and ipaddress.ip_address(remote).is_loopback
+def _is_local(request: web.Request) -> bool:
+    """From this machine, and by an address: a name may be a web page's, which rebinds it to reach this port."""
+    host = request.url.host or ""
+    return _is_loopback(request.remote or "") and (host == "localhost" or _is_loopback(host))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 async def show_config(request: web.Request) -> web.Response:

@@ -129,8 +129,11 @@ class ScriptedCore:
             return None
 
     def send(self, message: FromCore) -> None:
+        self.send_bytes(msgspec.msgpack.encode(message))
+
+    def send_bytes(self, data: bytes) -> None:
         assert self._connection is not None
-        self._connection.send_bytes(msgspec.msgpack.encode(message))
+        self._connection.send_bytes(data)
 
     def output(self, *outputs: RequestOutput) -> None:
         self.send(StepOutputs(outputs=outputs))
@@ -155,6 +158,7 @@ class Server:
 
     running: Running
     core: ScriptedCore
+    _clients: contextlib.ExitStack
 
     @property
     def url(self) -> str:
@@ -165,7 +169,7 @@ class Server:
         return self.running.admin_url
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(**self._options(options))
+        return self._clients.enter_context(openai.OpenAI(**self._options(options)))
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(**self._options(options))
@@ -220,7 +224,7 @@ def serve(model_dir: Path) -> Iterator[Serve]:
             defaults: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
             thread = _Thread(ServerSettings(**defaults | settings), EngineConfig(model=str(model_dir)), core)
             stack.callback(thread.stop)
-            return Server(thread.running(), core)
+            return Server(thread.running(), core, stack.enter_context(contextlib.ExitStack()))
 
         yield start
 

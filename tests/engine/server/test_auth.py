@@ -1,0 +1,185 @@
+"""A tenant is proved, never claimed."""
+
+import base64
+import hmac
+import json
+import time
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from evenhand_engine.auth import Authenticator, hash_key
+from evenhand_engine.errors import Refusal
+from evenhand_policy.config import (
+    DEFAULT_TENANT_ID,
+    Gateway,
+    SchedulerConfig,
+    ServiceAccountIssuer,
+    TenantConfig,
+    UnknownTenantAction,
+    UnknownTenants,
+)
+
+KEY, OTHER_KEY, GATEWAY_KEY = "k" * 24, "o" * 24, "g" * 24
+ISSUER, AUDIENCE = "https://cluster.example", "evenhand"
+SUBJECT = "system:serviceaccount:chat:frontend"
+SIGNING_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+STRANGERS_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def public_jwk(key: rsa.RSAPrivateKey, **fields: str) -> dict[str, Any]:
+    jwk: dict[str, Any] = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(key.public_key()))
+    return {k: v for k, v in jwk.items() if isinstance(v, str)} | {"kid": "one", "use": "sig", "alg": "RS256"} | fields
+
+
+def config(reject: bool = False, jwk: dict[str, Any] | None = None) -> SchedulerConfig:
+    return SchedulerConfig(
+        tenants=(
+            TenantConfig(tenant_id="chat", key_hashes=(hash_key(KEY),), service_accounts=(SUBJECT,)),
+            TenantConfig(tenant_id="batch", key_hashes=(hash_key(OTHER_KEY),), header_values=("batch",)),
+        ),
+        gateway=Gateway(key_hashes=(hash_key(GATEWAY_KEY),), tenant_header="x-team"),
+        service_accounts=ServiceAccountIssuer(
+            issuer=ISSUER, audience=AUDIENCE, jwks={"keys": [jwk or public_jwk(SIGNING_KEY)]}
+        ),
+        unknown_tenants=UnknownTenants(action=UnknownTenantAction.REJECT if reject else UnknownTenantAction.SHARE),
+    )
+
+
+def headers(*pairs: tuple[str, str], bearer: str | None = None) -> CIMultiDictProxy[str]:
+    fields = CIMultiDict(pairs)
+    if bearer is not None:
+        fields["Authorization"] = f"Bearer {bearer}"
+    return CIMultiDictProxy(fields)
+
+
+def token(key: Any = SIGNING_KEY, algorithm: str = "RS256", kid: str | None = "one", **claims: Any) -> str:
+    content = {"iss": ISSUER, "aud": [AUDIENCE], "sub": SUBJECT, "exp": time.time() + 600} | claims
+    content = {name: value for name, value in content.items() if value is not None}
+    return jwt.encode(content, key, algorithm=algorithm, headers=None if kid is None else {"kid": kid})
+
+
+def refused(authenticator: Authenticator, fields: CIMultiDictProxy[str]) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        authenticator.authenticate(fields)
+    return caught.value
+
+
+@pytest.fixture
+def authenticator() -> Authenticator:
+    return Authenticator(config())
+
+
+def test_api_key(authenticator: Authenticator) -> None:
+    assert authenticator.authenticate(headers(bearer=KEY)) == "chat"
+    assert authenticator.authenticate(headers(("AUTHORIZATION", f"bearer  {OTHER_KEY}"))) == "batch"
+
+
+@pytest.mark.parametrize("value", ["Bearer nonsense", "Bearer", "Basic " + KEY, KEY, "Bearer " + hash_key(KEY), "x"])
+def test_unknown_credential_is_a_401(authenticator: Authenticator, value: str) -> None:
+    refusal = refused(authenticator, headers(("Authorization", value)))
+    assert (refusal.status, refusal.code) == (401, "invalid_api_key")
+    assert KEY not in refusal.message
+
+
+def test_no_credential(authenticator: Authenticator) -> None:
+    assert authenticator.authenticate(headers()) == DEFAULT_TENANT_ID
+    assert refused(Authenticator(config(), anonymous=False), headers()).status == 401
+    assert refused(Authenticator(config(reject=True)), headers()).status == 401
+
+
+def test_header_counts_only_with_the_gateways_key(authenticator: Authenticator) -> None:
+    claim = ("X-Team", "batch")
+    assert authenticator.authenticate(headers(claim)) == DEFAULT_TENANT_ID
+    assert authenticator.authenticate(headers(claim, bearer=KEY)) == "chat"
+    assert authenticator.authenticate(headers(claim, bearer=GATEWAY_KEY)) == "batch"
+
+
+def test_gateway_without_or_with_an_unknown_value(authenticator: Authenticator) -> None:
+    strict = Authenticator(config(reject=True))
+    for fields in (headers(bearer=GATEWAY_KEY), headers(("x-team", "nobody"), bearer=GATEWAY_KEY)):
+        assert authenticator.authenticate(fields) == DEFAULT_TENANT_ID
+        refusal = refused(strict, fields)
+        assert (refusal.status, refusal.code) == (403, "unknown_tenant")
+
+
+def test_two_tenant_headers_are_refused(authenticator: Authenticator) -> None:
+    fields = headers(("x-team", "batch"), ("x-team", "chat"), bearer=GATEWAY_KEY)
+    assert refused(authenticator, fields).status == 400
+    twice = headers(("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {OTHER_KEY}"))
+    assert refused(authenticator, twice).status == 400
+
+
+def test_shared_key() -> None:
+    authenticator = Authenticator(SchedulerConfig(), anonymous=False, shared_keys=["secret"])
+    assert authenticator.authenticate(headers(bearer="secret")) == DEFAULT_TENANT_ID
+    assert refused(authenticator, headers(bearer="other")).status == 401
+    assert refused(authenticator, headers()).status == 401
+
+
+def test_without_any_credential_configured_one_is_not_looked_at() -> None:
+    assert Authenticator(SchedulerConfig()).authenticate(headers(bearer="EMPTY")) == DEFAULT_TENANT_ID
+    assert refused(Authenticator(SchedulerConfig(), anonymous=False), headers(bearer="EMPTY")).status == 401
+
+
+def test_service_account(authenticator: Authenticator) -> None:
+    assert authenticator.authenticate(headers(bearer=token())) == "chat"
+
+
+def test_service_account_of_nobody(authenticator: Authenticator) -> None:
+    stranger = headers(bearer=token(sub="system:serviceaccount:chat:other"))
+    assert authenticator.authenticate(stranger) == DEFAULT_TENANT_ID
+    assert refused(Authenticator(config(reject=True)), stranger).code == "unknown_tenant"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        token(STRANGERS_KEY),
+        token(iss="https://other.example"),
+        token(aud=["other"]),
+        token(aud=None),
+        token(exp=time.time() - 60),
+        token(exp=None),
+        token(sub=None),
+        token(nbf=time.time() + 600),
+        token(kid="two"),
+        token(kid=None),
+        token(b"0" * 32, algorithm="HS256"),
+        token(None, algorithm="none"),
+        token()[:-4] + "AAAA",
+        "a.b.c",
+        "..",
+    ],
+)
+def test_forged_tokens(authenticator: Authenticator, bad: str) -> None:
+    refusal = refused(authenticator, headers(bearer=bad))
+    assert (refusal.status, refusal.code) == (401, "invalid_api_key")
+    assert bad not in refusal.message
+
+
+def test_a_public_key_is_not_an_hmac_secret(authenticator: Authenticator) -> None:
+    """The classic confusion: a token signed by HMAC with the public key's text, which everybody knows."""
+    pem = SIGNING_KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    for secret in (pem, json.dumps(public_jwk(SIGNING_KEY)).encode()):
+        claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": SUBJECT, "exp": time.time() + 600}
+        parts = [{"alg": "HS256", "typ": "JWT", "kid": "one"}, claims]
+        signed = b".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in parts)
+        signature = base64.urlsafe_b64encode(hmac.digest(secret, signed, "sha256")).rstrip(b"=")
+        assert refused(authenticator, headers(bearer=(signed + b"." + signature).decode())).status == 401
+
+
+def test_key_with_another_algorithm_than_it_says() -> None:
+    curve_key = ec.generate_private_key(ec.SECP256R1())
+    authenticator = Authenticator(config())
+    assert refused(authenticator, headers(bearer=token(curve_key, algorithm="ES256"))).status == 401
+
+
+def test_unusable_key_set_admits_nobody() -> None:
+    authenticator = Authenticator(config(jwk={"kty": "unheard-of", "kid": "one"}))
+    assert refused(authenticator, headers(bearer=token())).status == 401
+    assert authenticator.authenticate(headers(bearer=KEY)) == "chat"

@@ -1,0 +1,130 @@
+"""Text comes out whole, in order and cut at the right place, however tokens divide it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evenhand_engine.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
+from evenhand_engine.tokenizer import Tokenizer
+
+
+def decode_bytes(token_ids: Sequence[int]) -> str:
+    """A vocabulary of the 256 bytes: the hardest case, since every code point beyond ASCII is split."""
+    return bytes(token_ids).decode("utf-8", "replace")
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the stop string that is complete first; the longest of those that end there."""
+    ends = [(end, end - len(s)) for end in range(len(text) + 1) for s in stop if text[:end].endswith(s)]
+    return text[: min(ends)[1]] if ends else text
+
+
+@given(st.text())
+def test_pieces_join_to_the_text(text: str) -> None:
+    decoder = IncrementalDecoder(decode_bytes)
+    pieces = [decoder.push(byte) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert decoder.flush() == ""
+
+
+@given(st.text(), st.text(max_size=3))
+def test_nothing_is_shown_that_must_be_taken_back(text: str, tail: str) -> None:
+    decoder = IncrementalDecoder(decode_bytes)
+    shown = ""
+    for byte in (text + tail).encode():
+        shown += decoder.push(byte)
+        assert (text + tail).startswith(shown)
+
+
+@given(st.binary(max_size=300))
+def test_bytes_that_are_no_text_are_shown_at_the_end(data: bytes) -> None:
+    decoder = IncrementalDecoder(decode_bytes)
+    shown = "".join(decoder.push(byte) for byte in data) + decoder.flush()
+    assert shown.replace("\ufffd", "") == decode_bytes(data).replace("\ufffd", "")
+
+
+def test_endless_garbage_is_not_held_back() -> None:
+    windows: list[int] = []
+
+    def decode(token_ids: Sequence[int]) -> str:
+        windows.append(len(token_ids))
+        return decode_bytes(token_ids)
+
+    decoder = IncrementalDecoder(decode)
+    shown = "".join(decoder.push(0xFF) for _ in range(10_000))
+    assert len(shown) > 9_900
+    assert max(windows) <= 128, "each step looks at a short window only"
+
+
+def test_leading_space_follows_the_prompt() -> None:
+    words = ["▁The", "▁capital", "▁of"]
+
+    def decode(token_ids: Sequence[int]) -> str:  # as SentencePiece's: the first space of all is dropped
+        return "".join(words[i] for i in token_ids).replace("▁", " ")[1:]
+
+    with_context = IncrementalDecoder(decode, context=[0])
+    assert [with_context.push(1), with_context.push(2)] == [" capital", " of"]
+    assert IncrementalDecoder(decode).push(1) == "capital"
+
+
+@given(st.data(), st.text("abc", max_size=40), st.lists(st.text("abc", min_size=1, max_size=6), max_size=4))
+def test_stop_matcher_does_not_depend_on_the_pieces(data: st.DataObject, text: str, stop: list[str]) -> None:
+    matcher, shown, rest = StopMatcher(stop), "", text
+    while rest and matcher.matched is None:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += matcher.push(rest[:size])
+        rest = rest[size:]
+    expected = cut(text, stop)
+    assert (matcher.matched is not None) == (expected != text)
+    assert shown + ("" if matcher.matched else matcher.flush()) == expected
+
+
+@given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=5))
+def test_no_more_is_held_back_than_must_be(text: str, stop: str) -> None:
+    matcher = StopMatcher([stop])
+    shown = matcher.push(text)
+    if matcher.matched is None:
+        held = text[len(shown) :]
+        assert stop.startswith(held)
+        assert not any(stop.startswith(text[i:]) for i in range(len(shown)))
+
+
+def test_stop_string_can_be_included() -> None:
+    matcher = StopMatcher(["END"], include_stop=True)
+    assert matcher.push("text EN") + matcher.push("D more") == "text END"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer(model_dir)
+
+
+@given(text=st.text(max_size=60), stop=st.lists(st.text(min_size=1, max_size=3), max_size=2))
+def test_detokenizer_with_a_real_vocabulary(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
+    token_ids = tokenizer.encode(text)
+    detokenizer = Detokenizer(tokenizer.decode, stop)
+    shown = "".join(detokenizer.push([token_id]) for token_id in token_ids) + detokenizer.flush()
+    assert shown == cut(text, stop)
+    if detokenizer.stopped:
+        before, after = token_ids[: detokenizer.num_tokens - 1], token_ids[: detokenizer.num_tokens]
+        assert cut(text, stop) != text
+        assert not any(s in tokenizer.decode(before) for s in stop)
+        assert any(s in tokenizer.decode(after) for s in stop)
+    else:
+        assert detokenizer.num_tokens == len(token_ids)
+
+
+def test_tokens_after_a_stop_string_are_ignored() -> None:
+    detokenizer = Detokenizer(decode_bytes, ["b"])
+    assert detokenizer.push(b"abcdef") == "a"
+    assert detokenizer.push(b"g") == ""
+    assert (detokenizer.num_tokens, detokenizer.stopped, detokenizer.flush()) == (2, True, "")
+
+
+def test_min_tokens_delays_stop_strings() -> None:
+    detokenizer = Detokenizer(decode_bytes, ["b"], min_tokens=3)
+    assert detokenizer.push(b"abab!") == "aba"
+    assert detokenizer.num_tokens == 4

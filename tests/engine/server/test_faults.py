@@ -1,0 +1,225 @@
+"""Clients that leave, dawdle or lie, and an engine that dies or stands still."""
+
+import asyncio
+import json
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import trustme
+
+import evenhand_engine.server.requests as server_requests
+from evenhand_engine.errors import StartupError
+from evenhand_engine.messages import AbortRequest, AddRequest, RequestOutput
+from evenhand_engine.request import FinishReason
+
+from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = urllib.parse.urlsplit(server.url).netloc.split(":")
+    return socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+
+
+def post(path: str, body: bytes, *, length: int | None = None, headers: str = "") -> bytes:
+    length = len(body) if length is None else length
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{headers}\r\n".encode() + body
+
+
+def until_healthy(server: Server, healthy: bool) -> httpx2.Response:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (answer := httpx2.get(f"{server.url}/health")).is_success != healthy:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_client_gone_aborts_the_request(serve: Serve, stream: bool, started: bool) -> None:
+    server = serve()
+    with connect(server) as connection:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": "x", "stream": stream}).encode()))
+        request = server.core.expect(AddRequest)
+        if started:
+            server.core.output(RequestOutput(request_id=request.request_id, token_ids=(5,)))
+            if stream:
+                connection.recv(100)
+    assert server.core.expect(AbortRequest).request_id == request.request_id
+    assert httpx2.get(f"{server.admin_url}/v1/tenants").json()["tenants"][0]["inFlight"] == 0
+
+
+def test_client_gone_aborts_all_prompts(serve: Serve) -> None:
+    server = serve()
+    with connect(server) as connection:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": ["a", "b", "c"], "stream": True}).encode()))
+        sent = {server.core.expect(AddRequest).request_id for _ in range(3)}
+    assert {server.core.expect(AbortRequest).request_id for _ in range(3)} == sent
+
+
+def test_one_refused_prompt_ends_the_others(serve: Serve) -> None:
+    server = serve()
+    errors: list[openai.APIStatusError] = []
+
+    def ask() -> None:
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            server.client().completions.create(model="tiny", prompt=["a", "b"])
+        errors.append(caught.value)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    first, second = (server.core.expect(AddRequest).request_id for _ in range(2))
+    server.core.output(RequestOutput(request_id=first, finish_reason=FinishReason.TENANT_SUSPENDED))
+    assert server.core.expect(AbortRequest).request_id == second
+    thread.join(WAIT_SECONDS)
+    assert errors[0].code == "tenant_suspended"
+
+
+def test_a_slow_reader_delays_nobody(serve: Serve, say: Say) -> None:
+    """It asks for far more than the socket's buffers hold, and reads nothing."""
+    core = ScriptedCore(max_model_len=40_000)
+
+    def reply(request: AddRequest) -> Iterator[RequestOutput]:
+        return iter(say("word " * (30_000 if request.sampling_params.max_tokens > 100 else 2))(request))
+
+    core.reply = reply
+    server = serve(core=core)
+    with connect(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = {"prompt": "x", "stream": True, "max_tokens": 30_000, "stop": ["\0"]}
+        connection.sendall(post("/v1/completions", json.dumps(body).encode()))
+        core.expect(AddRequest)
+        for _ in range(5):
+            answer = server.client().completions.create(model="tiny", prompt="x", max_tokens=50)
+            assert answer.choices[0].text == "word word "
+
+
+def test_a_body_that_never_comes_is_a_408(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_requests, "_BODY_TIMEOUT_SECONDS", 0.05)
+    with connect(serve(say("ok"))) as connection:
+        connection.sendall(post("/v1/completions", b'{"pro', length=1000))
+        assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_body_is_not_read_before_the_key_is_checked(serve: Serve, say: Say) -> None:
+    with connect(serve(say("ok"), anonymous=False)) as connection:
+        connection.sendall(post("/v1/completions", b'{"pro', length=10**9))
+        assert b" 401 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_malformed_http_does_not_end_the_server(serve: Serve, say: Say) -> None:
+    server = serve(say("ok"))
+    for garbage in (b"\x16\x03\x01\x02\x00" * 10, b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost x\r\n\r\n"):
+        with connect(server) as connection:
+            connection.sendall(garbage)
+            connection.recv(4096)
+    assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+async def test_death_of_the_engine_in_mid_stream(serve: Serve) -> None:
+    server = serve()
+    async with server.async_client() as client:
+        stream = await asyncio.gather(
+            client.completions.create(model="tiny", prompt="x", stream=True), asyncio.to_thread(begin, server.core)
+        )
+        whole = asyncio.create_task(client.completions.create(model="tiny", prompt="y"))
+        await asyncio.to_thread(server.core.expect, AddRequest)
+        server.core.die()
+        with pytest.raises(openai.APIError) as caught:
+            async for _ in stream[0]:
+                pass
+        assert caught.value.code == "engine_dead"
+        with pytest.raises(openai.InternalServerError) as refused:
+            await whole
+        assert refused.value.status_code == 503
+        assert refused.value.code == "engine_dead"
+    assert until_healthy(server, False).json()["error"]["code"] == "unhealthy"
+    assert httpx2.post(f"{server.url}/v1/completions", json={"prompt": "x"}).status_code == 503
+
+
+def begin(core: ScriptedCore) -> None:
+    request = core.expect(AddRequest)
+    core.output(
+        RequestOutput(request_id=request.request_id), RequestOutput(request_id=request.request_id, token_ids=(5,))
+    )
+
+
+def test_health_follows_progress(serve: Serve) -> None:
+    server = serve(stall_timeout=0.05)
+    assert httpx2.get(f"{server.url}/health").status_code == 200
+    with connect(server) as connection:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": "x"}).encode()))
+        request = server.core.expect(AddRequest)
+        assert "no progress" in until_healthy(server, False).json()["error"]["message"]
+        assert httpx2.get(f"{server.url}/ready").status_code == 503
+        server.core.output(RequestOutput(request_id=request.request_id, finish_reason=FinishReason.STOP))
+        until_healthy(server, True)
+
+
+def test_long_prompts_do_not_block_the_event_loop(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one tenant's prompt is being tokenized, probes and other requests are answered."""
+    server = serve(say("ok"))
+    tokenizer = server.running.service.tokenizer
+    encode, entered, release = tokenizer.encode, threading.Event(), threading.Event()
+
+    def slow_encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > 10_000:
+            entered.set()
+            assert release.wait(WAIT_SECONDS)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", slow_encode)
+    with connect(server) as connection:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": "x" * 20_000}).encode()))
+        assert entered.wait(WAIT_SECONDS)
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        assert server.client().completions.create(model="tiny", prompt="x").choices[0].text == "ok"
+        release.set()
+        assert b" 400 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def test_tls(serve: Serve, say: Say, authority: trustme.CA, tmp_path: Path) -> None:
+    certificate = authority.issue_cert("127.0.0.1")
+    certfile, keyfile = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certfile.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    certificate.private_key_pem.write_to_path(keyfile)
+    server = serve(say("ok"), ssl_certfile=certfile, ssl_keyfile=keyfile)
+    assert server.url.startswith("https://")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with httpx2.Client(verify=context) as http, server.client(http_client=http) as client:
+        assert client.completions.create(model="tiny", prompt="x").choices[0].text == "ok"
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{server.url}/health")
+    assert httpx2.get(f"{server.admin_url}/health").status_code == 200
+
+
+def test_unusable_tls_files(serve: Serve, say: Say, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="certificate"):
+        serve(say("ok"), ssl_certfile=tmp_path / "missing.pem")
+    (tmp_path / "garbage.pem").write_text("garbage")
+    with pytest.raises(StartupError, match="certificate"):
+        serve(say("ok"), ssl_certfile=tmp_path / "garbage.pem")
+
+
+@pytest.mark.parametrize("flag", ["port", "admin_port"])
+def test_port_in_use(serve: Serve, say: Say, flag: str) -> None:
+    class Unwanted(ScriptedCore):
+        def start(self) -> None:
+            pytest.fail("the engine was started although the port is in use")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(StartupError, match="use") as caught:
+        serve(core=Unwanted(), **{flag: taken.getsockname()[1]})
+    assert f"--{flag.replace('_', '-')}" in str(caught.value)

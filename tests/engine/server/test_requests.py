@@ -1,0 +1,284 @@
+"""Whatever a client sends, the answer is OpenAI's error body with the right status and the field's name."""
+
+import gzip
+import http.client
+import json
+import socket
+import urllib.parse
+from typing import Any
+
+import openai
+import pytest
+
+from evenhand_engine.messages import AddRequest
+
+from .conftest import Say, Serve, Server
+
+
+@pytest.fixture
+def server(serve: Serve, say: Say) -> Server:
+    return serve(say("ok"), max_request_bytes=100_000)
+
+
+def post(
+    server: Server, path: str, body: bytes | dict[str, Any], headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=20)
+    try:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), dict(response.getheaders())
+    finally:
+        connection.close()
+
+
+def error(server: Server, path: str, body: bytes | dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    status, answer, headers = post(server, path, body)
+    assert answer.keys() == {"error"}
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert answer["error"]["message"]
+    assert headers["X-Evenhand-Reason"] == answer["error"]["code"]
+    return status, answer["error"]
+
+
+COMPLETION = {"model": "tiny", "prompt": "x"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["x"] * 300}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "7"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1e308}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": 7}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": 20}, "min_tokens"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": 3}, "stream_options"),
+        ({"echo": 1}, "echo"),
+        ({"user": 5}, "user"),
+        ({"model": 5}, "model"),
+    ],
+)
+def test_bad_values_name_the_field(server: Server, fields: dict[str, Any], param: str) -> None:
+    status, answer = error(server, "/v1/completions", COMPLETION | fields)
+    assert status == 400
+    assert answer["param"] == param, answer
+    assert answer["type"] == "invalid_request_error"
+    assert server.core.received.empty() or not isinstance(server.core.received.queue[-1], AddRequest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_bad_chats_name_the_field(server: Server, fields: dict[str, Any], param: str) -> None:
+    status, answer = error(server, "/v1/chat/completions", CHAT | fields)
+    assert (status, answer["param"]) == (400, param), answer
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"best_of": 2},
+        {"logprobs": 0},
+        {"logprobs": True},
+        {"top_logprobs": 2},
+        {"logit_bias": {"5": 1}},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -1},
+        {"repetition_penalty": 1.1},
+        {"min_p": 0.1},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "required"},
+        {"suffix": "x"},
+        {"priority": 1},
+        {"cache_salt": "x"},
+        {"use_beam_search": True},
+        {"structured_outputs": {"regex": "a"}},
+    ],
+)
+def test_known_but_unsupported_fields_are_refused(server: Server, fields: dict[str, Any]) -> None:
+    (name,) = fields
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        status, answer = error(server, path, body | fields)
+        assert (status, answer["param"], answer["code"]) == (400, name, "unsupported_parameter")
+
+
+def test_fields_that_ask_for_nothing_and_unknown_ones_pass(server: Server) -> None:
+    neutral: dict[str, Any] = {
+        "n": 1,
+        "best_of": None,
+        "logprobs": None,
+        "logit_bias": {},
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "unheard_of": {"a": [1]},
+        "metadata": {"a": "b"},
+        "store": False,
+        "temperature": None,
+        "max_tokens": None,
+    }
+    assert post(server, "/v1/completions", COMPLETION | neutral)[0] == 200
+    assert post(server, "/v1/chat/completions", CHAT | neutral | {"logprobs": False, "top_logprobs": 0})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b"\xff\xfe\x00",
+        b"[" * 50_000,
+        b'{"prompt": ' + b"[" * 50_000,
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "x"} trailing',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_malformed_bodies(server: Server, path: str, body: bytes) -> None:
+    assert error(server, path, body)[0] == 400
+    assert post(server, "/v1/completions", COMPLETION)[0] == 200, "the server goes on"
+
+
+def test_huge_body_is_a_413(server: Server) -> None:
+    status, answer = error(server, "/v1/completions", {"prompt": "x" * 200_000})
+    assert (status, answer["code"]) == (413, "request_too_large")
+
+
+def test_compressed_bomb_is_a_413(server: Server) -> None:
+    bomb = gzip.compress(b'{"prompt": "' + b"x" * 50_000_000)
+    assert len(bomb) < 100_000
+    assert post(server, "/v1/completions", bomb, {"Content-Encoding": "gzip"})[0] == 413
+
+
+def test_header_flood_is_refused(server: Server) -> None:
+    host, port = urllib.parse.urlsplit(server.url).netloc.split(":")
+    for flood in (b"X-A: " + b"a" * 100_000, b"\r\n".join(b"X-%d: a" % i for i in range(2000))):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + flood + b"\r\n\r\n")
+            assert b" 400 " in connection.recv(1000).split(b"\r\n")[0]
+    assert server.client().models.list().data
+
+
+def test_prompt_beyond_the_context(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().completions.create(model="tiny", prompt="word " * 1000)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().completions.create(model="tiny", prompt="x", max_tokens=10_000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_unknown_routes_and_methods(server: Server) -> None:
+    assert error(server, "/v1/embeddings", {})[0] == 404
+    status, answer, _ = post(server, "/v1/models", {})
+    assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("abc-1.2:3_X", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("a\tb", False), ("ü", False)],
+)
+def test_request_id(server: Server, given: str, kept: bool) -> None:
+    status, answer, headers = post(server, "/v1/completions", COMPLETION, {"X-Request-Id": given})
+    assert status == 200
+    assert (headers["X-Request-Id"] == given) == kept
+    assert answer["id"] == f"cmpl-{headers['X-Request-Id']}"
+
+
+def test_content_parts_are_joined(server: Server) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    for content in (parts, "one\ntwo"):
+        post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
+    first, second = (server.core.expect(AddRequest).prompt_token_ids for _ in range(2))
+    assert first == second
+
+
+def test_continue_final_message(server: Server) -> None:
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}]
+    body = {"messages": messages, "continue_final_message": True}
+    assert post(server, "/v1/chat/completions", body)[0] == 200
+    prompt = post(server, "/detokenize", {"tokens": server.core.expect(AddRequest).prompt_token_ids})[1]["prompt"]
+    assert prompt.endswith("<|im_start|>assistant\nOne, two,")
+
+
+def test_tokenize_and_back(server: Server) -> None:
+    text = "The capital — 東京"
+    tokenized = post(server, "/tokenize", {"model": "tiny", "prompt": text, "return_token_strs": True})[1]
+    assert tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
+    assert tokenized["max_model_len"] == server.core.max_model_len
+    assert post(server, "/detokenize", {"tokens": tokenized["tokens"]})[1] == {"prompt": text}
+    chat = post(server, "/tokenize", {"messages": CHAT["messages"]})[1]
+    post(server, "/v1/chat/completions", CHAT)
+    assert server.core.expect(AddRequest).prompt_token_ids == chat["tokens"]
+
+
+def test_tokenize_errors(server: Server) -> None:
+    assert error(server, "/tokenize", {})[1]["param"] == "prompt"
+    assert error(server, "/detokenize", {"tokens": [10**6]})[1]["param"] == "tokens"
+    assert error(server, "/detokenize", {"tokens": ["a"]})[1]["param"] == "tokens"
+    assert error(server, "/tokenize", {"model": "other", "prompt": "x"})[0] == 404
+
+
+def test_probes(server: Server) -> None:
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=20)
+    for path in ("/health", "/ready", "/ping", "/version", "/metrics"):
+        for method in ("GET", "HEAD"):
+            connection.request(method, path)
+            response = connection.getresponse()
+            body = response.read()
+            assert response.status == 200
+            assert (body == b"") == (method == "HEAD" or path in ("/health", "/ready", "/ping"))
+    connection.close()
