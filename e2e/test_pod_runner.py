@@ -175,24 +175,24 @@ def test_volume_follows_its_secret(
 
 def test_pods_own_command_finds_its_mounts_address_and_environment(cluster: ControlPlane, namespace: str) -> None:
     cluster.apply(secret(namespace, current="mounted"))
-    manifest = deployment(namespace, 1, [{"name": "keys", "secret": {"secretName": "keys"}}])
+    manifest = deployment(namespace, 1, [{"name": "keys", "secret": {"secretName": "keys", "optional": True}}])
     [container] = manifest["spec"]["template"]["spec"]["containers"]
     fields = [
         {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
         {"name": "KEYS", "value": "/etc/keys"},
     ]
-    serve_here = 'echo "$POD_NAME" > "$KEYS/name"; exec "$@"'
+    serve_here = 'echo "$POD_NAME" > "$KEYS/name"; cat "$KEYS/current" > "$KEYS/at-start"; exec "$@"'
     container |= {
         "command": ["sh", "-c", serve_here, "sh", sys.executable],
         "args": ["-m", "http.server", "--bind=0.0.0.0", "--directory=/etc/keys", str(PORT)],
         "env": fields,
         "volumeMounts": [{"name": "keys", "mountPath": "/etc/keys"}],
     }
+    cluster.apply(manifest)
     with PodRunner(cluster, namespace):
-        cluster.apply(manifest)
         cluster.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
         [pod] = cluster.find("pods", namespace)
-        assert get(pod, "/current") == "mounted"
+        assert get(pod, "/at-start") == "mounted"
         assert get(pod, "/name").strip() == pod["metadata"]["name"]
 
 

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -81,10 +81,12 @@ class Sandbox:
 
 @dataclass
 class _Keeper:
-    """What is known of a Pod beyond its object: its container once it has one, and the status written last."""
+    """What is known of a Pod beyond its object: its container once it has one, the Secrets that its volumes show, and the
+    status written last."""
 
     sandbox: Sandbox
     container: Container | None = None
+    mounted: Mapping[str, Object] | None = None
     waiting_for: str = ""
     began: str = field(default_factory=now)
     ready: bool = False
@@ -158,7 +160,7 @@ class PodRunner:
         self._pods = pods
 
     def _replace_secrets(self, stored: dict[str, Object]) -> None:
-        self._secrets = {each["metadata"]["name"]: each for each in stored.values()}
+        self._secrets = by_name(stored.values())
 
     async def _sync(self, client: ApiClient) -> None:
         gone = [self._keepers.pop(uid) for uid in self._keepers.keys() - self._pods.keys()]
@@ -189,22 +191,27 @@ class PodRunner:
             await client.call("POST", f"{path}/binding", body)
             return
         else:
-            self._keep_running(pod, keeper)
+            await self._keep_running(client, pod, keeper)
         status = self._status(keeper)
         if status != keeper.written:
             await client.call("PATCH", f"{path}/status", {"status": status}, "application/merge-patch+json")
             keeper.written = status
 
-    def _keep_running(self, pod: Object, keeper: _Keeper) -> None:
+    async def _keep_running(self, client: ApiClient, pod: Object, keeper: _Keeper) -> None:
         sandbox = keeper.sandbox
-        try:
-            write_volumes(pod, self._secrets, sandbox.directory / "volumes")
-        except SecretMissing as missing:
-            keeper.waiting_for = str(missing)
-        else:
-            keeper.waiting_for = ""
-            if keeper.container is None:
-                keeper.container = self._container(sandbox)
+        if keeper.mounted is not (followed := self._secrets):
+            if keeper.container is None:  # what we follow may lag behind, and an optional Secret not be missed
+                stored = by_name((await client.call("GET", f"{self._path}/secrets"))["items"])
+            else:
+                stored = followed
+            try:
+                write_volumes(pod, stored, sandbox.directory / "volumes")
+                keeper.waiting_for = ""
+            except SecretMissing as missing:  # one that is taken away later stays mounted
+                keeper.waiting_for = str(missing)
+            keeper.mounted = followed
+        if keeper.container is None and not keeper.waiting_for:
+            keeper.container = self._container(sandbox)
         if keeper.container:
             keeper.container.tick()
 
@@ -261,6 +268,11 @@ class PodRunner:
             each.stop(grace=1)
         for each in containers:
             await each.wait_stopped()
+
+
+def by_name(objects: Iterable[Object]) -> dict[str, Object]:
+    """Objects of one kind and namespace."""
+    return {each["metadata"]["name"]: each for each in objects}
 
 
 def condition(kind: str, status: bool, since: str) -> Object:
