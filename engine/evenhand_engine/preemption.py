@@ -118,4 +118,4 @@ class _Victims:
 
 
 def _least_computed_first(requests: Iterable[Request]) -> list[Request]:
-    return sorted(requests, key=lambda request: (request.num_computed_tokens, -request.arrival_time))
+    return sorted(requests, key=lambda request: (request.num_computed_tokens, -request.position))

@@ -53,6 +53,7 @@ class Request:
         "num_in_flight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "position",
         "request_id",
         "sampling_params",
         "started_at",
@@ -78,6 +79,7 @@ class Request:
         self.cache_salt = cache_salt
         self.sampling_params = sampling_params
         self.arrival_time = arrival_time
+        self.position = 0  # in the order of arrival over all requests; the roster counts
         self.token_ids = list(prompt_token_ids)  # prompt, then confirmed outputs
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0

@@ -3,17 +3,16 @@
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 from evenhand_engine.fair_share import FairShare
 from evenhand_engine.request import Request
 
-
-def _arrival(request: Request) -> float:
-    return request.arrival_time
+_position = attrgetter("position")
 
 
 class RequestQueue:
-    """FIFO by arrival time, so that a preempted request finds its place again.
+    """FIFO by position, so that a preempted request finds its place again.
 
     With `per_user` each user has a FIFO of its own and the user who was served least goes first, by the same rule that
     shares the engine between tenants.
@@ -33,14 +32,14 @@ class RequestQueue:
             yield from line
 
     def push(self, request: Request) -> None:
-        """Add by arrival time: at the end for a new request, further ahead for one that was preempted."""
+        """Add by position: at the end for a new request, further ahead for one that was preempted."""
         line = self._lines.setdefault(self._line_of(request), deque())
-        if not line or line[-1].arrival_time <= request.arrival_time:
+        if not line or line[-1].position < request.position:
             line.append(request)
-        elif request.arrival_time < line[0].arrival_time:
+        elif request.position < line[0].position:
             line.appendleft(request)
         else:
-            insort(line, request, key=_arrival)
+            insort(line, request, key=_position)
         self._size += 1
 
     def remove(self, request: Request) -> None:
@@ -59,9 +58,15 @@ class RequestQueue:
         """The oldest request of each line."""
         return [line[0] for line in self._lines.values()]
 
-    def oldest(self) -> Request:
-        """The request that arrived first. The queue must not be empty."""
-        return min(self.heads(), key=_arrival)
+    def overdue(self, latest_arrival: float) -> Iterator[Request]:
+        """Requests that arrived before and never ran; one that was preempted had its turn and is not overdue."""
+        for line in self._lines.values():
+            for request in line:
+                if request.num_preemptions:
+                    continue
+                if request.arrival_time >= latest_arrival:
+                    break
+                yield request
 
     def charge(self, request: Request, cost: int) -> None:
         """Charge the request's user, where users share the tenant."""
@@ -73,7 +78,7 @@ class RequestQueue:
         if self.per_user:
             return min(
                 (*started, *(self.heads() if may_start else ())),
-                key=lambda request: (self.users.virtual_service(request.user), request.arrival_time),
+                key=lambda request: (self.users.virtual_service(request.user), request.position),
                 default=None,
             )
         for request in started:

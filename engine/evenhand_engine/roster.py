@@ -47,6 +47,7 @@ class Roster:
         self._settings = settings
         self._configs: dict[str, TenantConfig] = {}
         self._num_replicas = 1
+        self._num_added = 0
 
     @property
     def num_waiting(self) -> int:
@@ -85,7 +86,8 @@ class Roster:
         if blocks.num_blocks_for(request.num_tokens + 1) > min(blocks.num_blocks, tenant.max_blocks):
             return Fit.NEVER
         num_missing = blocks.num_missing_blocks(request)
-        if blocks.num_held_blocks(tenant.tenant_id) + num_missing > tenant.max_blocks:
+        has_ceiling = tenant.max_blocks < blocks.num_blocks
+        if has_ceiling and blocks.num_held_blocks(tenant.tenant_id) + num_missing > tenant.max_blocks:
             return Fit.CAPPED
         headroom = min(self.num_running, blocks.num_blocks // 64)  # running requests will grow
         if self.num_missing_seats > 0 or num_missing + headroom > blocks.num_free_blocks:
@@ -107,6 +109,8 @@ class Roster:
         """A new request waits. Its tenant and cache salt are resolved here."""
         assert request.request_id not in self.requests, f"request {request.request_id} was added twice"
         tenant = self.tenant(request.tenant_id)
+        self._num_added += 1
+        request.position = self._num_added
         request.tenant_id = tenant.tenant_id
         request.cache_salt = request.cache_salt or tenant.cache_salt
         self.requests[request.request_id] = request

@@ -154,8 +154,7 @@ class Scheduler:
             request
             for tenant in self.roster.active.values()
             if tenant.queue_timeout != _NEVER
-            for request in tenant.waiting.heads()
-            if now - request.arrival_time > tenant.queue_timeout and request.num_preemptions == 0
+            for request in tenant.waiting.overdue(now - tenant.queue_timeout)
         ]
         for request in overdue:
             self._finish(request, FinishReason.QUEUE_TIMEOUT)
@@ -197,7 +196,7 @@ class Scheduler:
         """The baseline: whoever fits starts together, and the next batch waits for the last of them."""
         if self.roster.num_running:
             return
-        for request in sorted(self.roster.requests.values(), key=lambda request: request.arrival_time):
+        for request in sorted(self.roster.requests.values(), key=lambda request: request.position):
             fit = self.roster.fit(request)
             if fit is Fit.NEVER:
                 self._finish_oversized(request)
@@ -252,7 +251,7 @@ class Scheduler:
                 victim = self._preemption.growth(request, tenant, roster.running_tenants.values())
             else:
                 running = (r for t in roster.running_tenants.values() for r in t.running())
-                victim = max(running, key=lambda request: request.arrival_time)
+                victim = max(running, key=lambda request: request.position)
             self._preempt(victim)
             if victim is request:
                 return
@@ -317,7 +316,7 @@ class Scheduler:
         if len(tenants) < 2:
             return tenants[0] if tenants else None
         if not self._is_fair:
-            return min(tenants, key=_next_arrival)
+            return min(tenants, key=_next_position)
         services = [self.shares.virtual_service(tenant.tenant_id) for tenant in tenants]
         limit = min(services) + self._slack
         near = [
@@ -438,6 +437,6 @@ class Scheduler:
         )
 
 
-def _next_arrival(tenant: Tenant) -> float:
+def _next_position(tenant: Tenant) -> float:
     request = tenant.next_prompt()
-    return request.arrival_time if request else _NEVER
+    return request.position if request else _NEVER

@@ -52,7 +52,7 @@ class Tenant:
         per_user = config.fairness is Fairness.PER_USER
         if per_user != self.waiting.per_user:
             queue = RequestQueue(per_user=per_user)
-            for request in sorted(self.waiting, key=lambda request: request.arrival_time):
+            for request in sorted(self.waiting, key=lambda request: request.position):
                 queue.push(request)
             self.waiting = queue
 
