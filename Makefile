@@ -37,8 +37,9 @@ check: install  ## format, lint, types, import contracts, YAML
 	.venv/bin/lint-imports
 	.venv/bin/yamllint --strict .
 
-crds: install  ## write crds/ from engine/evenhand_policy
+crds: install  ## write crds/ and the field reference in docs/policies.md from engine/evenhand_policy
 	.venv/bin/python -m evenhand_policy.crd crds
+	.venv/bin/python -m evenhand_policy.reference docs/policies.md
 
 cluster:  ## build the control plane for tests into the cache: 10 minutes, once
 	$(PYTHON) e2e/cluster/build.py

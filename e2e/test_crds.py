@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster import build
 from cluster.control_plane import ControlPlane, KubectlError, Object
 from evenhand_policy.decode import decode
 from evenhand_policy.spec import TenantPolicy
@@ -127,3 +128,10 @@ def test_kubectl_explain_tells_what_a_field_means(cluster: ControlPlane, crds: N
     text = " ".join(cluster.kubectl("explain", "tenantpolicy.spec.latencyClass").split())
     assert "ENUM: Interactive Standard Batch" in text
     assert "never how much over time" in text
+
+
+def test_the_examples_are_accepted_to_the_last_field(cluster: ControlPlane, crds: None) -> None:
+    for name in ("inference", "chat"):
+        cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    for example in sorted((build.SOURCES.parents[1] / "manifests/examples").iterdir()):
+        cluster.kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", str(example))

@@ -74,7 +74,9 @@ class GatewaySpec(Model, frozen=True, kw_only=True):
 class EnginePoolSpec(Model, frozen=True, kw_only=True):
     """Which engines form the pool, and what holds for all of them."""
 
-    selector: Annotated[LabelSelector, Meta(description="Labels of the engine pods, in the pool's namespace.")]
+    selector: Annotated[
+        LabelSelector, Meta(description="Labels of the engine pods, in the pool's namespace; not empty.")
+    ]
     allowed_namespaces: Annotated[
         AllowedNamespaces, Meta(description="Namespaces whose TenantPolicies may refer to this pool.")
     ] = AllowedNamespaces()

@@ -23,10 +23,10 @@ class SecretKeys(Model, frozen=True, kw_only=True):
 
 
 class Secret(Model, frozen=True, kw_only=True):
-    """A Kubernetes Secret (core/v1). Its text never shows what it holds."""
+    """A Kubernetes Secret (core/v1), whole or as an item of a list, which has no kind. Its text never shows what it holds."""
 
-    api_version: Literal["v1"]
-    kind: Literal["Secret"]
+    api_version: Literal["v1"] = "v1"
+    kind: Literal["Secret"] = "Secret"
     metadata: Metadata
     type: str = "Opaque"
     data: dict[str, str] = field(default_factory=dict)
