@@ -52,7 +52,17 @@ def serve(*flags: str) -> Iterator[Server]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped even then
     port, admin_port = free_port(), free_port()
     command = [Path(sys.executable).parent / "evenhand", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--admin-port", str(admin_port), "--log-level", "warning", "--served-model-name", MODEL, *flags]
+    command += [
+        "--admin-port",
+        str(admin_port),
+        "--log-level",
+        "warning",
+        "--served-model-name",
+        MODEL,
+        "--drain-timeout",
+        "1",
+        *flags,
+    ]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -61,7 +71,7 @@ def serve(*flags: str) -> Iterator[Server]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=15)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

@@ -47,6 +47,7 @@ class Request:
         "block_table",
         "cache_salt",
         "finish_reason",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_charged_tokens",
         "num_computed_tokens",
@@ -79,6 +80,7 @@ class Request:
         self.cache_salt = cache_salt
         self.sampling_params = sampling_params
         self.arrival_time = arrival_time
+        self.max_num_tokens = len(prompt_token_ids) + sampling_params.max_tokens  # the roster cuts it to the model's
         self.position = 0  # in the order of arrival over all requests; the roster counts
         self.token_ids = list(prompt_token_ids)  # prompt, then confirmed outputs
         self.num_prompt_tokens = len(prompt_token_ids)

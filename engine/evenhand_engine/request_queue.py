@@ -69,9 +69,8 @@ class RequestQueue:
                 yield request
 
     def charge(self, request: Request, cost: int) -> None:
-        """Charge the request's user, where users share the tenant."""
-        if self.per_user:
-            self.users.charge(request.user, cost, 1)
+        """Charge the request's user."""
+        self.users.charge(request.user, cost, 1)
 
     def first(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
         """Who computes next: of the tenant's `started` prompts (oldest first) and, if one more may start, the heads."""

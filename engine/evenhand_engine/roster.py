@@ -111,6 +111,7 @@ class Roster:
         tenant = self.tenant(request.tenant_id)
         self._num_added += 1
         request.position = self._num_added
+        request.max_num_tokens = min(request.max_num_tokens, self._settings.max_model_len)
         request.tenant_id = tenant.tenant_id
         request.cache_salt = request.cache_salt or tenant.cache_salt
         self.requests[request.request_id] = request

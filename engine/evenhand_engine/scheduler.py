@@ -86,7 +86,8 @@ class Scheduler:
         if request is None:
             return
         if num_output_tokens is not None:
-            self._refund(request, max(0, request.num_output_tokens - num_output_tokens))
+            surplus = max(0, request.num_output_tokens - num_output_tokens)
+            self._charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
         self._finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
@@ -133,7 +134,7 @@ class Scheduler:
             token_id = next(sampled) if item.samples else None
             if request.finish_reason is not None:
                 if item.samples and request.finish_reason is FinishReason.STOP:
-                    self._refund(request, 1)  # computed past its end
+                    self._charge_outputs(self.roster.tenant(request.tenant_id), (request,), -1)
                 continue
             end = start + item.num_scheduled_tokens
             if end % block_size == 0 or item.num_scheduled_tokens > 1:
@@ -212,13 +213,19 @@ class Scheduler:
         self._grow_decodes()
         left_out = set()
         for tenant in sorted(self.roster.running_tenants.values(), key=self._service):
-            decodes = [request for request in tenant.decoding.values() if not self._is_at_end(request)]
+            decodes = [request for request in tenant.decoding.values() if not _is_at_end(request)]
             if len(decodes) > budget.tokens:
                 del decodes[budget.tokens :]
                 left_out.add(tenant.tenant_id)
-            if decodes:
-                costs = [self._schedule(tenant, request, 1, budget, scheduled) for request in decodes]
-                self._charge(tenant, sum(costs))
+            context = 0
+            for request in decodes:
+                start = request.num_computed_tokens
+                scheduled.append(ScheduledRequest(request, start, 1, True))
+                context += start
+                request.num_computed_tokens = start + 1
+                request.num_in_flight_tokens += 1
+            budget.spend_decodes(len(decodes), context)
+            self._charge_outputs(tenant, decodes)
         return left_out
 
     def _grow_decodes(self) -> None:
@@ -227,17 +234,11 @@ class Scheduler:
             request
             for tenant in self.roster.running_tenants.values()
             for request in tenant.decoding.values()
-            if len(request.block_table) * block_size < request.num_computed_tokens + 1 and not self._is_at_end(request)
+            if len(request.block_table) * block_size < request.num_computed_tokens + 1 and not _is_at_end(request)
         ]
         for request in growing:
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
-
-    def _is_at_end(self, request: Request) -> bool:
-        """Whether the output in flight is the request's last, so that there is nothing more to compute."""
-        num_tokens = request.num_computed_tokens + 1
-        num_outputs = num_tokens - request.num_prompt_tokens
-        return num_outputs >= request.sampling_params.max_tokens or num_tokens >= self.settings.max_model_len
 
     def _grow(self, request: Request) -> None:
         """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
@@ -293,9 +294,7 @@ class Scheduler:
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
-            self._charge(tenant, self._schedule(tenant, request, num_tokens, budget, scheduled))
-            if scheduled[-1].samples:
-                self.roster.end_prefill(request)
+            self._schedule_chunk(tenant, request, num_tokens, budget, scheduled)
         self._is_starved = bool(misfits) or not may_admit
         return capped
 
@@ -364,46 +363,44 @@ class Scheduler:
     def _service(self, tenant: Tenant) -> int:
         return self.shares.virtual_service(tenant.tenant_id)
 
-    def _schedule(
+    def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
-    ) -> int:
-        """Put the request's next tokens into the batch; returns their cost, which the caller charges."""
+    ) -> None:
+        """Put the next tokens of a prompt into the batch; the last chunk gives the first output token."""
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
-        samples = end == len(request.token_ids) + request.num_in_flight_tokens
-        cost = self.config.prices.output_token if samples else 0
-        if start < request.num_prompt_tokens:
-            new = max(0, min(end, request.num_prompt_tokens) - max(start, request.num_charged_tokens))
-            cost += new * self.config.prices.input_token
-            request.num_charged_tokens += new
-            tenant.num_prompt_tokens += new
+        samples = end == request.num_tokens
         scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
         budget.spend(start, num_tokens)
+        num_new = max(0, min(end, request.num_prompt_tokens) - max(start, request.num_charged_tokens))
+        request.num_charged_tokens += num_new
+        tenant.num_prompt_tokens += num_new
+        self._charge(tenant, (request,), num_new * self.config.prices.input_token)
         request.num_computed_tokens = end
-        request.num_in_flight_tokens += samples
+        if samples:
+            request.num_in_flight_tokens += 1
+            self._charge_outputs(tenant, (request,))
+            self.roster.end_prefill(request)
+
+    def _charge_outputs(self, tenant: Tenant, requests: Sequence[Request], count: int = 1) -> None:
+        """Charge `count` outputs of each request (negative: given back, since they were computed past its end)."""
+        tenant.num_generation_tokens += count * len(requests)
+        self._charge(tenant, requests, count * self.config.prices.output_token)
+
+    def _charge(self, tenant: Tenant, requests: Sequence[Request], cost: int) -> None:
+        """Charge each of a tenant's requests: the one place where service is charged."""
+        tenant.service += cost * len(requests)
+        self.shares.charge(tenant.tenant_id, cost * len(requests), tenant.weight)
         if tenant.waiting.per_user:
-            tenant.waiting.charge(request, cost)
-        return cost
-
-    def _charge(self, tenant: Tenant, cost: int) -> None:
-        """The one place where tenants are charged (negative: given back)."""
-        tenant.service += cost
-        self.shares.charge(tenant.tenant_id, cost, tenant.weight)
-
-    def _refund(self, request: Request, num_output_tokens: int) -> None:
-        """Give outputs back that were computed past the request's end."""
-        tenant = self.roster.tenant(request.tenant_id)
-        cost = num_output_tokens * self.config.prices.output_token
-        tenant.waiting.charge(request, -cost)
-        self._charge(tenant, -cost)
+            for request in requests:
+                tenant.waiting.charge(request, cost)
 
     def _take_token(self, request: Request, token_id: int) -> None:
         params = request.sampling_params
         request.num_in_flight_tokens -= 1
         request.token_ids.append(token_id)
-        self.roster.tenants[request.tenant_id].num_generation_tokens += 1
         if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
             self._finish(request, FinishReason.STOP, (token_id,))
-        elif request.num_output_tokens >= params.max_tokens or len(request.token_ids) >= self.settings.max_model_len:
+        elif len(request.token_ids) >= request.max_num_tokens:
             self._finish(request, FinishReason.LENGTH, (token_id,))
         else:
             self._outputs.append(RequestOutput(request_id=request.request_id, token_ids=(token_id,)))
@@ -440,3 +437,8 @@ class Scheduler:
 def _next_position(tenant: Tenant) -> float:
     request = tenant.next_prompt()
     return request.position if request else _NEVER
+
+
+def _is_at_end(request: Request) -> bool:
+    """Whether the output in flight is the request's last, so that there is nothing more to compute."""
+    return request.num_computed_tokens + 1 >= request.max_num_tokens

@@ -102,6 +102,12 @@ class StepBudget:
         self.tokens -= num_scheduled_tokens
         self.load.add(num_computed_tokens, num_scheduled_tokens)
 
+    def spend_decodes(self, num_decodes: int, context: int) -> None:
+        """Note that single tokens were scheduled, after `context` tokens in all."""
+        self.tokens -= num_decodes
+        self.load.num_tokens += num_decodes
+        self.load.decode_context += context
+
     def fit(self, num_computed_tokens: int, num_pending_tokens: int) -> int:
         """How many of a prompt's pending tokens still go into this step; 0: none."""
         most = min(num_pending_tokens, self.tokens)
