@@ -1,24 +1,47 @@
 """Kernels: what a decoder needs of a device beside an embedding lookup. One implementation for each kind of device.
 
-All work on torch tensors. Activations are float32 on the CPU; weights and the KV cache are float32, bfloat16 or float16.
+All work on torch tensors. On the CPU activations are float32; weights and the KV cache are float32, bfloat16 or float16.
+What a kernel can prepare once (the layout of a weight, the memory of a KV cache) is prepared when its operation is made.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
-"""Maps [num_tokens, in_features] to [num_tokens, out_features]; holds its weight in the layout of the device."""
+"""Maps [num_tokens, in_features] to [num_tokens, out_features]. Holds its weight in the layout of the device."""
 
 
-class LayerKvCache(NamedTuple):
-    """Keys and values of one layer, in blocks; the layout is the device's own."""
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """The attention of one layer.
 
-    keys: Tensor
-    values: Tensor
+    Attributes:
+        cos_sin: float32 [max_model_len, head_dim], cosines then sines; None: no rotation in this layer.
+        q_norm, k_norm: float32 [head_dim], weights of the RMSNorm of each head; None: no norm.
+        sliding_window: how many tokens a query sees, itself included; None: all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    cos_sin: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheShape:
+    """The paged memory for the keys and values of one layer; block_size is a multiple of 16 tokens."""
+
+    num_blocks: int
+    block_size: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +49,7 @@ class AttentionBatch:
     """The requests of one step; request i owns the rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of the activations.
 
     Attributes:
-        positions: int32 [num_tokens], in its request, of each row.
+        positions: int32 [num_tokens], the place of each row in its request.
         slot_mapping: int32 [num_tokens], where its key and value go: block id * block_size + offset in the block.
         block_table: int32 [num_requests, max_blocks], the block ids of each request; the rest of a row is undefined.
         seq_lens: int32 [num_requests], tokens of each request up to and including this step's.
@@ -40,28 +63,18 @@ class AttentionBatch:
     cu_seqlens_q: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionLayer:
-    """What is constant for the attention of one layer.
+Attention = Callable[[Tensor, AttentionBatch], Tensor]
+"""Attention of one layer over its paged KV cache, which it owns.
 
-    Attributes:
-        cos_sin: float32 [max_model_len, head_dim], cosines then sines; None: no rotation in this layer.
-        q_norm, k_norm: float32 [head_dim], weights of the RMSNorm of each head; None: no norm.
-        sliding_window: how many tokens a query sees, itself included; None: all.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    cos_sin: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    sliding_window: int | None
+Takes [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: query heads, then keys, then values. Norms and
+rotates queries and keys in place, stores keys and values at `slot_mapping`, and returns the causal attention of the
+queries, [num_tokens, num_heads * head_dim]. Query head h reads the KV head h // (num_heads / num_kv_heads). Decodes and
+prompt chunks are one case.
+"""
 
 
 class Kernels(Protocol):
-    """Operations of one device. Results are new tensors, unless the docstring says otherwise."""
+    """Operations of one device. Inputs are contiguous; results are new tensors."""
 
     @property
     def name(self) -> str:
@@ -69,13 +82,15 @@ class Kernels(Protocol):
         ...
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Prepare x @ weight.T + bias; weight is [out_features, in_features]. The arguments may be freed after."""
+        """x @ weight.T + bias; weight is [out_features, in_features], a float32 bias [out_features]."""
         ...
 
-    def new_kv_cache(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-    ) -> LayerKvCache:
-        """Memory for the keys and values of one layer."""
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """silu(gate) * up, with gate and up being the halves of x @ weight.T + bias (arXiv 2002.05202)."""
+        ...
+
+    def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
+        """Attention of one layer, with memory of its own for keys and values."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,23 +98,5 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add x to `residual` in place; return its rms_norm."""
-        ...
-
-    def store_kv(self, qkv: Tensor, layer: AttentionLayer, batch: AttentionBatch, cache: LayerKvCache) -> None:
-        """Norm and rotate the queries and keys in `qkv` in place, and write keys and values to the cache.
-
-        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], the query heads first, then keys, then values.
-        """
-        ...
-
-    def attention(self, qkv: Tensor, layer: AttentionLayer, batch: AttentionBatch, cache: LayerKvCache) -> Tensor:
-        """Causal attention of the queries in `qkv` over the cache: [num_tokens, num_heads * head_dim].
-
-        Query head h reads the KV head h // (num_heads / num_kv_heads). Decodes and prompt chunks are one case.
-        """
-        ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [num_tokens, 2 * n], the halves being gate and up (arXiv 2002.05202)."""
+        """Add x to `residual` in place; return the rms_norm of that."""
         ...

@@ -1,7 +1,7 @@
 """ModelRunner: computes batches with a model on one device; `load_model` makes one from the engine's settings."""
 
+import logging
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from evenhand_engine.batch import Batch, Runner, ScheduledRequest
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
+from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import Decoder, build_decoder, forward
 from evenhand_engine.model.memory import require_memory
@@ -19,8 +20,12 @@ from evenhand_engine.model.weights import RandomTensors, Weights, assemble, load
 from evenhand_engine.request import Request, SamplingParams
 from evenhand_engine.sampler import SamplingRow, sample
 from evenhand_engine.staging import Staging
-from evenhand_kernels.kernels import Kernels, LayerKvCache
+from evenhand_kernels.cpu.kernels import CpuKernels
+from evenhand_kernels.cpu.library import CompileError
+from evenhand_kernels.kernels import Kernels, KvCacheShape
 from evenhand_kernels.reference import ReferenceKernels
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 DEFAULT_MAX_NUM_SEQS = 32
@@ -34,9 +39,8 @@ class ModelRunner:
     Its own state is the content of the KV cache, and the tokens in flight: sampled, but not yet known to the requests.
     """
 
-    def __init__(self, decoder: Decoder, kv_cache: Sequence[LayerKvCache], settings: SchedulerSettings) -> None:
+    def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
         self._decoder = decoder
-        self._kv_cache = kv_cache
         self._staging = Staging(settings)
         self._in_flight: dict[str, dict[int, int]] = {}  # request id -> position -> token id
         self._results: deque[list[int]] = deque()
@@ -50,7 +54,7 @@ class ModelRunner:
         for request_id in batch.finished_request_ids:
             self._in_flight.pop(request_id, None)
         model_input = self._staging.fill(batch.scheduled, [self._token_ids(item) for item in batch.scheduled])
-        logits = forward(self._decoder, model_input, self._kv_cache)
+        logits = forward(self._decoder, model_input)
         samples = [item for item in batch.scheduled if item.samples]
         token_ids = sample(logits, [_sampling_row(item) for item in samples])
         for item, token_id in zip(samples, token_ids, strict=True):
@@ -118,18 +122,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
         weights=(model_config.num_parameters + model_config.vocab_size * model_config.hidden_size) * dtype.itemsize,
         kv_cache=settings.num_kv_blocks * _block_bytes(model_config, settings.block_size, dtype),
     )
-    kernels = ReferenceKernels()
+    kernels = _cpu_kernels()
     weights = _load_weights(config, model_dir, model_config, dtype, kernels)
-    decoder = build_decoder(model_config, weights, kernels, settings.max_model_len)
-    kv_cache = [
-        kernels.new_kv_cache(
-            settings.num_kv_blocks, model_config.num_kv_heads, model_config.head_dim, settings.block_size, dtype
-        )
-        for _ in range(model_config.num_layers)
-    ]
-    runner = ModelRunner(decoder, kv_cache, settings)
+    cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
+    runner = ModelRunner(build_decoder(model_config, weights, kernels, cache, settings.max_model_len), settings)
     runner.warm_up(settings)
     return LoadedModel(runner, settings, config.model or default_model.NAME, dtype_name, "cpu")
+
+
+def _cpu_kernels() -> Kernels:
+    try:
+        return CpuKernels(cache_dir() / "kernels")
+    except CompileError as error:
+        logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
+        return ReferenceKernels()
 
 
 def _load_weights(

@@ -1,14 +1,13 @@
 """The decoder of all supported architectures, as plain functions over weights, a KV cache and one step's input."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.rope import cos_sin_table
-from evenhand_engine.model.weights import LayerWeights, Weights
-from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, Kernels, LayerKvCache
+from evenhand_engine.model.weights import Weights
+from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, Kernels, KvCacheShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +27,20 @@ class ModelInput:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model: what `forward` needs beside the KV cache."""
+    """A loaded model with its KV cache, which the attention of each layer holds."""
 
     kernels: Kernels
     weights: Weights
-    attention_layers: tuple[AttentionLayer, ...]
+    attention: tuple[Attention, ...]
     eps: float
 
 
-def build_decoder(config: ModelConfig, weights: Weights, kernels: Kernels, max_model_len: int) -> Decoder:
-    """Join the weights with what is constant for each layer's attention."""
+def build_decoder(
+    config: ModelConfig, weights: Weights, kernels: Kernels, cache: KvCacheShape, max_model_len: int
+) -> Decoder:
+    """Add to the weights what is constant for each layer's attention, and allocate the KV cache."""
     cos_sin = cos_sin_table(config.rope, config.head_dim, max_model_len)
-    attention_layers = tuple(
+    layers = (
         AttentionLayer(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -52,28 +53,20 @@ def build_decoder(config: ModelConfig, weights: Weights, kernels: Kernels, max_m
         )
         for layer, window, rotates in zip(weights.layers, config.sliding_windows, config.rope_layers, strict=True)
     )
-    return Decoder(kernels, weights, attention_layers, config.rms_norm_eps)
+    attention = tuple(kernels.attention(layer, cache) for layer in layers)
+    return Decoder(kernels, weights, attention, config.rms_norm_eps)
 
 
-def forward(decoder: Decoder, model_input: ModelInput, kv_cache: Sequence[LayerKvCache]) -> Tensor:
+def forward(decoder: Decoder, model_input: ModelInput) -> Tensor:
     """Compute one step and store its keys and values. Returns the logits, float32 [num_samples, vocab_size]."""
-    kernels, weights = decoder.kernels, decoder.weights
+    kernels, weights, eps = decoder.kernels, decoder.weights, decoder.eps
     residual = weights.embedding[model_input.input_ids].float()
-    x = kernels.rms_norm(residual, weights.layers[0].input_norm, decoder.eps)
-    for index, layer in enumerate(weights.layers):
+    x = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
+    for index, (layer, attention) in enumerate(zip(weights.layers, decoder.attention, strict=True)):
         if index > 0:
-            x = kernels.add_rms_norm(x, residual, layer.input_norm, decoder.eps)
-        x = _attention(x, layer, decoder.attention_layers[index], model_input.attention, kv_cache[index], kernels)
-        x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, decoder.eps)
-        x = layer.down(kernels.silu_mul(layer.gate_up(x)))
+            x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+        x = layer.output(attention(layer.qkv(x), model_input.attention))
+        x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+        x = layer.down(layer.gate_up(x))
     rows = model_input.logits_indices
-    last = kernels.add_rms_norm(x[rows], residual[rows], weights.norm, decoder.eps)
-    return weights.lm_head(last)
-
-
-def _attention(
-    x: Tensor, layer: LayerWeights, shape: AttentionLayer, batch: AttentionBatch, cache: LayerKvCache, kernels: Kernels
-) -> Tensor:
-    qkv = layer.qkv(x)
-    kernels.store_kv(qkv, shape, batch, cache)
-    return layer.output(kernels.attention(qkv, shape, batch, cache))
+    return weights.lm_head(kernels.add_rms_norm(x[rows], residual[rows], weights.norm, eps))

@@ -1,6 +1,6 @@
 """Weights: a checkpoint's tensors on the device, in the layout of its kernels. Each tensor is used exactly once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,15 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
 from evenhand_kernels.kernels import Kernels, Linear
 
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. `qkv` gives query heads, key heads, value heads; `gate_up` gives gate, then up."""
+    """One layer. `qkv` gives query heads, key heads, value heads; `gate_up` gives silu(gate) * up."""
 
     input_norm: Tensor
     qkv: Linear
@@ -155,23 +157,25 @@ def _layer(
     def norm(name: str, size: int) -> Tensor:
         return source.take(f"{prefix}.{name}.weight", size).float()
 
-    def linear(names: str, in_features: int, out_features: Sequence[int], bias: bool) -> Linear:
-        """The projections of these names stacked into one."""
+    def stacked(
+        names: str, in_features: int, out_features: Sequence[int], bias: bool, make: MakeLinear = kernels.linear
+    ) -> Linear:
+        """The projections of these names in one."""
         parts = list(zip(names.split(), out_features, strict=True))
         weights = [source.take(f"{prefix}.{name}.weight", size, in_features).to(dtype) for name, size in parts]
         biases = [source.take(f"{prefix}.{name}.bias", size).float() for name, size in parts if bias]
-        return kernels.linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return make(torch.cat(weights), torch.cat(biases) if biases else None)
 
     qkv = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
-        qkv=linear(qkv, hidden, (query, key_value, key_value), config.attention_bias),
+        qkv=stacked(qkv, hidden, (query, key_value, key_value), config.attention_bias),
         q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
-        output=linear("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
+        output=stacked("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
         post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=linear("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias),
-        down=linear("mlp.down_proj", inner, (hidden,), config.mlp_bias),
+        gate_up=stacked("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias, kernels.gated_linear),
+        down=stacked("mlp.down_proj", inner, (hidden,), config.mlp_bias),
     )
 
 

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from evenhand_engine.batch import ScheduledRequest
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import build_decoder, forward
 from evenhand_engine.model.weights import load_weights
 from evenhand_engine.request import Request, SamplingParams
 from evenhand_engine.staging import Staging
-from evenhand_kernels.kernels import Kernels
+from evenhand_kernels.cpu.kernels import CpuKernels
+from evenhand_kernels.cpu.library import CompileError
+from evenhand_kernels.kernels import Kernels, KvCacheShape
 from evenhand_kernels.reference import ReferenceKernels
 
 SHAPE = {
@@ -30,6 +33,17 @@ SHAPE = {
     "head_dim": 32,
     "max_position_embeddings": 256,
 }
+
+
+@pytest.fixture(scope="session", params=["torch", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each implementation that runs without a GPU."""
+    if request.param == "torch":
+        return ReferenceKernels()
+    try:
+        return CpuKernels(cache_dir() / "kernels")
+    except CompileError as error:
+        pytest.skip(f"no C++ compiler: {error}")
 
 
 @pytest.fixture
@@ -61,18 +75,12 @@ def _split(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 def our_logits() -> Callable[..., Tensor]:
     """Logits of every token of one sequence, float32 [num_tokens, vocab_size], computed in chunks of these sizes."""
 
-    def compute(
-        model_dir: Path, token_ids: Sequence[int], chunks: Sequence[int], kernels: Kernels | None = None
-    ) -> Tensor:
-        kernels = kernels or ReferenceKernels()
+    def compute(model_dir: Path, token_ids: Sequence[int], chunks: Sequence[int], kernels: Kernels) -> Tensor:
         config = load_model_config(model_dir)
         settings = SchedulerSettings(max_num_batched_tokens=256, max_num_seqs=4, max_model_len=256, num_kv_blocks=40)
         weights = load_weights(model_dir, config, torch.float32, kernels)
-        decoder = build_decoder(config, weights, kernels, settings.max_model_len)
-        kv_cache = [
-            kernels.new_kv_cache(settings.num_kv_blocks, config.num_kv_heads, config.head_dim, 16, torch.float32)
-            for _ in range(config.num_layers)
-        ]
+        cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, torch.float32)
+        decoder = build_decoder(config, weights, kernels, cache, settings.max_model_len)
         request = Request("a", "tenant", list(token_ids), SamplingParams(max_tokens=1), arrival_time=0.0)
         request.block_table = list(range(39, 39 - 2 * 18, -2))  # neither in order nor next to each other
         staging, logits = Staging(settings), []
@@ -81,7 +89,7 @@ def our_logits() -> Callable[..., Tensor]:
             model_input = staging.fill([ScheduledRequest(request, start, size, True)], chunk)
             everything = dataclasses.replace(model_input, logits_indices=torch.arange(size, dtype=torch.int32))
             with torch.inference_mode():
-                logits.append(forward(decoder, everything, kv_cache))
+                logits.append(forward(decoder, everything))
         return torch.cat(logits)
 
     return compute

@@ -17,6 +17,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from evenhand_kernels.kernels import Kernels
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -67,6 +69,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_those_of_transformers(
     name: str,
+    kernels: Kernels,
     checkpoint: Callable[..., tuple[Path, PreTrainedModel]],
     our_logits: Callable[..., Tensor],
 ) -> None:
@@ -76,7 +79,7 @@ def test_logits_equal_those_of_transformers(
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
 
-    actual = our_logits(model_dir, token_ids, chunks=(1, 15, 17, 70, 1, 1, 45))
+    actual = our_logits(model_dir, token_ids, (1, 15, 17, 70, 1, 1, 45), kernels)
 
     assert torch.isfinite(actual).all()
     scale = expected.std()

@@ -1,0 +1,254 @@
+// Attention over a paged KV cache: norms and rotates queries and keys, stores keys and values, attends.
+//
+// keys   [num_blocks][num_kv_heads][head_dim][block_size]: 16 tokens' worth of one dimension are one or two vectors, so
+//        a block is a ready operand of the register tile that computes scores.
+// values [num_blocks][num_kv_heads][block_size][padded_head_dim], rows padded to a multiple of 16.
+//
+// A work item is up to MAX_QUERIES (query token, query head) pairs of one request that share a KV head: a tile of a
+// prompt chunk, or the group of a decode. It reads keys and values once, SPAN tokens at a time, with an online softmax
+// (arXiv 2205.14135). Threads take items as they get free, long prompts first.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "norm.h"
+#include "vec.h"
+
+constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
+constexpr int GROUP_VECS = GROUP / LANES;
+constexpr int SPAN = 64;         // tokens between two updates of the running maximum
+constexpr int MAX_QUERIES = 48;  // rows of an item: 8 register tiles share each load of keys and values
+constexpr int MAX_HEAD_DIM = 256;
+constexpr float HIDDEN = -1e30f;  // score of what a query must not see; finite, so that its exp never is NaN
+
+struct AttentionLayer {
+  int32_t num_heads, num_kv_heads, head_dim, block_size, window;  // window: 0 means all
+  float scale, eps;
+  const float *cos_sin, *q_norm, *k_norm;  // null: none
+  void *keys, *values;
+};
+
+struct AttentionBatch {
+  int64_t num_tokens, num_requests, table_stride;
+  const int32_t *positions, *slots, *block_table, *cu_seqlens_q;
+};
+
+static inline int padded(int head_dim) { return (head_dim + GROUP - 1) / GROUP * GROUP; }
+
+static inline void rotate(float* head, const float* cos_sin, int head_dim) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; i++) {
+    const float first = head[i], second = head[i + half], cos = cos_sin[i], sin = cos_sin[i + half];
+    head[i] = first * cos - second * sin;
+    head[i + half] = second * cos + first * sin;
+  }
+}
+
+template <typename T>
+static void store_token(float* qkv, int32_t position, int32_t slot, const AttentionLayer& layer) {
+  const int dim = layer.head_dim, rotated = layer.num_heads + layer.num_kv_heads;
+  for (int h = 0; h < rotated; h++) {
+    const float* norm = h < layer.num_heads ? layer.q_norm : layer.k_norm;
+    if (norm) rms_norm_row(qkv + h * dim, norm, qkv + h * dim, dim, layer.eps);
+    if (layer.cos_sin) rotate(qkv + h * dim, layer.cos_sin + static_cast<long>(position) * dim, dim);
+  }
+  const long block = slot / layer.block_size, offset = slot % layer.block_size;
+  for (int h = 0; h < layer.num_kv_heads; h++) {
+    const long head = block * layer.num_kv_heads + h;
+    T* key = static_cast<T*>(layer.keys) + head * dim * layer.block_size + offset;
+    T* value = static_cast<T*>(layer.values) + (head * layer.block_size + offset) * padded(dim);
+    for (int i = 0; i < dim; i++) narrow(qkv[(layer.num_heads + h) * dim + i], key + i * layer.block_size);
+    for (int i = 0; i < dim; i++) narrow(qkv[(rotated + h) * dim + i], value + i);
+  }
+}
+
+// Queries [first, end) of a request, counted from the start of this step's part of it, for one KV head.
+struct WorkItem {
+  int32_t request, kv_head, first, end;
+};
+
+static std::vector<WorkItem> work_items(const AttentionLayer& layer, const AttentionBatch& batch) {
+  const int group_size = layer.num_heads / layer.num_kv_heads;
+  const int tile = std::max(1, MAX_QUERIES / group_size);
+  std::vector<WorkItem> items;
+  for (int32_t request = static_cast<int32_t>(batch.num_requests) - 1; request >= 0; request--) {  // decodes last
+    const int32_t num_queries = batch.cu_seqlens_q[request + 1] - batch.cu_seqlens_q[request];
+    for (int32_t end = num_queries; end > 0; end -= tile)
+      for (int32_t head = 0; head < layer.num_kv_heads; head++)
+        items.push_back({request, head, std::max(0, end - tile), end});
+  }
+  return items;
+}
+
+template <typename T>
+class Attender {
+ public:
+  Attender(const AttentionLayer& layer, const AttentionBatch& batch, const float* qkv, float* out)
+      : layer_(layer), batch_(batch), qkv_(qkv), out_(out), dim_(layer.head_dim), width_(padded(layer.head_dim)) {}
+
+  void run(const WorkItem& item) {
+    const int group_size = layer_.num_heads / layer_.num_kv_heads;
+    for (int h = 0; h < group_size; h += MAX_QUERIES)  // more than one pass only for absurdly large groups
+      run(item, item.kv_head * group_size + h, std::min(group_size - h, MAX_QUERIES));
+  }
+
+ private:
+  void run(const WorkItem& item, int first_head, int num_heads) {
+    const int rows = (item.end - item.first) * num_heads;
+    const int32_t start = batch_.cu_seqlens_q[item.request];
+    const int32_t first_position = batch_.positions[start + item.first];
+    load_queries(start + item.first, rows, first_head, num_heads);
+    const int32_t end = first_position + (item.end - item.first);
+    int32_t begin = layer_.window > 0 ? std::max(0, first_position - layer_.window + 1) : 0;
+    begin -= begin % SPAN;
+    for (int32_t token = begin; token < end; token += SPAN) {
+      const int num_tokens = std::min(SPAN, end - token);
+      find_blocks(item, token, num_tokens);
+      compute_scores(rows, num_tokens);
+      mask(rows, num_heads, first_position, token, num_tokens);
+      update_softmax(rows, num_tokens);
+      accumulate_values(rows, num_tokens);
+    }
+    write_output(start + item.first, rows, first_head, num_heads);
+  }
+
+  void load_queries(int32_t token, int rows, int first_head, int num_heads) {
+    const long stride = static_cast<long>(layer_.num_heads + 2 * layer_.num_kv_heads) * dim_;
+    for (int row = 0; row < rows; row++) {
+      const float* query = qkv_ + (token + row / num_heads) * stride + (first_head + row % num_heads) * dim_;
+      for (int i = 0; i < dim_; i++) queries_[row * dim_ + i] = query[i] * layer_.scale;
+      std::fill_n(output_ + row * width_, width_, 0.0f);
+      maximum_[row] = HIDDEN;
+      total_[row] = 0;
+    }
+  }
+
+  // Points key_groups_ and value_groups_ at each GROUP tokens of the span, as float32.
+  void find_blocks(const WorkItem& item, int32_t token, int num_tokens) {
+    for (int group = 0; group * GROUP < num_tokens; group++) {
+      const int32_t position = token + group * GROUP;
+      const long block = batch_.block_table[item.request * batch_.table_stride + position / layer_.block_size];
+      const long head = block * layer_.num_kv_heads + item.kv_head, offset = position % layer_.block_size;
+      const T* keys = static_cast<const T*>(layer_.keys) + head * dim_ * layer_.block_size + offset;
+      const T* values = static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_;
+      use(keys, values, group);
+    }
+  }
+
+  void use(const float* keys, const float* values, int group) {
+    key_groups_[group] = keys;
+    value_groups_[group] = values;
+    key_stride_ = layer_.block_size;
+  }
+
+  template <typename Half>
+  void use(const Half* keys, const Half* values, int group) {
+    float *wide_keys = wide_keys_ + group * GROUP * dim_, *wide_values = wide_values_ + group * GROUP * width_;
+    for (int i = 0; i < dim_; i++)
+      for (int j = 0; j < GROUP; j += LANES) store(wide_keys + i * GROUP + j, load(keys + i * layer_.block_size + j));
+    for (int i = 0; i < GROUP * width_; i += LANES) store(wide_values + i, load(values + i));
+    key_groups_[group] = wide_keys;
+    value_groups_[group] = wide_values;
+    key_stride_ = GROUP;
+  }
+
+  void compute_scores(int rows, int num_tokens) {
+    const int tiles = num_row_tiles(rows);
+    std::fill_n(scores_, rows * SPAN, 0.0f);
+    for (int group = 0; group * GROUP < num_tokens; group++)
+      for (int i = 0; i < tiles; i++) {
+        const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
+        multiply_tile<GROUP_VECS>(count, queries_ + first * dim_, dim_, key_groups_[group], key_stride_, dim_,
+                                  scores_ + first * SPAN + group * GROUP, SPAN);
+      }
+  }
+
+  void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
+    const int padded_tokens = (num_tokens + LANES - 1) / LANES * LANES;
+    const int32_t last_position = first_position + (rows - 1) / num_heads;
+    const bool causal = token + padded_tokens - 1 > first_position;
+    const bool windowed = layer_.window > 0 && token <= last_position - layer_.window;
+    if (!causal && !windowed) return;
+    for (int row = 0; row < rows; row++) {
+      const int32_t position = first_position + row / num_heads;
+      const int visible_end = std::clamp(position + 1 - token, 0, padded_tokens);
+      const int visible_begin = layer_.window > 0 ? std::clamp(position + 1 - layer_.window - token, 0, visible_end) : 0;
+      std::fill_n(scores_ + row * SPAN, visible_begin, HIDDEN);
+      std::fill_n(scores_ + row * SPAN + visible_end, padded_tokens - visible_end, HIDDEN);
+    }
+  }
+
+  // Turns scores into weights relative to the running maximum; rescales what was accumulated under the previous one.
+  // A row that saw nothing yet has the maximum HIDDEN and meaningless weights, which its first token rescales to 0.
+  void update_softmax(int rows, int num_tokens) {
+    for (int row = 0; row < rows; row++) {
+      float* scores = scores_ + row * SPAN;
+      Vec high = splat(maximum_[row]);
+      for (int i = 0; i < num_tokens; i += LANES) high = max(high, load(scores + i));
+      const float maximum = largest(high);
+      Vec total = {};
+      for (int i = 0; i < num_tokens; i += LANES) {
+        const Vec weight = exp(load(scores + i) - maximum);
+        store(scores + i, weight);
+        total += weight;
+      }
+      const float rescale = exp(splat(maximum_[row] - maximum))[0];
+      total_[row] = total_[row] * rescale + sum(total);
+      if (rescale != 1.0f)
+        for (int i = 0; i < width_; i += LANES)
+          store(output_ + row * width_ + i, load(output_ + row * width_ + i) * rescale);
+      maximum_[row] = maximum;
+    }
+  }
+
+  void accumulate_values(int rows, int num_tokens) {
+    const int tiles = num_row_tiles(rows);
+    for (int i = 0; i < tiles; i++) {
+      const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
+      for (int column = 0; column < width_; column += GROUP)
+        for (int group = 0; group * GROUP < num_tokens; group++)
+          multiply_tile<GROUP_VECS>(count, scores_ + first * SPAN + group * GROUP, SPAN, value_groups_[group] + column,
+                                    width_, std::min(GROUP, num_tokens - group * GROUP),
+                                    output_ + first * width_ + column, width_);
+    }
+  }
+
+  void write_output(int32_t token, int rows, int first_head, int num_heads) {
+    for (int row = 0; row < rows; row++) {
+      float* out = out_ + ((token + row / num_heads) * static_cast<long>(layer_.num_heads) + first_head + row % num_heads) * dim_;
+      for (int i = 0; i < dim_; i++) out[i] = output_[row * width_ + i] / total_[row];
+    }
+  }
+
+  const AttentionLayer& layer_;
+  const AttentionBatch& batch_;
+  const float* qkv_;
+  float* out_;
+  const int dim_, width_;
+  long key_stride_ = 0;
+  const float *key_groups_[SPAN / GROUP], *value_groups_[SPAN / GROUP];
+  alignas(64) float queries_[MAX_QUERIES * MAX_HEAD_DIM];
+  alignas(64) float output_[MAX_QUERIES * MAX_HEAD_DIM];
+  alignas(64) float scores_[MAX_QUERIES * SPAN];
+  alignas(64) float wide_keys_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
+  alignas(64) float wide_values_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
+  float maximum_[MAX_QUERIES], total_[MAX_QUERIES];
+};
+
+template <typename T>
+static void attention(const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out, int num_threads) {
+  const long stride = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
+  const std::vector<WorkItem> items = work_items(layer, batch);
+#pragma omp parallel num_threads(num_threads)
+  {
+#pragma omp for schedule(static)
+    for (long token = 0; token < batch.num_tokens; token++)
+      store_token<T>(qkv + token * stride, batch.positions[token], batch.slots[token], layer);
+    Attender<T> attender(layer, batch, qkv, out);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < items.size(); i++) attender.run(items[i]);
+  }
+}

@@ -1,0 +1,156 @@
+// Vectors of floats in GCC's and Clang's portable vector syntax; the compiler maps them to AVX2, AVX-512 or NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // floats in a vector
+constexpr int MAX_ROWS = 12;  // rows of a register tile: MAX_ROWS * 2 accumulators fit into 32 registers
+#else
+constexpr int LANES = 8;
+constexpr int MAX_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast of 16 registers
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+static inline Vec select(IntVec mask, Vec a, Vec b) { return (Vec)((mask & (IntVec)a) | (~mask & (IntVec)b)); }
+static inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+
+static inline Vec load(const BFloat16* p) {
+  const HalfVec bits = *reinterpret_cast<const HalfVec*>(p);
+  return (Vec)(__builtin_convertvector(bits, IntVec) << 16);
+}
+
+static inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec result;
+  for (int i = 0; i < LANES; i++) {
+    _Float16 value;
+    std::memcpy(&value, p + i, 2);
+    result[i] = value;
+  }
+  return result;
+#endif
+}
+
+static inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+
+static inline float largest(Vec v) {
+  float result = v[0];
+  for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
+  return result;
+}
+
+// Narrowing, round to nearest even. Numbers that are not finite stay so.
+static inline void narrow(float x, float* to) { *to = x; }
+
+static inline void narrow(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+static inline void narrow(float x, Float16* to) {
+#if defined(__F16C__)
+  to->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const _Float16 value = x;
+  std::memcpy(to, &value, 2);
+#endif
+}
+
+// exp(x) with a relative error below 2e-7; 0 below -87, exp(88) above 88. x = n ln 2 + r; e^r by a polynomial (Cephes).
+static inline Vec exp(Vec x) {
+  const IntVec underflow = x < splat(-87.0f);
+  x = select(x > splat(88.0f), splat(88.0f), x);
+  const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return select(underflow, Vec{}, p * (Vec)power);
+}
+
+// The register tile of all matrix products here: c[m][0:NV * LANES] += sum over k of a[m * lda + k] * b[k * ldb ...].
+// `prefetch` names memory that a later tile reads; num_lines cache lines of it are requested along the way.
+template <int ROWS, int NV>
+static void multiply_tile(const float* __restrict a, long lda, const float* __restrict b, long ldb, int depth,
+                          float* __restrict c, long ldc, const char* prefetch, int num_lines) {
+  Vec acc[ROWS][NV];
+  for (int m = 0; m < ROWS; m++)
+    for (int j = 0; j < NV; j++) acc[m][j] = load(c + m * ldc + j * LANES);
+  for (int k = 0; k < depth;) {
+    if (num_lines > 0) {
+      __builtin_prefetch(prefetch, 0, 2);
+      __builtin_prefetch(prefetch + 64, 0, 2);
+      prefetch += 128;
+      num_lines -= 2;
+    }
+    const int end = k + 4 < depth ? k + 4 : depth;
+    for (; k < end; k++, b += ldb) {
+      Vec right[NV];
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; j++) {
+        right[j] = load(b + j * LANES);
+#if defined(__x86_64__)
+        asm("" : "+v"(right[j]));  // keep it in a register: GCC would load it again for every row
+#endif
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < ROWS; m++) {
+        const Vec left = splat(a[m * lda + k]);
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; j++) acc[m][j] += left * right[j];
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int j = 0; j < NV; j++) store(c + m * ldc + j * LANES, acc[m][j]);
+}
+
+template <int NV>
+static inline void multiply_tile(int rows, const float* a, long lda, const float* b, long ldb, int depth, float* c,
+                                 long ldc, const char* prefetch = nullptr, int num_lines = 0) {
+  switch (rows) {
+#define CASE(n)                                                                                        \
+  case n:                                                                                              \
+    if constexpr (n <= MAX_ROWS) multiply_tile<n, NV>(a, lda, b, ldb, depth, c, ldc, prefetch, num_lines); \
+    break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+  }
+}
+
+// Rows [first(i), first(i + 1)) of `rows` make up register tile i of `num_tiles`, as even as they can be.
+static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
+static inline int first_row(int tile, int num_tiles, int rows) { return rows * tile / num_tiles; }

@@ -1,0 +1,191 @@
+"""The C++ kernels against the same operations in float64, at sizes that fit no tile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from evenhand_kernels.cpu.kernels import CpuKernels
+from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
+from evenhand_kernels.reference import ReferenceKernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REFERENCE = ReferenceKernels()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
+    """Finite, and nowhere further off than `relative` times the typical size of the expected values."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - expected).abs().max() / expected.square().mean().sqrt()
+    assert error < relative, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 256), (17, 257), (95, 33), (120, 576)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
+    weight, bias = randn(outputs, inputs).to(dtype), randn(outputs, seed=1) if with_bias else None
+    linear = cpu_kernels.linear(weight, bias)
+    for rows in (1, 5, 6, 7, 13, 48, 95, 96, 97, 200):
+        x = randn(rows, inputs, seed=2)
+        expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close(linear(x), expected, 1e-5)
+    assert linear(torch.empty(0, inputs)).shape == (0, outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (8, 64), (9, 65), (31, 300)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gated_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
+    weight, bias = randn(2 * outputs, inputs).to(dtype), randn(2 * outputs, seed=1) if with_bias else None
+    linear = cpu_kernels.gated_linear(weight, bias)
+    for rows in (1, 7, 97):
+        x = randn(rows, inputs, seed=2)
+        both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        gate, up = both.chunk(2, dim=-1)
+        assert_close(linear(x), functional.silu(gate) * up, 1e-5)
+
+
+def test_the_gate_saturates_without_overflow(cpu_kernels: CpuKernels) -> None:
+    linear = cpu_kernels.gated_linear(torch.tensor([[1.0], [1.0]]), None)
+    x = torch.tensor([[-1e15], [-200.0], [-89.0], [0.0], [89.0], [200.0]])
+    torch.testing.assert_close(linear(x), functional.silu(x) * x)
+
+
+@pytest.mark.parametrize("size", [1, 8, 33, 576])
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_add_rms_norm(cpu_kernels: CpuKernels, size: int, rows: int) -> None:
+    x, residual, weight = randn(rows, size), randn(rows, size, seed=1) * 3, randn(size, seed=2)
+    expected_residual = residual.double() + x.double()
+    expected = REFERENCE.rms_norm(expected_residual, weight.double(), 1e-5)
+
+    assert_close(cpu_kernels.rms_norm(x + residual, weight, 1e-5), expected, 1e-5)
+    assert_close(cpu_kernels.add_rms_norm(x, residual, weight, 1e-5), expected, 1e-5)
+    assert_close(residual, expected_residual, 1e-6)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one step computes of a request: tokens [start, end)."""
+
+    request: int
+    start: int
+    end: int
+
+
+LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130, 1000)
+NUM_SLOTS = 3200
+STEPS = [
+    [Part(request, 0, length) for request, length in enumerate(LENGTHS) if length < 1000],  # whole prompts
+    [Part(8, 0, 500)],  # the first part of a long one
+    [Part(0, 0, 1), Part(3, 16, 17), Part(7, 129, 130), Part(8, 500, 951)],  # decodes beside a chunk
+    [Part(8, 951, 999), Part(5, 63, 64)],
+    [Part(8, 999, 1000), Part(6, 64, 65)],
+]
+
+
+def batch_of(parts: Sequence[Part], block_size: int) -> AttentionBatch:
+    """Gives every request blocks that are neither in order nor neighbours, no two the same."""
+    generator = torch.Generator().manual_seed(3)
+    shuffled = torch.randperm(NUM_SLOTS // block_size, generator=generator, dtype=torch.int32)
+    blocks_of: list[Tensor] = []
+    taken = 0
+    for length in LENGTHS:
+        blocks_of.append(shuffled[taken : taken + -(-length // block_size)])
+        taken += len(blocks_of[-1])
+    table = torch.full((len(parts), 64), -1, dtype=torch.int32)
+    for row, part in enumerate(parts):
+        table[row, : len(blocks_of[part.request])] = blocks_of[part.request]
+    positions = [torch.arange(part.start, part.end, dtype=torch.int32) for part in parts]
+    slots = [
+        blocks_of[part.request][position // block_size] * block_size + position % block_size
+        for part, position in zip(parts, positions, strict=True)
+    ]
+    sizes = torch.tensor([0] + [part.end - part.start for part in parts])
+    return AttentionBatch(
+        positions=torch.cat(positions),
+        slot_mapping=torch.cat(slots),
+        block_table=table,
+        seq_lens=torch.tensor([part.end for part in parts], dtype=torch.int32),
+        cu_seqlens_q=sizes.cumsum(0).int(),
+    )
+
+
+def check_attention(kernels: CpuKernels, layer: AttentionLayer, cache_dtype: torch.dtype, block_size: int = 16) -> None:
+    """Run STEPS on a cache full of NaN; equal to float64 step by step."""
+    num_blocks = NUM_SLOTS // block_size
+    attend = kernels.attention(layer, KvCacheShape(num_blocks, block_size, cache_dtype))
+    exact_dtype = torch.float64 if cache_dtype == torch.float32 else cache_dtype
+    expect = REFERENCE.attention(layer, KvCacheShape(num_blocks, block_size, exact_dtype))
+    width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+    batch = batch_of([Part(8, 0, 1000)], block_size)
+    for first in range(0, NUM_SLOTS, 800):  # what was in a block before must not matter
+        everywhere = torch.arange(first, first + 800, dtype=torch.int32)
+        poison = replace(
+            batch,
+            positions=batch.positions[:800],
+            slot_mapping=everywhere,
+            cu_seqlens_q=torch.tensor([0, 800], dtype=torch.int32),
+            seq_lens=torch.tensor([800], dtype=torch.int32),
+        )
+        attend(torch.full((800, width), torch.nan), poison)
+
+    for seed, parts in enumerate(STEPS):
+        batch = batch_of(parts, block_size)
+        qkv = randn(len(batch.positions), width, seed=seed)
+        expected = expect(qkv.double(), batch)
+        # A rotated key that lies between two 16-bit numbers may be rounded to either.
+        rounds_apart = layer.cos_sin is not None and cache_dtype != torch.float32
+        assert_close(attend(qkv, batch), expected, 2e-2 if rounds_apart else 5e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 40])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_attention(cpu_kernels: CpuKernels, head_dim: int, group_size: int) -> None:
+    check_attention(cpu_kernels, AttentionLayer(2 * group_size, 2, head_dim, eps=1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_attention_over_a_16_bit_cache(cpu_kernels: CpuKernels, cache_dtype: torch.dtype, head_dim: int) -> None:
+    check_attention(cpu_kernels, AttentionLayer(6, 2, head_dim, eps=1e-6), cache_dtype)
+
+
+@pytest.mark.parametrize("window", [1, 16, 50, 900])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_attention_with_a_sliding_window(cpu_kernels: CpuKernels, window: int, group_size: int) -> None:
+    layer = AttentionLayer(2 * group_size, 2, 64, eps=1e-6, sliding_window=window)
+    check_attention(cpu_kernels, layer, torch.float32)
+
+
+def test_attention_with_a_group_larger_than_a_tile(cpu_kernels: CpuKernels) -> None:
+    check_attention(cpu_kernels, AttentionLayer(50, 1, 64, eps=1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_attention_with_larger_blocks(cpu_kernels: CpuKernels, block_size: int) -> None:
+    check_attention(cpu_kernels, AttentionLayer(6, 2, 64, eps=1e-6), torch.float32, block_size)
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_attention_norms_and_rotates_heads(cpu_kernels: CpuKernels, cache_dtype: torch.dtype, head_dim: int) -> None:
+    angles = torch.arange(1000.0)[:, None] * torch.logspace(0, -3, head_dim // 2)
+    layer = AttentionLayer(
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        eps=1e-6,
+        cos_sin=torch.cat((angles.cos(), angles.sin()), dim=1),
+        q_norm=randn(head_dim, seed=1),
+        k_norm=randn(head_dim, seed=2),
+    )
+    check_attention(cpu_kernels, layer, cache_dtype)
