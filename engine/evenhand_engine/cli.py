@@ -1,27 +1,9 @@
-"""The command line: parses arguments and nothing else. What a command needs is imported when it runs."""
-
-import re
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+"""The command line: a group of commands, each in its own module."""
 
 import click
 
+from evenhand_engine.serve_command import serve
 from evenhand_engine.simulate_command import simulate
-
-if TYPE_CHECKING:
-    from evenhand_engine.server.run import Running
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def quantity(value: str) -> int:
-    """A positive integer, perhaps with a suffix: 1k is 1000, 1K is 1024, as in vLLM."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value.strip())
-    number = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
-    if number < 1:
-        raise click.BadParameter(f"{value!r} is not a positive number like 512, 2k or 2K.")
-    return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -30,93 +12,5 @@ def main() -> None:
     """Evenhand: fair sharing of one LLM between teams."""
 
 
+main.add_command(serve)
 main.add_command(simulate)
-
-
-@main.command()
-@click.argument("model", required=False)
-@click.option("--host", default="0.0.0.0", help="Address of the public port.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Public port; 0 takes any free one.")
-@click.option("--served-model-name", multiple=True, help="Name that clients ask for; may be repeated.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
-@click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto", help="dummy: random weights.")
-@click.option("--max-model-len", type=quantity, help="Most tokens of one request; default: the model's own.")
-@click.option("--max-num-seqs", type=quantity, help="Most requests running at once; default: by the device.")
-@click.option("--max-num-batched-tokens", type=quantity, help="Most tokens in one step; default: by the device.")
-@click.option("--kv-cache-memory-bytes", type=quantity, help="Memory of the KV cache; default: by the device.")
-@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
-@click.option("--scheduling-policy", type=click.Choice(["fair", "fcfs", "static"]), default="fair")
-@click.option("--record-steps", type=click.Path(path_type=Path), help="CSV file to write every step's time to.")
-@click.option("--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
-@click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
-@click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
-@click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
-@click.option("--ssl-certfile", type=click.Path(path_type=Path), help="PEM certificate chain of the public port.")
-@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
-@click.option("--api-key", envvar="EVENHAND_API_KEY", help="Demand this key of requests that no policy's key proves.")
-@click.option("--max-request-bytes", type=quantity, default="4M", help="Largest body.")
-@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-def serve(model: str | None, **options: Any) -> None:
-    """Serve MODEL over an OpenAI-compatible API.
-
-    MODEL is a Hugging Face directory, a hub id or a GGUF file; without it SmolLM2-135M-Instruct is served.
-    """
-    import asyncio
-
-    import uvloop
-
-    from evenhand_engine.config import EngineConfig, SchedulingPolicy
-    from evenhand_engine.errors import StartupError
-    from evenhand_engine.logs import configure_logging
-    from evenhand_engine.server.run import serve as serve_until_stopped
-    from evenhand_engine.server.settings import ServerSettings
-
-    configure_logging(options["log_level"])
-    config = EngineConfig(
-        model=model,
-        load_format=options["load_format"],
-        dtype=options["dtype"],
-        max_model_len=options["max_model_len"],
-        max_num_seqs=options["max_num_seqs"],
-        max_num_batched_tokens=options["max_num_batched_tokens"],
-        kv_cache_bytes=options["kv_cache_memory_bytes"],
-        enable_prefix_caching=options["enable_prefix_caching"],
-        scheduling_policy=SchedulingPolicy(options["scheduling_policy"]),
-        seed=options["seed"],
-        record_steps=options["record_steps"],
-        replay_steps=options["replay_steps"],
-    )
-    settings = ServerSettings(
-        host=options["host"],
-        port=options["port"],
-        admin_host=options["admin_host"],
-        admin_port=options["admin_port"],
-        policies=options["policies"],
-        anonymous=options["anonymous"],
-        served_model_names=options["served_model_name"],
-        api_key=options["api_key"],
-        ssl_certfile=options["ssl_certfile"],
-        ssl_keyfile=options["ssl_keyfile"],
-        max_request_bytes=options["max_request_bytes"],
-        drain_timeout=options["drain_timeout"],
-    )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        try:
-            code = runner.run(serve_until_stopped(settings, config, _announce))
-        except StartupError as error:
-            click.echo(f"evenhand: {error}", err=True)
-            code = 1
-    sys.exit(code)
-
-
-def _announce(running: "Running") -> None:
-    name = running.service.model_names[0]
-    click.echo(
-        f"\nEvenhand serves {name} at {running.url}/v1\n\n"
-        f"  curl {running.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}], "temperature": 0}}\'\n',
-        err=True,
-    )

@@ -1,106 +1,23 @@
-"""The life of the server: sockets, engine, applications; then signals, drain and the exit code."""
+"""The life of the server after its start: signals, drain, the engine's death, the exit code."""
 
 import asyncio
-import contextlib
-import functools
 import logging
 import signal
-import socket
-import ssl
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any, TypeVar
-
-from aiohttp import web
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
-from evenhand_engine.errors import StartupError
-from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.policy_source import PolicySource, load_initial
-from evenhand_engine.server.admin import build_admin_app
-from evenhand_engine.server.app import build_app
-from evenhand_engine.server.config_state import ConfigSource, ConfigState
-from evenhand_engine.server.service import Service
+from evenhand_engine.engine_client import spawn_core
 from evenhand_engine.server.settings import ServerSettings
-from evenhand_engine.tokenizer import Tokenizer
-from evenhand_policy.config import SchedulerConfig
+from evenhand_engine.server.startup import Running, SpawnCore, start_server
+
+if TYPE_CHECKING:
+    from evenhand_engine.server.service import Service
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 1024
-_DEATH_GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is dead
-
-_REPEAT_SECONDS = 1.0
-
-SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A server that accepts requests."""
-
-    service: Service
-    url: str
-    admin_url: str
-
-
-@contextlib.asynccontextmanager
-async def start_server(
-    settings: ServerSettings, config: EngineConfig, *, spawn: SpawnCore = spawn_core
-) -> AsyncIterator[Running]:
-    """Bind, load, serve; on leaving, stop everything. Raises StartupError.
-
-    Ports are bound first, so that one in use is found before a model is loaded. Clients that connect meanwhile wait.
-    """
-    async with contextlib.AsyncExitStack() as stack:
-        tls = _tls_context(settings)
-        public = stack.enter_context(_listen(settings.host, settings.port, "--port"))
-        admin = stack.enter_context(_listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        config_state = await _in_daemon_thread(lambda: _initial_config(settings))
-        directory = await _in_daemon_thread(lambda: resolve_model_dir(config.model))
-        engine = EngineClient(*spawn(config))
-        stack.push_async_callback(engine.close)
-        tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
-        ready = await engine.start()
-        service = Service(settings, engine, ready, tokenizer, config_state)
-        stack.callback(service.close)
-        await _serve_app(stack, build_admin_app(service), admin, None)
-        await _serve_app(stack, build_app(service), public, tls)
-        if settings.policies is not None:
-            apply = functools.partial(service.apply_config, source=ConfigSource.FILES)
-            source = PolicySource(settings.policies, apply, service.reject_config)
-            await stack.enter_async_context(_background(source.run()))
-        yield Running(service, _url("http" if tls is None else "https", public), _url("http", admin))
-
-
-def _initial_config(settings: ServerSettings) -> ConfigState:
-    if settings.policies is None:
-        return ConfigState(SchedulerConfig(), ConfigSource.DEFAULT)
-    return ConfigState(load_initial(settings.policies), ConfigSource.FILES)
-
-
-@contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _serve_app(
-    stack: contextlib.AsyncExitStack, app: web.Application, listener: socket.socket, tls: ssl.SSLContext | None
-) -> None:
-    # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=75, shutdown_timeout=1)
-    stack.push_async_callback(runner.cleanup)
-    await runner.setup()
-    await web.SockSite(runner, listener, ssl_context=tls, backlog=_BACKLOG).start()
+_GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is gone
+_REPEAT_SECONDS = 1.0  # a signal that comes again so soon is the same one
 
 
 async def serve(
@@ -154,7 +71,7 @@ class _StopSignals:
             self._starting.cancel()
 
 
-async def _serve_until_stopped(service: Service, stop: _StopSignals) -> int:
+async def _serve_until_stopped(service: "Service", stop: _StopSignals) -> int:
     engine = service.engine
     await _first_of(stop.requested.wait(), engine.died.wait())
     if not engine.died.is_set():
@@ -164,10 +81,10 @@ async def _serve_until_stopped(service: Service, stop: _StopSignals) -> int:
         await _first_of(drained, stop.repeated.wait(), engine.died.wait(), timeout=service.settings.drain_timeout)
     if engine.died.is_set():
         log.error("the engine died", extra={"fields": {"reason": engine.failure}})
-        await _first_of(service.active.wait_until_none(), timeout=_DEATH_GRACE_SECONDS)
+        await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
         return 1
     await engine.close()  # whatever still runs ends with an error event that says why
-    await _first_of(service.active.wait_until_none(), timeout=_DEATH_GRACE_SECONDS)
+    await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
     return 0
 
 
@@ -179,56 +96,3 @@ async def _first_of(*waits: Coroutine[Any, Any, object], timeout: float | None =
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def _in_daemon_thread(function: Callable[[], T]) -> T:
-    """Run `function` in a thread that an exit does not wait for, as it would for an executor's."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=run, name="start-up", daemon=True).start()
-    return await future
-
-
-def _listen(host: str, port: int, flag: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
-
-
-def _tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
-    if settings.ssl_certfile is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
-    except OSError as error:  # ssl.SSLError is one
-        files = " and ".join(str(path) for path in (settings.ssl_certfile, settings.ssl_keyfile) if path)
-        raise StartupError(f"cannot use the TLS certificate of {files}: {error}") from error
-    return context
-
-
-def _url(scheme: str, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

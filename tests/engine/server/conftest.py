@@ -32,8 +32,8 @@ from evenhand_engine.messages import (
     ToCore,
 )
 from evenhand_engine.request import FinishReason
-from evenhand_engine.server.run import Running, start_server
 from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.server.startup import Running, start_server
 from evenhand_engine.tokenizer import Tokenizer
 
 WAIT_SECONDS = 20.0
@@ -43,6 +43,19 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
 """
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 320,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
+}
 CORPUS = [
     "The capital of France is Paris. The capital of Italy is Rome, isn't it?",
     "Ein Käse für 3 €, naïve façade; 東京は日本の首都です。 👩‍🚀 flew past 🪐!",
@@ -51,7 +64,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory without weights: byte-level BPE of a few hundred tokens, and a chat template."""
+    """A tiny model without weights: byte-level BPE of a few hundred tokens, a chat template, a Llama's config."""
     directory = tmp_path_factory.mktemp("model")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +79,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (directory / "config.json").write_text(json.dumps(TINY_LLAMA))
     return directory
 
 

@@ -1,0 +1,39 @@
+"""Listening sockets: bound before anything is loaded, so that a port in use is found at once."""
+
+import socket
+import ssl
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.server.settings import ServerSettings
+
+BACKLOG = 1024
+
+
+def listen(host: str, port: int, flag: str) -> socket.socket:
+    """A listening socket; raises StartupError that names `flag`, which chose the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
+
+
+def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
+    """What the public port speaks TLS with; None for plain HTTP. Raises StartupError if the files are no good."""
+    if settings.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        files = " and ".join(str(path) for path in (settings.ssl_certfile, settings.ssl_keyfile) if path)
+        raise StartupError(f"cannot use the TLS certificate of {files}: {error}") from error
+    return context
+
+
+def url_of(scheme: str, listener: socket.socket) -> str:
+    """Where a client on this machine reaches the socket."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

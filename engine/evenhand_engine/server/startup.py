@@ -1,0 +1,143 @@
+"""Start-up: bind, spawn the engine core, build the applications while it loads, serve; and all of it backwards.
+
+The core needs seconds to import torch and load a model. So it is spawned as early as it can be, and what this process
+needs for HTTP is imported meanwhile.
+"""
+
+import asyncio
+import contextlib
+import functools
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
+from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.server.listener import BACKLOG, listen, tls_context, url_of
+from evenhand_engine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from evenhand_engine.server.config_state import ConfigState
+    from evenhand_engine.server.service import Service
+
+SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that accepts requests."""
+
+    service: "Service"
+    url: str
+    admin_url: str
+
+
+@contextlib.asynccontextmanager
+async def start_server(
+    settings: ServerSettings, config: EngineConfig, *, spawn: SpawnCore = spawn_core
+) -> AsyncIterator[Running]:
+    """A server that accepts requests; on leaving, everything is stopped. Raises StartupError.
+
+    Clients that connect while the model is being loaded wait.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        tls = tls_context(settings)
+        public = stack.enter_context(listen(settings.host, settings.port, "--port"))
+        admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
+        directory = await _in_daemon_thread(lambda: resolve_model_dir(config.model))
+        engine = EngineClient(*spawn(config))
+        stack.push_async_callback(engine.close)
+
+        from evenhand_engine.server.admin import build_admin_app
+        from evenhand_engine.server.app import build_app
+        from evenhand_engine.server.service import Service
+        from evenhand_engine.tokenizer import Tokenizer
+
+        config_state = await _in_daemon_thread(lambda: _initial_config(settings))
+        tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
+        service = Service(settings, engine, await engine.start(), tokenizer, config_state)
+        stack.callback(service.close)
+        await _serve_app(stack, build_admin_app(service), admin, None)
+        await _serve_app(stack, build_app(service), public, tls)
+        await stack.enter_async_context(_watch_policies(service))
+        yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
+
+
+def _initial_config(settings: ServerSettings) -> "ConfigState":
+    from evenhand_engine.policy_source import load_initial
+    from evenhand_engine.server.config_state import ConfigSource, ConfigState
+    from evenhand_policy.config import SchedulerConfig
+
+    if settings.policies is None:
+        return ConfigState(SchedulerConfig(), ConfigSource.DEFAULT)
+    return ConfigState(load_initial(settings.policies), ConfigSource.FILES)
+
+
+async def _serve_app(
+    stack: contextlib.AsyncExitStack, app: "web.Application", listener: socket.socket, tls: ssl.SSLContext | None
+) -> None:
+    from aiohttp import web
+
+    # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=75, shutdown_timeout=1)
+    stack.push_async_callback(runner.cleanup)
+    await runner.setup()
+    await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()
+
+
+@contextlib.asynccontextmanager
+async def _watch_policies(service: "Service") -> AsyncIterator[None]:
+    if service.settings.policies is None:
+        yield
+        return
+    from evenhand_engine.policy_source import PolicySource
+    from evenhand_engine.server.config_state import ConfigSource
+
+    apply = functools.partial(service.apply_config, source=ConfigSource.FILES)
+    source = PolicySource(service.settings.policies, apply, service.reject_config)
+    async with _background(source.run()):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run `function` in a thread that an exit does not wait for, as it would for an executor's."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="start-up", daemon=True).start()
+    return await future

@@ -1,0 +1,318 @@
+"""`evenhand serve` as a process of its own, with the real engine core: the default model, and a tiny one for faults."""
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import psutil
+import pytest
+import yaml
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model.source import resolve_model_dir
+
+START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
+STOP_SECONDS = 60.0
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@dataclass
+class ServeProcess:
+    """A running `evenhand serve`."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    admin_url: str
+    log: list[str]
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options)
+
+    @property
+    def core(self) -> psutil.Process:
+        """The engine core: the child that has torch in memory."""
+        return max(psutil.Process(self.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
+
+    def wait(self) -> int:
+        return self.process.wait(STOP_SECONDS)
+
+
+Command = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., ServeProcess]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(*args: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [str(Path(sys.executable).with_name("evenhand")), "serve", *args]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        family = [psutil.Process(process.pid)]
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += family[0].children(recursive=True)
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+
+@contextlib.contextmanager
+def serving(*args: str) -> Iterator[ServeProcess]:
+    admin_port = free_port()
+    with running("--host", "127.0.0.1", "--port", "0", "--admin-port", str(admin_port), *args) as process:
+        log: list[str] = []
+        found = threading.Event()
+
+        def read() -> None:
+            assert process.stderr is not None
+            for line in process.stderr:
+                log.append(line)
+                if "Evenhand serves" in line:
+                    found.set()
+            found.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert found.wait(START_SECONDS), log
+        urls = [url for line in log if (url := re.search(r"at (http\S+)/v1", line))]
+        assert urls, log
+        yield ServeProcess(process, urls[0][1], f"http://127.0.0.1:{admin_port}", log)
+    reader.join(STOP_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def default_model() -> Iterator[ServeProcess]:
+    try:
+        resolve_model_dir(None)
+    except StartupError as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def tiny(model_dir: Path) -> Iterator[Start]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *args: stack.enter_context(serving(str(model_dir), "--load-format", "dummy", *args))
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": "smollm2-135m-instruct", "messages": PARIS, "temperature": 0, "max_tokens": 20} | options
+    )
+
+
+def test_the_capital_of_france(default_model: ServeProcess) -> None:
+    with default_model.client() as client:
+        answer = ask(client)
+        assert "Paris" in answer.choices[0].message.content
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True))
+        assert streamed == answer.choices[0].message.content
+        again = ask(client)
+    assert again.usage.prompt_tokens_details.cached_tokens > 0, "the second prompt hits the prefix cache"
+    assert again.choices[0].message.content == answer.choices[0].message.content
+
+
+async def test_the_capital_of_france_async(default_model: ServeProcess) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{default_model.url}/v1", api_key="none", timeout=120) as client:
+        stream = await client.chat.completions.create(
+            model="smollm2-135m-instruct", messages=PARIS, temperature=0, max_tokens=20, stream=True
+        )
+        assert "Paris" in "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+
+def test_stop_string_and_usage(default_model: ServeProcess) -> None:
+    with default_model.client() as client:
+        answer = ask(client, stop=" of")
+    assert answer.choices[0].message.content == "The capital"
+    assert answer.usage.completion_tokens == 3
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_seed_makes_sampling_reproducible(default_model: ServeProcess) -> None:
+    with default_model.client() as client:
+        texts = [ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def idle(server: ServeProcess) -> dict[str, Any]:
+    """The default tenant's state, once nothing of it is in the engine."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        (state,) = httpx2.get(f"{server.admin_url}/v1/tenants").json()["tenants"]
+        if not (state["running"] or state["waiting"] or state["inFlight"] or state["kvBlocks"]):
+            return dict(state)
+        assert time.monotonic() < deadline, state
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_gone_frees_its_blocks(default_model: ServeProcess, stream: bool) -> None:
+    before = idle(default_model)["generationTokens"]
+    body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
+    with (
+        contextlib.suppress(httpx2.ReadTimeout),
+        httpx2.Client(timeout=1.0) as client,
+        client.stream("POST", f"{default_model.url}/v1/completions", json=body) as answer,
+    ):
+        next(answer.iter_bytes())
+    assert idle(default_model)["generationTokens"] - before < 1000
+
+
+def test_metrics_come_from_the_real_engine(default_model: ServeProcess) -> None:
+    text = httpx2.get(f"{default_model.admin_url}/metrics").text
+    value = re.search(
+        r'^vllm:generation_tokens_total\{engine="0",model_name="smollm2-135m-instruct"\} (.+)$', text, re.M
+    )
+    assert value is not None and float(value[1]) > 0
+    assert re.search(r'^evenhand_service_total\{tenant="default"\} [1-9]', text, re.M)
+
+
+def test_policies_reach_the_engine(tiny: Start, tmp_path: Path) -> None:
+    def write(weight: int) -> str:
+        metadata = {"name": "default", "namespace": "default"}
+        policy = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "TenantPolicy", "metadata": metadata}
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(policy | {"spec": {"tenant": "team", "weight": weight}}))
+        return "ok"
+
+    write(2)
+    server = tiny("--policies", str(tmp_path))
+    for weight in (2, 5):
+        write(weight)
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            with server.client() as client:
+                client.completions.create(model=client.models.list().data[0].id, prompt="x", max_tokens=1)
+            state = httpx2.get(f"{server.admin_url}/v1/scheduler-config").json()
+            if state["config"]["tenants"][0]["weight"] == weight and state["engineDigest"] == state["digest"]:
+                break
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+
+
+def test_drain_lets_running_streams_finish(tiny: Start) -> None:
+    server = tiny("--drain-timeout", "300")
+    core = server.core
+    with server.client() as client:
+        model = client.models.list().data[0].id
+        options: dict[str, Any] = {"model": model, "prompt": "x", "max_tokens": 1500, "stream": True}
+        stream = client.completions.create(**options, extra_body={"ignore_eos": True, "skip_special_tokens": False})
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while (ready := httpx2.get(f"{server.url}/ready")).status_code == 200:
+            assert time.monotonic() < deadline
+        assert ready.json()["error"]["code"] == "draining"
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model=model, prompt="x")
+        assert caught.value.code == "draining"
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+    assert server.wait() == 0
+    core.wait(STOP_SECONDS)
+
+
+def test_drain_timeout_ends_streams_with_a_reason(tiny: Start) -> None:
+    server = tiny("--drain-timeout", "0")
+    with server.client() as client:
+        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
+        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError) as caught:
+            for _ in stream:
+                pass
+        assert caught.value.code == "engine_dead"
+    assert server.wait() == 0
+
+
+def test_death_of_the_core_ends_the_process(tiny: Start) -> None:
+    server = tiny()
+    with server.client() as client:
+        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
+        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
+        next(stream)
+        server.core.kill()
+        with pytest.raises(openai.APIError) as caught:
+            for _ in stream:
+                pass
+        assert caught.value.code == "engine_dead"
+    assert server.wait() == 1
+
+
+def test_a_stopped_http_process_takes_the_core_along(tiny: Start) -> None:
+    server = tiny()
+    core = server.core
+    server.process.kill()
+    server.wait()
+    core.wait(STOP_SECONDS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_start_up(model_dir: Path, number: signal.Signals) -> None:
+    with running(str(model_dir), "--load-format", "dummy", "--port", "0", "--admin-port", "0") as process:
+        parent = psutil.Process(process.pid)
+        deadline = time.monotonic() + START_SECONDS
+        while not (children := parent.children(recursive=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(STOP_SECONDS) == 0
+        assert process.stderr is not None and process.stderr.read() == ""
+        psutil.wait_procs(children, timeout=STOP_SECONDS)
+        assert not any(child.is_running() for child in children)
+
+
+def failure(*args: str) -> str:
+    """What `evenhand serve` says when it cannot start."""
+    with running(*args) as process:
+        _, message = process.communicate(timeout=START_SECONDS)
+        assert process.returncode == 1, message
+    assert "Traceback" not in message
+    assert message.startswith("evenhand: ")
+    return message
+
+
+def test_start_up_errors(model_dir: Path, tmp_path: Path) -> None:
+    ports = ("--port", "0", "--admin-port", "0")
+    assert "no such directory" in failure("/nowhere/model", *ports)
+    assert "bad.yaml" not in failure(str(model_dir), *ports), "without weights"
+    (tmp_path / "bad.yaml").write_text("kind: Nonsense")
+    assert "bad.yaml" in failure(str(model_dir), *ports, "--policies", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in failure("--host", "127.0.0.1", "--port", port, "--admin-port", "0")
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [("7", 7), ("2k", 2000), ("2K", 2048), ("1m", 10**6), ("1M", 2**20), ("1.5k", 1500)]
+)
+def test_quantities(value: str, number: int) -> None:
+    from evenhand_engine.serve_command import quantity
+
+    assert quantity(value) == number
+
+
+@pytest.mark.parametrize("args", [["--max-num-seqs", "0"], ["--max-model-len", "2x"], ["--port", "70000"], ["--what"]])
+def test_bad_flags(args: list[str]) -> None:
+    with running(*args) as process:
+        _, message = process.communicate(timeout=START_SECONDS)
+        assert process.returncode == 2
+        assert args[0] in message
