@@ -1,0 +1,76 @@
+"""The layout's traps and promises, checked by a machine."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("evenhand_policy", "evenhand_engine", "evenhand_kernels", "evenhand_operator")
+
+
+def modules() -> list[str]:
+    names = []
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        names += [package, *(module.name for module in pkgutil.walk_packages(path, prefix=f"{package}."))]
+    return names
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("folder", ["operator", "cuda", "tests", "e2e"])
+def test_folders_that_would_shadow_packages_are_none(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_standard_library_wins_at_the_root() -> None:
+    subprocess.run([sys.executable, "-c", "import operator; operator.eq"], cwd=ROOT, check=True, timeout=60)
+
+
+def test_no_module_is_named_like_the_standard_librarys() -> None:
+    stems = {path.stem for package in ("engine", "operator", "cuda") for path in (ROOT / package).rglob("*.py")}
+    assert not (stems - {"__init__", "__main__"}) & (set(sys.stdlib_module_names) - {"operator"})
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_says_what_it_is(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    assert ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+
+
+def test_the_policy_contract_is_light() -> None:
+    loaded = loaded_by("import evenhand_policy.compile, evenhand_policy.files, evenhand_policy.config")
+    assert not loaded & {"torch", "numpy", "transformers", "aiohttp", "kopf", "kubernetes"}
+
+
+def test_the_command_line_answers_without_loading_a_model() -> None:
+    assert not loaded_by("import evenhand_engine.cli") & {"torch", "transformers", "numpy", "aiohttp"}
+
+
+def test_the_scheduler_knows_no_device() -> None:
+    assert not loaded_by("import evenhand_engine.scheduler") & {"torch", "numpy", "cupy", "asyncio", "aiohttp"}
+
+
+def test_the_operator_loads_no_model() -> None:
+    assert not loaded_by("import evenhand_operator") & {"torch", "transformers", "cupy", "evenhand_engine"}
+
+
+def test_every_test_file_has_tests() -> None:
+    for path in [*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("e2e/**/test_*.py")]:
+        names = {
+            node.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        assert any(name.startswith("test_") for name in names), f"{path} holds no test"
