@@ -6,7 +6,8 @@ with 32 output tokens. Real server, real model, official client; times are the c
 with the time that it has waited.
 
 Throughput is compared twice: with fcfs given exactly the token budgets that fair used, step by step (what fairness
-costs), and with fcfs at the budget that is best for it on this processor (what the inter-token SLO costs).
+costs), and with fcfs at the budget that is best for it on this processor (what the inter-token SLO costs). Both sides
+must serve the same chat for that, so measuring begins when the first chat request that fcfs makes wait is through.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import openai
 import serving
 
 CHAT_KEY = "chat-tenant-key-of-the-benchmark"
@@ -52,6 +54,8 @@ stringData: {{key: {BATCH_KEY}}}
 CHAT_INTERVAL_SECONDS = 1.5
 NUM_BATCH_REQUESTS = 16
 BUDGETS = (64, 128, 256, 512, 1024)
+SETTLE_SECONDS = 80.0  # until first come, first served has worked off the flood's first 16 prompts
+SWEEP_SECONDS = 15.0
 
 
 @dataclass
@@ -75,48 +79,52 @@ class Outcome:
 class Incident:
     """Runs the two tenants against one server after another."""
 
-    def __init__(self, seconds: float, seed: int, directory: Path) -> None:
-        self.seconds = seconds
+    def __init__(self, seed: int, directory: Path) -> None:
         self._random = random.Random(seed)
         self._policies = directory / "policies"
         self._policies.mkdir()
         (self._policies / "policies.yaml").write_text(POLICIES)
 
-    def run(self, policy: str, *flags: str, flood: bool = True) -> Outcome:
-        """Serve under the scheduling policy and load it for `seconds`, after the flood has settled."""
+    def run(
+        self, policy: str, *flags: str, seconds: float, settle: float, chat: bool = True, flood: bool = True
+    ) -> Outcome:
+        """Serve under the scheduling policy, load the server, and measure for `seconds` after `settle` seconds."""
         with serving.serve("--policies", str(self._policies), "--scheduling-policy", policy, *flags) as server:
-            return asyncio.run(self._load(server, flood=flood))
+            return asyncio.run(self._load(server, seconds, settle, chat=chat, flood=flood))
 
-    async def _load(self, server: serving.Server, *, flood: bool) -> Outcome:
-        chat, batch = server.client(CHAT_KEY), server.client(BATCH_KEY)
-        async with chat, batch:
-            await serving.stream(
-                chat, serving.Timing(0.0), self._prompt(32), 4
-            )  # the first request of a client is slow
-            flooders = [asyncio.create_task(self._flood(batch)) for _ in range(NUM_BATCH_REQUESTS * flood)]
-            await asyncio.sleep(3.0 * flood)
+    async def _load(self, server: serving.Server, seconds: float, settle: float, *, chat: bool, flood: bool) -> Outcome:
+        chat_client, batch_client = server.client(CHAT_KEY), server.client(BATCH_KEY)
+        async with chat_client, batch_client:
+            await serving.stream(chat_client, serving.Timing(0.0), self._prompt(32), 4)  # a client's first is slow
+            tasks = [asyncio.create_task(self._flood(batch_client)) for _ in range(NUM_BATCH_REQUESTS * flood)]
+            timings: list[serving.Timing] = []
+            if chat:
+                tasks.append(asyncio.create_task(self._chat(chat_client, timings)))
+            await asyncio.sleep(settle)
             started_at, tokens_before = time.monotonic(), await self._batch_tokens(server)
-            timings, chats = [], []
-            while time.monotonic() < started_at + self.seconds:
+            await asyncio.sleep(seconds)
+            now, tokens_after = time.monotonic(), await self._batch_tokens(server)
+            await serving.cancel(tasks)
+        measured = [timing for timing in timings if timing.sent_at >= started_at]
+        return Outcome(
+            [(timing.sent_at - started_at, timing.time_to_first_token(now)) for timing in measured],
+            [gap for timing in measured for gap in timing.gaps(now)],
+            (tokens_after - tokens_before) / (now - started_at),
+        )
+
+    async def _chat(self, client: openai.AsyncOpenAI, timings: list[serving.Timing]) -> None:
+        """An open loop: a request every interval, whatever became of the ones before."""
+        async with asyncio.TaskGroup() as group:
+            while True:
                 timing = serving.Timing(time.monotonic())
                 timings.append(timing)
-                chats.append(asyncio.create_task(serving.stream(chat, timing, self._prompt(32), 16)))
+                group.create_task(serving.stream(client, timing, self._prompt(32), 16))
                 await asyncio.sleep(max(0.0, timing.sent_at + CHAT_INTERVAL_SECONDS - time.monotonic()))
-            tokens_per_second = (await self._batch_tokens(server) - tokens_before) / (time.monotonic() - started_at)
-            if not flood:
-                await asyncio.gather(*chats)
-            now = time.monotonic()
-            outcome = Outcome(
-                [(timing.sent_at - started_at, timing.time_to_first_token(now)) for timing in timings],
-                [gap for timing in timings for gap in timing.gaps(now)],
-                tokens_per_second,
-            )
-            await serving.cancel([*chats, *flooders])
-        return outcome
 
-    async def _flood(self, client: object) -> None:
+    async def _flood(self, client: openai.AsyncOpenAI) -> None:
+        """A closed loop of one: the next prompt when the last answer is complete."""
         while True:
-            await serving.stream(client, serving.Timing(0.0), self._prompt(2000), 32)  # type: ignore[arg-type]
+            await serving.stream(client, serving.Timing(0.0), self._prompt(2000), 32)
 
     async def _batch_tokens(self, server: serving.Server) -> int:
         tenant = await server.tenant("batch")
@@ -131,40 +139,53 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="four short runs and a plot, incident.png")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
+        incident = Incident(options.seed, Path(directory))
         if options.demo:
-            demo(Incident(30.0, options.seed, Path(directory)))
+            demo(incident)
+        elif options.quick:
+            benchmark(incident, Path(directory), seconds=6.0, settle=3.0, sweep=3.0)
         else:
-            benchmark(Incident(6.0 if options.quick else 60.0, options.seed, Path(directory)), Path(directory))
+            benchmark(incident, Path(directory), seconds=60.0, settle=SETTLE_SECONDS, sweep=SWEEP_SECONDS)
 
 
 def demo(incident: Incident) -> None:
-    outcomes = {"alone": incident.run("fair", flood=False)}
+    outcomes = {"alone": incident.run("fair", seconds=15.0, settle=0.0, flood=False)}
     for policy in ("static", "fcfs", "fair"):
-        common.console.print(f"[bold]{policy}[/]: a chat tenant beside a batch flood, {incident.seconds:.0f} s")
-        outcomes[policy] = incident.run(policy)
+        common.console.print(f"{policy}: a chat tenant beside a batch flood, 40 s")
+        outcomes[policy] = incident.run(policy, seconds=40.0, settle=0.0)
     show(outcomes)
     plot(outcomes, Path("incident.png"))
     common.console.print("The chat tenant's time to first token over time: incident.png")
 
 
-def benchmark(incident: Incident, directory: Path) -> None:
-    steps = directory / "steps.csv"
-    outcomes = {"alone": incident.run("fair", flood=False)}
-    outcomes["static"] = incident.run("static")
-    outcomes["fcfs"] = incident.run("fcfs")
-    outcomes["fair"] = incident.run("fair", "--record-steps", str(steps))
-    outcomes["fcfs_replayed"] = incident.run("fcfs", "--replay-steps", str(steps))
-    throughput = {}
-    for budget in BUDGETS:
-        throughput[budget] = incident.run("fcfs", "--max-num-batched-tokens", str(budget)).batch_tokens_per_s
+def benchmark(incident: Incident, directory: Path, *, seconds: float, settle: float, sweep: float) -> None:
+    throughput = {
+        budget: incident.run(
+            "fcfs", "--max-num-batched-tokens", str(budget), seconds=sweep, settle=sweep / 3, chat=False
+        ).batch_tokens_per_s
+        for budget in BUDGETS
+    }
     rows = [[str(budget), f"{rate:.0f}"] for budget, rate in throughput.items()]
-    common.print_table("This processor's batch throughput under fcfs", ["tokens per step", "tokens/s"], rows)
+    common.print_table("This processor's throughput under a flood alone", ["tokens per step", "tokens/s"], rows)
+
+    steps = directory / "steps.csv"
+    best_budget = max(throughput, key=lambda budget: throughput[budget])
+    runs = {
+        "static": ("static",),
+        "fcfs": ("fcfs",),
+        "fcfs_best_budget": ("fcfs", "--max-num-batched-tokens", str(best_budget)),
+        "fair": ("fair", "--record-steps", str(steps)),
+        "fcfs_replayed": ("fcfs", "--replay-steps", str(steps)),
+    }
+    outcomes = {"alone": incident.run("fair", seconds=seconds / 2, settle=0.0, flood=False)}
+    for name, arguments in runs.items():
+        outcomes[name] = incident.run(*arguments, seconds=seconds, settle=settle)
     show(outcomes)
     fair = outcomes["fair"].batch_tokens_per_s
-    results: dict[str, object] = {policy: outcome.results() for policy, outcome in outcomes.items()}
+    results: dict[str, object] = {name: outcome.results() for name, outcome in outcomes.items()}
     results["fair_over_fcfs_replayed"] = fair / outcomes["fcfs_replayed"].batch_tokens_per_s
-    results["fair_over_fcfs_best"] = fair / max(throughput.values())
-    results["fcfs_tokens_per_s_by_budget"] = throughput
+    results["fair_over_fcfs_best_budget"] = fair / outcomes["fcfs_best_budget"].batch_tokens_per_s
+    results["flood_tokens_per_s_by_budget"] = throughput
     common.finish("incident", results)
 
 

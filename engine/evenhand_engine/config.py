@@ -31,6 +31,8 @@ class SchedulerSettings:
         max_preemptions: a request that was preempted so often is not preempted for service again.
         max_bypasses: requests admitted past one that lacks memory, before memory is held for it.
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
+        objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
+            ended, so that the next turn of a conversation does not meet a long step.
     """
 
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
@@ -45,6 +47,7 @@ class SchedulerSettings:
     max_preemptions: int = 3
     max_bypasses: int = 16
     min_prefill_tokens: int = 16
+    objective_hold_seconds: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class Scheduler:
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
         self._preemption = Preemption(settings, self.roster.blocks, self.shares.virtual_service)
         self._token_budgets = token_budgets
+        self._held_until: dict[str, float] = {}  # tenants whose inter-token objective bounds steps
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._outputs: list[RequestOutput] = []
         self._finished: list[str] = []
@@ -109,7 +110,7 @@ class Scheduler:
             self._form_static_batch(now)
         elif self._is_fair and self._is_starved:
             self._relieve(now)
-        budget = self._budget()
+        budget = self._budget(now)
         scheduled: list[ScheduledRequest] = []
         left_out = self._schedule_decodes(budget, scheduled)
         capped = self._schedule_prompts(budget, scheduled, now)
@@ -349,16 +350,21 @@ class Scheduler:
 
     # -- inside
 
-    def _budget(self) -> StepBudget:
+    def _budget(self, now: float) -> StepBudget:
         max_tokens = self.settings.max_num_batched_tokens
         if self._token_budgets is not None:
             max_tokens = next(self._token_budgets, max_tokens)
-        objective = _NEVER
-        if self._is_fair:
-            running = self.roster.running_tenants.values()
-            objective = min((tenant.inter_token_latency for tenant in running), default=_NEVER)
-        max_seconds = None if objective == _NEVER else objective
-        return StepBudget(max_tokens, self.step_time, max_seconds, self.settings.min_prefill_tokens)
+        return StepBudget(max_tokens, self.step_time, self._objective(now), self.settings.min_prefill_tokens)
+
+    def _objective(self, now: float) -> float | None:
+        """The tightest inter-token objective of the tenants that stream, or did a moment ago, in seconds."""
+        if not self._is_fair:
+            return None
+        for tenant_id, tenant in self.roster.running_tenants.items():
+            if tenant.inter_token_latency != _NEVER:
+                self._held_until[tenant_id] = now + self.settings.objective_hold_seconds
+        self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
+        return min((self.roster.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until), default=None)
 
     def _service(self, tenant: Tenant) -> int:
         return self.shares.virtual_service(tenant.tenant_id)

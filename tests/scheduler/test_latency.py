@@ -92,6 +92,14 @@ def test_an_inter_token_objective_bounds_the_step_of_everybody() -> None:
     engine.add("chat", 10, 60)
     sizes = [one_step() for _ in range(40)]
     assert min(sizes[10:]) >= 25 and max(sizes[10:]) <= 40
+    while any(request.tenant_id == "chat" for request in engine.scheduler.roster.requests.values()):
+        one_step()
+    ended_at = engine.now
+    while engine.now < ended_at + 0.9:
+        assert one_step() <= 40, "the next turn must not meet a long step"
+    while engine.now < ended_at + 1.1:
+        one_step()
+    assert one_step() == 1000
 
 
 def test_the_baselines_know_no_objective() -> None:
