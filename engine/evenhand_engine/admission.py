@@ -110,8 +110,7 @@ class Admission:
     def check(self, tenant_id: str, num_requests: int, now: float) -> None:
         """Refuse cheaply, before the prompt is tokenized, what would be refused for certain; reserves nothing."""
         account = self.account(tenant_id)
-        refusal = self._refuse_suspended(account) or self._refuse_rate(account, num_requests, 0, now)
-        refusal = refusal or self._refuse_queue(account, num_requests)
+        refusal = self._refuse_suspended(account) or self._refuse_amount(account, num_requests, 0, now)
         if refusal is not None and (refusal.status == 403 or not account.audits):
             account.refusals[refusal.code] += 1
             raise refusal
@@ -120,7 +119,7 @@ class Admission:
         """Take one request of the quota for work that the engine has no part in, or raise Refusal."""
         account = self.account(tenant_id)
         refusal = self._refuse_suspended(account)
-        over = refusal or self._refuse_rate(account, 1, 0, now)
+        over = refusal or _gravest(self._refuse_rates(account, 1, 0, now))
         self._judge(account, refusal, over)
         if over is None and account.requests is not None:
             account.requests.take(1, now)
@@ -139,7 +138,9 @@ class Admission:
         """Take quota for all prompts of one request, or for none of them and raise Refusal."""
         account = self.account(tenant_id)
         refusal = self._refuse_suspended(account) or self._refuse_context(costs)
-        over = refusal or self._refuse_sizes(account, costs) or self._refuse_shape(account, costs, now)
+        num_tokens = sum(cost.num_tokens for cost in costs)
+        over = refusal or self._refuse_sizes(account, costs)
+        over = over or self._refuse_amount(account, len(costs), num_tokens, now)
         self._judge(account, refusal, over)
         return [self._take(account, cost, over is None, now) for cost in costs]
 
@@ -230,28 +231,29 @@ class Admission:
                 return Refusal(400, code, message, param=param)
         return None
 
-    def _refuse_shape(self, account: TenantAccount, costs: Sequence[Cost], now: float) -> Refusal | None:
-        num_tokens = sum(cost.num_tokens for cost in costs)
-        return self._refuse_rate(account, len(costs), num_tokens, now) or self._refuse_queue(account, len(costs))
+    def _refuse_amount(self, account: TenantAccount, num_requests: int, num_tokens: int, now: float) -> Refusal | None:
+        refusals = self._refuse_rates(account, num_requests, num_tokens, now)
+        queue = self._refuse_queue(account, num_requests)
+        return _gravest(refusals if queue is None else [*refusals, queue])
 
-    def _refuse_rate(self, account: TenantAccount, num_requests: int, num_tokens: int, now: float) -> Refusal | None:
-        for bucket, amount, unit in (
-            (account.requests, num_requests, "requests"),
-            (account.tokens, num_tokens, "tokens"),
+    def _refuse_rates(self, account: TenantAccount, num_requests: int, num_tokens: int, now: float) -> list[Refusal]:
+        refusals = []
+        tenant_id = account.config.tenant_id
+        for bucket, amount, unit, param in (
+            (account.requests, num_requests, "requests", "prompt"),
+            (account.tokens, num_tokens, "tokens", "max_tokens"),
         ):
             if bucket is None or (wait := bucket.wait(amount, now)) <= 0:
                 continue
             code = f"{unit}_per_minute"
-            tenant_id = account.config.tenant_id
             if math.isinf(wait):
                 size = math.floor(bucket.capacity)
                 message = f"The request needs {amount} {unit}, but tenant {tenant_id} may use {size} at once."
-                return Refusal(400, code, message, param="prompt" if unit == "requests" else "max_tokens")
-            message = (
-                f"Tenant {tenant_id} has used its {unit} per minute ({bucket.limit}); it can go on in {wait:.1f} s."
-            )
-            return Refusal(429, code, message, retry_after=wait)
-        return None
+                refusals.append(Refusal(400, code, message, param=param))
+            else:
+                message = f"Tenant {tenant_id} has used its {bucket.limit} {unit} per minute. Wait {wait:.1f} s."
+                refusals.append(Refusal(429, code, message, retry_after=wait))
+        return refusals
 
     def _refuse_queue(self, account: TenantAccount, num_requests: int) -> Refusal | None:
         limits, tenant_id = account.config.limits, account.config.tenant_id
@@ -273,3 +275,10 @@ class Admission:
         message = f"The queue of tenant {tenant_id} is full ({limits.max_queued_requests} requests)."
         delay = max(excess * (account.seconds_per_request or 0.0), _MIN_RETRY_SECONDS)
         return Refusal(429, "queue_full", message, retry_after=delay)
+
+
+def _gravest(refusals: list[Refusal]) -> Refusal | None:
+    """The one that no wait ends, else the one that waits longest: what is answered must be true of all."""
+    return max(
+        refusals, key=lambda refusal: math.inf if refusal.retry_after is None else refusal.retry_after, default=None
+    )

@@ -5,19 +5,12 @@ tenant, for the admin port only. Label values are bounded: the first tenants see
 `other`. Histograms are fed as things happen; gauges and counters of the engine are read at the time of a scrape.
 """
 
-from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from evenhand_engine.messages import EngineStats, TenantStats
-from evenhand_engine.share_tracker import Share
-
-OTHER = "other"
-_MAX_TENANT_LABELS = 200
+from evenhand_engine.messages import EngineStats
+from evenhand_engine.metrics_collector import PublicCollector, Snapshot, TenantCollector, TenantLabels
 
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -31,6 +24,7 @@ _REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+_STEP_TIME_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _STEP_BUCKETS = (1, *(2**power for power in range(3, 15)))
 
 
@@ -38,45 +32,6 @@ def _count_buckets(largest: int) -> list[float]:
     """1, 2, 5, 10, 20, ... up to `largest`."""
     series = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
     return [float(value) for value in series if value <= largest]
-
-
-class TenantLabels:
-    """Bounds the values of the tenant label: the first `limit` tenants are told apart."""
-
-    def __init__(self, limit: int = _MAX_TENANT_LABELS) -> None:
-        self._limit = limit
-        self._known: set[str] = set()
-
-    def __call__(self, tenant_id: str) -> str:
-        if tenant_id not in self._known:
-            if len(self._known) >= self._limit:
-                return OTHER
-            self._known.add(tenant_id)
-        return tenant_id
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a scrape reads of the running server.
-
-    Attributes:
-        stats: None before the engine's first step.
-        tenants: latest state of each tenant in the engine.
-        shares: recent service of each tenant beside its entitlement.
-        config_digest, config_source: of the config in force.
-        config_is_current: False if a newer one was rejected.
-        num_config_reloads: by result, `applied` or `rejected`.
-        audited: by tenant, how often each limit would have refused a request.
-    """
-
-    stats: EngineStats | None
-    tenants: Sequence[TenantStats]
-    shares: Mapping[str, Share]
-    config_digest: str
-    config_source: str
-    config_is_current: bool
-    num_config_reloads: Mapping[str, int]
-    audited: Mapping[str, Mapping[str, int]]
 
 
 class Metrics:
@@ -97,8 +52,8 @@ class Metrics:
         self._token_counts = _count_buckets(max_model_len)
         self._create_public()
         self._create_tenant()
-        self.public_registry.register(_PublicCollector(self._names, snapshot))
-        self.tenant_registry.register(_TenantCollector(self.label, snapshot))
+        self.public_registry.register(PublicCollector(self._names, snapshot))
+        self.tenant_registry.register(TenantCollector(self.label, snapshot))
 
     def _create_public(self) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -142,6 +97,9 @@ class Metrics:
         self.tenant_first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
         self.tenant_inter_token = histogram("inter_token_latency_seconds", "Between tokens.", _TOKEN_BUCKETS)
         self.tenant_queue_time = histogram("queue_time_seconds", "Arrival to first step.", _REQUEST_BUCKETS)
+        self.step_time = Histogram(
+            "evenhand_step_seconds", "Duration of one step.", registry=self.tenant_registry, buckets=_STEP_TIME_BUCKETS
+        )
         self.tenant_requests = Counter(
             "evenhand_requests",
             "Prompts that were handed to the engine, by outcome (finished, refused, aborted, failed) and reason.",
@@ -159,8 +117,11 @@ class Metrics:
         )
 
     def observe_stats(self, stats: EngineStats) -> None:
+        """Take in what the steps since the last report were."""
         for num_tokens in stats.step_tokens:
             self.iteration_tokens.observe(num_tokens)
+        for seconds in stats.step_seconds:
+            self.step_time.observe(seconds)
 
     def count_refusal(self, tenant_id: str, code: str) -> None:
         self.refusals.labels(self.label(tenant_id), code).inc()
@@ -236,112 +197,3 @@ class RequestMetrics:
                 if self._num_tokens > 1:
                     mean = (self._last_token_at - self._first_token_at) / (self._num_tokens - 1)
                     metrics.time_per_output_token.observe(mean)
-
-
-class _PublicCollector(Collector):
-    """Gauges and counters of the engine, under vLLM's names."""
-
-    def __init__(self, names: dict[str, str], snapshot: Callable[[], Snapshot]) -> None:
-        self._names = names
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterable[Metric]:
-        stats = self._snapshot().stats
-        if stats is None:
-            return
-        in_use = 1 - stats.num_free_kv_blocks / stats.num_kv_blocks
-        for name, text, value in (
-            ("num_requests_running", "Requests that are running.", stats.num_running),
-            ("num_requests_waiting", "Requests that wait.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Used part of the KV cache, 0 to 1.", in_use),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=list(self._names))
-            gauge.add_metric(list(self._names.values()), value)
-            yield gauge
-        for name, text, value in (
-            ("num_preemptions", "Requests preempted.", stats.num_preemptions),
-            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.num_prefix_queries),
-            ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.num_prefix_hits),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=list(self._names))
-            counter.add_metric(list(self._names.values()), value)
-            yield counter
-
-
-class _TenantCollector(Collector):
-    """State of the tenants in the engine, and of the config."""
-
-    def __init__(self, label: TenantLabels, snapshot: Callable[[], Snapshot]) -> None:
-        self._label = label
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterable[Metric]:
-        snapshot = self._snapshot()
-        yield from self._collect_config(snapshot)
-        for name, text, read in (
-            ("running_requests", "Requests that are running.", lambda t: t.num_running),
-            ("waiting_requests", "Requests that wait.", lambda t: t.num_waiting),
-            ("kv_blocks", "KV blocks held.", lambda t: t.num_kv_blocks),
-            ("service_ahead", "Service per weight beyond the virtual time.", lambda t: t.ahead),
-        ):
-            yield self._sum_up(GaugeMetricFamily(f"evenhand_{name}", text, labels=["tenant"]), snapshot, read)
-        for name, text, read in (
-            ("service", "Service charged, in units of price.", lambda t: t.service),
-            ("preemptions", "Requests preempted.", lambda t: t.num_preemptions),
-        ):
-            yield self._sum_up(CounterMetricFamily(f"evenhand_{name}", text, labels=["tenant"]), snapshot, read)
-        yield from self._collect_shares(snapshot.shares)
-        audited = CounterMetricFamily(
-            "evenhand_audited", "Requests that an audited limit would have refused.", labels=["tenant", "reason"]
-        )
-        sums: Counts[tuple[str, str]] = Counts()
-        for tenant_id, reasons in snapshot.audited.items():
-            sums.update({(self._label(tenant_id), reason): count for reason, count in reasons.items()})
-        for labels, count in sums.items():
-            audited.add_metric(labels, count)
-        yield audited
-
-    def _sum_up(
-        self,
-        family: GaugeMetricFamily | CounterMetricFamily,
-        snapshot: Snapshot,
-        read: Callable[[TenantStats], float],
-    ) -> Metric:
-        values: dict[str, float] = {}
-        for tenant in snapshot.tenants:
-            label = self._label(tenant.tenant_id)
-            values[label] = values.get(label, 0) + read(tenant)
-        for label, value in values.items():
-            family.add_metric([label], value)
-        return family
-
-    def _collect_shares(self, shares: Mapping[str, Share]) -> Iterable[Metric]:
-        attained = GaugeMetricFamily(
-            "evenhand_attained_share", "Part of recent service that the tenant got.", labels=["tenant"]
-        )
-        entitled = GaugeMetricFamily(
-            "evenhand_entitled_share", "Part of recent service that its weight gave it.", labels=["tenant"]
-        )
-        for family, values in (
-            (attained, {t: share.attained for t, share in shares.items()}),
-            (entitled, {t: share.entitled for t, share in shares.items()}),
-        ):
-            sums: dict[str, float] = {}
-            for tenant_id, value in values.items():
-                label = self._label(tenant_id)
-                sums[label] = sums.get(label, 0) + value
-            for label, value in sums.items():
-                family.add_metric([label], value)
-            yield family
-
-    def _collect_config(self, snapshot: Snapshot) -> Iterable[Metric]:
-        info = InfoMetricFamily("evenhand_config", "The config in force.")
-        info.add_metric([], {"digest": snapshot.config_digest, "source": snapshot.config_source})
-        yield info
-        current = GaugeMetricFamily("evenhand_config_current", "0 if a newer config was rejected.")
-        current.add_metric([], snapshot.config_is_current)
-        yield current
-        reloads = CounterMetricFamily("evenhand_config_reloads", "Configs by result.", labels=["result"])
-        for result, count in snapshot.num_config_reloads.items():
-            reloads.add_metric([result], count)
-        yield reloads

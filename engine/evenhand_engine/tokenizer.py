@@ -20,6 +20,8 @@ import tokenizers
 
 from evenhand_engine.errors import StartupError
 
+_MANY_TOKENS = 256
+
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
     """What a model's generation_config.json recommends where a request says nothing, as in vLLM."""
@@ -89,7 +91,11 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(token_ids) < _MANY_TOKENS:
+            text = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:  # the batch call is slower to set up, and releases the GIL
+            text = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return text
 
     def token(self, token_id: int) -> str:
@@ -109,10 +115,12 @@ class Tokenizer:
             raise ChatTemplateError("the model has no chat template: use /v1/completions")
         try:
             text = self._template.render(
-                **self._special_tokens,
-                **(variables or {}),
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
+                {
+                    **self._special_tokens,
+                    **(variables or {}),
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ChatTemplateError(str(error)) from error

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from typing import Any
 
 from aiohttp import web
 
@@ -18,7 +19,7 @@ from evenhand_engine.server.completions import create_completion
 from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_http
 from evenhand_engine.server.requests import request_id
 from evenhand_engine.server.responses import json_response, metrics_response
-from evenhand_engine.server.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.server.service import LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
 from evenhand_engine.server.tokens import detokenize, tokenize
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,6 +61,7 @@ def build_app(service: Service) -> web.Application:
 async def log_access(request: web.Request, handler: Handler) -> web.StreamResponse:
     """One line for each request: never a credential, a prompt or an output."""
     request[REQUEST_ID] = request_id(request)
+    request[LOG_FIELDS] = dict[str, Any]()
     started_at = time.monotonic()
     status = _CLIENT_CLOSED_REQUEST
     reason = ""
@@ -68,7 +70,7 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
         status, reason = response.status, response.headers.get("X-Evenhand-Reason", "")
         return response
     finally:
-        fields = {
+        fields: dict[str, Any] = {
             "method": request.method,
             "path": request.path,
             "status": status,
@@ -77,6 +79,8 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
             "request_id": request[REQUEST_ID],
             "seconds": round(time.monotonic() - started_at, 4),
         }
+        extra = request[LOG_FIELDS]
+        fields |= extra
         level = logging.DEBUG if request.match_info.handler in _PROBES else logging.INFO
         access_log.log(level, "request", extra={"fields": fields})
 
@@ -117,6 +121,7 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "evenhand"
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     if (tenant_id := request.get(TENANT_ID)) is None:
         return

@@ -6,11 +6,11 @@ from typing import Any
 
 from aiohttp import web
 
-from evenhand_engine.errors import Refusal
 from evenhand_engine.server.generation import begin
+from evenhand_engine.server.prompts import completion_token_ids
 from evenhand_engine.server.requests import read_body
 from evenhand_engine.server.schema import CompletionRequest, parse_body
-from evenhand_engine.server.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.server.service import REQUEST_ID, SERVICE, TENANT_ID
 from evenhand_engine.server.stream import answer
 
 
@@ -43,27 +43,19 @@ class _CompletionFormat:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[SERVICE], request[TENANT_ID]
     service.admission.check(tenant_id, 1, time.monotonic())
-    body = parse_body(await read_body(request), CompletionRequest)
+    raw = await read_body(request)
+    body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
-    prompts = await _token_ids(service, tenant_id, body)
+    tokenizer = service.tokenizer
+    prompts = await service.compute(tenant_id, len(raw), lambda: completion_token_ids(tokenizer, body))
+    echoes = None
+    if body.echo:
+        echoes = await service.compute(tenant_id, len(raw), lambda: [tokenizer.decode(prompt) for prompt in prompts])
     form = _CompletionFormat(
         completion_id=f"cmpl-{request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
-        echoes=[service.tokenizer.decode(prompt) for prompt in prompts] if body.echo else None,
+        echoes=echoes,
     )
     with begin(service, tenant_id, body, prompts, body.max_tokens) as generations:
         return await answer(request, body, generations, form)
-
-
-async def _token_ids(service: Service, tenant_id: str, body: CompletionRequest) -> list[list[int]]:
-    vocab_size = service.tokenizer.vocab_size
-    token_ids: list[list[int]] = []
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            prompt = await service.encode(tenant_id, prompt, body.add_special_tokens is not False)
-        elif max(prompt, default=0) >= vocab_size:
-            message = f"Token id {max(prompt)} is not in the vocabulary of {vocab_size}."
-            raise Refusal(400, "invalid_value", message, param="prompt")
-        token_ids.append(prompt)
-    return token_ids

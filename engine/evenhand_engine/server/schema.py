@@ -4,7 +4,7 @@ A field that this engine does not know is ignored, as by vLLM. One that it knows
 it holds the value that asks for nothing.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -120,19 +120,6 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
         return _as_prompts(self.prompt)
 
 
-class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
-    """Body of POST /v1/chat/completions."""
-
-    messages: Annotated[list["ChatMessage"], Meta(min_length=1)]
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-
-
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
     text: str
 
@@ -154,15 +141,43 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return fields
 
 
+class ChatFields(Protocol):
+    """What makes a prompt of a conversation."""
+
+    @property
+    def messages(self) -> list[ChatMessage] | None: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+    @property
+    def continue_final_message(self) -> bool | None: ...
+    @property
+    def add_special_tokens(self) -> bool | None: ...
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None: ...
+
+
+class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of POST /tokenize: either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 

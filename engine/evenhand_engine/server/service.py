@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -13,7 +13,8 @@ from evenhand_engine.auth import Authenticator
 from evenhand_engine.engine_client import EngineClient
 from evenhand_engine.errors import Refusal
 from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
-from evenhand_engine.metrics import Metrics, Snapshot
+from evenhand_engine.metrics import Metrics
+from evenhand_engine.metrics_collector import Snapshot
 from evenhand_engine.server.config_state import ConfigSource, ConfigState
 from evenhand_engine.server.fair_executor import FairExecutor
 from evenhand_engine.server.settings import ServerSettings
@@ -24,7 +25,7 @@ from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 log = logging.getLogger(__name__)
 
 _TOKENIZER_THREADS = 2
-_INLINE_CHARACTERS = 4096  # a text so short is tokenized in less time than a thread needs to wake
+_INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
 
 T = TypeVar("T")
 
@@ -102,6 +103,8 @@ class Service:
         self.authenticator = self._authenticator(config)
         self.admission.reconfigure(config, time.monotonic())
         self.engine.reconfigure(config)
+        accounts = self.admission.accounts
+        self.tenants = {i: t for i, t in self.tenants.items() if i in accounts or t.num_running or t.num_waiting}
         fields = {"source": source, "digest": self.config_state.digest, "tenants": len(config.tenants)}
         log.info("config applied", extra={"fields": fields})
 
@@ -116,15 +119,14 @@ class Service:
             names = ", ".join(self.model_names)
             raise Refusal(404, "model_not_found", f"Model {model!r} is not served here, but {names}.", param="model")
 
-    async def compute(self, tenant_id: str, num_characters: int, function: Callable[[], T]) -> T:
-        """Run `function`, off the event loop and in the tenant's turn if the text is long."""
-        if num_characters <= _INLINE_CHARACTERS:
+    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
+        """The result of `function`, which turns a body of `num_bytes` into tokens or back.
+
+        A large one is worked on off the event loop and in the tenant's turn.
+        """
+        if num_bytes <= _INLINE_BYTES:
             return function()
         return await self._executor.run(tenant_id, function)
-
-    async def encode(self, tenant_id: str, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`."""
-        return await self.compute(tenant_id, len(text), lambda: self.tokenizer.encode(text, add_special_tokens))
 
     def health(self, now: float) -> str | None:
         """What is wrong with the engine; None while it makes progress or has nothing to do."""
@@ -150,6 +152,7 @@ class Service:
     def _snapshot(self) -> Snapshot:
         state = self.config_state
         return Snapshot(
+            ready=self.ready,
             stats=self.engine.stats,
             tenants=list(self.tenants.values()),
             shares=self.shares.shares(),
@@ -167,3 +170,5 @@ class Service:
 SERVICE = web.AppKey("service", Service)
 TENANT_ID = web.RequestKey("tenant_id", str)
 REQUEST_ID = web.RequestKey("request_id", str)
+LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
+"""What a handler adds to its line in the access log."""

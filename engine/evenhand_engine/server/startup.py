@@ -7,6 +7,7 @@ needs for HTTP is imported meanwhile.
 import asyncio
 import contextlib
 import functools
+import gc
 import socket
 import ssl
 import threading
@@ -68,6 +69,8 @@ async def start_server(
         await _serve_app(stack, build_admin_app(service), admin, None)
         await _serve_app(stack, build_app(service), public, tls)
         await stack.enter_async_context(_watch_policies(service))
+        gc.collect()
+        gc.freeze()  # what lives as long as the server need not be looked at again
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
 
 

@@ -13,7 +13,7 @@ from evenhand_engine.server.errors import error_body, refuse_dead_engine
 from evenhand_engine.server.generation import Delta, Generation, merge
 from evenhand_engine.server.responses import json_response
 from evenhand_engine.server.schema import SamplingFields
-from evenhand_engine.server.service import SERVICE, TENANT_ID
+from evenhand_engine.server.service import LOG_FIELDS, SERVICE, TENANT_ID
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
@@ -49,8 +49,19 @@ async def answer(
     request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
 ) -> web.StreamResponse:
     """Run the generations and write their text in the endpoint's format."""
-    if body.stream:
-        return await _answer_events(request, body, generations, form)
+    try:
+        if body.stream:
+            return await _answer_events(request, body, generations, form)
+        return await _answer_whole(generations, form)
+    finally:
+        request[LOG_FIELDS].update(
+            prompt_tokens=sum(generation.num_prompt_tokens for generation in generations),
+            cached_tokens=sum(generation.num_cached_tokens for generation in generations),
+            output_tokens=sum(generation.num_output_tokens for generation in generations),
+        )
+
+
+async def _answer_whole(generations: Sequence[Generation], form: Format) -> web.Response:
     texts = [""] * len(generations)
     reasons: list[str | None] = [None] * len(generations)
     async with contextlib.aclosing(merge(generations)) as deltas:

@@ -123,6 +123,22 @@ def test_more_than_the_bucket_is_a_400() -> None:
     assert (refused.status, refused.code) == (400, "requests_per_minute")
 
 
+def test_what_never_fits_is_said_before_what_must_wait() -> None:
+    door = admission(requests_per_minute=1, tokens_per_minute=100)
+    reserve(door)
+    assert refusal(door, 60, 50).status == 400
+
+
+def test_the_longest_wait_is_told() -> None:
+    door = admission(requests_per_minute=1, tokens_per_minute=60)
+    reserve(door, 10, 40)
+    assert refusal(door, 10, 40).retry_after == pytest.approx(60.0), "40 s for the tokens"
+    door = admission(requests_per_minute=6, tokens_per_minute=60)
+    reserve(door, 1, 5, count=6)
+    refused = refusal(door, 30, 30)
+    assert (refused.code, refused.retry_after) == ("tokens_per_minute", pytest.approx(36.0))
+
+
 def test_replicas_share_the_rate_and_may_burst_to_one_request() -> None:
     bucket = TokenBucket.resized(None, 6000, 10, 1000, 0.0)
     assert bucket is not None
