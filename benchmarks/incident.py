@@ -60,14 +60,14 @@ SWEEP_SECONDS = 15.0
 
 @dataclass
 class Outcome:
-    """One run. Chat requests as (seconds since the flood began, TTFT)."""
+    """One run. `chat` holds a (seconds since measuring began, TTFT, has a token) for each chat request."""
 
-    chat_ttft_s: list[tuple[float, float]]
+    chat: list[tuple[float, float, bool]]
     chat_itl_s: list[float]
     batch_tokens_per_s: float
 
     def results(self) -> dict[str, float]:
-        times = [ttft for _, ttft in self.chat_ttft_s]
+        times = [ttft for _, ttft, _ in self.chat]
         return {
             "chat_ttft_p50_s": serving.percentile(times, 50),
             "chat_ttft_p95_s": serving.percentile(times, 95),
@@ -107,7 +107,7 @@ class Incident:
             await serving.cancel(tasks)
         measured = [timing for timing in timings if timing.sent_at >= started_at]
         return Outcome(
-            [(timing.sent_at - started_at, timing.time_to_first_token(now)) for timing in measured],
+            [(t.sent_at - started_at, t.time_to_first_token(now), bool(t.token_times)) for t in measured],
             [gap for timing in measured for gap in timing.gaps(now)],
             (tokens_after - tokens_before) / (now - started_at),
         )
@@ -202,11 +202,17 @@ def plot(outcomes: dict[str, Outcome], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, outcome in outcomes.items():
-        seconds, times = zip(*outcome.chat_ttft_s, strict=True)
-        axes.plot(
-            seconds, times, marker="o", markersize=4, label="alone" if name == "alone" else f"beside a flood, {name}"
-        )
+    for color, (name, outcome) in zip(
+        ("tab:gray", "tab:orange", "tab:red", "tab:green"), outcomes.items(), strict=True
+    ):
+        style = {"color": color, "linestyle": "--" if name == "static" else "-", "linewidth": 1}
+        axes.plot(*zip(*((x, y) for x, y, _ in outcome.chat), strict=True), **style)
+        answered = [(x, y) for x, y, has_token in outcome.chat if has_token]
+        waiting = [(x, y) for x, y, has_token in outcome.chat if not has_token]
+        label = "alone" if name == "alone" else f"beside a flood, {name}"
+        axes.plot(*zip(*(answered or [(0, float("nan"))]), strict=True), "o", color=color, markersize=5, label=label)
+        axes.plot(*zip(*(waiting or [(0, float("nan"))]), strict=True), "x", color=color, markersize=5)
+    axes.plot([], [], "kx", label="still without a token at the end")
     axes.set(xlabel="seconds since the start", ylabel="chat time to first token, s", yscale="log")
     axes.set_title("A chat tenant's time to first token, alone and beside another tenant's batch flood")
     axes.grid(alpha=0.3, which="both")
