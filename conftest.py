@@ -1,3 +1,3 @@
 """Fixtures for every test folder."""
 
-pytest_plugins = ["cluster.fixtures"]
+pytest_plugins = ["cluster.fixtures", "harness.fixtures"]

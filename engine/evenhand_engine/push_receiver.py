@@ -1,4 +1,4 @@
-"""The engine's half of the push: `PUT` and `GET /v1/scheduler-config` on the admin port.
+"""The engine's half of the push: `PUT /v1/scheduler-config` and `GET /v1/scheduler-config/report` on the admin port.
 
 Owns the config in force as far as it was pushed or stored, and decides whether another one takes its place. A document
 of a lower `(epoch, revision)` never does, so that a leader that was replaced, a late or a repeated request do no harm.
@@ -28,6 +28,8 @@ from evenhand_policy.push_document import DocumentRejectedError, read_document
 from evenhand_policy.push_protocol import (
     CONFIG_PATH,
     MAX_DOCUMENT_BYTES,
+    NONCE_HEADER,
+    REPORT_PATH,
     SIGNATURE_HEADER,
     ConfigSource,
     EngineReport,
@@ -122,7 +124,7 @@ class PushReceiver:
 
     def routes(self) -> list[web.RouteDef]:
         """To be added to the admin application."""
-        return [web.put(CONFIG_PATH, self.put_config), web.get(CONFIG_PATH, self.show_config, allow_head=False)]
+        return [web.put(CONFIG_PATH, self.put_config), web.get(REPORT_PATH, self.show_report, allow_head=False)]
 
     async def put_config(self, request: web.Request) -> web.Response:
         """Enforce the document in the body, if it is newer."""
@@ -140,7 +142,7 @@ class PushReceiver:
             return self._answer(key, signed.nonce, refused.status, refused)
         return self._answer(key, signed.nonce, 200)
 
-    async def show_config(self, request: web.Request) -> web.Response:
+    async def show_report(self, request: web.Request) -> web.Response:
         """What is in force; to whom the request is signed or who is on this machine."""
         try:
             signed, key = self._verify(request)
@@ -153,7 +155,7 @@ class PushReceiver:
     @web.middleware
     async def require_signature(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """For the admin application: what is neither signed, nor local, nor marked `public` is refused."""
-        is_own = request.match_info.handler in (self.put_config, self.show_config)
+        is_own = request.match_info.handler in (self.put_config, self.show_report)
         if is_own or is_local(request) or getattr(request.match_info.handler, "is_public", False):
             return await handler(request)
         try:
@@ -248,7 +250,7 @@ class PushReceiver:
         log.warning("a request is not believed", extra={"fields": {"from": request.remote, "problem": str(error)}})
         if error.key is None:
             return web.json_response({"problem": str(error)}, status=401)
-        nonce = request.headers.get("X-Evenhand-Nonce", "")
+        nonce = request.headers.get(NONCE_HEADER, "")
         return self._answer(error.key, nonce, 401, _Refused(401, str(error)))
 
 

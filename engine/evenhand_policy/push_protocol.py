@@ -5,9 +5,9 @@ over everything that decides what it does, its answer over the request's nonce, 
 be forged, changed or, thanks to the nonce and a short time, replayed; nothing is hidden, and nothing needs to be: a
 document holds hashes of keys only.
 
-    PUT /v1/scheduler-config          X-Evenhand-{Nonce,Time,Replicas,Digest,Signature}, body: the document
-    GET /v1/scheduler-config          the same headers, no body
-    200 | 401 | 409 | 422             X-Evenhand-Signature, body: an EngineReport
+    PUT /v1/scheduler-config           X-Evenhand-{Nonce,Time,Replicas,Digest,Signature}, body: the document
+    GET /v1/scheduler-config/report    the same headers, no body
+    200 | 401 | 409 | 422              X-Evenhand-Signature, body: an EngineReport
 
 A 401 whose request was not signed by a known key cannot be signed either.
 """
@@ -25,6 +25,7 @@ from msgspec import Meta
 from evenhand_policy.credentials import is_strong
 
 CONFIG_PATH = "/v1/scheduler-config"
+REPORT_PATH = "/v1/scheduler-config/report"
 MAX_DOCUMENT_BYTES = 32 * 2**20
 MAX_REPORT_BYTES = 16 * 2**10
 MAX_CLOCK_SKEW_SECONDS = 60.0

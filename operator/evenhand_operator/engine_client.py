@@ -15,6 +15,7 @@ from evenhand_policy.push_protocol import (
     CONFIG_PATH,
     MAX_REPORT_BYTES,
     NONCE_HEADER,
+    REPORT_PATH,
     SIGNATURE_HEADER,
     EngineReport,
     PushKeys,
@@ -120,30 +121,28 @@ class EngineClient:
         return await self._call(method, url, offer, offer.keys[-1])
 
     async def _call(self, method: str, url: str, offer: Offer, key: bytes) -> EngineReport:
-        is_push = method == "PUT"
-        headers = sign_request(
-            key, method, time.time(), num_replicas=offer.num_replicas, digest=offer.digest if is_push else ""
-        )
+        path, digest, body = (CONFIG_PATH, offer.digest, offer.document) if method == "PUT" else (REPORT_PATH, "", None)
+        headers = sign_request(key, method, time.time(), path=path, num_replicas=offer.num_replicas, digest=digest)
         try:
             async with self._session.request(
                 method,
-                url + CONFIG_PATH,
-                data=offer.document if is_push else None,
+                url + path,
+                data=body,
                 headers=headers | {"Content-Type": "application/json"},
                 allow_redirects=False,
             ) as response:
-                body = await _read_bounded(response)
+                answer = await _read_bounded(response)
                 signature = response.headers.get(SIGNATURE_HEADER, "")
         except TimeoutError:
             raise PushError(PodState.UNREACHABLE, "timeout", "no complete answer in time") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PushError(PodState.UNREACHABLE, "connection", _describe(error)) from None
-        if not is_answer_signed(key, headers[NONCE_HEADER], response.status, body, signature):
+        if not is_answer_signed(key, headers[NONCE_HEADER], response.status, answer, signature):
             if response.status == 401:
                 raise _WrongKeyError
             message = f"the answer (status {response.status}) is not signed with the pool's push key"
             raise PushError(PodState.UNREACHABLE, "unsigned", message)
-        return _read_answer(response.status, body)
+        return _read_answer(response.status, answer)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
@@ -166,7 +165,9 @@ def _read_answer(status: int, body: bytes) -> EngineReport:
         return report
     reason = {401: "refused", 409: "outdated", 422: "rejected"}.get(status, "unexpected")
     problem = f"{report.path}: {report.problem}" if report.path else report.problem or "no reason given"
-    raise PushError(PodState.REJECTED, reason, f"{problem[:_SHOWN_CHARACTERS]} (status {status})", report)
+    is_own = status != 401  # what a pod of another pool enforces is none of ours
+    message = f"{problem[:_SHOWN_CHARACTERS]} (status {status})"
+    raise PushError(PodState.REJECTED, reason, message, report if is_own else None)
 
 
 def _describe(error: Exception) -> str:

@@ -32,6 +32,7 @@ class PodReport:
         pod: the pod.
         state: as in the pool's status.
         message: why it is not Applied.
+        reason: the same in one word, as in metrics; empty where there is nothing wrong.
         since: Unix time at which the state last changed.
         boot_id: of the engine process, by its own last answer; empty where it never answered.
         enforced: version of the document in force there, by its own last answer or what an earlier leader wrote.
@@ -42,6 +43,7 @@ class PodReport:
     state: PodState
     since: float
     message: str = ""
+    reason: str = ""
     boot_id: str = ""
     enforced: Version | None = None
     outcome_of: Offer | None = None
@@ -57,7 +59,7 @@ class Lanes(NamedTuple):
 class PodLink:
     """One pod, one task, at most one request at a time; always the newest offer.
 
-    `notify` is called after every change of `report`.
+    `notify` is called with `report` after every change of it.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class PodLink:
         offer: Offer,
         client: EngineClient,
         lanes: Lanes,
-        notify: Callable[[], None],
+        notify: Callable[[PodReport], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.report = report
@@ -117,7 +119,7 @@ class PodLink:
                 report = await self._client.push(self.report.pod.url, offer)
             except PushError as error:
                 metrics.PUSH_ERRORS.labels(error.reason).inc()
-                self._record(error.state, offer, error.report, error.message)
+                self._record(error.state, offer, error.report, error)
                 raise
         metrics.PUSH_SECONDS.observe(time.monotonic() - offer.offered_at)
         self._record(PodState.APPLIED, offer, report)
@@ -137,19 +139,22 @@ class PodLink:
                 return
             self._record(PodState.APPLIED, self._offer, report)
 
-    def _record(self, state: PodState, offer: Offer, report: EngineReport | None, message: str = "") -> None:
+    def _record(
+        self, state: PodState, offer: Offer, report: EngineReport | None, error: PushError | None = None
+    ) -> None:
         before = self.report
         self.report = replace(
             before,
             state=state,
-            message=message,
+            message=error.message if error else "",
+            reason=error.reason if error else "",
             since=before.since if state is before.state else time.time(),
             boot_id=report.boot_id if report else before.boot_id,
             enforced=(report.epoch, report.revision) if report else before.enforced,
             outcome_of=offer,
         )
         if self.report != before:
-            self._notify()
+            self._notify(self.report)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not past a newer offer."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from evenhand_operator.engine_client import EngineClient, Offer
 from evenhand_operator.objects import EnginePod, ObjectKey, read_time
@@ -19,10 +19,12 @@ class Pusher:
     Args:
         client: the way to the pods.
         tasks: in which the links run; one that fails by a fault of ours ends them all.
-        notify: called with the pool's key after every change of a report.
+        notify: called with the pool's key and a pod's report after every change of the report.
     """
 
-    def __init__(self, client: EngineClient, tasks: asyncio.TaskGroup, notify: Callable[[ObjectKey], None]) -> None:
+    def __init__(
+        self, client: EngineClient, tasks: asyncio.TaskGroup, notify: Callable[[ObjectKey, PodReport], None]
+    ) -> None:
         self._client = client
         self._tasks = tasks
         self._notify = notify
@@ -44,13 +46,17 @@ class Pusher:
             else:
                 report = _first_report(pod, known.get(pod.name))
                 links[instance] = PodLink(
-                    report, offer, self._client, self._lanes, lambda: self._notify(pool), self._tasks
+                    report, offer, self._client, self._lanes, lambda report: self._notify(pool, report), self._tasks
                 )
 
     def drop(self, pool: ObjectKey) -> None:
         """End all links of a pool."""
         for link in self._links.pop(pool, {}).values():
             link.close()
+
+    def pools(self) -> Set[ObjectKey]:
+        """Pools that have links, or had some."""
+        return self._links.keys()
 
     def reports(self, pool: ObjectKey) -> list[PodReport]:
         """Where the pods of a pool stand, by name."""

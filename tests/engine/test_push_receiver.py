@@ -21,6 +21,7 @@ from evenhand_policy.push_protocol import (
     CONFIG_PATH,
     NONCE_HEADER,
     REPLICAS_HEADER,
+    REPORT_PATH,
     SIGNATURE_HEADER,
     TIME_HEADER,
     ConfigSource,
@@ -381,8 +382,8 @@ async def test_stored_config_of_another_pool_is_not_enforced(tmp_path: Path) -> 
 
 async def test_signed_get_tells_what_is_in_force(engine: Engine) -> None:
     await engine.put(document(3))
-    headers = sign_request(KEY, "GET", engine.now)
-    async with engine.client.get(CONFIG_PATH, headers=headers) as response:
+    headers = sign_request(KEY, "GET", engine.now, path=REPORT_PATH)
+    async with engine.client.get(REPORT_PATH, headers=headers) as response:
         body = await response.read()
         assert is_answer_signed(KEY, headers[NONCE_HEADER], 200, body, response.headers[SIGNATURE_HEADER])
     assert msgspec.json.decode(body, type=EngineReport).revision == 3
@@ -402,7 +403,7 @@ def request_from(address: str) -> web.Request:
     transport = SimpleNamespace(
         get_extra_info=lambda name, default=None: (address, 1) if name == "peername" else default
     )
-    return make_mocked_request("GET", CONFIG_PATH, transport=transport)
+    return make_mocked_request("GET", REPORT_PATH, transport=transport)
 
 
 async def test_stranger_reads_nothing_unsigned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,9 +411,9 @@ async def test_stranger_reads_nothing_unsigned(engine: Engine, monkeypatch: pyte
         async with engine.client.get(path, headers=headers) as response:
             return response.status
 
-    assert await get(CONFIG_PATH) == await get("/debug") == 200
+    assert await get(REPORT_PATH) == await get("/debug") == 200
     monkeypatch.setattr("evenhand_engine.push_receiver.is_local", lambda _: False)
-    assert await get(CONFIG_PATH) == await get("/debug") == 401
-    assert await get(CONFIG_PATH, sign_request(KEY, "GET", engine.now)) == 200
+    assert await get(REPORT_PATH) == await get("/debug") == 401
+    assert await get(REPORT_PATH, sign_request(KEY, "GET", engine.now, path=REPORT_PATH)) == 200
     assert await get("/debug", sign_request(KEY, "GET", engine.now, path="/debug")) == 200
     assert await get("/debug?x=1", sign_request(KEY, "GET", engine.now, path="/debug")) == 401

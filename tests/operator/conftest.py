@@ -13,7 +13,7 @@ from evenhand_engine.push_receiver import PushReceiver, PushSettings
 from evenhand_operator.engine_client import EngineClient, Offer
 from evenhand_operator.objects import EnginePod
 from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
-from evenhand_policy.push_protocol import CONFIG_PATH, PushKeys
+from evenhand_policy.push_protocol import PushKeys
 
 KEY = b"a-push-key-of-the-pool-0001"
 POOL = PoolReference(namespace="inference", name="default")
@@ -62,7 +62,7 @@ class EngineStandIn:
         """The admin port."""
         self.num_requests += 1
         receiver = self.receiver
-        return await (receiver.put_config(request) if request.method == "PUT" else receiver.show_config(request))
+        return await (receiver.put_config(request) if request.method == "PUT" else receiver.show_report(request))
 
     @property
     def revision(self) -> int:
@@ -77,7 +77,7 @@ Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 async def serving(handle: Handle) -> AsyncIterator[str]:
     """A server on a free port; yields its URL."""
     app = web.Application(client_max_size=0)
-    app.router.add_route("*", CONFIG_PATH, handle)
+    app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
@@ -117,8 +117,8 @@ async def engine(tmp_path: Path, serve: Callable[[Handle], Awaitable[str]]) -> C
 
 @pytest.fixture
 async def client() -> AsyncIterator[EngineClient]:
-    """The operator's way to its pods."""
-    client = EngineClient()
+    """The operator's way to its pods, with the patience that a busy test machine needs."""
+    client = EngineClient(request_seconds=60)
     yield client
     await client.close()
 

@@ -91,6 +91,9 @@ def signed(request: web.Request, body: bytes, status: int = 200, **headers: str)
 REPORT = {"bootId": "b", "epoch": 1, "revision": 1, "digest": "sha256:0", "source": "Push"}
 
 
+BOMB = gzip.compress(b"0" * 1_000_000)
+
+
 async def answer_never(_: web.Request) -> web.StreamResponse:
     await asyncio.sleep(60)
     raise AssertionError("cancelled before")
@@ -112,7 +115,7 @@ async def answer_without_end(request: web.Request) -> web.StreamResponse:
 
 
 async def answer_with_a_bomb(request: web.Request) -> web.StreamResponse:
-    return signed(request, gzip.compress(b"0" * 10_000_000), **{"Content-Encoding": "gzip"})
+    return signed(request, BOMB, **{"Content-Encoding": "gzip"})
 
 
 async def answer_unsigned(_: web.Request) -> web.StreamResponse:

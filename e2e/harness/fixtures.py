@@ -1,0 +1,104 @@
+"""pytest fixtures around a running operator."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster import build
+from cluster.control_plane import ControlPlane
+from cluster.pod_runner import PodRunner
+from harness.objects import light_engines, pool, push_secret
+from harness.operator_process import OperatorProcess
+from harness.stage import Stage, until
+
+BASE = build.SOURCES.parents[1] / "manifests" / "base"
+OPERATOR_NAMESPACE, OPERATOR = "evenhand-system", "evenhand-operator"
+_OF_THE_OPERATOR = {
+    "Namespace",
+    "ServiceAccount",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Role",
+    "RoleBinding",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+}
+
+
+@pytest.fixture(scope="session")
+def operator_kubeconfig(cluster: ControlPlane, crds: None) -> Path:
+    """With the rights that the manifests give the operator, and no others."""
+    rendered = yaml.safe_load_all(cluster.kubectl("kustomize", str(BASE)))
+    cluster.apply(*(each for each in rendered if each["kind"] in _OF_THE_OPERATOR))
+    return cluster.service_account_kubeconfig(OPERATOR_NAMESPACE, OPERATOR)
+
+
+class Operators:
+    """Starts replicas, with the rights that the manifests give, and sees to it that they end."""
+
+    def __init__(self, cluster: ControlPlane, kubeconfig: Path, logs: Path) -> None:
+        self._cluster = cluster
+        self._kubeconfig = kubeconfig
+        self._logs = logs
+        self._started: list[OperatorProcess] = []
+
+    def start(self, *namespaces: str, name: str = "operator", wait: bool = True) -> OperatorProcess:
+        """A replica that serves these namespaces."""
+        log = self._logs / f"{name}.log"
+        operator = OperatorProcess(self._cluster, self._kubeconfig, log, namespaces)
+        self._started.append(operator)
+        operator.start(wait)
+        return operator
+
+    def close(self) -> None:
+        """Ends all; none of them may have wanted what it has no right to."""
+        for operator in self._started:
+            operator.stop()
+        self._cluster.kubectl("delete", "lease", OPERATOR, "-n", OPERATOR_NAMESPACE, "--ignore-not-found")
+        for operator in self._started:
+            assert "forbidden" not in operator.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def operators(
+    cluster: ControlPlane, operator_kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operators]:
+    """For the tests of a module."""
+    operators = Operators(cluster, operator_kubeconfig, tmp_path_factory.mktemp("operators"))
+    yield operators
+    operators.close()
+
+
+@pytest.fixture(scope="module")
+def served_namespace(cluster: ControlPlane, operator_kubeconfig: Path) -> Iterator[str]:
+    """A namespace for the tests of a module, which the operator may serve."""
+    yield from _served_namespace(cluster)
+
+
+@pytest.fixture(scope="module")
+def other_namespace(cluster: ControlPlane, operator_kubeconfig: Path) -> Iterator[str]:
+    """Another one."""
+    yield from _served_namespace(cluster)
+
+
+def _served_namespace(cluster: ControlPlane) -> Iterator[str]:
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.create_namespace(name)
+    account = f"--serviceaccount={OPERATOR_NAMESPACE}:{OPERATOR}"
+    cluster.kubectl("create", "rolebinding", OPERATOR, f"--clusterrole={OPERATOR}", account, "-n", name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.kubectl("delete", "pods", "--all", "-n", name, "--force", "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def stage(cluster: ControlPlane, served_namespace: str) -> Iterator[Stage]:
+    """Two light engines and their pool; the operator is for the test to start."""
+    with PodRunner(cluster, served_namespace):
+        cluster.apply(push_secret(served_namespace), pool(served_namespace), light_engines(served_namespace, 2))
+        stage = Stage(cluster, served_namespace)
+        until(lambda: len(stage.ready_pods()) == 2)
+        yield stage

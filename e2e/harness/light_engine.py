@@ -1,0 +1,59 @@
+"""An engine pod without a model: the real code of the admin port, and `/health`."""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from evenhand_engine.push_receiver import PushReceiver, PushSettings
+from evenhand_policy.config import PoolReference
+
+
+def build_app(settings: PushSettings) -> web.Application:
+    """The admin application. `GET /config` shows the document in force."""
+    receiver = PushReceiver(settings, lambda config, num_replicas: None)
+
+    async def show_config(_: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "source": receiver.in_force.source,
+                "numReplicas": receiver.in_force.num_replicas,
+                "config": msgspec.to_builtins(receiver.in_force.config),
+            }
+        )
+
+    async def show_health(_: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.add_routes([*receiver.routes(), web.get("/config", show_config), web.get("/health", show_health)])
+    return app
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    """Until cancelled."""
+    namespace, _, name = arguments.pool.partition("/")
+    pool = PoolReference(namespace=namespace, name=name)
+    settings = PushSettings(pool, arguments.push_keys, arguments.bootstrap, arguments.last_good)
+    runner = web.AppRunner(build_app(settings), access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, arguments.host, arguments.port).start()
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Options as those of `evenhand serve`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--pool", required=True)
+    parser.add_argument("--push-keys", type=Path, required=True)
+    parser.add_argument("--bootstrap", type=Path)
+    parser.add_argument("--last-good", type=Path)
+    asyncio.run(serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

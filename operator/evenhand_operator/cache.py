@@ -1,0 +1,175 @@
+"""What the operator knows of the cluster: fed by Kopf's events and by lists of its own, read by everybody else.
+
+A watch alone is not enough: after a gap, objects that were deleted meanwhile would stay for ever. So everything is
+listed at the start, after every sign of a gap, and from time to time; what a list lacks is dropped.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from evenhand_operator.objects import EnginePod, Json, Meta, ObjectKey, read_meta, read_pod
+from evenhand_operator.observed import ObservedPolicy, ObservedPool, read_policy, read_pool
+from evenhand_operator.secret_cache import SecretCache
+
+
+class Observed(Protocol):
+    """Anything that is cached."""
+
+    @property
+    def key(self) -> ObjectKey: ...
+
+
+T = TypeVar("T", bound=Observed)
+
+
+class _Row(Generic[T]):
+    __slots__ = ("is_watched", "value", "version")
+
+    def __init__(self, value: T, version: int) -> None:
+        self.value = value
+        self.version = version
+        self.is_watched = False
+
+
+class Table(Generic[T]):
+    """Objects of one kind by uid.
+
+    Args:
+        read: makes a value of an object; None: the object does not count.
+        changed: called with the value before and after, None where there is none; never for equal values.
+        gap: called when the watch shows that it was interrupted.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Json], T | None],
+        changed: Callable[[T | None, T | None], None],
+        gap: Callable[[], None],
+    ) -> None:
+        self._read = read
+        self._changed = changed
+        self._gap = gap
+        self._rows: dict[str, _Row[T]] = {}
+
+    def __iter__(self) -> Iterator[T]:
+        return (row.value for row in self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, uid: str) -> T | None:
+        """The object of that uid."""
+        row = self._rows.get(uid)
+        return row.value if row else None
+
+    def observe(self, event: str | None, obj: Json) -> None:
+        """Take in an event of the watch; `event` is None for what Kopf has listed.
+
+        Kopf lists at its start and whenever it lost track, so an object that is listed a second time shows a gap.
+        """
+        meta = read_meta(obj)
+        row = self._rows.get(meta.uid)
+        if event is None and row is not None and row.is_watched:
+            self._gap()
+        if event == "DELETED":
+            if row is not None and meta.version >= row.version:
+                self._remove(meta.uid)
+            return
+        self._take(meta, obj)
+        if row := self._rows.get(meta.uid):
+            row.is_watched = True
+
+    def take(self, obj: Json) -> None:
+        """Take in the answer to a write of our own, ahead of its event."""
+        self._take(read_meta(obj), obj)
+
+    def keep_only(self, uids: Iterable[str], version: int) -> None:
+        """Drop what a list of that version lacks, unless it is newer than the list."""
+        for uid in self._rows.keys() - set(uids):
+            if self._rows[uid].version <= version:
+                self._remove(uid)
+
+    def _take(self, meta: Meta, obj: Json) -> None:
+        row = self._rows.get(meta.uid)
+        if row is not None and meta.version <= row.version:
+            return
+        value = self._read(obj)
+        if value is None:
+            self._remove(meta.uid)
+        elif row is None:
+            self._rows[meta.uid] = _Row(value, meta.version)
+            self._changed(None, value)
+        else:
+            before, row.value, row.version = row.value, value, meta.version
+            if value != before:
+                self._changed(before, value)
+
+    def _remove(self, uid: str) -> None:
+        if row := self._rows.pop(uid, None):
+            self._changed(row.value, None)
+
+
+class Notices(Protocol):
+    """Who wants to know what has changed."""
+
+    def documents_changed(self) -> None:
+        """What decides about documents is another."""
+
+    def pods_changed(self) -> None:
+        """Which pods are ready is another."""
+
+    def statuses_changed(self) -> None:
+        """A status is another, or of an object that is new."""
+
+    def gap_seen(self) -> None:
+        """Events may be missing."""
+
+
+class NamespaceLabels(msgspec.Struct, frozen=True):
+    """A namespace, of which only the labels matter."""
+
+    key: ObjectKey
+    labels: dict[str, str]
+
+
+class Cache:
+    """All tables.
+
+    Attributes:
+        policies, pools, pods, namespaces: by uid.
+        secrets: those that a policy or a pool names.
+    """
+
+    def __init__(self, notices: Notices) -> None:
+        self._notices = notices
+        self.policies = Table(read_policy, self._resource_changed, notices.gap_seen)
+        self.pools = Table(read_pool, self._resource_changed, notices.gap_seen)
+        self.pods = Table(read_pod, self._pod_changed, notices.gap_seen)
+        self.namespaces = Table(_read_namespace, self._namespace_changed, notices.gap_seen)
+        self.secrets = SecretCache(notices.documents_changed)
+
+    def namespace_labels(self) -> dict[str, dict[str, str]]:
+        """Labels of every namespace by name."""
+        return {namespace.key[1]: namespace.labels for namespace in self.namespaces}
+
+    def _resource_changed(
+        self, before: ObservedPolicy | ObservedPool | None, after: ObservedPolicy | ObservedPool | None
+    ) -> None:
+        if before is None or after is None or before.request != after.request:
+            self._notices.documents_changed()
+        else:
+            self._notices.statuses_changed()
+
+    def _pod_changed(self, before: EnginePod | None, after: EnginePod | None) -> None:
+        self._notices.pods_changed()
+
+    def _namespace_changed(self, before: NamespaceLabels | None, after: NamespaceLabels | None) -> None:
+        if any(pool.pool is not None and pool.pool.spec.allowed_namespaces.selector for pool in self.pools):
+            self._notices.documents_changed()
+
+
+def _read_namespace(obj: Json) -> NamespaceLabels:
+    meta = read_meta(obj)
+    return NamespaceLabels(meta.key, meta.labels)

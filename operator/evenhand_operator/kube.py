@@ -1,0 +1,204 @@
+"""KubeClient: the requests that the operator itself sends to the API server. Watching is Kopf's."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+import aiohttp
+import kopf
+import msgspec
+
+from evenhand_operator import metrics
+from evenhand_operator.objects import Json
+
+FIELD_MANAGER = "evenhand-operator"
+PAGE_SIZE = 500
+REQUEST_SECONDS = 15.0
+_SHOWN_CHARACTERS = 500
+
+
+class Resource(NamedTuple):
+    """A kind of objects, as it is named in paths."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
+        """Path of a collection (of all namespaces, where none is given) or of an object."""
+        root = "/api" if "/" not in self.api_version else "/apis"
+        within = ["namespaces", namespace] if namespace else []
+        parts = [root, self.api_version, *within, self.plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+
+TENANT_POLICIES = Resource("evenhand.dev/v1alpha1", "TenantPolicy", "tenantpolicies")
+ENGINE_POOLS = Resource("evenhand.dev/v1alpha1", "EnginePool", "enginepools")
+SECRETS = Resource("v1", "Secret", "secrets")
+PODS = Resource("v1", "Pod", "pods")
+NAMESPACES = Resource("v1", "Namespace", "namespaces")
+EVENTS = Resource("v1", "Event", "events")
+LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
+
+
+class ApiError(Exception):
+    """The API server refused a request, or could not be reached (`status` 0).
+
+    Attributes:
+        status: of the answer.
+        retry_after: seconds that the server asks to wait; 0 where it does not.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status in (0, 408, 429) or self.status >= 500
+
+
+class Listing(NamedTuple):
+    """All objects of a kind at one moment. `version` orders it among resource versions."""
+
+    items: list[Json]
+    version: int
+
+
+class _ListMetadata(msgspec.Struct, rename="camel"):
+    resource_version: str
+    next_page: str = msgspec.field(default="", name="continue")
+
+
+class _Page(msgspec.Struct):
+    metadata: _ListMetadata
+    items: list[Json]
+
+
+class KubeClient:
+    """One connection pool, reused. Use within one event loop.
+
+    Every method raises ApiError. Credentials are read again once, when they are no longer accepted.
+    """
+
+    def __init__(self, log_in: Callable[[], kopf.ConnectionInfo]) -> None:
+        self._log_in = log_in
+        self._info = log_in()
+        self._session = self._connect()
+
+    def _connect(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            self._info.server,
+            connector=aiohttp.TCPConnector(ssl=self._info.as_ssl_context(), limit=64),
+            timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
+            headers={"User-Agent": FIELD_MANAGER, "Accept": "application/json, application/jwk-set+json"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=self._info.proxy_url,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def list_pages(self, resource: Resource, namespace: str | None, **parameters: str) -> AsyncIterator[Listing]:
+        """All objects, a page at a time, so that never all are in memory as JSON; every page is of the same moment."""
+        query = {"limit": str(PAGE_SIZE), **parameters}
+        while True:
+            page = msgspec.json.decode(await self._call("GET", resource.path(namespace), query=query), type=_Page)
+            yield Listing(page.items, int(page.metadata.resource_version))
+            if not page.metadata.next_page:
+                return
+            query["continue"] = page.metadata.next_page
+
+    async def get(self, resource: Resource, namespace: str | None, name: str) -> Json:
+        """One object."""
+        return _json(await self._call("GET", resource.path(namespace, name)))
+
+    async def get_raw(self, path: str) -> Json:
+        """Any document of the API server."""
+        return _json(await self._call("GET", path))
+
+    async def apply(self, resource: Resource, obj: Json, subresource: str | None = None) -> Json:
+        """Server-side apply. With a uid in the metadata, another object of the same name is left alone (409)."""
+        path = resource.path(obj["metadata"].get("namespace"), obj["metadata"]["name"], subresource)
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        metrics.API_WRITES.labels(_label(resource, subresource)).inc()
+        return _json(await self._call("PATCH", path, _typed(resource, obj), "application/apply-patch+yaml", query))
+
+    async def create(self, resource: Resource, obj: Json) -> Json:
+        """A new object; 409 where there is one of that name."""
+        metrics.API_WRITES.labels(_label(resource)).inc()
+        path = resource.path(obj["metadata"].get("namespace"))
+        return _json(await self._call("POST", path, _typed(resource, obj)))
+
+    async def replace(self, resource: Resource, obj: Json) -> Json:
+        """Compare and swap: 409 unless the object still has the resource version that is in `obj`."""
+        metrics.API_WRITES.labels(_label(resource)).inc()
+        path = resource.path(obj["metadata"].get("namespace"), obj["metadata"]["name"])
+        return _json(await self._call("PUT", path, _typed(resource, obj)))
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        content_type: str = "application/json",
+        query: dict[str, str] | None = None,
+    ) -> bytes:
+        data = msgspec.json.encode(body) if body is not None else None
+        try:
+            return await self._request(method, path, data, content_type, query)
+        except ApiError as error:
+            if error.status != 401:
+                raise
+        await self._renew_credentials()
+        return await self._request(method, path, data, content_type, query)
+
+    async def _renew_credentials(self) -> None:
+        info = self._log_in()
+        if info == self._info:
+            return
+        self._info, outdated = info, self._session
+        self._session = self._connect()
+        await asyncio.sleep(0)  # other requests may still be in it; they fail and are sent again
+        await outdated.close()
+
+    async def _request(
+        self, method: str, path: str, data: bytes | None, content_type: str, query: dict[str, str] | None
+    ) -> bytes:
+        headers = self._info.as_http_headers() | ({"Content-Type": content_type} if data is not None else {})
+        try:
+            async with self._session.request(method, path, data=data, headers=headers, params=query) as response:
+                body = await response.read()
+        except TimeoutError:
+            raise ApiError(0, f"{method} {path}: no answer within {REQUEST_SECONDS:.0f} s") from None
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # RuntimeError: the session was just closed
+            raise ApiError(0, f"{method} {path}: {error}") from None
+        if response.status >= 400:
+            retry_after = response.headers.get("Retry-After", "0")
+            message = f"{method} {path}: {_message(body)}"
+            raise ApiError(response.status, message, float(retry_after) if retry_after.isdigit() else 0.0)
+        return body
+
+
+def _json(body: bytes) -> Json:
+    return msgspec.json.decode(body, type=dict[str, Any])
+
+
+def _typed(resource: Resource, obj: Json) -> Json:
+    return {"apiVersion": resource.api_version, "kind": resource.kind, **obj}
+
+
+def _message(body: bytes) -> str:
+    """What a Status object says."""
+    try:
+        return str(_json(body).get("message", ""))[:_SHOWN_CHARACTERS]
+    except msgspec.DecodeError:
+        return body[:_SHOWN_CHARACTERS].decode("utf-8", "replace")
+
+
+def _label(resource: Resource, subresource: str | None = None) -> str:
+    return f"{resource.plural}/{subresource}" if subresource else resource.plural

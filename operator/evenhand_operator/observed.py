@@ -1,0 +1,131 @@
+"""TenantPolicies and EnginePools as the operator sees them: what is asked for, and what their status says.
+
+A status may have been written by another version of the operator, so what is not known there is ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from evenhand_operator.objects import Json, ObjectKey, read_meta
+from evenhand_policy.decode import decode
+from evenhand_policy.errors import InvalidResourceError, PolicyProblem, ResourceReference
+from evenhand_policy.pool import EnginePool
+from evenhand_policy.schema import Model
+from evenhand_policy.spec import TenantPolicy
+from evenhand_policy.status import (
+    Condition,
+    ConditionStatus,
+    ConditionType,
+    EnginePoolStatus,
+    PodStatus,
+    TenantPolicyStatus,
+)
+
+_Resource = TypeVar("_Resource", bound=Model)
+_Status = TypeVar("_Status", bound=Model)
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """What policies and pools have in common. `problem` says why the object cannot be read, where it cannot."""
+
+    kind: ClassVar[str]
+
+    key: ObjectKey
+    uid: str
+    generation: int
+    problem: PolicyProblem | None
+
+    @property
+    def reference(self) -> ResourceReference:
+        """Kind, namespace and name."""
+        return ResourceReference(self.kind, *self.key)
+
+
+class ObservedPolicy(Observed, frozen=True, kw_only=True):
+    """A TenantPolicy. `policy` is None where there is a problem."""
+
+    kind: ClassVar[str] = "TenantPolicy"
+
+    policy: TenantPolicy | None
+    status: TenantPolicyStatus
+
+    @property
+    def request(self) -> object:
+        """What decides about documents; the status does not."""
+        return self.generation, self.policy, self.problem
+
+    @property
+    def is_programmed(self) -> bool:
+        """Whether it was reported that every ready pod enforces this very generation."""
+        return self.status.observed_generation == self.generation and any(
+            condition.type == ConditionType.PROGRAMMED and condition.status is ConditionStatus.TRUE
+            for condition in self.status.conditions
+        )
+
+
+class ObservedPool(Observed, frozen=True, kw_only=True):
+    """An EnginePool. `pool` is None where there is a problem."""
+
+    kind: ClassVar[str] = "EnginePool"
+
+    pool: EnginePool | None
+    status: EnginePoolStatus
+
+    @property
+    def request(self) -> object:
+        """What decides about documents; the status does not."""
+        return self.generation, self.pool, self.problem
+
+
+def read_policy(obj: Json) -> ObservedPolicy | None:
+    """A TenantPolicy as the API server sends it; None for one that is being deleted."""
+    meta = read_meta(obj)
+    if meta.deletion_timestamp is not None:
+        return None
+    policy, problem = _read_resource(obj, TenantPolicy)
+    status = _read_status(obj, TenantPolicyStatus)
+    return ObservedPolicy(
+        key=meta.key, uid=meta.uid, generation=meta.generation, policy=policy, problem=problem, status=status
+    )
+
+
+def read_pool(obj: Json) -> ObservedPool | None:
+    """An EnginePool as the API server sends it; None for one that is being deleted."""
+    meta = read_meta(obj)
+    if meta.deletion_timestamp is not None:
+        return None
+    pool, problem = _read_resource(obj, EnginePool)
+    status = _read_status(obj, EnginePoolStatus)
+    return ObservedPool(
+        key=meta.key, uid=meta.uid, generation=meta.generation, pool=pool, problem=problem, status=status
+    )
+
+
+def _read_resource(obj: Json, resource_type: type[_Resource]) -> tuple[_Resource | None, PolicyProblem | None]:
+    spec = {key: value for key, value in obj.items() if key != "status"}
+    try:
+        return decode(spec, resource_type), None
+    except InvalidResourceError as error:
+        return None, error.problem
+
+
+def _read_status(obj: Json, status_type: type[_Status]) -> _Status:
+    """The known members; of what is malformed, nothing."""
+    written = obj.get("status")
+    if not isinstance(written, Mapping):
+        return status_type()
+    known = _known(written, status_type)
+    for name, item_type in (("conditions", Condition), ("pods", PodStatus)):
+        if isinstance(known.get(name), list):
+            known[name] = [_known(item, item_type) for item in known[name] if isinstance(item, Mapping)]
+    try:
+        return msgspec.convert(known, status_type)
+    except msgspec.ValidationError:
+        return status_type()
+
+
+def _known(value: Mapping[str, Any], struct_type: type[msgspec.Struct]) -> Json:
+    names = {field.encode_name for field in msgspec.structs.fields(struct_type)}
+    return {name: item for name, item in value.items() if name in names and item is not None}

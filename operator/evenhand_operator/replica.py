@@ -1,0 +1,154 @@
+"""Replica: one running operator. Every replica watches; the one that holds the Lease also acts."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import kopf
+
+from evenhand_operator import metrics
+from evenhand_operator.cache import Cache
+from evenhand_operator.engine_client import EngineClient
+from evenhand_operator.handlers import make_kopf_settings, make_registry
+from evenhand_operator.issuer import IssuerWatch
+from evenhand_operator.kube import NAMESPACES, ApiError, KubeClient
+from evenhand_operator.lease import Lease, LeaseLostError
+from evenhand_operator.lister import Lister
+from evenhand_operator.login import log_in, own_namespace
+from evenhand_operator.settings import Settings
+from evenhand_operator.term import Surroundings, Term
+from evenhand_operator.web_server import Health, serving
+
+log = logging.getLogger(__name__)
+
+_STUCK_SECONDS = 120.0
+_RETRY_SECONDS = 2.0
+
+
+class Replica:
+    """Owns the cache and everything that lives as long as the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._info = log_in()
+        self._kube = KubeClient(log_in)
+        self._engines = EngineClient()
+        self._cache = Cache(self)
+        self._lister = Lister(self._kube, self._cache, settings)
+        self._issuer = IssuerWatch(self._kube, self.documents_changed)
+        namespace = settings.lease_namespace or own_namespace(self._info)
+        self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
+        self._term: Term | None = None
+        self._leading: asyncio.Task[None] | None = None
+        self._is_synced = False
+
+    async def run(self, announce: Callable[[int], None]) -> None:
+        """Returns after SIGTERM or SIGINT, with the Lease released. `announce` is told the metrics port.
+
+        Raises whatever the operator cannot cope with; then it is for the kubelet to start it again.
+        """
+        health = Health(self._is_alive, lambda: None if self._is_synced else "not everything is listed yet")
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._kube.close)
+            stack.push_async_callback(self._engines.close)
+            server = serving(self._settings.host, self._settings.metrics_port, self._cache, health)
+            announce(await stack.enter_async_context(server))
+            cluster, _, _ = await asyncio.gather(self._read_cluster(), self._issuer.read(), self._lister.list_all())
+            self._is_synced = True
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(each) for each in (self._lister.run(), self._issuer.run())]
+                self._leading = tasks.create_task(self._lead(cluster))
+                await self._watch()
+                for task in background:
+                    task.cancel()
+
+    async def _watch(self) -> None:
+        """Kopf, until the process is told to stop."""
+        await kopf.operator(
+            registry=make_registry(self._cache, self._settings, self._stop_leading),
+            settings=make_kopf_settings(self._settings),
+            standalone=True,
+            clusterwide=not self._settings.namespaces,
+            namespaces=self._settings.namespaces,
+        )
+
+    async def _stop_leading(self) -> None:
+        assert self._leading is not None
+        self._leading.cancel()
+        await asyncio.wait([self._leading])
+
+    async def _lead(self, cluster: str) -> None:
+        """One term after another, for ever."""
+        around = Surroundings(
+            self._settings,
+            cluster,
+            self._cache,
+            self._kube,
+            self._engines,
+            self._lister,
+            self._lease,
+            self._issuer,
+        )
+        while True:
+            await self._lease.acquire()
+            metrics.IS_LEADER.set(1)
+            try:
+                await self._serve_term(around)
+            finally:
+                self._term = None
+                metrics.IS_LEADER.set(0)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_RETRY_SECONDS):
+                        await self._lease.release()
+
+    async def _serve_term(self, around: Surroundings) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._term = Term(around, tasks)
+                await self._lease.hold()
+        except ExceptionGroup as group:
+            lost, others = group.split(LeaseLostError)
+            if others is not None:
+                raise others from None
+            log.warning("no longer leader: %s", lost.exceptions[0] if lost else "")
+
+    def documents_changed(self) -> None:
+        """Notice of the cache."""
+        if self._term is not None:
+            self._term.documents_changed()
+
+    def pods_changed(self) -> None:
+        """Notice of the cache."""
+        if self._term is not None:
+            self._term.pods_changed()
+
+    def statuses_changed(self) -> None:
+        """Notice of the cache."""
+        if self._term is not None:
+            self._term.statuses_changed()
+
+    def gap_seen(self) -> None:
+        """Notice of the cache."""
+        self._lister.gap_seen()
+
+    def _is_alive(self) -> str | None:
+        if self._term is not None and time.monotonic() - self._term.heartbeat > _STUCK_SECONDS:
+            return "nothing was built for too long"
+        return None
+
+    def _least_epoch(self) -> int:
+        """The highest epoch that any status tells of, should the Lease have been deleted."""
+        of_pools = [pool.status.epoch or 0 for pool in self._cache.pools]
+        of_pods = [row.epoch or 0 for pool in self._cache.pools for row in pool.status.pods]
+        return max(of_pools + of_pods, default=0)
+
+    async def _read_cluster(self) -> str:
+        """By the uid of kube-system clusters are told apart: a document of another one is refused by engines."""
+        while True:
+            try:
+                return str((await self._kube.get(NAMESPACES, None, "kube-system"))["metadata"]["uid"])
+            except ApiError as error:
+                log.warning("cannot read the namespace kube-system: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)

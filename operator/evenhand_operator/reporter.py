@@ -1,0 +1,129 @@
+"""Reporter: which statuses should be other than they are, and the loop that makes them so."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+
+from evenhand_operator import metrics
+from evenhand_operator.cache import Cache
+from evenhand_operator.conditions import PoolState, Verdict, policy_programmed, policy_status, pool_status
+from evenhand_operator.debounce import Debounce
+from evenhand_operator.documents import Documents
+from evenhand_operator.objects import ObjectKey
+from evenhand_operator.observed import ObservedPolicy, ObservedPool
+from evenhand_operator.pod_link import Version
+from evenhand_operator.pusher import Pusher
+from evenhand_operator.reconcile import ready_pods
+from evenhand_operator.settings import Settings
+from evenhand_operator.status_writer import StatusChange, StatusWriter
+from evenhand_policy.errors import PolicyProblem
+
+_QUIET_SECONDS, _LONGEST_SECONDS = 0.02, 0.2
+_LOOK_SECONDS = 2.0  # what depends on time alone, such as the grace of new pods
+_RETRY_SECONDS = 2.0
+_MAX_BATCH = 256  # then it is looked again at what is most urgent
+
+_Basis = tuple[ObservedPolicy, tuple[PolicyProblem, ...], Version | None, Verdict]
+
+
+class Reporter:
+    """Remembers on what each policy's status was last based, so that only what has changed is looked at again."""
+
+    def __init__(
+        self, cache: Cache, documents: Documents, pusher: Pusher, writer: StatusWriter, settings: Settings
+    ) -> None:
+        self._cache = cache
+        self._documents = documents
+        self._pusher = pusher
+        self._writer = writer
+        self._settings = settings
+        self._due = Debounce(_QUIET_SECONDS, _LONGEST_SECONDS)
+        self._answered = asyncio.Event()
+        self._right: dict[str, _Basis] = {}
+
+    def signal(self) -> None:
+        """Something that statuses tell of may have changed."""
+        self._due.signal()
+
+    def pod_answered(self) -> None:
+        """A pod has answered, or failed to."""
+        self._answered.set()
+        self._due.signal()
+
+    async def run(self) -> None:
+        """Keep all statuses right."""
+        while True:
+            await self._due.wait(timeout=_LOOK_SECONDS)
+            await self._settle()
+            changes = self.changes(time.time())
+            metrics.QUEUE_DEPTH.labels("statuses").set(len(changes))
+            failed = await self._writer.write(changes[:_MAX_BATCH])
+            if failed:
+                await asyncio.sleep(_RETRY_SECONDS)
+            if failed or len(changes) > _MAX_BATCH:
+                self._due.signal()
+
+    async def _settle(self) -> None:
+        """Wait for the pods' answers, but not long: then a change is reported once, and not first as pending."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.settle_seconds):
+                while not all(map(self._pusher.is_settled, self._documents.plan.pools)):
+                    self._answered.clear()
+                    await self._answered.wait()
+
+    def changes(self, now: float) -> list[StatusChange]:
+        """All statuses that are not as they should be at Unix time `now`, the most urgent first."""
+        states = {key: self._pool_state(key, now) for key in self._documents.plan.pools}
+        pools = self._pool_changes(states, now)
+        policies = sorted(
+            self._policy_changes(states, now),
+            key=lambda change: change.observed.status.observed_generation == change.observed.generation,
+        )
+        return [*pools, *policies]
+
+    def _pool_state(self, key: ObjectKey, now: float) -> PoolState:
+        pods = ready_pods(self._documents.plan.pools[key].pool, self._cache.pods)
+        current = self._documents.rollout(key).version
+        return PoolState(pods, self._pusher.reports(key), current, now, self._settings.new_pod_grace_seconds)
+
+    def _pool_changes(self, states: dict[ObjectKey, PoolState], now: float) -> Iterator[StatusChange]:
+        plan = self._documents.plan
+        for observed in self._cache.pools:
+            planned = plan.pools.get(observed.key)
+            if not _is_up_to_date(observed, planned.observed if planned else None):
+                continue
+            problems = plan.problems.get(observed.reference, ())
+            num_tenants = len(planned.config.tenants) if planned else 0
+            status = pool_status(observed, problems, num_tenants, states.get(observed.key), now)
+            if (change := StatusChange(observed, status)).is_needed:
+                yield change
+
+    def _policy_changes(self, states: dict[ObjectKey, PoolState], now: float) -> Iterator[StatusChange]:
+        known, self._right = self._right, {}
+        for observed in self._cache.policies:
+            compiled = self._documents.policies.get(observed.uid)
+            if compiled is None or compiled.request != observed.request:
+                continue  # it is about to be compiled
+            basis = self._basis(observed, states)
+            if (before := known.get(observed.uid)) and before[0] is observed and before[1:] == basis[1:]:
+                self._right[observed.uid] = before
+                continue
+            change = StatusChange(observed, policy_status(*basis, now))
+            if change.is_needed:
+                yield change
+            else:
+                self._right[observed.uid] = basis
+
+    def _basis(self, observed: ObservedPolicy, states: dict[ObjectKey, PoolState]) -> _Basis:
+        problems = self._documents.plan.problems.get(observed.reference, ())
+        key = observed.policy.pool_key if observed.policy else None
+        first, state = None, None
+        if not problems and key in states:
+            first, state = self._documents.rollout(key).first_version(observed), states[key]
+        return observed, problems, first, policy_programmed(observed, problems, first, state)
+
+
+def _is_up_to_date(observed: ObservedPool, compiled: ObservedPool | None) -> bool:
+    """Whether the plan was made of the pool as it is now."""
+    return observed.pool is None or (compiled is not None and compiled.request == observed.request)

@@ -1,0 +1,83 @@
+"""Many signals, few wake-ups, none lost."""
+
+import asyncio
+import selectors
+from collections.abc import Iterator
+
+import pytest
+
+from evenhand_operator.debounce import Debounce
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Instead of waiting, lets the time pass."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
+class VirtualClock(asyncio.SelectorEventLoop):
+    """A loop whose time passes only while everybody sleeps, and then at once."""
+
+    def __init__(self) -> None:
+        self._jumping = JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=VirtualClock) as runner:
+        yield runner
+
+
+async def signal_at(debounce: Debounce, *times: float) -> None:
+    loop = asyncio.get_running_loop()
+    for time in times:
+        await asyncio.sleep(time - loop.time())
+        debounce.signal()
+
+
+async def wake_ups(*times: float) -> list[tuple[float, float]]:
+    """For each wake-up its time and that of the first signal that it stands for."""
+    debounce, loop, found = Debounce(0.05, 0.5), asyncio.get_running_loop(), []
+    signals = asyncio.ensure_future(signal_at(debounce, *times))
+    while (first_at := await debounce.wait(timeout=10)) is not None:
+        found.append((round(loop.time(), 3), round(first_at, 3)))
+    await signals
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [
+        ([1.0], [(1.05, 1.0)]),
+        ([1.0, 1.04, 1.08], [(1.13, 1.0)]),
+        ([1.0, 1.2], [(1.05, 1.0), (1.25, 1.2)]),
+        ([1.0 + index / 50 for index in range(60)], [(1.5, 1.0), (2.0, 1.5), (2.23, 2.0)]),
+        ([], []),
+    ],
+)
+def test_signals_are_gathered(
+    runner: asyncio.Runner, signals: list[float], expected: list[tuple[float, float]]
+) -> None:
+    assert runner.run(wake_ups(*signals)) == expected
+
+
+def test_signal_while_nobody_waits_is_kept(runner: asyncio.Runner) -> None:
+    async def scenario() -> float | None:
+        debounce = Debounce(0.05, 0.5)
+        debounce.signal()
+        await asyncio.sleep(3)
+        return await debounce.wait(timeout=1)
+
+    assert runner.run(scenario()) == 0.0
+
+
+def test_waiting_ends_without_a_signal(runner: asyncio.Runner) -> None:
+    assert runner.run(Debounce(0.05, 0.5).wait(timeout=1)) is None

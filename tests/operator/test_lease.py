@@ -1,0 +1,202 @@
+"""Who leads: against an API of one object that compares and swaps as the real one does (e2e uses that one)."""
+
+import asyncio
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from evenhand_operator.kube import ApiError
+from evenhand_operator.lease import EPOCH_ANNOTATION, Lease, LeaseLostError
+from evenhand_operator.settings import Settings
+
+Json = dict[str, Any]
+
+
+class OneLease:
+    """The part of KubeClient that a Lease uses. `fail` is asked before every request and may raise."""
+
+    def __init__(self) -> None:
+        self.stored: Json | None = None
+        self.version = 0
+        self.fail: Callable[[str], None] = lambda method: None
+        self.lose_answers = False
+
+    async def get(self, *_: object) -> Json:
+        await self._arrive("get")
+        if self.stored is None:
+            raise ApiError(404, "not found")
+        return copy.deepcopy(self.stored)
+
+    async def create(self, _: object, obj: Json) -> Json:
+        await self._arrive("create")
+        if self.stored is not None:
+            raise ApiError(409, "already exists")
+        return self._store(obj)
+
+    async def replace(self, _: object, obj: Json) -> Json:
+        await self._arrive("replace")
+        if self.stored is None:
+            raise ApiError(404, "not found")
+        if obj["metadata"]["resourceVersion"] != self.stored["metadata"]["resourceVersion"]:
+            raise ApiError(409, "the object has been modified")
+        return self._store(obj)
+
+    async def _arrive(self, method: str) -> None:
+        await asyncio.sleep(0)  # others may come in between
+        self.fail(method)
+
+    def _store(self, obj: Json) -> Json:
+        self.version += 1
+        self.stored = copy.deepcopy(obj)
+        self.stored["metadata"]["resourceVersion"] = str(self.version)
+        if self.lose_answers:
+            raise ApiError(0, "the answer was lost")
+        return copy.deepcopy(self.stored)
+
+    @property
+    def holder(self) -> str:
+        assert self.stored is not None
+        return str(self.stored["spec"]["holderIdentity"])
+
+    @property
+    def epoch(self) -> str:
+        assert self.stored is not None
+        return str(self.stored["metadata"]["annotations"][EPOCH_ANNOTATION])
+
+
+@pytest.fixture
+def api() -> OneLease:
+    return OneLease()
+
+
+def lease(api: OneLease, identity: str, *, least_epoch: int = 0, **settings: Any) -> Lease:
+    quick: Json = {"lease_seconds": 1, "renew_deadline_seconds": 0.2, "renew_seconds": 0.02} | settings
+    return Lease(api, "n", Settings(identity=identity, **quick), lambda: least_epoch)  # type: ignore[arg-type]
+
+
+async def test_first_replica_leads_at_once(api: OneLease) -> None:
+    first = lease(api, "first")
+    await first.acquire()
+    assert (api.holder, api.epoch, first.epoch) == ("first", "1", 1)
+    await first.confirm()
+    assert api.version == 2
+
+
+async def test_second_one_waits_until_the_first_is_silent(api: OneLease) -> None:
+    await lease(api, "first").acquire()
+    second = lease(api, "second")
+    began = asyncio.get_running_loop().time()
+    await second.acquire()
+    assert asyncio.get_running_loop().time() - began > 1
+    assert (api.holder, api.epoch) == ("second", "2")
+
+
+async def test_released_lease_is_taken_at_once(api: OneLease) -> None:
+    first, second = lease(api, "first"), lease(api, "second", lease_seconds=60)
+    await first.acquire()
+    await first.release()
+    async with asyncio.timeout(1):
+        await second.acquire()
+    assert (api.holder, api.epoch) == ("second", "2")
+    with pytest.raises(LeaseLostError):
+        await first.confirm()
+    await first.release()
+    assert api.holder == "second"
+
+
+async def test_of_many_one_leads_and_epochs_are_never_given_twice(api: OneLease) -> None:
+    """Each leads for one renewal, then falls silent without giving the lease back."""
+    epochs: list[int] = []
+
+    async def live(replica: Lease) -> None:
+        await replica.acquire()
+        epochs.append(replica.epoch)
+        with contextlib.suppress(LeaseLostError, ApiError):
+            epochs.append(await replica.raise_epoch(0))
+
+    await asyncio.gather(*(live(lease(api, f"r{index}", lease_seconds=0)) for index in range(8)))
+    assert len(epochs) == len(set(epochs)) >= 8
+    assert epochs == sorted(epochs)
+
+
+async def test_replaced_leader_cannot_raise_the_epoch(api: OneLease) -> None:
+    first, second = lease(api, "first", lease_seconds=0), lease(api, "second")
+    await first.acquire()
+    await second.acquire()
+    with pytest.raises(LeaseLostError, match="another replica holds"):
+        await first.raise_epoch(99)
+    assert (api.holder, api.epoch) == ("second", "2")
+
+
+async def test_leader_that_cannot_renew_stops(api: OneLease) -> None:
+    first = lease(api, "first")
+    await first.acquire()
+
+    def away(method: str) -> None:
+        raise ApiError(0, "connection refused")
+
+    api.fail = away
+    with pytest.raises(LeaseLostError, match="in time"):
+        await first.hold()
+
+
+async def test_leader_rides_out_what_is_shorter(api: OneLease) -> None:
+    first = lease(api, "first", renew_deadline_seconds=5.0)
+    await first.acquire()
+    failures = iter([True, False])
+
+    def away(method: str) -> None:
+        if next(failures, False):
+            raise ApiError(503, "apiserver is shutting down")
+
+    api.fail = away
+    await first.confirm()
+    assert api.holder == "first"
+
+
+async def test_renewal_whose_answer_was_lost_is_no_loss(api: OneLease) -> None:
+    first = lease(api, "first", renew_deadline_seconds=5.0)
+    await first.acquire()
+    api.lose_answers = True
+    with pytest.raises(ApiError):
+        await first._write(first.epoch)
+    api.lose_answers = False
+    await first.confirm()
+    assert (api.holder, api.epoch) == ("first", "1")
+
+
+async def test_lease_that_was_written_to_by_others_is_kept(api: OneLease) -> None:
+    first = lease(api, "first")
+    await first.acquire()
+    assert api.stored is not None
+    api.stored["metadata"]["labels"] = {"touched": "yes"}
+    api.stored["metadata"]["resourceVersion"] = "77"
+    await first.confirm()
+    assert api.stored["metadata"]["labels"] == {"touched": "yes"}
+    assert api.holder == "first"
+
+
+async def test_deleted_lease_rolls_nothing_back(api: OneLease) -> None:
+    first = lease(api, "first")
+    await first.acquire()
+    await first.raise_epoch(40)
+    api.stored = None
+    await first.confirm()
+    assert (api.holder, api.epoch) == ("first", "40")
+    api.stored = None
+    second = lease(api, "second", least_epoch=40)  # by the status of the pools
+    await second.acquire()
+    assert second.epoch == 41
+    with pytest.raises(LeaseLostError):
+        await first.confirm()
+
+
+async def test_epoch_is_at_least_what_was_seen(api: OneLease) -> None:
+    first = lease(api, "first")
+    await first.acquire()
+    assert await first.raise_epoch(17) == 17
+    assert await first.raise_epoch(3) == 18
+    assert api.epoch == "18"

@@ -1,0 +1,451 @@
+"""From objects to documents and statuses: pure, so held by properties and by tables."""
+
+import base64
+import random
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evenhand_operator.conditions import PoolState, policy_programmed, policy_status, pool_status
+from evenhand_operator.events import transitions
+from evenhand_operator.observed import ObservedPolicy, ObservedPool, read_policy, read_pool
+from evenhand_operator.pod_link import PodReport, Version
+from evenhand_operator.reconcile import Plan, World, make_plan, ready_pods
+from evenhand_operator.rollout import Rollout
+from evenhand_operator.secret_references import referenced_secrets
+from evenhand_policy.config import SchedulerConfig, ServiceAccountIssuer, TenantConfig
+from evenhand_policy.decode import decode
+from evenhand_policy.errors import Reason
+from evenhand_policy.secret import Secret
+from evenhand_policy.status import Condition, ConditionStatus, EnginePoolStatus, PodState, TenantPolicyStatus
+
+Json = dict[str, Any]
+NOW = 1_800_000_000.0
+ISSUER = ServiceAccountIssuer(issuer="https://issuer", audience="evenhand", jwks={"keys": []})
+
+
+def metadata(name: str, namespace: str = "inference", generation: int = 1, age: int = 0) -> Json:
+    return {
+        "name": name,
+        "namespace": namespace,
+        "uid": f"uid-{namespace}-{name}",
+        "resourceVersion": "7",
+        "generation": generation,
+        "creationTimestamp": f"2026-01-01T00:00:{age:02d}Z",
+        "managedFields": [{"manager": "kubectl"}],
+    }
+
+
+def policy_object(name: str, *, status: Json | None = None, spec: Json | None = None, **meta: Any) -> Json:
+    return {
+        "apiVersion": "evenhand.dev/v1alpha1",
+        "kind": "TenantPolicy",
+        "metadata": metadata(name, **meta),
+        "spec": {"poolRef": {"name": "default"}} | (spec or {}),
+        "status": status or {},
+    }
+
+
+def pool_object(name: str = "default", *, status: Json | None = None, spec: Json | None = None, **meta: Any) -> Json:
+    return {
+        "apiVersion": "evenhand.dev/v1alpha1",
+        "kind": "EnginePool",
+        "metadata": metadata(name, **meta),
+        "spec": {"selector": {"matchLabels": {"app": "engine"}}} | (spec or {}),
+        "status": status or {},
+    }
+
+
+def policy(name: str, **changes: Any) -> ObservedPolicy:
+    observed = read_policy(policy_object(name, **changes))
+    assert observed is not None
+    return observed
+
+
+def pool(name: str = "default", **changes: Any) -> ObservedPool:
+    observed = read_pool(pool_object(name, **changes))
+    assert observed is not None
+    return observed
+
+
+def secret(name: str, *values: str, namespace: str = "inference") -> Secret:
+    data = {f"k{index}": base64.b64encode(value.encode()).decode() for index, value in enumerate(values)}
+    return decode({"apiVersion": "v1", "kind": "Secret", "metadata": metadata(name, namespace), "data": data}, Secret)
+
+
+PUSH = secret("evenhand-push", "a-push-key-of-the-pool-0001")
+
+
+def plan(policies: list[ObservedPolicy], pools: list[ObservedPool] | None = None, *secrets: Secret) -> Plan:
+    found = {(each.metadata.namespace, each.metadata.name): each for each in (PUSH, *secrets)}
+    world = World("c1", ISSUER, tuple(policies), tuple([pool()] if pools is None else pools), found, {})
+    return make_plan(world)
+
+
+def reasons(made: Plan, observed: ObservedPolicy | ObservedPool) -> list[Reason]:
+    return [problem.reason for problem in made.problems.get(observed.reference, ())]
+
+
+# ---- documents
+
+
+def test_document_holds_every_accepted_policy_and_what_surrounds_them() -> None:
+    made = plan([policy("b"), policy("a", spec={"weight": 4})])
+    config = made.pools["inference", "default"].config
+    assert [(tenant.tenant_id, tenant.weight) for tenant in config.tenants] == [("a", 4), ("b", 1)]
+    assert (config.cluster, config.service_accounts, config.epoch, config.revision) == ("c1", ISSUER, 0, 0)
+    assert made.pools["inference", "default"].keys == (b"a-push-key-of-the-pool-0001",)
+    assert made.problems == {}
+
+
+def test_policy_without_its_pool_waits_for_it() -> None:
+    lonely = policy("lonely", spec={"poolRef": {"name": "elsewhere"}})
+    made = plan([lonely, policy("fine")])
+    assert reasons(made, lonely) == [Reason.POOL_NOT_FOUND]
+    assert [tenant.tenant_id for tenant in made.pools["inference", "default"].config.tenants] == ["fine"]
+
+
+def test_object_that_cannot_be_read_is_told_so_and_the_others_go_on() -> None:
+    bad = policy("bad", spec={"wieght": 3})
+    made = plan([bad, policy("fine")])
+    [problem] = made.problems[bad.reference]
+    assert (problem.reason, problem.path) == (Reason.INVALID, "spec.wieght")
+    assert [tenant.tenant_id for tenant in made.pools["inference", "default"].config.tenants] == ["fine"]
+
+
+def test_pool_that_cannot_be_read_has_no_plan() -> None:
+    bad, waiting = pool(spec={"selector": {}}), policy("waiting")
+    made = plan([waiting], [bad])
+    assert made.pools == {}
+    assert (reasons(made, bad), reasons(made, waiting)) == ([Reason.INVALID], [Reason.POOL_NOT_FOUND])
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"), [(None, Reason.SECRET_NOT_FOUND), (("short",), Reason.WEAK_KEY), ((), Reason.WEAK_KEY)]
+)
+def test_pool_without_a_usable_push_key_says_so(values: tuple[str, ...] | None, reason: Reason) -> None:
+    own = pool(spec={"pushKey": {"secretRef": {"name": "own"}}})
+    made = plan([policy("a")], [own], *([] if values is None else [secret("own", *values)]))
+    assert reasons(made, own) == [reason]
+    assert made.pools["inference", "default"].keys == ()
+    assert len(made.pools["inference", "default"].config.tenants) == 1
+
+
+def test_most_important_problem_comes_first() -> None:
+    spec = {
+        "tenant": "a",
+        "identities": [{"name": "k", "type": "APIKey", "apiKey": {"secretRef": {"name": "gone"}}}],
+        "poolRef": {"namespace": "other", "name": "default"},
+    }
+    guest = policy("guest", spec=spec)
+    made = plan([guest], [pool(namespace="other")])
+    assert reasons(made, guest) == [Reason.NOT_ALLOWED, Reason.SECRET_NOT_FOUND]
+
+
+names = st.sampled_from(["a", "b", "c", "d"])
+policies = st.lists(
+    st.builds(
+        lambda name, tenant, age, weight, pool_name: policy(
+            name, age=age, spec={"tenant": tenant, "weight": weight, "poolRef": {"name": pool_name}}
+        ),
+        names,
+        names,
+        st.integers(0, 3),
+        st.integers(1, 9),
+        st.sampled_from(["default", "second", "missing"]),
+    ),
+    max_size=8,
+    unique_by=lambda observed: observed.key,
+)
+
+
+@given(policies, st.randoms(use_true_random=False))
+def test_order_of_arrival_decides_nothing(observed: list[ObservedPolicy], shuffler: random.Random) -> None:
+    pools = [pool("default"), pool("second")]
+    shuffled = shuffler.sample(observed, len(observed))
+    assert plan(observed, pools) == plan(shuffled, pools[::-1])
+
+
+@given(policies)
+def test_every_policy_is_in_one_document_or_has_a_problem(observed: list[ObservedPolicy]) -> None:
+    made = plan(observed, [pool("default"), pool("second")])
+    included = [tenant.uid for each in made.pools.values() for tenant in each.config.tenants]
+    refused = [each.uid for each in observed if each.reference in made.problems]
+    assert sorted(included + refused) == sorted(each.uid for each in observed)
+
+
+def test_named_secrets_and_no_others_are_wanted() -> None:
+    keys = {"apiKeys": {"secretRef": {"name": "gateway"}}}
+    identity = {"name": "k", "type": "APIKey", "apiKey": {"secretRef": {"name": "chat"}}}
+    found = referenced_secrets(
+        [policy("a", spec={"identities": [identity]}, namespace="x")], [pool(spec={"gateway": keys})]
+    )
+    assert found == {("x", "chat"), ("inference", "gateway"), ("inference", "evenhand-push")}
+
+
+def test_pool_has_the_ready_pods_it_selects(make: Any) -> None:
+    own = pool().pool
+    assert own is not None
+    ready = msgspec.structs.replace(make.pod("ready"), labels={"app": "engine", "x": "y"})
+    others = [
+        make.pod("unlabelled"),
+        msgspec.structs.replace(ready, ready_since=None, key=("inference", "starting")),
+        msgspec.structs.replace(ready, key=("elsewhere", "ready")),
+    ]
+    assert ready_pods(own, [*others, ready]) == [ready]
+
+
+# ---- versions
+
+
+def config(*tenants: tuple[str, int]) -> SchedulerConfig:
+    return SchedulerConfig(
+        tenants=tuple(TenantConfig(tenant_id=name, uid=f"uid-inference-{name}", generation=g) for name, g in tenants)
+    )
+
+
+def test_revision_grows_with_the_content_and_only_with_it() -> None:
+    rollout = Rollout(3, 41, None)
+    assert rollout.advance(config(("a", 1)), {})
+    assert rollout.version == (3, 42)
+    assert not rollout.advance(config(("a", 1)), {})
+    assert rollout.advance(config(("a", 2)), {})
+    assert rollout.version == (3, 43)
+
+
+def test_new_leader_goes_on_where_the_last_one_was() -> None:
+    stored = msgspec.structs.replace(config(("a", 1)), epoch=3, revision=41)
+    same, other = Rollout(4, 41, stored), Rollout(4, 41, stored)
+    assert same.advance(config(("a", 1)), {})
+    assert same.version == (4, 41)
+    other.advance(config(("a", 2)), {})
+    assert other.version == (4, 42)
+
+
+def test_first_version_of_a_policy_outlives_changes_of_others() -> None:
+    rollout = Rollout(1, 0, None)
+    rollout.advance(config(("a", 1)), {})
+    rollout.advance(config(("a", 1), ("b", 1)), {})
+    assert (rollout.first_version(policy("a")), rollout.first_version(policy("b"))) == ((1, 1), (1, 2))
+    assert rollout.first_version(policy("a", generation=2)) is None
+    rollout.advance(config(("a", 2), ("b", 1)), {})
+    assert rollout.first_version(policy("a", generation=2)) == (1, 3)
+    rollout.advance(config(("b", 1)), {})
+    assert rollout.first_version(policy("a", generation=2)) is None
+
+
+def test_what_an_earlier_leader_reported_holds_but_only_at_first() -> None:
+    programmed = policy("a", status=status_of("True", "True"))
+    rollout = Rollout(4, 41, None)
+    rollout.advance(config(("a", 1), ("b", 1)), {programmed.uid: programmed})
+    assert (rollout.first_version(programmed), rollout.first_version(policy("b"))) == ((0, 0), (4, 42))
+    rollout.advance(config(("b", 1)), {programmed.uid: programmed})
+    rollout.advance(config(("a", 1), ("b", 1)), {programmed.uid: programmed})
+    assert rollout.first_version(programmed) == (4, 44)
+
+
+def test_nothing_is_known_of_a_document_that_another_leader_made() -> None:
+    rollout = Rollout(4, 7, None)
+    rollout.advance(config(("a", 1)), {})
+    rollout.raise_above(10, (9, 30))
+    assert rollout.version == rollout.first_version(policy("a")) == (10, 31)
+
+
+# ---- conditions
+
+
+def status_of(accepted: str, programmed: str, *, generation: int = 1, reason: str = "X", **more: Any) -> Json:
+    rows = {"Accepted": accepted, "Programmed": programmed, "Ready": programmed, "Stalled": "False"}
+    return {
+        "observedGeneration": generation,
+        "conditions": [
+            {
+                "type": kind,
+                "status": status,
+                "reason": reason,
+                "message": "",
+                "observedGeneration": generation,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            }
+            for kind, status in rows.items()
+        ],
+        **more,
+    }
+
+
+def report(
+    make: Any, name: str, state: PodState, enforced: Version | None, *, ready_for: float = 100.0, reason: str = ""
+) -> PodReport:
+    pod = msgspec.structs.replace(make.pod(name), ready_since=NOW - ready_for)
+    return PodReport(pod=pod, state=state, since=NOW, message="why", reason=reason, boot_id="b", enforced=enforced)
+
+
+def pool_state(reports: list[PodReport], current: Version = (2, 5)) -> PoolState:
+    return PoolState([each.pod for each in reports], reports, current, NOW, grace=10.0)
+
+
+APPLIED, PENDING, REJECTED, UNREACHABLE = PodState.APPLIED, PodState.PENDING, PodState.REJECTED, PodState.UNREACHABLE
+
+PODS: dict[str, tuple[list[tuple[PodState, Version | None, float]], str, str]] = {
+    "no pods": ([], "True", "NoPods"),
+    "all have it": ([(APPLIED, (2, 5), 99), (APPLIED, (2, 5), 99)], "True", "Programmed"),
+    "later ones hold it too": ([(APPLIED, (2, 4), 99), (UNREACHABLE, (2, 4), 99)], "True", "Programmed"),
+    "one has an older one": ([(APPLIED, (2, 5), 99), (UNREACHABLE, (2, 3), 99)], "False", "PartiallyProgrammed"),
+    "the same revision of another epoch": ([(UNREACHABLE, (1, 4), 99)], "False", "PartiallyProgrammed"),
+    "a newer one of another leader": ([(REJECTED, (9, 9), 99)], "False", "PartiallyProgrammed"),
+    "one rejects": ([(APPLIED, (2, 5), 99), (REJECTED, (2, 3), 99)], "False", "PartiallyProgrammed"),
+    "one never answered": ([(APPLIED, (2, 5), 99), (UNREACHABLE, None, 99)], "False", "PartiallyProgrammed"),
+    "one is being told": ([(APPLIED, (2, 5), 99), (PENDING, (2, 3), 99)], "False", "Pending"),
+    "a new one is not counted yet": ([(APPLIED, (2, 5), 99), (UNREACHABLE, None, 9)], "True", "Programmed"),
+    "a new one that rejects is": ([(APPLIED, (2, 5), 99), (REJECTED, None, 1)], "False", "PartiallyProgrammed"),
+    "only new ones": ([(PENDING, None, 1)], "False", "Pending"),
+}
+
+
+@pytest.mark.parametrize("case", PODS)
+def test_policy_is_programmed_when_every_ready_pod_enforces_its_generation(case: str, make: Any) -> None:
+    """Its generation came with (2, 4); the current document is (2, 5)."""
+    rows, status, reason = PODS[case]
+    reports = [report(make, f"p{i}", state, v, ready_for=age) for i, (state, v, age) in enumerate(rows)]
+    verdict = policy_programmed(policy("a"), (), (2, 4), pool_state(reports))
+    assert (verdict.status, verdict.reason) == (status, reason)
+
+
+def test_programmed_policy_does_not_flap_when_the_first_pods_come(make: Any) -> None:
+    programmed = policy("a", status=status_of("True", "True"))
+    verdict = policy_programmed(programmed, (), (2, 4), pool_state([report(make, "p", PENDING, None, ready_for=1)]))
+    assert (verdict.status, verdict.reason) == ("True", "NoPods")
+
+
+def conditions_of(status: TenantPolicyStatus | EnginePoolStatus) -> dict[str, tuple[str, str]]:
+    return {condition.type: (str(condition.status), condition.reason) for condition in status.conditions}
+
+
+def judge(observed: ObservedPolicy, made: Plan, state: PoolState | None, first: Version | None) -> TenantPolicyStatus:
+    problems = made.problems.get(observed.reference, ())
+    return policy_status(observed, problems, first, policy_programmed(observed, problems, first, state), NOW)
+
+
+def test_status_of_an_enforced_policy(make: Any) -> None:
+    observed = policy("a", generation=3)
+    status = judge(observed, plan([observed]), pool_state([report(make, "p", APPLIED, (2, 5))]), (2, 4))
+    assert conditions_of(status) == {
+        "Accepted": ("True", "Accepted"),
+        "Programmed": ("True", "Programmed"),
+        "Ready": ("True", "Ready"),
+        "Stalled": ("False", "NotStalled"),
+    }
+    assert (status.observed_generation, status.programmed_revision) == (3, 4)
+    assert {condition.observed_generation for condition in status.conditions} == {3}
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "stalled"),
+    [
+        ({"wieght": 1}, "Invalid", "True"),
+        ({"tenant": "taken"}, "Conflicted", "True"),
+        ({"poolRef": {"name": "missing"}}, "PoolNotFound", "False"),
+        (
+            {"identities": [{"name": "k", "type": "APIKey", "apiKey": {"secretRef": {"name": "gone"}}}]},
+            "SecretNotFound",
+            "False",
+        ),
+    ],
+)
+def test_refused_policy_is_stalled_unless_waiting_may_help(spec: Json, reason: str, stalled: str) -> None:
+    observed = policy("late", spec=spec, age=9)
+    status = judge(observed, plan([observed, policy("taken")]), None, None)
+    found = conditions_of(status)
+    assert found["Accepted"] == found["Ready"] == ("False", reason)
+    assert found["Programmed"] == ("False", "NotAccepted")
+    assert found["Stalled"][0] == stalled
+    assert status.programmed_revision is None
+    [accepted] = [condition for condition in status.conditions if condition.type == "Accepted"]
+    assert "spec" in accepted.message or "taken" in accepted.message
+
+
+def test_time_of_a_transition_stays_while_the_status_does(make: Any) -> None:
+    before = policy("a", status=status_of("True", "False"))
+    status = judge(before, plan([before]), pool_state([report(make, "p", APPLIED, (2, 5))]), (2, 4))
+    times = {condition.type: condition.last_transition_time for condition in status.conditions}
+    old, new = "2026-01-01T00:00:00Z", "2027-01-15T08:00:00Z"
+    assert times == {"Accepted": old, "Programmed": new, "Ready": new, "Stalled": old}
+
+
+def test_status_that_is_right_is_recognised(make: Any) -> None:
+    observed = policy("a")
+    state = pool_state([report(make, "p", APPLIED, (2, 5))])
+    status = judge(observed, plan([observed]), state, (2, 4))
+    written = {key: value for key, value in msgspec.to_builtins(status).items() if value is not None}
+    again = policy("a", status=written | {"futureMember": {"of": "another version"}})
+    assert judge(again, plan([again]), state, (2, 4)) == again.status == status
+
+
+@pytest.mark.parametrize("status", [{"conditions": "nonsense"}, {"conditions": [{"type": 7}]}, {"conditions": [3]}])
+def test_malformed_status_says_nothing(status: Json) -> None:
+    read = policy("a", status=status | {"observedGeneration": 1})
+    assert not read.is_programmed
+    assert ConditionStatus.TRUE not in [condition.status for condition in read.status.conditions]
+
+
+def test_pool_status_has_a_row_for_every_pod_the_failing_first(make: Any) -> None:
+    reports = [
+        report(make, "a", APPLIED, (2, 5)),
+        report(make, "b", UNREACHABLE, (2, 4)),
+        report(make, "c", PENDING, None),
+    ]
+    observed = pool(generation=2)
+    status = pool_status(observed, (), 17, pool_state(reports), NOW)
+    assert [(row.name, row.state, row.epoch, row.revision) for row in status.pods] == [
+        ("b", UNREACHABLE, 2, 4),
+        ("a", APPLIED, 2, 5),
+        ("c", PENDING, None, None),
+    ]
+    assert (status.epoch, status.revision, status.tenants) == (2, 5, 17)
+    assert (status.desired_pods, status.applied_pods, status.applied) == (3, 1, "1/3")
+    assert conditions_of(status)["Programmed"] == ("False", "PartiallyProgrammed")
+    assert conditions_of(status)["Ready"] == ("False", "PartiallyProgrammed")
+
+
+def test_pool_without_pods_is_ready() -> None:
+    status = pool_status(pool(), (), 0, pool_state([]), NOW)
+    assert conditions_of(status)["Ready"] == ("True", "Ready")
+    assert conditions_of(status)["Programmed"] == ("True", "NoPods")
+
+
+# ---- events
+
+
+def condition(kind: str, status: str, reason: str) -> Condition:
+    return Condition(
+        type=kind,
+        status=ConditionStatus(status),
+        observed_generation=1,
+        last_transition_time="2026-01-01T00:00:00Z",
+        reason=reason,
+        message=f"{kind} is {status}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (("Unknown", "Pending"), ("True", "Accepted"), None),
+        (("Unknown", "Pending"), ("False", "Invalid"), (True, "Invalid")),
+        (("True", "Accepted"), ("True", "Accepted"), None),
+        (("True", "Accepted"), ("False", "Conflicted"), (True, "Conflicted")),
+        (("False", "Conflicted"), ("False", "Conflicted"), None),
+        (("False", "Conflicted"), ("False", "Invalid"), (True, "Invalid")),
+        (("False", "Conflicted"), ("True", "Accepted"), (False, "Accepted")),
+        (("True", "Programmed"), ("False", "Pending"), None),
+        (("False", "Pending"), ("True", "Programmed"), None),
+    ],
+)
+def test_events_tell_transitions_only(
+    before: tuple[str, str], after: tuple[str, str], expected: tuple[bool, str] | None
+) -> None:
+    found = transitions([condition("Accepted", *before)], [condition("Accepted", *after)])
+    assert [(each.is_warning, each.reason) for each in found] == ([] if expected is None else [expected])
