@@ -19,7 +19,7 @@ from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.simulator.traces import TraceRequest
 
 DECODE_STEPS_BETWEEN_ADMISSIONS = 10
-MAX_PREFILL_TOKENS = 3_072
+LEAST_PREFILL_TOKENS = 3_072
 MAX_RUNNING_REQUESTS = 1_000
 ADAPTER_TOKENS = 32  # of the KV pool, for each tenant in the batch: the artifact tells tenants apart by their LoRA
 
@@ -207,6 +207,7 @@ class PublishedServer:
     def __init__(self, order: AdmissionOrder, num_kv_tokens: int) -> None:
         self._order = order
         self._num_kv_tokens = num_kv_tokens
+        self._max_prefill_tokens = max(num_kv_tokens // 6, LEAST_PREFILL_TOKENS)
         self._running: list[Request] = []
         self._decode_steps_left = 0
         self._num_steps = 0
@@ -262,7 +263,8 @@ class PublishedServer:
         num_prefill_tokens = 0
         while (request := self._order.head()) is not None:
             num_prefill_tokens += request.num_prompt_tokens
-            if num_prefill_tokens > MAX_PREFILL_TOKENS or not self._fits([*self._running, *admitted], request):
+            is_full = bool(admitted) and num_prefill_tokens > self._max_prefill_tokens
+            if is_full or not self._fits([*self._running, *admitted], request):
                 self._order.misfit()
                 break
             self._order.admit(request)

@@ -1,0 +1,180 @@
+"""The published table: the Arena trace on the A10G preset under the published schedulers and under ours.
+
+Every policy is run on the preset and on devices whose step times differ from it by up to 1 %, because a run is chaotic:
+the figures are medians. Beside them: what was measured on a real A10G, and the floor that no scheduler can go below.
+
+    --calibrate   fit the preset to the measured FCFS run again, and print it
+    --plot FILE   write the service of the busiest tenants over time
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from common import DATA, arguments, console, finish, machine, print_table
+
+from evenhand_engine.fairness import (
+    Delivery,
+    RequestRecord,
+    ServiceDifference,
+    cumulative_service,
+    service_difference,
+    tenant_ids,
+    throughput,
+)
+from evenhand_engine.simulator.calibration import calibrate, mean_finish_error
+from evenhand_engine.simulator.device import DEVICES, perturbed
+from evenhand_engine.simulator.fluid import FluidShare, StreamLimitedFluid
+from evenhand_engine.simulator.report import plot_service
+from evenhand_engine.simulator.scenario import Scenario
+from evenhand_engine.simulator.simulation import Run
+from evenhand_engine.simulator.traces import load_measured_run, load_trace
+
+A10G = DEVICES["a10g-llama-2-7b"]
+CONTEXT = 2_048
+BASELINES = ("published-fcfs", "lcf", "rpm:5", "rpm:10", "rpm:15", "rpm:20", "rpm:30", "drr", "vtc", "vtc-oracle")
+OURS = ("fcfs", "fair")
+PUBLISHED = {  # max, mean, tokens/s and served, recomputed from the artifact's recorded runs
+    "published-fcfs": (759.97, 433.5, 777, 1_500),
+    "lcf": (750.5, 323.8, 778, 1_500),
+    "vtc": (368.4, 251.7, 779, 1_500),
+    "vtc-oracle": (329.5, 227.5, 781, 1_500),
+    "rpm:5": (144, 84, 340, 581),
+    "rpm:10": (218, 128, 532, 900),
+    "rpm:15": (343, 161, 626, 1_053),
+    "rpm:20": (447, 196, 694, 1_158),
+    "rpm:30": (694, 309, 747, 1_324),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians over the runs of one policy; `lowest` and `highest` are of the maximum difference."""
+
+    max_difference: float
+    mean_difference: float
+    max_difference_true: float
+    mean_difference_true: float
+    tokens_per_s: float
+    served: float
+    preemptions: float
+    lowest: float
+    highest: float
+
+
+def arena(seed: int) -> Scenario:
+    """The trace on the preset, or near it for a seed above 0."""
+    scenario = Scenario.of_trace(load_trace(DATA / "arena_trace.csv"), perturbed(A10G, seed))
+    return scenario.with_settings(max_model_len=CONTEXT, enable_prefix_caching=False)
+
+
+def figures(runs: Sequence[Run]) -> Figures:
+    """The published metric of each run, and its median."""
+    spread = [service_difference(run.records) for run in runs]
+    true = [service_difference(run.records, delivery=Delivery.TOKENS) for run in runs]
+    return Figures(
+        max_difference=median(d.maximum for d in spread),
+        mean_difference=median(d.mean for d in spread),
+        max_difference_true=median(d.maximum for d in true),
+        mean_difference_true=median(d.mean for d in true),
+        tokens_per_s=median(throughput(run.records) for run in runs),
+        served=median(sum(record.is_served for record in run.records) for run in runs),
+        preemptions=median(sum(record.num_preemptions for record in run.records) for run in runs),
+        lowest=min(d.maximum for d in spread),
+        highest=max(d.maximum for d in spread),
+    )
+
+
+def floors(run: Run) -> tuple[ServiceDifference, ServiceDifference]:
+    """Ideal sharing of what `run` delivered per second: without and with the limit of one token a step."""
+    records = run.records
+    until = np.array([600.0])
+    capacity = float(cumulative_service(records, tenant_ids(records), until, Delivery.TOKENS).sum()) / 600.0
+    decodes = [s for s, shape in zip(run.steps.seconds, run.steps.shapes, strict=True) if shape.num_decode_tokens > 1]
+    fluid = FluidShare(records, capacity).service_difference(records)
+    limited = StreamLimitedFluid(records, capacity, median(decodes)).service_difference(records)
+    return fluid, limited
+
+
+def recalibrate() -> None:
+    """Fit the preset to the measured FCFS run, and say how well it meets both measured runs."""
+    measured = {name: load_measured_run(DATA / f"vtc_paper_{name}_arena.csv") for name in ("fcfs", "vtc")}
+    trace = load_trace(DATA / "arena_trace.csv")
+    device = calibrate(A10G, lambda d: Scenario.of_trace(trace, d).run("published-fcfs"), measured["fcfs"])
+    console.print(device.small_step)
+    for policy, name in (("published-fcfs", "fcfs"), ("vtc", "vtc")):
+        error = mean_finish_error(Scenario.of_trace(trace, device).run(policy).records, measured[name])
+        console.print(f"{policy}: a request's finish is off by {error:.1f} s on average")
+
+
+def validation(records: dict[str, Sequence[RequestRecord]]) -> dict[str, float]:
+    """How far the unperturbed simulation is from the measured runs, in percent; printed."""
+    off = {}
+    for policy in ("published-fcfs", "vtc"):
+        simulated = service_difference(records[policy])
+        maximum, mean, tokens_per_s, _ = PUBLISHED[policy]
+        values = (simulated.maximum / maximum, simulated.mean / mean, throughput(records[policy]) / tokens_per_s)
+        for name, ratio in zip(("max", "mean", "tokens_per_s"), values, strict=True):
+            off[f"{policy}_{name}_off_percent"] = round(100 * (ratio - 1), 1)
+    for policy in ("published-fcfs", "vtc"):
+        shown = ", ".join(
+            f"{name} {off[f'{policy}_{name}_off_percent']:+.1f} %" for name in ("max", "mean", "tokens_per_s")
+        )
+        console.print(f"Simulated against measured on a real A10G: {policy}: {shown}")
+    return off
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--runs", type=int, default=9, help="devices that each policy is run on")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    console.print(machine())
+    if options.calibrate:
+        recalibrate()
+        return
+    num_runs = 1 if options.quick else options.runs
+    first: dict[str, Run] = {}
+    table: dict[str, Figures] = {}
+    for policy in (*BASELINES, *OURS):
+        runs = [arena(seed).run(policy) for seed in range(num_runs)]
+        first[policy], table[policy] = runs[0], figures(runs)
+    fluid, limited = floors(first["fcfs"])
+    rows = [_row(policy, found) for policy, found in table.items()]
+    rows.append(("floor: one token a step", f"{limited.maximum:.0f}", "", f"{limited.mean:.0f}", *[""] * 6))
+    rows.append(("floor: fluid", f"{fluid.maximum:.0f}", "", f"{fluid.mean:.0f}", *[""] * 6))
+    headings = ("policy", "max", "(range)", "mean", "true max", "true mean", "tok/s", "served", "preempted", "measured")
+    print_table(f"Arena trace, A10G / Llama-2-7B, {A10G.num_kv_tokens:,} KV tokens, {num_runs} runs", headings, rows)
+    off = validation({policy: run.records for policy, run in first.items()})
+    if options.plot:
+        plot_service(options.plot, {policy: first[policy] for policy in ("fcfs", "vtc", "fair")})
+    results: dict[str, object] = {policy: vars(found) for policy, found in table.items()}
+    floor = {"fluid": vars_of(fluid), "one_token_a_step": vars_of(limited)}
+    finish("arena", {"policies": results, "floor": floor, "validation": off})
+
+
+def vars_of(difference: ServiceDifference) -> dict[str, float]:
+    return {"max_difference": difference.maximum, "mean_difference": difference.mean}
+
+
+def _row(policy: str, found: Figures) -> tuple[str, ...]:
+    measured = PUBLISHED.get(policy)
+    return (
+        policy,
+        f"{found.max_difference:.0f}",
+        f"{found.lowest:.0f}-{found.highest:.0f}",
+        f"{found.mean_difference:.0f}",
+        f"{found.max_difference_true:.0f}",
+        f"{found.mean_difference_true:.0f}",
+        f"{found.tokens_per_s:.0f}",
+        f"{found.served:,.0f}",
+        f"{found.preemptions:,.0f}",
+        f"{measured[0]:.0f} / {measured[1]:.0f}, {measured[2]} tok/s" if measured else "",
+    )
+
+
+if __name__ == "__main__":
+    main()
