@@ -26,10 +26,11 @@ class SchedulerSettings:
         block_size: tokens in one KV block.
         enable_prefix_caching: keep and reuse the KV blocks of equal prompt prefixes.
         preemption_lag: cost by which a tenant's virtual service (at weight 1) must be behind before a running request
-            of an over-served tenant is preempted for it: about one long prompt (theta in docs/fairness.md).
+            of an over-served tenant is preempted for it: some seconds of one stream (theta in docs/fairness.md).
         min_run_seconds: a request that runs for less is not preempted for service.
         max_preemptions: a request that was preempted so often is not preempted for service again.
         max_bypasses: requests admitted past one that lacks memory, before memory is held for it.
+        growth_blocks: blocks that an admission leaves free for each running request, to grow into until one finishes.
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
@@ -42,10 +43,11 @@ class SchedulerSettings:
     num_kv_blocks: int = 1024
     block_size: int = 16
     enable_prefix_caching: bool = True
-    preemption_lag: int = 4096
+    preemption_lag: int = 1536
     min_run_seconds: float = 1.0
     max_preemptions: int = 3
-    max_bypasses: int = 16
+    max_bypasses: int = 4
+    growth_blocks: float = 1.5
     min_prefill_tokens: int = 16
     objective_hold_seconds: float = 1.0
 

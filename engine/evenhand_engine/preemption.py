@@ -30,14 +30,9 @@ class Preemption:
         self._blocks = blocks
         self._virtual_service = virtual_service
 
-    def reclaim(
-        self, beneficiary: Tenant, request: Request, tenants: Iterable[Tenant], num_seats: int
-    ) -> list[Request]:
-        """Victims whose blocks and seats let a tenant within its guarantee start `request`; empty if it cannot be."""
-        needed = self._blocks.num_missing_blocks(request)
-        if self._held(beneficiary) + needed > beneficiary.guaranteed_blocks:
-            return []
-        victims = _Victims(self._blocks, needed, num_seats)
+    def reclaim(self, beneficiary: Tenant, tenants: Iterable[Tenant], num_blocks: int, num_seats: int) -> list[Request]:
+        """Victims who clear `num_blocks` and `num_seats` for a tenant within its guarantee; empty if it cannot be."""
+        victims = _Victims(self._blocks, num_blocks, num_seats)
         others = [tenant for tenant in tenants if tenant is not beneficiary and self._beyond_guarantee(tenant) > 0]
         for tenant in sorted(others, key=self._beyond_guarantee, reverse=True):
             beyond = self._beyond_guarantee(tenant)
@@ -48,15 +43,15 @@ class Preemption:
         return victims.chosen if victims.suffice else []
 
     def service(
-        self, beneficiary: Tenant, request: Request, cost: int, tenants: Iterable[Tenant], num_seats: int, now: float
+        self, beneficiary: Tenant, cost: int, tenants: Iterable[Tenant], num_blocks: int, num_seats: int, now: float
     ) -> list[Request]:
-        """Victims whose blocks and seats let a tenant that is far behind start `request`; empty if it cannot be.
+        """Victims who clear `num_blocks` and `num_seats` for a tenant that is far behind; empty if it cannot be.
 
-        `cost` is what the request's prompt will add to the beneficiary's virtual service, `preemption_lag` included:
+        `cost` is what the waiting prompt will add to the beneficiary's virtual service, `preemption_lag` included:
         a tenant gives way only if it stays ahead by that much.
         """
         limit = self._virtual_service(beneficiary.tenant_id) + cost
-        victims = _Victims(self._blocks, self._blocks.num_missing_blocks(request), num_seats)
+        victims = _Victims(self._blocks, num_blocks, num_seats)
         ahead = [t for t in tenants if t is not beneficiary and self._virtual_service(t.tenant_id) > limit]
         for tenant in sorted(ahead, key=lambda t: self._virtual_service(t.tenant_id), reverse=True):
             beyond = self._beyond_guarantee(tenant)
@@ -102,7 +97,7 @@ class _Victims:
     def __init__(self, blocks: BlockManager, num_blocks: int, num_seats: int) -> None:
         self.chosen: list[Request] = []
         self._blocks = blocks
-        self._missing_blocks = num_blocks - blocks.num_free_blocks
+        self._missing_blocks = num_blocks
         self._missing_seats = num_seats
 
     @property

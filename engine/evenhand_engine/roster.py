@@ -89,10 +89,26 @@ class Roster:
         has_ceiling = tenant.max_blocks < blocks.num_blocks
         if has_ceiling and blocks.num_held_blocks(tenant.tenant_id) + num_missing > tenant.max_blocks:
             return Fit.CAPPED
-        headroom = min(self.num_running, blocks.num_blocks // 64)  # running requests will grow
-        if self.num_missing_seats > 0 or num_missing + headroom > blocks.num_free_blocks:
+        if self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0:
             return Fit.STARVED
         return Fit.FITS
+
+    def is_within_guarantee(self, request: Request) -> bool:
+        """Whether its tenant, with this request too, would hold no more blocks than it is guaranteed."""
+        tenant = self.tenants[request.tenant_id]
+        num_held = self.blocks.num_held_blocks(tenant.tenant_id)
+        return num_held + self.blocks.num_missing_blocks(request) <= tenant.guaranteed_blocks
+
+    def num_missing_blocks(self, request: Request) -> int:
+        """Blocks that must be cleared before the request may start; negative: blocks to spare.
+
+        Beyond its tenant's guarantee it must leave room for the running requests to grow until one of them finishes:
+        else each admission is paid for with a preemption.
+        """
+        num_missing = self.blocks.num_missing_blocks(request) - self.blocks.num_free_blocks
+        if self.is_within_guarantee(request):
+            return num_missing
+        return num_missing + int(self.num_running * self._settings.growth_blocks)
 
     @property
     def num_missing_seats(self) -> int:

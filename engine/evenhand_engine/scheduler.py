@@ -162,15 +162,21 @@ class Scheduler:
             self._finish(request, FinishReason.QUEUE_TIMEOUT)
 
     def _relieve(self, now: float) -> None:
-        """Preempt for a tenant within its KV guarantee, or for the one that is furthest behind; one prompt a step."""
+        """Make room for a tenant within its KV guarantee, or for the one that is furthest behind; one prompt a step."""
         waiting = [tenant for tenant in self.roster.active.values() if tenant.waiting and tenant.may_start]
         running = self.roster.running_tenants.values()
         num_seats = self.roster.num_missing_seats
         for tenant in sorted((t for t in waiting if t.guaranteed_blocks), key=self._service):
             request = tenant.next_prompt()
-            if request and request.started_at is None and self.roster.fit(request) is Fit.STARVED:
-                victims = self._preemption.reclaim(tenant, request, running, num_seats)
-                if self._replace(victims, request, now):
+            if request and request.started_at is None and self.roster.is_within_guarantee(request):
+                fit = self.roster.fit(request)
+                if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
+                    self._admit(request, now)
+                    return
+                num_blocks = self.roster.num_missing_blocks(request)
+                if fit is Fit.STARVED and self._replace(
+                    self._preemption.reclaim(tenant, running, num_blocks, num_seats), request, now
+                ):
                     return
         if not waiting:
             return
@@ -178,8 +184,8 @@ class Scheduler:
         request = tenant.next_prompt()
         if request and request.started_at is None and self.roster.fit(request) is Fit.STARVED:
             cost = (self._prompt_cost(request) + self.settings.preemption_lag) * VIRTUAL_UNIT // tenant.weight
-            victims = self._preemption.service(tenant, request, cost, running, num_seats, now)
-            self._replace(victims, request, now)
+            num_blocks = self.roster.num_missing_blocks(request)
+            self._replace(self._preemption.service(tenant, cost, running, num_blocks, num_seats, now), request, now)
 
     def _replace(self, victims: list[Request], request: Request, now: float) -> bool:
         for victim in victims:

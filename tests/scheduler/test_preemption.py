@@ -220,3 +220,57 @@ def test_what_a_deleted_tenant_has_left_is_served_under_the_unknown_tenants_shar
     assert running.tenant_id == queued.tenant_id == "default"
     engine.drain()
     assert engine.finish_reason(running) is engine.finish_reason(queued) is FinishReason.STOP
+
+
+def test_an_admission_leaves_the_running_requests_room_to_grow() -> None:
+    """Two closed loops in a full cache: without the room, nearly every admission is paid for with a preemption."""
+
+    def preemptions(growth_blocks: float) -> int:
+        engine = PretendEngine(small(growth_blocks=growth_blocks), [tenant("a"), tenant("b")])
+
+        def flood() -> None:
+            engine.keep("a", 16, 8, 40)
+            engine.keep("b", 16, 8, 40)
+
+        engine.run(1_000, flood)
+        return engine.scheduler.num_preemptions
+
+    assert preemptions(4.0) < 0.5 * preemptions(0.0)
+
+
+def test_room_to_grow_is_not_asked_of_a_tenant_within_its_guarantee() -> None:
+    engine = PretendEngine(small(growth_blocks=8), [tenant("hog"), tenant("owner", guaranteed=25)])
+    engine.add("hog", 90, 200)
+    engine.add("hog", 90, 200)
+    engine.run(5)
+    assert 8 < engine.scheduler.roster.blocks.num_free_blocks < 8 + 2 * 8, "enough for the prompt, not for the room too"
+    owner = engine.add("owner", 32, 4)
+    engine.step()
+    assert owner.started_at is not None
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_memory_held_for_a_large_head_does_not_hold_back_a_guarantee() -> None:
+    tenants = [tenant("large", weight=1000), tenant("owner", guaranteed=25)]
+    engine = PretendEngine(small(max_bypasses=0, preemption_lag=1 << 40), tenants)
+    engine.add("large", 100, 60)
+    engine.run(3)
+    waiting = engine.add("large", 180, 2)
+    engine.add("owner", 32, 4)
+    engine.run(8)
+    owner = engine.add("owner", 32, 4)  # ahead of the large one by weight, so that it is looked at last
+    engine.run(3)
+    assert waiting.started_at is None
+    assert owner.started_at is not None
+
+
+def test_a_preemption_for_service_clears_the_room_to_grow_too() -> None:
+    settings = small(growth_blocks=20, preemption_lag=16, num_kv_blocks=100)
+    engine = PretendEngine(settings, [tenant("greedy"), tenant("late")])
+    for _ in range(3):
+        engine.add("greedy", 64, 150)
+        engine.run(10)
+    late = engine.add("late", 16, 4)
+    assert engine.scheduler.roster.blocks.num_free_blocks > 4 + 16, "enough for the prompt for a long while"
+    engine.run(25)
+    assert engine.finish_reason(late) is FinishReason.STOP

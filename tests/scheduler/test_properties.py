@@ -66,6 +66,7 @@ scheduler_settings = st.builds(
     min_run_seconds=st.sampled_from((0.0, 5.0)),
     max_preemptions=st.integers(0, 3),
     max_bypasses=st.integers(0, 3),
+    growth_blocks=st.sampled_from((0.0, 1.5)),
     min_prefill_tokens=st.integers(1, 4),
 )
 
