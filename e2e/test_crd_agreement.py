@@ -244,6 +244,13 @@ BROKEN_RULES: list[tuple[str, Any, str]] = [
         {"identities": [{"name": "a", "type": "Header", "header": {"value": "v"}, "serviceAccount": {"name": "w"}}]},
         "set exactly the member that type names",
     ),
+    ("TenantPolicy", {"identities": [{"name": "a", "type": "Header"}]}, "set exactly the member that type names"),
+    ("TenantPolicy", {"identities": [{"name": "a", "type": "APIKey"}]}, "set exactly the member that type names"),
+    (
+        "TenantPolicy",
+        {"identities": [{"name": "a", "type": "ServiceAccount"}]},
+        "set exactly the member that type names",
+    ),
     ("TenantPolicy", {"tenant": "default"}, "the tenant name default is that of all requests without a policy"),
     ("EnginePool", {"selector": {}}, "selector must not be empty"),
     ("EnginePool", {"selector": SELECTOR, "allowedNamespaces": {"from": "Selector"}}, "set selector if and only if"),
@@ -253,6 +260,19 @@ BROKEN_RULES: list[tuple[str, Any, str]] = [
         "give values if and only if",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"limits": {"tokensPerMinute": 10, "maxPromptTokens": 6, "maxOutputTokens": 4}},
+        {"kvCache": {"guaranteedPercent": 50, "maxPercent": 50}},
+        {"slo": {"timeToFirstToken": "1h", "interTokenLatency": "60s"}, "limits": {"queueTimeout": "1ms"}},
+        {"slo": {"timeToFirstToken": "1ms", "interTokenLatency": "1ms"}, "limits": {"queueTimeout": "24h"}},
+    ],
+)
+def test_what_is_just_within_a_rule_is_accepted(resources: Resources, spec: Any) -> None:
+    assert check_agreement(resources, "TenantPolicy", resource("TenantPolicy", spec))
 
 
 @pytest.mark.parametrize(("kind", "spec", "message"), BROKEN_RULES)
