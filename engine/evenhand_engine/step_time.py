@@ -126,4 +126,4 @@ class StepBudget:
         else:
             affordable = (-slope + (slope * slope + 4 * half * seconds) ** 0.5) / (2 * half)
         floor = self._min_prefill_tokens - self.load.num_tokens
-        return max(0, min(most, max(int(affordable), floor)))
+        return max(0, min(most, max(int(min(affordable, most)), floor)))

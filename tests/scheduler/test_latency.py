@@ -146,6 +146,14 @@ class TestStepTimeModel:
         budget = StepBudget(1000, self.fitted(), 0.01, 16)
         assert budget.fit(0, 500) == 16
 
+    def test_tokens_that_seem_to_cost_nothing_are_bounded_by_what_is_pending(self) -> None:
+        model = StepTimeModel()
+        for index in range(50):
+            load = StepLoad()
+            load.add(0, 1 + index)
+            model.observe(load, 1e-310 * load.num_tokens)
+        assert StepBudget(10_000, model, 1.0, 16).fit(0, 500) == 500
+
     def test_without_an_objective_only_tokens_count(self) -> None:
         budget = StepBudget(100, self.fitted(), None, 16)
         assert budget.fit(0, 500) == 100
