@@ -131,11 +131,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 
 def _cpu_kernels() -> Kernels:
+    num_threads = torch.get_num_threads()
     try:
-        return CpuKernels(cache_dir() / "kernels")
+        kernels = CpuKernels(cache_dir() / "kernels", num_threads)
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()
+    torch.set_num_threads(1)  # what is left to torch is small, and its idle threads would spin on the kernels' cores
+    return kernels
 
 
 def _load_weights(

@@ -10,6 +10,6 @@ from evenhand_kernels.cpu.library import CompileError
 @pytest.fixture(scope="session")
 def cpu_kernels() -> CpuKernels:
     try:
-        return CpuKernels(cache_dir() / "kernels")
+        return CpuKernels(cache_dir() / "kernels", num_threads=3)
     except CompileError as error:
         pytest.skip(f"no C++ compiler: {error}")

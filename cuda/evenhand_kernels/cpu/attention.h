@@ -9,12 +9,11 @@
 // (arXiv 2205.14135). Threads take items as they get free, long prompts first.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "norm.h"
+#include "pool.h"
 #include "vec.h"
 
 constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
@@ -106,7 +105,10 @@ class Attender {
     begin -= begin % SPAN;
     for (int32_t token = begin; token < end; token += SPAN) {
       const int num_tokens = std::min(SPAN, end - token);
-      find_blocks(item, token, num_tokens);
+      for (int group = 0; group * GROUP < num_tokens; group++) {
+        use(place_of(item, token + group * GROUP), group);
+        if (token + SPAN + group * GROUP < end) prefetch(place_of(item, token + SPAN + group * GROUP));
+      }
       compute_scores(rows, num_tokens);
       mask(rows, num_heads, first_position, token, num_tokens);
       update_softmax(rows, num_tokens);
@@ -126,42 +128,50 @@ class Attender {
     }
   }
 
-  // Points key_groups_ and value_groups_ at each GROUP tokens of the span, as float32.
-  void find_blocks(const WorkItem& item, int32_t token, int num_tokens) {
-    for (int group = 0; group * GROUP < num_tokens; group++) {
-      const int32_t position = token + group * GROUP;
-      const long block = batch_.block_table[item.request * batch_.table_stride + position / layer_.block_size];
-      const long head = block * layer_.num_kv_heads + item.kv_head, offset = position % layer_.block_size;
-      const T* keys = static_cast<const T*>(layer_.keys) + head * dim_ * layer_.block_size + offset;
-      const T* values = static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_;
-      use(keys, values, group);
+  // Where the keys and values of GROUP tokens from this position on lie.
+  struct Place {
+    const T *keys, *values;
+  };
+
+  Place place_of(const WorkItem& item, int32_t position) const {
+    const long block = batch_.block_table[item.request * batch_.table_stride + position / layer_.block_size];
+    const long head = block * layer_.num_kv_heads + item.kv_head, offset = position % layer_.block_size;
+    return {static_cast<const T*>(layer_.keys) + head * dim_ * layer_.block_size + offset,
+            static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_};
+  }
+
+  // Make the keys and values there, as float32, those of a group of the span.
+  void use(Place place, int group) {
+    if constexpr (sizeof(T) == 4) {
+      key_groups_[group] = place.keys;
+      value_groups_[group] = place.values;
+    } else {
+      float *keys = wide_keys_ + group * GROUP * dim_, *values = wide_values_ + group * GROUP * width_;
+      for (int i = 0; i < dim_; i++)
+        for (int j = 0; j < GROUP; j += LANES) store(keys + i * GROUP + j, load(place.keys + i * layer_.block_size + j));
+      for (int i = 0; i < GROUP * width_; i += LANES) store(values + i, load(place.values + i));
+      key_groups_[group] = keys;
+      value_groups_[group] = values;
     }
   }
 
-  void use(const float* keys, const float* values, int group) {
-    key_groups_[group] = keys;
-    value_groups_[group] = values;
-    key_stride_ = layer_.block_size;
-  }
-
-  template <typename Half>
-  void use(const Half* keys, const Half* values, int group) {
-    float *wide_keys = wide_keys_ + group * GROUP * dim_, *wide_values = wide_values_ + group * GROUP * width_;
-    for (int i = 0; i < dim_; i++)
-      for (int j = 0; j < GROUP; j += LANES) store(wide_keys + i * GROUP + j, load(keys + i * layer_.block_size + j));
-    for (int i = 0; i < GROUP * width_; i += LANES) store(wide_values + i, load(values + i));
-    key_groups_[group] = wide_keys;
-    value_groups_[group] = wide_values;
-    key_stride_ = GROUP;
+  void prefetch(Place place) const {
+    constexpr int PER_LINE = 64 / sizeof(T);
+    if (layer_.block_size == GROUP) {
+      for (int i = 0; i < dim_ * GROUP; i += PER_LINE) __builtin_prefetch(place.keys + i, 0, 2);
+    } else {
+      for (int i = 0; i < dim_; i++) __builtin_prefetch(place.keys + i * layer_.block_size, 0, 2);
+    }
+    for (int i = 0; i < GROUP * width_; i += PER_LINE) __builtin_prefetch(place.values + i, 0, 2);
   }
 
   void compute_scores(int rows, int num_tokens) {
     const int tiles = num_row_tiles(rows);
-    std::fill_n(scores_, rows * SPAN, 0.0f);
+    const long key_stride = sizeof(T) == 4 ? layer_.block_size : GROUP;
     for (int group = 0; group * GROUP < num_tokens; group++)
       for (int i = 0; i < tiles; i++) {
         const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
-        multiply_tile<GROUP_VECS>(count, queries_ + first * dim_, dim_, key_groups_[group], key_stride_, dim_,
+        multiply_tile<GROUP_VECS, true>(count, queries_ + first * dim_, dim_, key_groups_ + group, dim_, key_stride, dim_,
                                   scores_ + first * SPAN + group * GROUP, SPAN);
       }
   }
@@ -182,7 +192,7 @@ class Attender {
   }
 
   // Turns scores into weights relative to the running maximum; rescales what was accumulated under the previous one.
-  // A row that saw nothing yet has the maximum HIDDEN and meaningless weights, which its first token rescales to 0.
+  // A row that saw nothing yet has the maximum HIDDEN and meaningless weights, which its first token rescales to e^-87.
   void update_softmax(int rows, int num_tokens) {
     for (int row = 0; row < rows; row++) {
       float* scores = scores_ + row * SPAN;
@@ -206,13 +216,14 @@ class Attender {
 
   void accumulate_values(int rows, int num_tokens) {
     const int tiles = num_row_tiles(rows);
-    for (int i = 0; i < tiles; i++) {
-      const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
-      for (int column = 0; column < width_; column += GROUP)
-        for (int group = 0; group * GROUP < num_tokens; group++)
-          multiply_tile<GROUP_VECS>(count, scores_ + first * SPAN + group * GROUP, SPAN, value_groups_[group] + column,
-                                    width_, std::min(GROUP, num_tokens - group * GROUP),
-                                    output_ + first * width_ + column, width_);
+    for (int column = 0; column < width_; column += GROUP) {
+      const float* groups[SPAN / GROUP];
+      for (int group = 0; group * GROUP < num_tokens; group++) groups[group] = value_groups_[group] + column;
+      for (int i = 0; i < tiles; i++) {
+        const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
+        multiply_tile<GROUP_VECS>(count, scores_ + first * SPAN, SPAN, groups, GROUP, width_, num_tokens,
+                                  output_ + first * width_ + column, width_);
+      }
     }
   }
 
@@ -228,7 +239,6 @@ class Attender {
   const float* qkv_;
   float* out_;
   const int dim_, width_;
-  long key_stride_ = 0;
   const float *key_groups_[SPAN / GROUP], *value_groups_[SPAN / GROUP];
   alignas(64) float queries_[MAX_QUERIES * MAX_HEAD_DIM];
   alignas(64) float output_[MAX_QUERIES * MAX_HEAD_DIM];
@@ -239,16 +249,11 @@ class Attender {
 };
 
 template <typename T>
-static void attention(const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out, int num_threads) {
-  const long stride = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
+static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
+  const long width = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
+  for_each_row(pool, batch.num_tokens, width, [&](long token) {
+    store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
+  });
   const std::vector<WorkItem> items = work_items(layer, batch);
-#pragma omp parallel num_threads(num_threads)
-  {
-#pragma omp for schedule(static)
-    for (long token = 0; token < batch.num_tokens; token++)
-      store_token<T>(qkv + token * stride, batch.positions[token], batch.slots[token], layer);
-    Attender<T> attender(layer, batch, qkv, out);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < items.size(); i++) attender.run(items[i]);
-  }
+  pool.run(static_cast<long>(items.size()), [&](long i) { Attender<T>(layer, batch, qkv, out).run(items[i]); });
 }

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "pool.h"
 
 template <typename F>
 static void dispatch(int dtype, F f) {
@@ -12,36 +13,39 @@ static void dispatch(int dtype, F f) {
   }
 }
 
+template <typename T>
+using Pointee = std::remove_pointer_t<T>;
+
 extern "C" {
+
+Pool* evenhand_new_pool(int num_threads) { return new Pool(num_threads); }
+void evenhand_delete_pool(Pool* pool) { delete pool; }
 
 // Elements of a packed weight: its outputs padded to whole panels.
 long evenhand_packed_size(long outputs, long inputs, int gated) { return num_panels(outputs, gated) * PANEL * inputs; }
 
-void evenhand_pack(const void* weight, void* packed, int dtype, long outputs, long inputs, int gated, int num_threads) {
+void evenhand_pack(Pool* pool, const void* weight, void* packed, int dtype, long outputs, long inputs, int gated) {
   dispatch(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    pack(static_cast<const T*>(weight), static_cast<T*>(packed), outputs, inputs, gated, num_threads);
+    using T = Pointee<decltype(t)>;
+    pack(*pool, static_cast<const T*>(weight), static_cast<T*>(packed), outputs, inputs, gated);
   });
 }
 
-void evenhand_linear(const float* x, const void* packed, const float* bias, float* y, int dtype, long rows, long outputs,
-                     long inputs, int gated, int num_threads) {
+void evenhand_linear(Pool* pool, const float* x, const void* packed, const float* bias, float* y, int dtype, long rows,
+                     long outputs, long inputs, int gated) {
   dispatch(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    linear(x, static_cast<const T*>(packed), bias, y, rows, outputs, inputs, gated, num_threads);
+    using T = Pointee<decltype(t)>;
+    linear(*pool, x, static_cast<const T*>(packed), bias, y, rows, outputs, inputs, gated);
   });
 }
 
-void evenhand_add_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long size, float eps,
-                           int num_threads) {
-  add_rms_norm(x, residual, weight, y, rows, size, eps, num_threads);
+void evenhand_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float* y, long rows,
+                           long size, float eps) {
+  add_rms_norm(*pool, x, residual, weight, y, rows, size, eps);
 }
 
-void evenhand_attention(const AttentionLayer* layer, const AttentionBatch* batch, float* qkv, float* out, int dtype,
-                        int num_threads) {
-  dispatch(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    attention<T>(*layer, *batch, qkv, out, num_threads);
-  });
+void evenhand_attention(Pool* pool, const AttentionLayer* layer, const AttentionBatch* batch, float* qkv, float* out,
+                        int dtype) {
+  dispatch(dtype, [&](auto* t) { attention<Pointee<decltype(t)>>(*pool, *layer, *batch, qkv, out); });
 }
 }

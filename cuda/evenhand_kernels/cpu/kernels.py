@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import weakref
 from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_void_p
 from pathlib import Path
 
@@ -18,28 +19,22 @@ MAX_HEAD_DIM = 256
 
 
 class CpuKernels:
-    """Implements `Kernels`. Uses as many threads as torch does when it is made."""
+    """Implements `Kernels`."""
 
     name = "cpu"
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path, num_threads: int) -> None:
         """Compiles the kernels into `cache_dir` if they are not there. Raises CompileError."""
-        self._library = load_library(cache_dir)
-        self._num_threads = torch.get_num_threads()
-        self._library.evenhand_packed_size.argtypes = [c_long, c_long, c_int]
-        self._library.evenhand_packed_size.restype = c_long
-        for name, argument_types in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = argument_types, None
+        self._native = _Native(cache_dir, num_threads)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _Linear(self._library, weight, bias, gated=False, num_threads=self._num_threads)
+        return _Linear(self._native, weight, bias, gated=False)
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _Linear(self._library, weight, bias, gated=True, num_threads=self._num_threads)
+        return _Linear(self._native, weight, bias, gated=True)
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
-        return _Attention(self._library, layer, cache, self._num_threads)
+        return _Attention(self._native, layer, cache)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(None, x, weight, eps)
@@ -49,44 +44,56 @@ class CpuKernels:
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)
-        rows, size = residual.shape
         y = torch.empty_like(residual)
-        self._library.evenhand_add_rms_norm(
-            x, residual.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, size, eps, self._num_threads
+        self._native.library.evenhand_add_rms_norm(
+            self._native.pool, x, residual.data_ptr(), weight.data_ptr(), y.data_ptr(), *residual.shape, eps
         )
         return y
 
 
+class _Native:
+    """The compiled library, and threads that end when nothing needs them any more."""
+
+    def __init__(self, cache_dir: Path, num_threads: int) -> None:
+        self.library = load_library(cache_dir)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.pool = self.library.evenhand_new_pool(num_threads)
+        weakref.finalize(self, self.library.evenhand_delete_pool, self.pool).atexit = False
+
+
 class _Linear:
-    def __init__(
-        self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, *, gated: bool, num_threads: int
-    ) -> None:
+    def __init__(self, native: _Native, weight: Tensor, bias: Tensor | None, *, gated: bool) -> None:
+        self._native = native
         self._shape = (*weight.shape, int(gated))
         self._out_features = len(weight) // 2 if gated else len(weight)
-        self._dtype, self._num_threads, self._multiply = DTYPES[weight.dtype], num_threads, library.evenhand_linear
-        self._packed = _packed(library, weight, gated, num_threads)
-        self._bias = None if bias is None else _packed(library, bias.float()[:, None], gated, num_threads)
+        self._dtype = DTYPES[weight.dtype]
+        self._packed = _packed(native, weight, gated)
+        self._bias = None if bias is None else _packed(native, bias.float()[:, None], gated)
         self._pointers = (self._packed.data_ptr(), _pointer(self._bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         _check(x)
         y = x.new_empty(len(x), self._out_features)
-        self._multiply(
-            x.data_ptr(), *self._pointers, y.data_ptr(), self._dtype, len(x), *self._shape, self._num_threads
+        self._native.library.evenhand_linear(
+            self._native.pool, x.data_ptr(), *self._pointers, y.data_ptr(), self._dtype, len(x), *self._shape
         )
         return y
 
 
-def _packed(library: ctypes.CDLL, weight: Tensor, gated: bool, num_threads: int) -> Tensor:
+def _packed(native: _Native, weight: Tensor, gated: bool) -> Tensor:
     """`weight`, [outputs, inputs], in the layout of linear.h."""
     weight = weight.contiguous()
-    packed = weight.new_empty(library.evenhand_packed_size(*weight.shape, gated))
-    library.evenhand_pack(weight.data_ptr(), packed.data_ptr(), DTYPES[weight.dtype], *weight.shape, gated, num_threads)
+    packed = weight.new_empty(native.library.evenhand_packed_size(*weight.shape, gated))
+    native.library.evenhand_pack(
+        native.pool, weight.data_ptr(), packed.data_ptr(), DTYPES[weight.dtype], *weight.shape, gated
+    )
     return packed
 
 
 class _Attention:
-    def __init__(self, library: ctypes.CDLL, layer: AttentionLayer, cache: KvCacheShape, num_threads: int) -> None:
+    def __init__(self, native: _Native, layer: AttentionLayer, cache: KvCacheShape) -> None:
         if layer.head_dim > MAX_HEAD_DIM or cache.block_size % 16:
             raise ValueError(
                 f"head_dim {layer.head_dim} must be at most {MAX_HEAD_DIM}, "
@@ -111,7 +118,7 @@ class _Attention:
             keys=self._keys.data_ptr(),
             values=self._values.data_ptr(),
         )
-        self._attend, self._dtype, self._num_threads = library.evenhand_attention, DTYPES[cache.dtype], num_threads
+        self._native, self._dtype = native, DTYPES[cache.dtype]
 
     def __call__(self, qkv: Tensor, batch: AttentionBatch) -> Tensor:
         _check(qkv)
@@ -125,7 +132,9 @@ class _Attention:
             block_table=batch.block_table.data_ptr(),
             cu_seqlens_q=batch.cu_seqlens_q.data_ptr(),
         )
-        self._attend(self._structure, structure, qkv.data_ptr(), result.data_ptr(), self._dtype, self._num_threads)
+        self._native.library.evenhand_attention(
+            self._native.pool, self._structure, structure, qkv.data_ptr(), result.data_ptr(), self._dtype
+        )
         return result
 
 
@@ -149,11 +158,18 @@ class _Batch(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "evenhand_pack": [c_void_p, c_void_p, c_int, c_long, c_long, c_int, c_int],
-    "evenhand_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_long, c_long, c_long, c_int, c_int],
-    "evenhand_add_rms_norm": [c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_int],
-    "evenhand_attention": [ctypes.POINTER(_Layer), ctypes.POINTER(_Batch), c_void_p, c_void_p, c_int, c_int],
+    "evenhand_new_pool": (c_void_p, [c_int]),
+    "evenhand_delete_pool": (None, [c_void_p]),
+    "evenhand_packed_size": (c_long, [c_long, c_long, c_int]),
+    "evenhand_pack": (None, [c_void_p] * 3 + [c_int, c_long, c_long, c_int]),
+    "evenhand_linear": (None, [c_void_p] * 5 + [c_int, c_long, c_long, c_long, c_int]),
+    "evenhand_add_rms_norm": (None, [c_void_p] * 5 + [c_long, c_long, c_float]),
+    "evenhand_attention": (
+        None,
+        [c_void_p, ctypes.POINTER(_Layer), ctypes.POINTER(_Batch), c_void_p, c_void_p, c_int],
+    ),
 }
+"""Result and arguments of the functions in kernels.cpp."""
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -13,13 +13,13 @@ from pathlib import Path
 SOURCE_DIR = Path(__file__).parent
 SOURCE = SOURCE_DIR / "kernels.cpp"
 FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-march=native",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-shared",
 ]
@@ -33,7 +33,6 @@ class CompileError(Exception):
 def load_library(cache_dir: Path) -> ctypes.CDLL:
     """The compiled kernels, from `cache_dir` if they were compiled before by this compiler on this processor.
 
-    torch must be imported already: the kernels use the OpenMP runtime that is loaded then, and so torch's threads.
     Raises CompileError.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]

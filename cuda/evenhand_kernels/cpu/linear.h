@@ -5,15 +5,15 @@
 // next block is prefetched, so that for a few dozen rows the arithmetic hides the memory traffic.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
+#include "pool.h"
 #include "vec.h"
 
 constexpr int PANEL = 2 * LANES;
 constexpr int MAX_DEPTH = 256;   // inputs of a block: 16 KiB of float32
 constexpr int MAX_BLOCK_ROWS = 96;  // rows that pass over a panel together: their inputs should stay in the L2 cache
+constexpr int PIECES_PER_THREAD = 8;  // enough to even out threads of unequal speed
 
 // A gated panel holds LANES rows of the gate, then the LANES rows of `up` at the same places.
 static inline long source_row(long panel, int lane, long outputs, bool gated) {
@@ -26,18 +26,27 @@ static inline long num_panels(long outputs, bool gated) {
   return (rows + per_panel - 1) / per_panel;
 }
 
+// Calls visit(panel) for all panels, those of a piece in order, so that the end of one prefetches the next.
+template <typename Visit>
+static void for_each_panel(Pool& pool, long panels, const Visit& visit) {
+  const long per_piece = std::max(1L, panels / (pool.num_threads() * PIECES_PER_THREAD));
+  pool.run((panels + per_piece - 1) / per_piece, [&](long piece) {
+    const long end = std::min(panels, (piece + 1) * per_piece);
+    for (long panel = piece * per_piece; panel < end; panel++) visit(panel);
+  });
+}
+
 template <typename T>
-static void pack(const T* weight, T* packed, long outputs, long inputs, bool gated, int num_threads) {
-  const long rows = gated ? outputs / 2 : outputs;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads)
-  for (long p = 0; p < num_panels(outputs, gated); p++) {
+static void pack(Pool& pool, const T* weight, T* packed, long outputs, long inputs, bool gated) {
+  const long rows = gated ? outputs / 2 : outputs, rows_per_panel = gated ? LANES : PANEL;
+  for_each_panel(pool, num_panels(outputs, gated), [&](long p) {
     T* panel = packed + p * PANEL * inputs;
     for (int lane = 0; lane < PANEL; lane++) {
-      const long row = source_row(p, lane, outputs, gated);
-      const bool exists = gated ? p * LANES + lane % LANES < rows : row < rows;
-      for (long k = 0; k < inputs; k++) panel[k * PANEL + lane] = exists ? weight[row * inputs + k] : T{};
+      const bool exists = p * rows_per_panel + lane % rows_per_panel < rows;
+      const T* row = weight + source_row(p, lane, outputs, gated) * inputs;
+      for (long k = 0; k < inputs; k++) panel[k * PANEL + lane] = exists ? row[k] : T{};
     }
-  }
+  });
 }
 
 static inline const float* widened(const float* block, long, float*) { return block; }
@@ -64,37 +73,42 @@ static inline void write_gated_rows(const float* c, int rows, int width, float* 
   }
 }
 
-// bias, if any, is in the order of the packed outputs and padded as they are.
+// One panel of outputs for up to MAX_BLOCK_ROWS rows; `step` is how many inputs a block has.
 template <typename T>
-static void linear(const float* x, const T* packed, const float* bias, float* y, long rows, long outputs, long inputs,
-                   bool gated, int num_threads) {
-  const long panels = num_panels(outputs, gated), ldy = gated ? outputs / 2 : outputs;
-  const int per_panel = gated ? LANES : PANEL;
+static void linear_panel(const float* x, const T* panel, const float* bias, float* y, int rows, int width, long ldy,
+                         long inputs, long step, bool gated) {
+  alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
+  alignas(64) float scratch[sizeof(T) == 4 ? 1 : (MAX_DEPTH + 8) * PANEL];
+  const int tiles = num_row_tiles(rows);
+  const int lines_per_tile = (static_cast<int>(step * PANEL * sizeof(T)) / 64 + tiles - 1) / tiles;
+  for (int m = 0; m < rows; m++)
+    for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = bias ? bias[j] : 0;
+  for (long k = 0; k < inputs; k += step) {
+    const int depth = static_cast<int>(std::min(step, inputs - k));
+    const T* block = panel + k * PANEL;
+    const float* b = widened(block, depth * PANEL, scratch);
+    Prefetch next = {reinterpret_cast<const char*>(block + depth * PANEL), lines_per_tile};
+    for (int i = 0; i < tiles; i++, next.next += lines_per_tile * 64) {
+      const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
+      multiply_tile<2>(count, x + first * inputs + k, inputs, &b, depth, PANEL, depth, c + first * PANEL, PANEL, next);
+    }
+  }
+  (gated ? write_gated_rows : write_rows)(c, rows, width, y, ldy);
+}
+
+// bias, if any, is packed like a weight of one input.
+template <typename T>
+static void linear(Pool& pool, const float* x, const T* packed, const float* bias, float* y, long rows, long outputs,
+                   long inputs, bool gated) {
+  const long width = gated ? LANES : PANEL, ldy = gated ? outputs / 2 : outputs;
   const long num_blocks = (inputs + MAX_DEPTH - 1) / MAX_DEPTH;
   const long step = ((inputs + num_blocks - 1) / num_blocks + 7) / 8 * 8;
-  for (long row0 = 0; row0 < rows; row0 += MAX_BLOCK_ROWS) {
-    const int block_rows = static_cast<int>(std::min<long>(MAX_BLOCK_ROWS, rows - row0));
-    const int tiles = num_row_tiles(block_rows);
-    const int lines_per_tile = static_cast<int>(step * PANEL * sizeof(T) / 64 + tiles - 1) / tiles;
-#pragma omp parallel for schedule(dynamic, 2) num_threads(num_threads)
-    for (long p = 0; p < panels; p++) {
-      alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
-      alignas(64) float scratch[sizeof(T) == 4 ? 1 : (MAX_DEPTH + 8) * PANEL];
-      for (int m = 0; m < block_rows; m++)
-        for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = bias ? bias[p * PANEL + j] : 0;
-      for (long k = 0; k < inputs; k += step) {
-        const int depth = static_cast<int>(std::min(step, inputs - k));
-        const T* block = packed + (p * inputs + k) * PANEL;
-        const float* b = widened(block, depth * PANEL, scratch);
-        const char* next = reinterpret_cast<const char*>(block + depth * PANEL);
-        for (int i = 0; i < tiles; i++, next += lines_per_tile * 64) {
-          const int first = first_row(i, tiles, block_rows), end = first_row(i + 1, tiles, block_rows);
-          multiply_tile<2>(end - first, x + (row0 + first) * inputs + k, inputs, b, PANEL, depth, c + first * PANEL,
-                           PANEL, next, lines_per_tile);
-        }
-      }
-      const int width = static_cast<int>(std::min<long>(per_panel, ldy - p * per_panel));
-      (gated ? write_gated_rows : write_rows)(c, block_rows, width, y + row0 * ldy + p * per_panel, ldy);
-    }
+  for (long row = 0; row < rows; row += MAX_BLOCK_ROWS) {
+    const int block_rows = static_cast<int>(std::min<long>(MAX_BLOCK_ROWS, rows - row));
+    for_each_panel(pool, num_panels(outputs, gated), [&](long p) {
+      linear_panel(x + row * inputs, packed + p * PANEL * inputs, bias ? bias + p * PANEL : nullptr,
+                   y + row * ldy + p * width, block_rows, static_cast<int>(std::min(width, ldy - p * width)), ldy, inputs,
+                   step, gated);
+    });
   }
 }

@@ -1,11 +1,13 @@
 // RMSNorm over rows, with the addition of the residual stream before it.
 #pragma once
 
-#include <omp.h>
-
+#include <algorithm>
 #include <cmath>
 
+#include "pool.h"
 #include "vec.h"
+
+constexpr long PIECE_ELEMENTS = 8192;  // of a row-wise operation: some microseconds of work
 
 // The sum of squares in LANES partial sums; `size` need not be a multiple of LANES.
 static inline float sum_of_squares(const float* x, long size) {
@@ -22,14 +24,23 @@ static inline void rms_norm_row(const float* x, const float* weight, float* y, l
   for (long i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
 }
 
+// Calls visit(row) for rows of `size` elements.
+template <typename Visit>
+static void for_each_row(Pool& pool, long rows, long size, const Visit& visit) {
+  const long per_piece = std::max(1L, PIECE_ELEMENTS / size);
+  pool.run((rows + per_piece - 1) / per_piece, [&](long piece) {
+    const long end = std::min(rows, (piece + 1) * per_piece);
+    for (long row = piece * per_piece; row < end; row++) visit(row);
+  });
+}
+
 // residual += x, unless x is null; y = norm(residual) * weight.
-static void add_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long size, float eps,
-                         int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (long row = 0; row < rows; row++) {
+static void add_rms_norm(Pool& pool, const float* x, float* residual, const float* weight, float* y, long rows, long size,
+                         float eps) {
+  for_each_row(pool, rows, size, [&](long row) {
     float* r = residual + row * size;
     if (x)
       for (long i = 0; i < size; i++) r[i] += x[row * size + i];
     rms_norm_row(r, weight, y + row * size, size, eps);
-  }
+  });
 }

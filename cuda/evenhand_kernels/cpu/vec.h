@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -28,8 +28,17 @@ struct Float16 {
 
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-static inline Vec select(IntVec mask, Vec a, Vec b) { return (Vec)((mask & (IntVec)a) | (~mask & (IntVec)b)); }
-static inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+#if defined(__AVX512F__)
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 
@@ -84,10 +93,10 @@ static inline void narrow(float x, Float16* to) {
 #endif
 }
 
-// exp(x) with a relative error below 2e-7; 0 below -87, exp(88) above 88. x = n ln 2 + r; e^r by a polynomial (Cephes).
+// exp(x) with a relative error below 2e-7 in [-87, 88], and the value at the nearer end beyond: never 0, never infinite.
+// x = n ln 2 + r; e^r by a polynomial (Cephes expf).
 static inline Vec exp(Vec x) {
-  const IntVec underflow = x < splat(-87.0f);
-  x = select(x > splat(88.0f), splat(88.0f), x);
+  x = min(max(x, splat(-87.0f)), splat(88.0f));
   const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -97,40 +106,49 @@ static inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return select(underflow, Vec{}, p * (Vec)power);
+  return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
 }
 
-// The register tile of all matrix products here: c[m][0:NV * LANES] += sum over k of a[m * lda + k] * b[k * ldb ...].
-// `prefetch` names memory that a later tile reads; num_lines cache lines of it are requested along the way.
-template <int ROWS, int NV>
-static void multiply_tile(const float* __restrict a, long lda, const float* __restrict b, long ldb, int depth,
-                          float* __restrict c, long ldc, const char* prefetch, int num_lines) {
+// Memory that a later tile reads: asked for along the way, so that it is in the cache by then.
+struct Prefetch {
+  const char* next = nullptr;
+  int num_lines = 0;
+};
+
+// The register tile of all matrix products here: c[m][0:NV * LANES] += sum over k of a[m * lda + k] * b[k][...].
+// Rows of b come in groups of `group` rows at groups[0], groups[1], ..., `ldb` apart. FRESH: c counts as zero.
+template <int ROWS, int NV, bool FRESH>
+static void multiply_tile(const float* __restrict a, long lda, const float* const* groups, int group, long ldb, int depth,
+                          float* __restrict c, long ldc, Prefetch prefetch) {
   Vec acc[ROWS][NV];
   for (int m = 0; m < ROWS; m++)
-    for (int j = 0; j < NV; j++) acc[m][j] = load(c + m * ldc + j * LANES);
-  for (int k = 0; k < depth;) {
-    if (num_lines > 0) {
-      __builtin_prefetch(prefetch, 0, 2);
-      __builtin_prefetch(prefetch + 64, 0, 2);
-      prefetch += 128;
-      num_lines -= 2;
-    }
-    const int end = k + 4 < depth ? k + 4 : depth;
-    for (; k < end; k++, b += ldb) {
-      Vec right[NV];
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; j++) {
-        right[j] = load(b + j * LANES);
-#if defined(__x86_64__)
-        asm("" : "+v"(right[j]));  // keep it in a register: GCC would load it again for every row
-#endif
+    for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
+  for (; depth > 0; depth -= group, a += group, groups++) {
+    const float* __restrict b = *groups;
+    const int rows_of_b = depth < group ? depth : group;
+    for (int k = 0; k < rows_of_b;) {
+      if (prefetch.num_lines > 0) {
+        __builtin_prefetch(prefetch.next, 0, 2);
+        __builtin_prefetch(prefetch.next + 64, 0, 2);
+        prefetch.next += 128;
+        prefetch.num_lines -= 2;
       }
-#pragma GCC unroll 12
-      for (int m = 0; m < ROWS; m++) {
-        const Vec left = splat(a[m * lda + k]);
+      const int end = k + 4 < rows_of_b ? k + 4 : rows_of_b;
+      for (; k < end; k++, b += ldb) {
+        Vec right[NV];
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; j++) acc[m][j] += left * right[j];
+        for (int j = 0; j < NV; j++) {
+          right[j] = load(b + j * LANES);
+#if defined(__x86_64__)
+          asm("" : "+v"(right[j]));  // keep it in a register: GCC would load it again for every row
+#endif
+        }
+#pragma GCC unroll 12
+        for (int m = 0; m < ROWS; m++) {
+          const Vec left = splat(a[m * lda + k]);
+#pragma GCC unroll 2
+          for (int j = 0; j < NV; j++) acc[m][j] += left * right[j];
+        }
       }
     }
   }
@@ -138,13 +156,13 @@ static void multiply_tile(const float* __restrict a, long lda, const float* __re
     for (int j = 0; j < NV; j++) store(c + m * ldc + j * LANES, acc[m][j]);
 }
 
-template <int NV>
-static inline void multiply_tile(int rows, const float* a, long lda, const float* b, long ldb, int depth, float* c,
-                                 long ldc, const char* prefetch = nullptr, int num_lines = 0) {
+template <int NV, bool FRESH = false>
+static inline void multiply_tile(int rows, const float* a, long lda, const float* const* groups, int group, long ldb,
+                                 int depth, float* c, long ldc, Prefetch prefetch = {}) {
   switch (rows) {
-#define CASE(n)                                                                                        \
-  case n:                                                                                              \
-    if constexpr (n <= MAX_ROWS) multiply_tile<n, NV>(a, lda, b, ldb, depth, c, ldc, prefetch, num_lines); \
+#define CASE(n)                                                                                                \
+  case n:                                                                                                      \
+    if constexpr (n <= MAX_ROWS) multiply_tile<n, NV, FRESH>(a, lda, groups, group, ldb, depth, c, ldc, prefetch);    \
     break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE

@@ -41,7 +41,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "torch":
         return ReferenceKernels()
     try:
-        return CpuKernels(cache_dir() / "kernels")
+        return CpuKernels(cache_dir() / "kernels", num_threads=3)
     except CompileError as error:
         pytest.skip(f"no C++ compiler: {error}")
 
