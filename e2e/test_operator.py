@@ -340,6 +340,10 @@ def test_metrics_and_probes_tell_its_state(stage: Stage, operator: OperatorProce
     assert operator.metric("evenhand_operator_push_errors_total", reason="timeout") > 0
 
 
+def test_it_asked_for_nothing_that_the_manifests_do_not_allow(stage: Stage, operator: OperatorProcess) -> None:
+    assert "forbidden" not in operator.log.read_text().lower()
+
+
 def test_no_secret_is_in_its_log(stage: Stage, operator: OperatorProcess) -> None:
     log = operator.log.read_text()
     assert not [each for each in (KEY, OTHER_KEY, PUSH_KEY, key_hash(KEY)) if each in log]

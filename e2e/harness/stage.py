@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.control_plane import ControlPlane
+from cluster.control_plane import ControlPlane, KubectlError
 from harness.objects import ADMIN_PORT, ENGINE_LABELS
 from harness.operator_process import read_json
 
@@ -97,7 +97,7 @@ def until(holds: Callable[[], object], timeout: float = PATIENCE) -> None:
             if holds():
                 return
             failure: Exception | None = None
-        except (OSError, KeyError, StopIteration) as error:
+        except (OSError, KeyError, StopIteration, KubectlError) as error:
             failure = error
         if time.monotonic() > deadline:
             raise AssertionError(f"never came to hold within {timeout} s") from failure

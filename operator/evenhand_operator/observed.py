@@ -26,6 +26,8 @@ from evenhand_policy.status import (
 _Resource = TypeVar("_Resource", bound=Model)
 _Status = TypeVar("_Status", bound=Model)
 
+_OWN_TYPES = frozenset(map(str, ConditionType))
+
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What policies and pools have in common. `problem` says why the object cannot be read, where it cannot."""
@@ -119,11 +121,17 @@ def _read_status(obj: Json, status_type: type[_Status]) -> _Status:
     known = _known(written, status_type)
     for name, item_type in (("conditions", Condition), ("pods", PodStatus)):
         if isinstance(known.get(name), list):
-            known[name] = [_known(item, item_type) for item in known[name] if isinstance(item, Mapping)]
+            items = (item for item in known[name] if isinstance(item, Mapping))
+            known[name] = [_known(item, item_type) for item in items if name != "conditions" or _is_own(item)]
     try:
         return msgspec.convert(known, status_type)
     except msgspec.ValidationError:
         return status_type()
+
+
+def _is_own(condition: Mapping[str, Any]) -> bool:
+    """Conditions of other types are others', and no reason to write ours again."""
+    return condition.get("type") in _OWN_TYPES
 
 
 def _known(value: Mapping[str, Any], struct_type: type[msgspec.Struct]) -> Json:

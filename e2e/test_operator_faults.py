@@ -1,0 +1,241 @@
+"""What the operator promises when things break: docs/reliability.md names the tests of this file."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from cluster.control_plane import ControlPlane
+from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators
+from harness.objects import Object, policy, pool
+from harness.operator_process import OperatorProcess
+from harness.stage import Stage, conditions, until
+
+TAKEOVER_SECONDS = 15.0
+
+
+def apply(stage: Stage, name: str, **spec: object) -> None:
+    stage.cluster.apply(policy(stage.namespace, name, **spec))
+
+
+def lease(stage: Stage) -> Object:
+    return stage.cluster.get("lease", OPERATOR, OPERATOR_NAMESPACE)
+
+
+def epoch(stage: Stage) -> int:
+    """As the operator has stored it."""
+    return int(lease(stage)["metadata"]["annotations"]["evenhand.dev/epoch"])
+
+
+def epochs(stage: Stage) -> set[int]:
+    """As the pods enforce it."""
+    return {document["config"]["epoch"] for document in stage.documents()}
+
+
+@pytest.fixture(scope="module")
+def replicas(operators: Operators, stage: Stage) -> list[OperatorProcess]:
+    """The first leads."""
+    return [operators.start(stage.namespace, name=name) for name in ("first", "second")]
+
+
+def by_role(replicas: list[OperatorProcess]) -> tuple[OperatorProcess, OperatorProcess]:
+    """The leader and the other."""
+    leader, other = sorted(replicas, key=lambda each: -each.metric("evenhand_operator_is_leader"))
+    assert (leader.metric("evenhand_operator_is_leader"), other.metric("evenhand_operator_is_leader")) == (1, 0)
+    return leader, other
+
+
+# ---- replicas
+
+
+def test_only_the_leader_writes_and_both_are_ready(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    apply(stage, "chat", weight=2)
+    stage.wait_ready("chat")
+    leader, other = by_role(replicas)
+    assert leader.metric("evenhand_operator_api_writes_total") > 0
+    assert other.metric("evenhand_operator_api_writes_total") == 0
+    assert (leader.probe("readyz"), other.probe("readyz")) == (200, 200)
+
+
+def test_killed_leader_is_replaced_and_nothing_is_lost(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    leader, other = by_role(replicas)
+    before, version = epoch(stage), stage.policy("chat")["metadata"]["resourceVersion"]
+    weights = {f"flood-{weight}": weight for weight in range(1, 21)}
+    flood = [policy(stage.namespace, name, weight=weight) for name, weight in weights.items()]
+    stage.cluster.apply(*flood[:10])
+    leader.kill()  # in the middle of it
+    killed_at = time.monotonic()
+    stage.cluster.apply(*flood[10:])
+    until(lambda: epoch(stage) > before)
+    stage.wait_ready(*weights)
+    assert time.monotonic() - killed_at < TAKEOVER_SECONDS
+    for tenants in stage.tenants():
+        assert {name: tenants[name]["weight"] for name in weights} == weights
+    assert epochs(stage) == {before + 1}
+    assert stage.policy("chat")["metadata"]["resourceVersion"] == version, "what has not changed is not written"
+    leader.start()
+    assert by_role(replicas)[0] is other
+    stage.kubectl("delete", "tpol", *weights)
+
+
+def test_leader_that_is_told_to_stop_hands_over_at_once(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    leader, other = by_role(replicas)
+    leader.stop()
+    until(lambda: other.metric("evenhand_operator_is_leader") == 1, timeout=5)
+    apply(stage, "chat", weight=3)
+    stage.wait_ready("chat")
+    leader.start()
+
+
+def test_leader_that_slept_does_no_harm_when_it_wakes(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    leader, other = by_role(replicas)
+    os.kill(leader.program.pid, signal.SIGSTOP)
+    try:
+        until(lambda: other.metric("evenhand_operator_is_leader") == 1)
+        apply(stage, "chat", weight=4)
+        stage.wait_ready("chat")
+        current = epoch(stage)
+    finally:
+        os.kill(leader.program.pid, signal.SIGCONT)
+    until(lambda: leader.metric("evenhand_operator_is_leader") == 0)
+    apply(stage, "chat", weight=5)
+    stage.wait_ready("chat")
+    assert stage.enforced("chat", "weight") == [5, 5]
+    assert epochs(stage) == {current} == {epoch(stage)}
+
+
+def test_deleted_lease_rolls_nothing_back(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    before = epoch(stage)
+    stage.cluster.kubectl("delete", "lease", OPERATOR, "-n", OPERATOR_NAMESPACE)
+    until(lambda: lease(stage)["spec"]["holderIdentity"])
+    apply(stage, "chat", weight=6)
+    stage.wait_ready("chat")
+    assert epoch(stage) >= before
+    assert epochs(stage) == {epoch(stage)}
+
+
+def test_engines_that_know_a_newer_epoch_are_overtaken_not_obeyed(
+    stage: Stage, replicas: list[OperatorProcess], operators: Operators
+) -> None:
+    """A restored etcd: what is stored is older than what pods enforce."""
+    for replica in replicas:
+        replica.stop()
+    before = max(epochs(stage))
+    stored = lease(stage)
+    stored["metadata"]["annotations"]["evenhand.dev/epoch"] = "1"
+    stage.cluster.apply({key: stored[key] for key in ("apiVersion", "kind", "metadata", "spec")})
+    forget_epoch = json.dumps({"status": {"epoch": 1, "revision": 1, "pods": []}})
+    stage.kubectl("patch", "epool", "default", "--subresource=status", "--type=merge", "-p", forget_epoch)
+    stage.kubectl("delete", "secret", "evenhand-bootstrap-default-0")
+    for replica in replicas:
+        replica.start()
+    apply(stage, "chat", weight=7)
+    until(lambda: stage.enforced("chat", "weight") == [7, 7])
+    assert min(epochs(stage)) > before
+    stage.wait_ready("chat")
+    assert stage.pool()["status"]["epoch"] == epoch(stage)
+
+
+# ---- the API server
+
+
+def test_deletions_and_changes_while_the_api_server_was_away(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    names = [f"gap-{index}" for index in range(6)]
+    stage.cluster.apply(*(policy(stage.namespace, name) for name in names))
+    stage.wait_ready(*names)
+    for replica in replicas:  # they see nothing of what happens now
+        os.kill(replica.program.pid, signal.SIGSTOP)
+    try:
+        stage.kubectl("delete", "tpol", *names[:3])
+        apply(stage, names[3], weight=8)
+        apply(stage, "born-in-the-gap")
+        stage.cluster.restart_api_server(grace=0)
+    finally:
+        for replica in replicas:
+            os.kill(replica.program.pid, signal.SIGCONT)
+    stage.wait_ready(names[3], "born-in-the-gap")
+    until(lambda: stage.enforced(names[0], "weight") == [None, None])
+    assert [stage.enforced(name, "weight") for name in names] == [[None] * 2] * 3 + [[8] * 2, [1] * 2, [1] * 2]
+    assert stage.enforced("born-in-the-gap", "weight") == [1, 1]
+    stage.kubectl("delete", "tpol", *names[3:], "born-in-the-gap")
+
+
+def test_engines_enforce_what_they_have_while_the_api_server_is_away(
+    stage: Stage, replicas: list[OperatorProcess]
+) -> None:
+    stage.wait_ready("chat")
+    before = stage.enforced("chat", "weight")
+    pods = stage.ready_pods()
+    stage.cluster.stop_api_server(grace=0)
+    try:
+        time.sleep(9)  # longer than a leader may go without renewing the Lease
+        for replica in replicas:
+            replica.program.check_running()
+            assert replica.probe("healthz") == 200
+        assert len(pods) == 2
+    finally:
+        stage.cluster.start_api_server()
+    apply(stage, "chat", weight=9)
+    stage.wait_ready("chat")
+    assert (before, stage.enforced("chat", "weight")) == ([7, 7], [9, 9])
+
+
+def test_watch_that_is_cut_again_and_again_misses_nothing(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    for weight in (10, 11):
+        stage.cluster.restart_api_server(grace=0)
+        apply(stage, "chat", weight=weight)
+        until(lambda weight=weight: stage.enforced("chat", "weight") == [weight] * 2)
+    stage.wait_ready("chat")
+
+
+# ---- other versions
+
+
+def test_what_another_version_has_written_is_tolerated(
+    stage: Stage, cluster: ControlPlane, replicas: list[OperatorProcess]
+) -> None:
+    """Conditions and members that this version does not know neither stop it nor make it write for ever."""
+    for replica in replicas:
+        replica.stop()
+    row = {
+        "type": "Billed",
+        "status": "True",
+        "reason": "Billed",
+        "message": "",
+        "lastTransitionTime": "2030-01-01T00:00:00Z",
+    }
+    foreign = {"conditions": [row]}
+    for kind, name in (("TenantPolicy", "chat"), ("EnginePool", "default")):
+        metadata = {"name": name, "namespace": stage.namespace}
+        obj = {"apiVersion": "evenhand.dev/v1alpha1", "kind": kind, "metadata": metadata, "status": foreign}
+        arguments = ["apply", "--server-side", "--subresource=status", "--field-manager=evenhand-billing", "-f", "-"]
+        cluster.kubectl(*arguments, stdin=json.dumps(obj))
+    later = json.dumps({"metadata": {"annotations": {"evenhand.dev/epoch": "1000", "evenhand.dev/shard": "3"}}})
+    cluster.kubectl("patch", "lease", OPERATOR, "-n", OPERATOR_NAMESPACE, "--type=merge", "-p", later)
+    for replica in replicas:
+        replica.start()
+    apply(stage, "chat", weight=2)
+    stage.wait_ready("chat")
+    assert epochs(stage) == {1001}
+    assert lease(stage)["metadata"]["annotations"]["evenhand.dev/shard"] == "3"
+    assert conditions(stage.policy("chat"))["Billed"] == conditions(stage.pool())["Billed"] == ("True", "Billed")
+    until(lambda: stage.pool()["status"]["applied"] == "2/2")
+    leader, _ = by_role(replicas)
+    before = leader.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status")
+    apply(stage, "other")
+    stage.wait_ready("other")
+    assert leader.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status") - before == 1
+
+
+def test_pool_that_goes_and_comes_back_goes_on(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    stage.kubectl("delete", "epool", "default")
+    stage.wait("Accepted=false", "chat")
+    assert stage.conditions("chat")["Accepted"] == ("False", "PoolNotFound")
+    assert stage.enforced("chat", "weight") == [2, 2], "engines keep what they have"
+    stage.cluster.apply(pool(stage.namespace))
+    stage.wait_ready("chat")
+    apply(stage, "chat", weight=3)
+    stage.wait_ready("chat")
+    assert stage.enforced("chat", "weight") == [3, 3]
