@@ -95,8 +95,9 @@ class EngineClient:
         self._progress_at = time.monotonic()
         self._closing = False
         self._stats_listeners: list[Callable[[EngineStats], None]] = []
-        for target in (self._read, self._write):
-            threading.Thread(target=target, name=f"engine-client{target.__name__}", daemon=True).start()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._write)]
+        for thread in self._threads:
+            thread.start()
 
     async def start(self) -> EngineReady:
         """Wait until the model is loaded; raises StartupError with the core's message if it cannot be."""
@@ -139,8 +140,9 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self.failure is None:
             self._outbox.put(AbortRequest(request_id=request_id, reason=reason, num_output_tokens=num_output_tokens))
 
-    def reconfigure(self, config: SchedulerConfig) -> None:
-        self._outbox.put(Reconfigure(config=config))
+    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None:
+        """Enforce `config` from the next step on; `num_replicas` engines share its limits."""
+        self._outbox.put(Reconfigure(config=config, num_replicas=num_replicas))
 
     def seconds_without_progress(self, now: float) -> float:
         """How long the core has had work and done none of it, by outputs and step ids; 0 while it is idle."""
@@ -155,9 +157,14 @@ class EngineClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self.died.wait()
-        self._process.kill()  # does nothing to a process that has ended
-        await self._loop.run_in_executor(None, self._process.join)
         self._outbox.put(None)
+        await self._loop.run_in_executor(None, self._end)
+
+    def _end(self) -> None:
+        self._process.kill()  # does nothing to a process that has ended
+        self._process.join()
+        for thread in self._threads:  # both ends of the pipe are dead, so neither can wait any longer
+            thread.join()
         self._connection.close()
 
     def _write(self) -> None:

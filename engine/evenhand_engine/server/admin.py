@@ -66,6 +66,7 @@ async def show_config(request: web.Request) -> web.Response:
             "source": state.source,
             "path": None if service.settings.policies is None else str(service.settings.policies),
             "digest": state.digest,
+            "numReplicas": state.num_replicas,
             "appliedAt": state.applied_at,
             "engineDigest": None if stats is None else stats.config_digest,
             "error": state.error,

@@ -16,7 +16,7 @@ from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.quota import TokenBucket
 from evenhand_engine.server.chat import create_chat_completion
 from evenhand_engine.server.completions import create_completion
-from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_http
+from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
 from evenhand_engine.server.requests import request_id
 from evenhand_engine.server.responses import json_response, metrics_response
 from evenhand_engine.server.service import LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("evenhand.access")
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only in the log
-_RESTART_SECONDS = 10.0
 _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody's
 
 
@@ -92,7 +91,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Refusal as refusal:
         return refuse(request, refusal)
     except EngineDeadError as error:
-        return refuse(request, refuse_dead_engine(error))
+        return refuse(request, refuse_dead_engine(error, draining=request.app[SERVICE].draining))
     except web.HTTPException as error:
         return refuse(request, refuse_http(error))
     except ConnectionResetError:
@@ -115,7 +114,7 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
         return await handler(request)
     request[TENANT_ID] = service.authenticator.authenticate(request.headers)
     if service.draining:
-        raise _draining()
+        raise refuse_draining()
     with service.active:
         return await handler(request)
 
@@ -170,16 +169,12 @@ async def show_health(request: web.Request) -> web.Response:
 async def show_ready(request: web.Request) -> web.Response:
     """Like /health, and 503 as soon as the server drains, so that nothing new is sent here."""
     if request.app[SERVICE].draining:
-        return error_response(_draining())
+        return error_response(refuse_draining())
     return await show_health(request)
 
 
 async def show_version(request: web.Request) -> web.Response:
     return json_response({"version": version("evenhand")})
-
-
-def _draining() -> Refusal:
-    return Refusal(503, "draining", "The server is shutting down.", retry_after=_RESTART_SECONDS)
 
 
 async def show_metrics(request: web.Request) -> web.Response:

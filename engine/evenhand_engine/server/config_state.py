@@ -21,12 +21,14 @@ class ConfigState:
 
     Attributes:
         config, source, digest, applied_at: of the config in force.
+        num_replicas: engines that share the config's limits, this one included.
         error, rejected_at: of the last config offered, if it was rejected; None if it is in force.
         results: how many configs were `applied` and `rejected`.
     """
 
     config: SchedulerConfig
     source: ConfigSource
+    num_replicas: int = 1
     digest: str = ""
     applied_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     error: str | None = None
@@ -36,13 +38,13 @@ class ConfigState:
     def __post_init__(self) -> None:
         self.digest = self.config.digest()
 
-    def apply(self, config: SchedulerConfig, source: ConfigSource) -> bool:
+    def apply(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int) -> bool:
         """Note that `config` is the one offered last; returns whether it differs from the one in force."""
         self.error = self.rejected_at = None
         digest = config.digest()
-        if digest == self.digest:
+        if (digest, num_replicas) == (self.digest, self.num_replicas):
             return False
-        self.config, self.source, self.digest = config, source, digest
+        self.config, self.source, self.num_replicas, self.digest = config, source, num_replicas, digest
         self.applied_at = datetime.now(UTC)
         self.results["applied"] += 1
         return True

@@ -9,6 +9,7 @@ from aiohttp import web
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.request import FinishReason
 
+_RESTART_SECONDS = 10.0  # what a supervisor needs to start another process, about
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -54,9 +55,15 @@ def refuse_http(error: web.HTTPException) -> Refusal:
     return Refusal(error.status, code, f"{error.reason}.")
 
 
-def refuse_dead_engine(error: EngineDeadError) -> Refusal:
-    """The process is about to exit; a supervisor that restarts it needs about this long."""
-    return Refusal(503, "engine_dead", f"The engine cannot answer: {error}.", retry_after=10)
+def refuse_draining() -> Refusal:
+    return Refusal(503, "draining", "The server is shutting down.", retry_after=_RESTART_SECONDS)
+
+
+def refuse_dead_engine(error: EngineDeadError, *, draining: bool) -> Refusal:
+    """The process is about to exit: by itself, or because a drain took too long."""
+    if draining:
+        return refuse_draining()
+    return Refusal(503, "engine_dead", f"The engine cannot answer: {error}.", retry_after=_RESTART_SECONDS)
 
 
 def refuse_finished(reason: FinishReason, queue_delay: float) -> Refusal | None:
@@ -77,6 +84,6 @@ def refuse_finished(reason: FinishReason, queue_delay: float) -> Refusal | None:
             message = "The request can never fit into the tenant's part of the KV cache. Shorten it."
             return Refusal(503, "overloaded", message)
         case FinishReason.ABORT:
-            return Refusal(503, "draining", "The server is shutting down.", retry_after=10)
+            return refuse_draining()
         case FinishReason.ERROR:
             return Refusal(500, "engine_error", "The engine failed to compute this request.", retry_after=1)

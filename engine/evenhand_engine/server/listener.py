@@ -1,10 +1,13 @@
-"""Listening sockets: bound before anything is loaded, so that a port in use is found at once."""
+"""Listening sockets, bound before anything is loaded so that a port in use is found at once, and their TLS."""
 
+import logging
 import socket
 import ssl
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 
@@ -29,6 +32,23 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
         files = " and ".join(str(path) for path in (settings.ssl_certfile, settings.ssl_keyfile) if path)
         raise StartupError(f"cannot use the TLS certificate of {files}: {error}") from error
     return context
+
+
+async def watch_certificate(settings: ServerSettings, context: ssl.SSLContext) -> None:
+    """Until cancelled, let new connections use the certificate as it is renewed; one that is no good is not used."""
+    from evenhand_engine.directory_watch import watch_directory
+
+    assert settings.ssl_certfile is not None
+
+    async def reload() -> None:
+        try:
+            tls_context(settings)  # first by itself: a failure half-way would leave certificate and key unmatched
+        except StartupError as error:
+            log.error("the renewed certificate is not used", extra={"fields": {"error": error}})
+        else:
+            context.load_cert_chain(settings.ssl_certfile or "", settings.ssl_keyfile)
+
+    await watch_directory(settings.ssl_certfile.parent, reload)
 
 
 def url_of(scheme: str, listener: socket.socket) -> str:

@@ -96,16 +96,24 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         return self.settings.served_model_names or (self.ready.model_name,)
 
-    def apply_config(self, config: SchedulerConfig, source: ConfigSource) -> None:
-        """Enforce `config` from now on, here and in the engine; requests in flight go on."""
-        if not self.config_state.apply(config, source):
+    def apply_config(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int = 1) -> None:
+        """Enforce `config` from now on, here and in the engine; requests in flight go on.
+
+        `num_replicas` engines share its limits.
+        """
+        if not self.config_state.apply(config, source, num_replicas):
             return
         self.authenticator = self._authenticator(config)
-        self.admission.reconfigure(config, time.monotonic())
-        self.engine.reconfigure(config)
+        self.admission.reconfigure(config, time.monotonic(), num_replicas)
+        self.engine.reconfigure(config, num_replicas)
         accounts = self.admission.accounts
         self.tenants = {i: t for i, t in self.tenants.items() if i in accounts or t.num_running or t.num_waiting}
-        fields = {"source": source, "digest": self.config_state.digest, "tenants": len(config.tenants)}
+        fields = {
+            "source": source,
+            "replicas": num_replicas,
+            "digest": self.config_state.digest,
+            "tenants": len(config.tenants),
+        }
         log.info("config applied", extra={"fields": fields})
 
     def reject_config(self, error: str) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.server.listener import BACKLOG, listen, tls_context, url_of
+from evenhand_engine.server.listener import BACKLOG, listen, tls_context, url_of, watch_certificate
 from evenhand_engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ async def start_server(
         await _serve_app(stack, build_admin_app(service), admin, None)
         await _serve_app(stack, build_app(service), public, tls)
         await stack.enter_async_context(_watch_policies(service))
+        if tls is not None:
+            await stack.enter_async_context(_background(watch_certificate(settings, tls)))
         gc.collect()
         gc.freeze()  # what lives as long as the server need not be looked at again
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))

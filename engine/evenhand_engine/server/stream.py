@@ -98,7 +98,7 @@ async def _answer_events(
         except Refusal as refusal:
             await _send_refusal(request, events, refusal)
         except EngineDeadError as error:
-            await _send_refusal(request, events, refuse_dead_engine(error))
+            await _send_refusal(request, events, refuse_dead_engine(error, draining=request.app[SERVICE].draining))
         return await events.close()
 
 

@@ -239,7 +239,7 @@ def test_drain_timeout_ends_streams_with_a_reason(tiny: Start) -> None:
         with pytest.raises(openai.APIError) as caught:
             for _ in stream:
                 pass
-        assert caught.value.code == "engine_dead"
+        assert caught.value.code == "draining"
     assert server.wait() == 0
 
 

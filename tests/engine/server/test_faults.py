@@ -1,6 +1,7 @@
 """Clients that leave, dawdle or lie, and an engine that dies or stands still."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -204,6 +205,32 @@ def test_tls(serve: Serve, say: Say, authority: trustme.CA, tmp_path: Path) -> N
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{server.url}/health")
     assert httpx2.get(f"{server.admin_url}/health").status_code == 200
+
+
+def test_a_renewed_certificate_is_used(serve: Serve, say: Say, tmp_path: Path) -> None:
+    combined = tmp_path / "tls.pem"
+
+    def renew(authority: trustme.CA) -> ssl.SSLContext:
+        fresh = tmp_path / "fresh"
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(fresh)
+        fresh.replace(combined)
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        return context
+
+    renew(trustme.CA())
+    server = serve(say("ok"), ssl_certfile=combined)
+    context = renew(trustme.CA())
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        with contextlib.suppress(httpx2.ConnectError):
+            assert httpx2.get(f"{server.url}/health", verify=context).status_code == 200
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / "fresh").write_text("garbage")
+    (tmp_path / "fresh").replace(combined)
+    assert httpx2.get(f"{server.url}/health", verify=context).status_code == 200
 
 
 def test_unusable_tls_files(serve: Serve, say: Say, tmp_path: Path) -> None:
