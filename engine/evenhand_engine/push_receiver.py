@@ -255,8 +255,13 @@ class PushReceiver:
 
 
 def is_local(request: web.Request) -> bool:
-    """Whether the request comes from this machine."""
+    """From this machine, and by an address: a name may be a web page's, which rebinds it to reach this port."""
+    host = request.url.host or ""
+    return _is_loopback(request.remote or "") and (host == "localhost" or _is_loopback(host))
+
+
+def _is_loopback(address: str) -> bool:
     try:
-        return ipaddress.ip_address(request.remote or "").is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False

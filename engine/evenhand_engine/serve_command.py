@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from evenhand_engine.push_receiver import PushSettings
     from evenhand_engine.server.startup import Running
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -39,6 +40,10 @@ def quantity(value: str) -> int:
 @click.option("--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
+@click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")
+@click.option("--push-keys", type=click.Path(path_type=Path), help="Folder of the pool's mounted push key Secret.")
+@click.option("--bootstrap", type=click.Path(path_type=Path), help="Folder of the pool's mounted bootstrap Secrets.")
+@click.option("--last-good", type=click.Path(path_type=Path), help="File that keeps the last config across restarts.")
 @click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
 @click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
@@ -84,6 +89,7 @@ def serve(model: str | None, **options: Any) -> None:
         admin_host=options["admin_host"],
         admin_port=options["admin_port"],
         policies=options["policies"],
+        push=_push_settings(options),
         anonymous=options["anonymous"],
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
@@ -99,6 +105,29 @@ def serve(model: str | None, **options: Any) -> None:
             click.echo(f"evenhand: {error}", err=True)
             code = 1
     sys.exit(code)
+
+
+def _push_settings(options: dict[str, Any]) -> "PushSettings | None":
+    """Raises UsageError where the options contradict each other."""
+    if options["pool"] is None:
+        given = [f"--{name.replace('_', '-')}" for name in ("push_keys", "bootstrap", "last_good") if options[name]]
+        if given:
+            raise click.UsageError(f"{', '.join(given)} means nothing without --pool NAMESPACE/NAME.")
+        return None
+    if options["policies"] is not None:
+        raise click.UsageError(
+            "--pool and --policies exclude each other: either an operator or files set the policies."
+        )
+    if options["push_keys"] is None:
+        raise click.UsageError("--pool needs --push-keys DIR, the folder where the pool's push key Secret is mounted.")
+    namespace, slash, name = options["pool"].partition("/")
+    if not (namespace and slash and name) or "/" in name:
+        raise click.BadParameter(f"{options['pool']!r} is not NAMESPACE/NAME.", param_hint="--pool")
+    from evenhand_engine.push_receiver import PushSettings
+    from evenhand_policy.config import PoolReference
+
+    pool = PoolReference(namespace=namespace, name=name)
+    return PushSettings(pool, options["push_keys"], options["bootstrap"], options["last_good"])
 
 
 def _announce(running: "Running") -> None:

@@ -1,19 +1,21 @@
 """The admin application, on a port that tenants must not reach: what is enforced, and each tenant's live state.
 
-Health and metrics are for anybody who reaches the port; the rest is for this machine, since it names tenants.
+Health and metrics are for anybody who reaches the port; the rest is for this machine and for who knows the push key,
+since it names tenants.
 """
 
-import ipaddress
 import math
 import time
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from evenhand_engine.admission import TenantAccount
 from evenhand_engine.errors import Refusal
 from evenhand_engine.messages import TenantStats
+from evenhand_engine.push_receiver import PushReceiver, is_local
 from evenhand_engine.quota import TokenBucket
 from evenhand_engine.server.app import Handler, answer_errors, log_access, show_health, show_ready
 from evenhand_engine.server.responses import json_response, metrics_response
@@ -21,9 +23,13 @@ from evenhand_engine.server.service import SERVICE, Service
 from evenhand_engine.share_tracker import Share
 
 
-def build_admin_app(service: Service) -> web.Application:
-    app = web.Application(middlewares=[log_access, answer_errors, require_loopback])
+def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> web.Application:
+    """`receiver`: takes the operator's pushes; what it finds signed is answered like what comes from this machine."""
+    guard = require_loopback if receiver is None else _require_signature(receiver)
+    app = web.Application(middlewares=[log_access, answer_errors, guard])
     app[SERVICE] = service
+    if receiver is not None:
+        app.add_routes(receiver.routes())
     app.add_routes(
         [
             web.get("/v1/scheduler-config", show_config),
@@ -38,22 +44,19 @@ def build_admin_app(service: Service) -> web.Application:
 
 @web.middleware
 async def require_loopback(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.match_info.handler not in _OPEN_HANDLERS and not _is_local(request):
+    if request.match_info.handler not in _OPEN_HANDLERS and not is_local(request):
         raise Refusal(403, "not_local", "This is answered to requests from the machine itself only.")
     return await handler(request)
 
 
-def _is_local(request: web.Request) -> bool:
-    """From this machine, and by an address: a name may be a web page's, which rebinds it to reach this port."""
-    host = request.url.host or ""
-    return _is_loopback(request.remote or "") and (host == "localhost" or _is_loopback(host))
+def _require_signature(receiver: PushReceiver) -> Middleware:
+    @web.middleware
+    async def require_signature(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.handler in _OPEN_HANDLERS:
+            return await handler(request)
+        return await receiver.require_signature(request, handler)
 
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+    return require_signature
 
 
 async def show_config(request: web.Request) -> web.Response:

@@ -13,6 +13,7 @@ class ConfigSource(StrEnum):
 
     DEFAULT = "default"  # nothing was given: everybody is the default tenant
     FILES = "files"
+    OPERATOR = "operator"  # pushed, or stored from an earlier push
 
 
 @dataclass(slots=True)

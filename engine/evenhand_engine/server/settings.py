@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenhand_engine.push_receiver import PushSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,7 @@ class ServerSettings:
         admin_port: admin port; 0: any free one.
         served_model_names: names under which clients may ask for the model; the first is the one that answers carry.
         policies: directory of TenantPolicy files, watched; None: everybody is the default tenant.
+        push: how an operator pushes the config instead; never together with `policies`.
         anonymous: serve requests without credential as the default tenant.
         api_key: a key that admits to the default tenant; requests without credential are then refused.
         ssl_certfile: PEM certificate chain of the public port; None: plain HTTP.
@@ -30,6 +35,7 @@ class ServerSettings:
     admin_port: int = 9000
     served_model_names: tuple[str, ...] = ()
     policies: Path | None = None
+    push: "PushSettings | None" = None
     anonymous: bool = True
     api_key: str | None = None
     ssl_certfile: Path | None = None

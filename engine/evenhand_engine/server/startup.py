@@ -25,8 +25,10 @@ from evenhand_engine.server.settings import ServerSettings
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from evenhand_engine.push_receiver import PushReceiver
     from evenhand_engine.server.config_state import ConfigState
     from evenhand_engine.server.service import Service
+    from evenhand_policy.config import SchedulerConfig
 
 SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
 T = TypeVar("T")
@@ -66,7 +68,7 @@ async def start_server(
         tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
         service = Service(settings, engine, await engine.start(), tokenizer, config_state)
         stack.callback(service.close)
-        await _serve_app(stack, build_admin_app(service), admin, None)
+        await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
         await _serve_app(stack, build_app(service), public, tls)
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
@@ -84,6 +86,18 @@ def _initial_config(settings: ServerSettings) -> "ConfigState":
     if settings.policies is None:
         return ConfigState(SchedulerConfig(), ConfigSource.DEFAULT)
     return ConfigState(load_initial(settings.policies), ConfigSource.FILES)
+
+
+def _push_receiver(service: "Service") -> "PushReceiver | None":
+    if service.settings.push is None:
+        return None
+    from evenhand_engine.push_receiver import PushReceiver
+    from evenhand_engine.server.config_state import ConfigSource
+
+    def apply(config: "SchedulerConfig", num_replicas: int) -> None:
+        service.apply_config(config, ConfigSource.OPERATOR, num_replicas)
+
+    return PushReceiver(service.settings.push, apply)
 
 
 async def _serve_app(
