@@ -394,6 +394,11 @@ def test_this_machine_is_local(address: str) -> None:
     assert is_local(request_from(address))
 
 
+def test_a_web_page_that_rebinds_its_name_to_this_machine_is_not() -> None:
+    request = request_from("127.0.0.1").clone(headers={"Host": "attacker.example"})
+    assert not is_local(request)
+
+
 @pytest.mark.parametrize("address", ["10.0.0.1", "192.168.1.1", "fe80::1", "", "nonsense"])
 def test_others_are_not(address: str) -> None:
     assert not is_local(request_from(address))
@@ -403,7 +408,7 @@ def request_from(address: str) -> web.Request:
     transport = SimpleNamespace(
         get_extra_info=lambda name, default=None: (address, 1) if name == "peername" else default
     )
-    return make_mocked_request("GET", REPORT_PATH, transport=transport)
+    return make_mocked_request("GET", REPORT_PATH, headers={"Host": "localhost:9000"}, transport=transport)
 
 
 async def test_stranger_reads_nothing_unsigned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
