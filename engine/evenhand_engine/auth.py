@@ -4,7 +4,6 @@ Built anew from each SchedulerConfig and immutable. Pure but for the time at whi
 It never keeps, logs or returns a credential.
 """
 
-import hashlib
 from collections.abc import Iterable
 
 import jwt
@@ -17,6 +16,7 @@ from evenhand_policy.config import (
     ServiceAccountIssuer,
     UnknownTenantAction,
 )
+from evenhand_policy.credentials import key_hash
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"]  # asymmetric only: no key confusion
 _CLOCK_SKEW_SECONDS = 30
@@ -40,7 +40,7 @@ class Authenticator:
         self._anonymous = anonymous
         self._shares_with_unknown = config.unknown_tenants.action is UnknownTenantAction.SHARE
         # Looked up by SHA-256, so how long a look-up takes says nothing about the key.
-        self._tenants_by_key = {hash_key(key): DEFAULT_TENANT_ID for key in shared_keys}
+        self._tenants_by_key = {key_hash(key): DEFAULT_TENANT_ID for key in shared_keys}
         self._tenants_by_key |= {key: tenant.tenant_id for tenant in config.tenants for key in tenant.key_hashes}
         self._tenants_by_subject = {s: tenant.tenant_id for tenant in config.tenants for s in tenant.service_accounts}
         self._tenants_by_header = {v: tenant.tenant_id for tenant in config.tenants for v in tenant.header_values}
@@ -57,10 +57,10 @@ class Authenticator:
             return self._anonymous_tenant()
         if scheme.lower() != "bearer" or not credential:
             raise _unauthorized("The Authorization header must be `Bearer` and an API key.")
-        key_hash = hash_key(credential)
-        if key_hash in self._gateway_keys:
+        hashed = key_hash(credential)
+        if hashed in self._gateway_keys:
             return self._known_or_shared(self._tenants_by_header.get(_single(headers, self._tenant_header)))
-        if (tenant_id := self._tenants_by_key.get(key_hash)) is not None:
+        if (tenant_id := self._tenants_by_key.get(hashed)) is not None:
             return tenant_id
         if self._tokens is not None and credential.count(".") == 2:
             return self._known_or_shared(self._tenants_by_subject.get(self._tokens.subject(credential)))
@@ -118,11 +118,6 @@ def _single(headers: CIMultiDictProxy[str], name: str) -> str:
     if len(values) > 1:
         raise Refusal(400, "invalid_value", f"The request has more than one {name} header.", param=name)
     return values[0]
-
-
-def hash_key(key: str) -> str:
-    """How a config names an API key: `sha256:` and the hexadecimal SHA-256."""
-    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _unauthorized(message: str) -> Refusal:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from evenhand_engine.auth import Authenticator, hash_key
+from evenhand_engine.auth import Authenticator
 from evenhand_engine.errors import Refusal
 from evenhand_policy.config import (
     DEFAULT_TENANT_ID,
@@ -23,6 +23,7 @@ from evenhand_policy.config import (
     UnknownTenantAction,
     UnknownTenants,
 )
+from evenhand_policy.credentials import key_hash
 
 KEY, OTHER_KEY, GATEWAY_KEY = "k" * 24, "o" * 24, "g" * 24
 ISSUER, AUDIENCE = "https://cluster.example", "evenhand"
@@ -39,10 +40,10 @@ def public_jwk(key: rsa.RSAPrivateKey, **fields: str) -> dict[str, Any]:
 def config(reject: bool = False, jwk: dict[str, Any] | None = None) -> SchedulerConfig:
     return SchedulerConfig(
         tenants=(
-            TenantConfig(tenant_id="chat", key_hashes=(hash_key(KEY),), service_accounts=(SUBJECT,)),
-            TenantConfig(tenant_id="batch", key_hashes=(hash_key(OTHER_KEY),), header_values=("batch",)),
+            TenantConfig(tenant_id="chat", key_hashes=(key_hash(KEY),), service_accounts=(SUBJECT,)),
+            TenantConfig(tenant_id="batch", key_hashes=(key_hash(OTHER_KEY),), header_values=("batch",)),
         ),
-        gateway=Gateway(key_hashes=(hash_key(GATEWAY_KEY),), tenant_header="x-team"),
+        gateway=Gateway(key_hashes=(key_hash(GATEWAY_KEY),), tenant_header="x-team"),
         service_accounts=ServiceAccountIssuer(
             issuer=ISSUER, audience=AUDIENCE, jwks={"keys": [jwk or public_jwk(SIGNING_KEY)]}
         ),
@@ -79,7 +80,7 @@ def test_api_key(authenticator: Authenticator) -> None:
     assert authenticator.authenticate(headers(("AUTHORIZATION", f"bearer  {OTHER_KEY}"))) == "batch"
 
 
-@pytest.mark.parametrize("value", ["Bearer nonsense", "Bearer", "Basic " + KEY, KEY, "Bearer " + hash_key(KEY), "x"])
+@pytest.mark.parametrize("value", ["Bearer nonsense", "Bearer", "Basic " + KEY, KEY, "Bearer " + key_hash(KEY), "x"])
 def test_unknown_credential_is_a_401(authenticator: Authenticator, value: str) -> None:
     refusal = refused(authenticator, headers(("Authorization", value)))
     assert (refusal.status, refusal.code) == (401, "invalid_api_key")
