@@ -1,0 +1,156 @@
+"""The default model's greedy tokens equal those of transformers, however the scheduler cuts and mixes the work."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from evenhand_engine.batch import Batch
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.model_runner import LoadedModel, load_model
+from evenhand_engine.request import Request, SamplingParams
+from evenhand_engine.scheduler import Scheduler
+from evenhand_policy.config import SchedulerConfig
+
+NUM_OUTPUTS = 24
+PROMPTS = (
+    "The",
+    "The capital of France is",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nWrite a haiku about the sea.<|im_end|>\n<|im_start|>assistant\n",
+    "def fibonacci(n):\n    ",
+    "1, 2, 3, 4, 5,",
+    "Il était une fois une princesse qui",
+    "Water boils at one hundred degrees because " * 30,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[LoadedModel]:
+    num_threads = torch.get_num_threads()
+    yield load_model(EngineConfig(max_num_batched_tokens=512, kv_cache_bytes=256 << 20, max_model_len=1024))
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(resolve_model_dir(None) / "tokenizer.json"))
+    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def reference_logits() -> Callable[[list[int]], Tensor]:
+    """The reference's logits of every token of a sequence, float32, eager attention."""
+    reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        resolve_model_dir(None), dtype=torch.float32, attn_implementation="eager"
+    )
+
+    def compute(token_ids: list[int]) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = reference(torch.tensor([token_ids])).logits[0]
+        return logits
+
+    return compute
+
+
+class Generation:
+    """Runs requests to their end through a real scheduler."""
+
+    def __init__(self, model: LoadedModel, **settings: int) -> None:
+        self._runner = model.runner
+        self._scheduler = Scheduler(replace(model.settings, **settings), SchedulerConfig())
+        self.requests: list[Request] = []
+        self.batches: list[Batch] = []
+
+    def run(self, prompts: Sequence[list[int]], *, ahead: bool = False) -> list[list[int]]:
+        """The greedy outputs of the prompts, all added at once. `ahead`: plan a step before the last one's tokens are
+        known."""
+        now = float(len(self.batches))
+        added = [Request(f"r{len(self.requests) + n}", "t", p, _greedy(), now) for n, p in enumerate(prompts)]
+        self.requests += added
+        for request in added:
+            self._scheduler.add(request, now)
+        batch = self._scheduler.step(now)
+        while batch is not None:
+            self._runner.submit(batch)
+            now += 1
+            planned = self._scheduler.step(now) if ahead else None
+            self._scheduler.update(batch, self._runner.collect(), now)
+            self.batches.append(batch)
+            batch = planned or self._scheduler.step(now)
+        assert all(request.finish_reason is not None for request in added)
+        return [request.output_token_ids for request in added]
+
+
+def _greedy() -> SamplingParams:
+    return SamplingParams(max_tokens=NUM_OUTPUTS, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def alone(model: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """The outputs of each prompt computed alone, in one piece."""
+    return [Generation(model, enable_prefix_caching=False).run([prompt])[0] for prompt in prompts]
+
+
+def test_alone_equals_the_reference(
+    prompts: list[list[int]], alone: list[list[int]], reference_logits: Callable[[list[int]], Tensor]
+) -> None:
+    for prompt, outputs in zip(prompts, alone, strict=True):
+        assert len(outputs) == NUM_OUTPUTS
+        logits = reference_logits(prompt + outputs)[len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == outputs
+        best, second = logits.topk(2).values.T
+        assert (best - second).min() > 1e-3, "a near tie would make this test a matter of luck"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("max_num_batched_tokens", [512, 48, 7])
+def test_mixed_batches_and_chunks_change_nothing(
+    model: LoadedModel, prompts: list[list[int]], alone: list[list[int]], max_num_batched_tokens: int, ahead: bool
+) -> None:
+    generation = Generation(model, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False)
+    assert generation.run(prompts, ahead=ahead) == alone
+    sizes = [{item.num_scheduled_tokens for item in batch.scheduled} for batch in generation.batches]
+    assert any(1 in step and max(step) > 1 for step in sizes), "no step mixed decodes with a chunk"
+
+
+def test_prefix_hits_change_nothing(model: LoadedModel, prompts: list[list[int]], alone: list[list[int]]) -> None:
+    generation = Generation(model)
+    longest = max(prompts, key=len)
+    assert generation.run([longest]) == [alone[prompts.index(longest)]]
+    assert generation.run(prompts) == alone
+    assert max(request.num_cached_tokens for request in generation.requests) >= len(longest) - 16
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption_changes_nothing(
+    model: LoadedModel, prompts: list[list[int]], alone: list[list[int]], ahead: bool
+) -> None:
+    needed = max(len(prompt) for prompt in prompts) + NUM_OUTPUTS
+    generation = Generation(model, num_kv_blocks=-(-needed // 16) + 2, max_num_batched_tokens=64, growth_blocks=0)
+    assert generation.run(prompts * 2, ahead=ahead) == alone * 2
+    assert sum(request.num_preemptions for request in generation.requests) > 0, "nothing was preempted"
+
+
+def test_bfloat16_differs_only_where_it_cannot_tell(
+    prompts: list[list[int]], alone: list[list[int]], reference_logits: Callable[[list[int]], Tensor]
+) -> None:
+    """At the first difference the reference's two best logits are nearer to each other than neighbouring bfloat16 numbers."""
+    rounded = load_model(EngineConfig(dtype="bfloat16", kv_cache_bytes=64 << 20, max_model_len=1024))
+    differences = 0
+    for prompt, exact in zip(prompts, alone, strict=True):
+        outputs = Generation(rounded, enable_prefix_caching=False).run([prompt])[0]
+        if outputs == exact:
+            continue
+        differences += 1
+        first = next(index for index in range(NUM_OUTPUTS) if outputs[index] != exact[index])
+        best, second = reference_logits(prompt + exact[:first])[-1].topk(2).values.tolist()
+        spacing = 2.0 ** (math.floor(math.log2(best)) - 7)  # of bfloat16 numbers there
+        assert best - second < spacing
+    assert differences < len(prompts) / 2

@@ -1,0 +1,111 @@
+"""The sampler draws from exactly the distribution that its parameters define, and reproducibly."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evenhand_engine.request import SamplingParams
+from evenhand_engine.sampler import SamplingRow, sample
+
+PROBABILITIES = (0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05)
+LOGITS = torch.tensor(PROBABILITIES).log() + 3.7  # any constant
+
+
+def row(index: int = 0, **params: Any) -> SamplingRow:
+    return SamplingRow(SamplingParams(max_tokens=10_000, **params), index)
+
+
+def draw(logits: Tensor, num_draws: int, **params: Any) -> Tensor:
+    """How often each token is drawn by the first output tokens of one request."""
+    rows = [row(index, seed=5, **params) for index in range(num_draws)]
+    token_ids = sample(logits.expand(num_draws, -1).clone(), rows)
+    return torch.bincount(torch.tensor(token_ids), minlength=len(logits)).double()
+
+
+def expected_distribution(temperature: float, kept: set[int]) -> Tensor:
+    weights = torch.tensor(PROBABILITIES, dtype=torch.float64) ** (1 / temperature)
+    weights[[index not in kept for index in range(len(PROBABILITIES))]] = 0
+    return weights / weights.sum()
+
+
+ALL = set(range(8))
+
+
+@pytest.mark.parametrize(
+    "params, kept",
+    [
+        ({}, ALL),
+        ({"temperature": 0.5}, ALL),
+        ({"temperature": 2.0}, ALL),
+        ({"top_k": 3}, {1, 3, 5}),
+        ({"top_k": 100}, ALL),
+        ({"top_p": 0.5}, {1, 3}),  # 0.3 is not enough, 0.55 is
+        ({"top_p": 0.6}, {1, 3, 5}),
+        ({"top_p": 0.96}, ALL - {0}),  # the two tokens of 0.05 stay or go together
+        ({"top_k": 4, "top_p": 0.6}, {1, 3}),  # top_p counts the mass that top_k left: 0.55 of 0.8
+        ({"temperature": 2.0, "top_p": 0.5}, {1, 3, 5}),  # of the distribution after the temperature
+    ],
+)
+def test_draws_follow_the_distribution(params: dict[str, Any], kept: set[int]) -> None:
+    num_draws = 20_000
+    counts = draw(LOGITS, num_draws, **params)
+    expected = expected_distribution(params.get("temperature", 1.0), kept) * num_draws
+
+    assert counts[expected == 0].sum() == 0, "a token that should be cut off was drawn"
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees) + 4
+
+
+def test_a_large_vocabulary_is_cut_exactly() -> None:
+    """top_p must not lose mass to the tail, whose tokens are many and tiny."""
+    logits = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 2
+    probabilities = logits.double().softmax(-1)
+    order = probabilities.argsort(descending=True)
+    num_kept = int((probabilities[order].cumsum(0) < 0.9).sum()) + 1
+
+    drawn = set(draw(logits, 4_000, top_p=0.9).nonzero()[:, 0].tolist())
+
+    assert drawn <= set(order[:num_kept].tolist())
+    assert drawn & set(order[num_kept // 2 : num_kept].tolist()), "the kept tail is never drawn"
+
+
+def test_temperature_zero_takes_the_best_token_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    assert sample(logits, [row(temperature=0), row(temperature=0, top_p=0.1, seed=3)]) == [1, 0]
+
+
+@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}, {"temperature": 1e-30}])
+def test_the_narrowest_settings_are_greedy(params: dict[str, Any]) -> None:
+    assert draw(LOGITS, 50, **params)[1] == 50
+
+
+def test_a_token_depends_on_seed_and_index_alone() -> None:
+    logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1))
+    rows = [row(index=7, seed=1), row(temperature=0), row(index=2, seed=3, top_p=0.8), row(seed=-5, top_k=40)]
+    alone = [sample(logits[number : number + 1].clone(), [rows[number]])[0] for number in range(4)]
+
+    assert sample(logits[:4].clone(), rows) == alone
+    assert sample(logits[[3, 2, 1, 0]].clone(), rows[::-1]) == alone[::-1]
+    assert sample(logits[:4].clone(), rows) == alone, "no hidden state"
+
+
+def test_seeds_and_positions_give_independent_numbers() -> None:
+    logits = torch.zeros(1, 1000)
+    by_index = {sample(logits.clone(), [row(index=index, seed=1)])[0] for index in range(300)}
+    by_seed = {sample(logits.clone(), [row(seed=seed)])[0] for seed in range(300)}
+    assert min(len(by_index), len(by_seed)) > 230  # 259 of 1,000 are expected
+
+
+def test_no_stop_token_before_min_tokens() -> None:
+    logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]])
+    params = {"min_tokens": 3, "stop_token_ids": frozenset({1, 2}), "temperature": 0}
+    assert [sample(logits.clone(), [row(index=index, **params)])[0] for index in range(5)] == [3, 3, 3, 1, 1]
+
+
+def test_no_rows_no_tokens() -> None:
+    assert sample(torch.empty(0, 10), []) == []
