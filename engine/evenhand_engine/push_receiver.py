@@ -154,9 +154,9 @@ class PushReceiver:
 
     @web.middleware
     async def require_signature(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """For the admin application: what is neither signed, nor local, nor marked `public` is refused."""
+        """For what the admin application does not show to everybody: it is refused if neither signed nor local."""
         is_own = request.match_info.handler in (self.put_config, self.show_report)
-        if is_own or is_local(request) or getattr(request.match_info.handler, "is_public", False):
+        if is_own or is_local(request):
             return await handler(request)
         try:
             self._verify(request)

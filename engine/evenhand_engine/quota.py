@@ -53,8 +53,7 @@ class TokenBucket:
 
     def give_back(self, amount: float, now: float) -> None:
         """Put back what was taken and not used."""
-        self.take(-amount, now)
-        self._level = min(self._level, self.capacity)
+        self.take(-amount, now)  # `level` never shows more than the capacity
 
     def seconds_until_full(self, now: float) -> float:
         return (self.capacity - self.level(now)) / self.rate

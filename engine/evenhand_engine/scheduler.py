@@ -275,11 +275,11 @@ class Scheduler:
         capped: set[str] = set()
         may_admit = not self._is_static and self.roster.num_missing_seats <= 0
         while budget.fit(0, 1) > 0:
-            tenant = self._next_tenant(misfits.keys() | capped, may_admit=may_admit)
+            blocked = misfits.keys() | capped
+            tenant = self._next_tenant(blocked, may_admit=may_admit)
             if tenant is None:
                 break
-            blocked = not may_admit or tenant.tenant_id in misfits or tenant.tenant_id in capped
-            request = tenant.next_prompt(may_start=not blocked)
+            request = tenant.next_prompt(may_start=may_admit and tenant.tenant_id not in blocked)
             assert request is not None
             if request.started_at is None:
                 fit = self.roster.fit(request)

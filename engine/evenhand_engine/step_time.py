@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from evenhand_engine.batch import Batch
-
 _SCALES = (1.0, 1e-2, 1e-4, 1e-6)  # bring the four features to the order of one
 _FORGETTING = 0.99  # a sample's weight halves every 70 steps
 _MARGIN = 1.1  # plan for steps that take a little longer than predicted
@@ -25,14 +23,6 @@ class StepLoad:
             self.decode_context += num_computed_tokens
         else:
             self.chunk_pairs += num_scheduled_tokens * (2 * num_computed_tokens + num_scheduled_tokens) // 2
-
-    @classmethod
-    def of(cls, batch: Batch) -> "StepLoad":
-        """The load of a scheduled batch."""
-        load = cls()
-        for item in batch.scheduled:
-            load.add(item.num_computed_tokens, item.num_scheduled_tokens)
-        return load
 
     def features(self) -> tuple[float, ...]:
         """The load as a vector, scaled, with a constant first."""
