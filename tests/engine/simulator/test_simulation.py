@@ -121,6 +121,15 @@ def test_until_ends_the_run_and_leaves_the_rest_unserved() -> None:
     assert (record.is_served, record.first_token_time, result.end_time) == (False, 1.0, 5.0)
 
 
+def test_static_batches_run_to_the_end_of_their_longest_request() -> None:
+    trace = [TraceRequest("a", 0.0, 1, outputs) for outputs in (10, 2, 7, 3)]
+    ends = {
+        policy: Simulation(scheduler(policy, max_num_seqs=2), SECOND_PER_STEP, trace, max_model_len=600).run().end_time
+        for policy in ("static", "fcfs")
+    }
+    assert ends == {"static": 10 + 7, "fcfs": 2 + 7 + 3}  # the 10 runs beside the others
+
+
 class Lazy(Scheduler):
     """Schedules nothing."""
 
