@@ -1,12 +1,13 @@
 """Who gives way when memory or seats run out: pure choices, made by the scheduler between steps.
 
-Three occasions, each with its victims:
+Four occasions, each with its victims:
 
     reclaim   a tenant within its KV guarantee needs blocks: the tenant holding most beyond its guarantee gives way
     service   a tenant is far behind in service and its prompt does not fit: the most over-served tenant gives way, but
               never blocks of its guarantee, only requests past their minimum run, and only if it stays ahead
               afterwards, so that two requests can never preempt each other in turn
     growth    a running request needs its next block: somebody must yield, if need be the request itself
+    ceiling   the same, but its tenant holds all that it may: one of its own must yield
 
 Of a tenant the least computed request goes first: the least work is lost (vLLM issue 54644 measured half of the
 recompute tax to be the choice of the victim).
@@ -63,10 +64,12 @@ class Preemption:
                     beyond -= victims.add(victim)
         return victims.chosen if victims.suffice else []
 
-    def growth(self, request: Request, owner: Tenant, tenants: Iterable[Tenant]) -> Request:
-        """The one who yields a block so that the running `request` of `owner` can go on; maybe `request` itself."""
-        if self._held(owner) >= owner.max_blocks:
-            return _least_computed_first(owner.running())[0]
+    def ceiling(self, owner: Tenant) -> Request:
+        """The one who yields a block so that another of the same tenant, which holds all that it may, can go on."""
+        return _least_computed_first(owner.running())[0]
+
+    def growth(self, owner: Tenant, tenants: Iterable[Tenant]) -> Request:
+        """The one who yields a block so that a running request of `owner` can go on; maybe that request itself."""
         holders = [tenant for tenant in tenants if tenant.num_running]
         if self._held(owner) < owner.guaranteed_blocks:
             victim_tenant = max(holders, key=self._beyond_guarantee)

@@ -110,5 +110,10 @@ class Request:
     def num_pending_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the output in flight is the last, so that there is nothing more to compute."""
+        return self.num_computed_tokens + 1 >= self.max_num_tokens
+
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {self.tenant_id}, {self.num_computed_tokens}/{self.num_tokens} tokens)"

@@ -1,17 +1,18 @@
 """Roster: who waits, who runs, and on which KV blocks. Owner of the tenants' and requests' places.
 
-    add ──▶ waiting ──admit──▶ prefilling ──end_prefill──▶ decoding ──remove──▶ gone
+    add ──▶ waiting ──admit──▶ prefilling ──end_prefill──▶ decoding ──finish──▶ gone
                ▲                   │                           │
                └─────preempt───────┴───────────────────────────┘
 
-It makes each move whole and keeps the counts right; the scheduler decides which move is made.
+It makes each move whole, keeps the counts right and tells the news; the scheduler decides which move is made.
 """
 
 from enum import Enum, auto
 
 from evenhand_engine.block_manager import BlockManager
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.request import Request
+from evenhand_engine.messages import RequestOutput
+from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.tenant import Tenant
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
 
@@ -32,6 +33,9 @@ class Roster:
         active: tenants with a prompt that waits or is in progress, by id.
         prefilling_tenants: tenants with a prompt in progress, by id.
         running_tenants: tenants with a running request, by id.
+        num_preemptions: since the start.
+        outputs: news of requests that nobody has collected: first starts, tokens, ends.
+        finished_request_ids: requests that left since somebody last took this list.
     """
 
     def __init__(self, settings: SchedulerSettings) -> None:
@@ -44,6 +48,9 @@ class Roster:
         self.running_tenants: dict[str, Tenant] = {}
         self.requests: dict[str, Request] = {}
         self.num_running = 0
+        self.num_preemptions = 0
+        self.outputs: list[RequestOutput] = []
+        self.finished_request_ids: list[str] = []
         self._settings = settings
         self._configs: dict[str, TenantConfig] = {}
         self._num_replicas = 1
@@ -116,8 +123,9 @@ class Roster:
         return self.num_running + 1 - self._settings.max_num_seqs
 
     def is_at_ceiling(self, tenant: Tenant) -> bool:
-        """Whether the tenant holds all the blocks that it may."""
-        return self.blocks.num_held_blocks(tenant.tenant_id) >= tenant.max_blocks
+        """Whether the tenant holds all the blocks that it may; one that may hold the whole cache has no ceiling."""
+        has_ceiling = tenant.max_blocks < self.blocks.num_blocks
+        return has_ceiling and self.blocks.num_held_blocks(tenant.tenant_id) >= tenant.max_blocks
 
     # -- moves
 
@@ -140,6 +148,9 @@ class Roster:
         assert admitted, f"{request} was admitted without room"
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
+            self.outputs.append(
+                RequestOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
+            )
         num_prompt_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         request.num_charged_tokens = max(request.num_charged_tokens, num_prompt_tokens)
         request.started_at = now
@@ -163,17 +174,32 @@ class Roster:
         request.started_at = None
         request.num_preemptions += 1
         tenant.num_preemptions += 1
+        self.num_preemptions += 1
         self._wait(tenant, request)
 
-    def remove(self, request: Request) -> None:
-        """Out, from wherever it is."""
+    def finish(self, request: Request, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> None:
+        """Out, from wherever it is: the one exit of a request. `token_ids`: its last tokens, told with the end."""
         tenant = self.tenants[request.tenant_id]
+        request.finish_reason = reason
         del self.requests[request.request_id]
         if request.started_at is None:
             tenant.waiting.remove(request)
             self._deactivate(tenant)
         else:
             self._stop_running(tenant, request)
+        self.finished_request_ids.append(request.request_id)
+        self.outputs.append(
+            RequestOutput(
+                request_id=request.request_id,
+                token_ids=token_ids,
+                finish_reason=reason,
+                num_cached_tokens=request.num_cached_tokens,
+            )
+        )
+
+    def finish_oversized(self, request: Request) -> None:
+        """End a request that outgrew the cache or its tenant's ceiling while it waited."""
+        self.finish(request, FinishReason.LENGTH if request.num_output_tokens else FinishReason.OVERLOADED)
 
     def check_integrity(self) -> None:
         """Assert that every request has exactly one place and every count is right. For tests and idle moments."""

@@ -4,10 +4,10 @@ Pure: no clock, no I/O, no randomness; time comes in as an argument, so that sim
 that serves. A step, in order:
 
     1. expire     queued requests past their tenant's queue timeout leave
-    2. relieve    a tenant that the last step starved of memory or a seat may preempt (preemption.py)
+    2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py)
     3. decode     every running request that generates computes one token
     4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
-    5. close      the virtual time advances to the least virtual service of those left out (fair_share.py)
+    5. close      the virtual time advances to the least virtual service of those left out (fair_queue.py)
 
 A step may be planned before the previous batch's results are known: an output in flight counts as a token whose value
 only the runner knows, and what a request computed past its end is discarded and not charged.
@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 
 from evenhand_engine.batch import Batch, ScheduledRequest
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.messages import RequestOutput
-from evenhand_engine.preemption import Preemption
+from evenhand_engine.pace import Pace
+from evenhand_engine.relief import Relief
 from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.roster import Fit, Roster
-from evenhand_engine.step_time import StepBudget, StepLoad, StepTimeModel
+from evenhand_engine.step_time import StepBudget, StepLoad
 from evenhand_engine.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
 
@@ -36,9 +37,8 @@ class Scheduler:
 
     Attributes:
         roster: the requests' places and the KV blocks.
+        queue: the order of tenants by service.
         shares: the tenants' virtual service.
-        step_time: the step-time model, fitted to the batches seen.
-        num_preemptions: since the start.
     """
 
     def __init__(
@@ -52,21 +52,22 @@ class Scheduler:
         """`token_budgets`: the token budget of each step to come, instead of max_num_batched_tokens (for replays)."""
         self.settings = settings
         self.roster = Roster(settings)
-        self.shares = FairShare()
-        self.step_time = StepTimeModel()
-        self.num_preemptions = 0
+        self.queue = FairQueue(settings, self.roster)
+        self.shares = self.queue.shares
         self.step_id = 0
+        self._relief = Relief(settings, self.roster, self.queue)
+        self._pace = Pace(settings, self.roster, token_budgets)
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
-        self._preemption = Preemption(settings, self.roster.blocks, self.shares.virtual_service)
-        self._token_budgets = token_budgets
-        self._held_until: dict[str, float] = {}  # tenants whose inter-token objective bounds steps
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
-        self._outputs: list[RequestOutput] = []
-        self._finished: list[str] = []
         self._in_flight: deque[tuple[int, float, StepLoad]] = deque()  # (step_id, time, load) of batches without update
         self._last_update = -_NEVER
         self.reconfigure(config, num_replicas=num_replicas)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start."""
+        return self.roster.num_preemptions
 
     # -- commands
 
@@ -74,9 +75,9 @@ class Scheduler:
         """Queue a request, whose id must be new. It is rejected at once if it can never fit or may not queue."""
         self.roster.add(request)
         if self.roster.tenants[request.tenant_id].is_suspended:
-            self._finish(request, FinishReason.TENANT_SUSPENDED)
+            self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
         elif self.roster.fit(request) is Fit.NEVER:
-            self._finish(request, FinishReason.OVERLOADED)
+            self.roster.finish(request, FinishReason.OVERLOADED)
 
     def abort(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
         """End a request; an unknown or finished one is ignored.
@@ -88,18 +89,19 @@ class Scheduler:
             return
         if num_output_tokens is not None:
             surplus = max(0, request.num_output_tokens - num_output_tokens)
-            self._charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
-        self._finish(request, reason)
+            self.queue.charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
+        self.roster.finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
         """Enforce another config from the next step on. Running requests go on; what a deleted tenant has left is
         served under the share of unknown tenants; queued requests of a suspended tenant end."""
         self.config = config
+        self.queue.prices = config.prices
         self.roster.configure(config, num_replicas)
         for request in list(self.roster.requests.values()):
             is_queued = request.started_at is None and request.num_preemptions == 0
             if is_queued and self.roster.tenants[request.tenant_id].is_suspended:
-                self._finish(request, FinishReason.TENANT_SUSPENDED)
+                self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
 
     # -- the loop
 
@@ -109,24 +111,24 @@ class Scheduler:
         if self._is_static:
             self._form_static_batch(now)
         elif self._is_fair and self._is_starved:
-            self._relieve(now)
-        budget = self._budget(now)
+            self._relief.relieve(now)
+        budget = self._pace.budget(now)
         scheduled: list[ScheduledRequest] = []
         left_out = self._schedule_decodes(budget, scheduled)
         capped = self._schedule_prompts(budget, scheduled, now)
-        self._close(left_out, capped)
+        self.queue.close_step(left_out, capped)
         if not scheduled:
             return None
         self.step_id += 1
         self._in_flight.append((self.step_id, now, budget.load))
-        finished, self._finished = self._finished, []
+        finished, self.roster.finished_request_ids = self.roster.finished_request_ids, []
         return Batch(self.step_id, tuple(scheduled), tuple(finished))
 
     def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]:
         """Take in the results of the oldest batch without one: a token id for each of its items with `samples`."""
         step_id, started_at, load = self._in_flight.popleft()
         assert step_id == batch.step_id, "batches must be updated in the order of their steps"
-        self.step_time.observe(load, now - max(started_at, self._last_update))
+        self._pace.step_time.observe(load, now - max(started_at, self._last_update))
         self._last_update = now
         sampled = iter(token_ids)
         block_size = self.settings.block_size
@@ -135,7 +137,7 @@ class Scheduler:
             token_id = next(sampled) if item.samples else None
             if request.finish_reason is not None:
                 if item.samples and request.finish_reason is FinishReason.STOP:
-                    self._charge_outputs(self.roster.tenant(request.tenant_id), (request,), -1)
+                    self.queue.charge_outputs(self.roster.tenant(request.tenant_id), (request,), -1)
                 continue
             end = start + item.num_scheduled_tokens
             if end % block_size == 0 or item.num_scheduled_tokens > 1:
@@ -146,7 +148,7 @@ class Scheduler:
 
     def collect(self) -> list[RequestOutput]:
         """News of requests since the last call: first starts, tokens, ends."""
-        outputs, self._outputs = self._outputs, []
+        outputs, self.roster.outputs = self.roster.outputs, []
         return outputs
 
     # -- 1. expire, 2. relieve
@@ -159,46 +161,7 @@ class Scheduler:
             for request in tenant.waiting.overdue(now - tenant.queue_timeout)
         ]
         for request in overdue:
-            self._finish(request, FinishReason.QUEUE_TIMEOUT)
-
-    def _relieve(self, now: float) -> None:
-        """Make room for a tenant within its KV guarantee, or for the one that is furthest behind; one prompt a step."""
-        waiting = [tenant for tenant in self.roster.active.values() if tenant.waiting and tenant.may_start]
-        running = self.roster.running_tenants.values()
-        num_seats = self.roster.num_missing_seats
-        for tenant in sorted((t for t in waiting if t.guaranteed_blocks), key=self._service):
-            request = tenant.next_prompt()
-            if request and request.started_at is None and self.roster.is_within_guarantee(request):
-                fit = self.roster.fit(request)
-                if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
-                    self._admit(request, now)
-                    return
-                num_blocks = self.roster.num_missing_blocks(request)
-                if fit is Fit.STARVED and self._replace(
-                    self._preemption.reclaim(tenant, running, num_blocks, num_seats), request, now
-                ):
-                    return
-        if not waiting:
-            return
-        tenant = min(waiting, key=self._service)
-        request = tenant.next_prompt()
-        if request and request.started_at is None and self.roster.fit(request) is Fit.STARVED:
-            cost = (self._prompt_cost(request) + self.settings.preemption_lag) * VIRTUAL_UNIT // tenant.weight
-            num_blocks = self.roster.num_missing_blocks(request)
-            self._replace(self._preemption.service(tenant, cost, running, num_blocks, num_seats, now), request, now)
-
-    def _replace(self, victims: list[Request], request: Request, now: float) -> bool:
-        for victim in victims:
-            self._preempt(victim)
-        if victims:
-            self._admit(request, now)
-        return bool(victims)
-
-    def _prompt_cost(self, request: Request) -> int:
-        """What the prompt of a waiting request will still be charged."""
-        num_cached = len(self.roster.blocks.cached_prefix(request)) * self.settings.block_size
-        num_tokens = request.num_prompt_tokens - max(request.num_charged_tokens, num_cached)
-        return max(0, num_tokens) * self.config.prices.input_token
+            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
 
     def _form_static_batch(self, now: float) -> None:
         """The baseline: whoever fits starts together, and the next batch waits for the last of them."""
@@ -207,9 +170,9 @@ class Scheduler:
         for request in sorted(self.roster.requests.values(), key=lambda request: request.position):
             fit = self.roster.fit(request)
             if fit is Fit.NEVER:
-                self._finish_oversized(request)
+                self.roster.finish_oversized(request)
             elif fit is Fit.FITS and self.roster.tenants[request.tenant_id].may_start:
-                self._admit(request, now)
+                self.roster.admit(request, now)
             else:
                 break
 
@@ -217,10 +180,10 @@ class Scheduler:
 
     def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
         """One token for every running request past its prompt; returns tenants that the budget left out."""
-        self._grow_decodes()
+        self._relief.grow_decodes()
         left_out = set()
-        for tenant in sorted(self.roster.running_tenants.values(), key=self._service):
-            decodes = [request for request in tenant.decoding.values() if not _is_at_end(request)]
+        for tenant in sorted(self.roster.running_tenants.values(), key=self.queue.service):
+            decodes = [request for request in tenant.decoding.values() if not request.is_at_end]
             if len(decodes) > budget.tokens:
                 del decodes[budget.tokens :]
                 left_out.add(tenant.tenant_id)
@@ -232,37 +195,8 @@ class Scheduler:
                 request.num_computed_tokens = start + 1
                 request.num_in_flight_tokens += 1
             budget.spend_decodes(len(decodes), context)
-            self._charge_outputs(tenant, decodes)
+            self.queue.charge_outputs(tenant, decodes)
         return left_out
-
-    def _grow_decodes(self) -> None:
-        block_size = self.settings.block_size
-        growing = [
-            request
-            for tenant in self.roster.running_tenants.values()
-            for request in tenant.decoding.values()
-            if len(request.block_table) * block_size < request.num_computed_tokens + 1 and not _is_at_end(request)
-        ]
-        for request in growing:
-            if request.block_table:  # else it was preempted for the growth of another
-                self._grow(request)
-
-    def _grow(self, request: Request) -> None:
-        """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
-        roster, tenant = self.roster, self.roster.tenants[request.tenant_id]
-        while (at_ceiling := roster.is_at_ceiling(tenant)) or not roster.blocks.grow(request, request.num_tokens):
-            num_rivals = tenant.num_running if at_ceiling else roster.num_running
-            if num_rivals == 1:
-                self._finish(request, FinishReason.LENGTH)
-                return
-            if self._is_fair or at_ceiling:
-                victim = self._preemption.growth(request, tenant, roster.running_tenants.values())
-            else:
-                running = (r for t in roster.running_tenants.values() for r in t.running())
-                victim = max(running, key=lambda request: request.position)
-            self._preempt(victim)
-            if victim is request:
-                return
 
     # -- 4. prefill
 
@@ -276,7 +210,7 @@ class Scheduler:
         may_admit = not self._is_static and self.roster.num_missing_seats <= 0
         while budget.fit(0, 1) > 0:
             blocked = misfits.keys() | capped
-            tenant = self._next_tenant(blocked, may_admit=may_admit)
+            tenant = self.queue.next_tenant(blocked, may_admit=may_admit)
             if tenant is None:
                 break
             request = tenant.next_prompt(may_start=may_admit and tenant.tenant_id not in blocked)
@@ -284,7 +218,7 @@ class Scheduler:
             if request.started_at is None:
                 fit = self.roster.fit(request)
                 if fit is Fit.NEVER:
-                    self._finish_oversized(request)
+                    self.roster.finish_oversized(request)
                 elif fit is Fit.CAPPED:
                     capped.add(tenant.tenant_id)
                 elif fit is Fit.STARVED:
@@ -292,7 +226,7 @@ class Scheduler:
                     is_held_for = tenant.num_bypasses >= self.settings.max_bypasses
                     may_admit = self._is_fair and not is_held_for and len(misfits) < _MAX_MISFITS
                 else:
-                    self._admit(request, now)
+                    self.roster.admit(request, now)
                     for bypassed in misfits.values():
                         bypassed.num_bypasses += 1
                     may_admit = self.roster.num_missing_seats <= 0
@@ -305,76 +239,6 @@ class Scheduler:
         self._is_starved = bool(misfits) or not may_admit
         return capped
 
-    def _next_tenant(self, blocked: set[str], *, may_admit: bool) -> Tenant | None:
-        """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun.
-
-        Fair: the least virtual service; among tenants within the slack of that the higher latency class, then the
-        nearer deadline. So a class decides when inside the bound, never how much over time. Else: the oldest prompt.
-        """
-        if may_admit:
-            tenants = [
-                tenant
-                for tenant_id, tenant in self.roster.active.items()
-                if tenant.prefilling or (tenant.may_start and tenant_id not in blocked)
-            ]
-        else:
-            tenants = list(self.roster.prefilling_tenants.values())
-        if len(tenants) < 2:
-            return tenants[0] if tenants else None
-        if not self._is_fair:
-            return min(tenants, key=_next_position)
-        services = [self.shares.virtual_service(tenant.tenant_id) for tenant in tenants]
-        limit = min(services) + self._slack
-        near = [
-            (tenant.class_rank, tenant.deadline, service, index)
-            for index, (tenant, service) in enumerate(zip(tenants, services, strict=True))
-            if service <= limit
-        ]
-        return tenants[min(near)[3]]
-
-    @property
-    def _slack(self) -> int:
-        """How far ahead of the least served a tenant of a higher class may go first: the cost of one step."""
-        prices = self.config.prices
-        return self.settings.max_num_batched_tokens * max(prices.input_token, prices.output_token) * VIRTUAL_UNIT
-
-    # -- 5. close
-
-    def _close(self, left_out: set[str], capped: set[str]) -> None:
-        """Advance the virtual time: `left_out` and every tenant whose prompts wait for budget, memory or a seat."""
-        num_blocks = self.settings.num_kv_blocks
-        for tenant_id, tenant in self.roster.active.items():
-            if tenant.prefilling or (
-                tenant.may_start
-                and tenant_id not in capped
-                and (tenant.max_blocks == num_blocks or not self.roster.is_at_ceiling(tenant))
-            ):
-                left_out.add(tenant_id)
-                if tenant.waiting.per_user:
-                    tenant.waiting.close_step(tenant.prefilling.values())
-        self.shares.close_step(left_out)
-
-    # -- inside
-
-    def _budget(self, now: float) -> StepBudget:
-        max_tokens = self.settings.max_num_batched_tokens
-        if self._token_budgets is not None:
-            max_tokens = next(self._token_budgets, max_tokens)
-        return StepBudget(max_tokens, self.step_time, self._objective(now), self.settings.min_prefill_tokens)
-
-    def _objective(self, now: float) -> float | None:
-        """The tightest inter-token objective of the tenants that stream, or did a moment ago, in seconds."""
-        if not self._is_fair:
-            return None
-        for tenant_id, tenant in self.roster.running_tenants.items():
-            if tenant.inter_token_latency != _NEVER:
-                self._held_until[tenant_id] = now + self.settings.objective_hold_seconds
-        self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
-        return min((self.roster.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until), default=None)
-
-    def _service(self, tenant: Tenant) -> int:
-        return self.shares.virtual_service(tenant.tenant_id)
-
     def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
     ) -> None:
@@ -383,74 +247,22 @@ class Scheduler:
         samples = end == request.num_tokens
         scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
         budget.spend(start, num_tokens)
-        num_new = max(0, min(end, request.num_prompt_tokens) - max(start, request.num_charged_tokens))
-        request.num_charged_tokens += num_new
-        tenant.num_prompt_tokens += num_new
-        self._charge(tenant, (request,), num_new * self.config.prices.input_token)
+        self.queue.charge_prompt(tenant, request, start, end)
         request.num_computed_tokens = end
         if samples:
             request.num_in_flight_tokens += 1
-            self._charge_outputs(tenant, (request,))
+            self.queue.charge_outputs(tenant, (request,))
             self.roster.end_prefill(request)
 
-    def _charge_outputs(self, tenant: Tenant, requests: Sequence[Request], count: int = 1) -> None:
-        """Charge `count` outputs of each request (negative: given back, since they were computed past its end)."""
-        tenant.num_generation_tokens += count * len(requests)
-        self._charge(tenant, requests, count * self.config.prices.output_token)
-
-    def _charge(self, tenant: Tenant, requests: Sequence[Request], cost: int) -> None:
-        """Charge each of a tenant's requests: the one place where service is charged."""
-        tenant.service += cost * len(requests)
-        self.shares.charge(tenant.tenant_id, cost * len(requests), tenant.weight)
-        if tenant.waiting.per_user:
-            for request in requests:
-                tenant.waiting.charge(request, cost)
+    # -- update
 
     def _take_token(self, request: Request, token_id: int) -> None:
         params = request.sampling_params
         request.num_in_flight_tokens -= 1
         request.token_ids.append(token_id)
         if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
-            self._finish(request, FinishReason.STOP, (token_id,))
+            self.roster.finish(request, FinishReason.STOP, (token_id,))
         elif len(request.token_ids) >= request.max_num_tokens:
-            self._finish(request, FinishReason.LENGTH, (token_id,))
+            self.roster.finish(request, FinishReason.LENGTH, (token_id,))
         else:
-            self._outputs.append(RequestOutput(request_id=request.request_id, token_ids=(token_id,)))
-
-    def _admit(self, request: Request, now: float) -> None:
-        self.roster.admit(request, now)
-        if request.num_preemptions == 0:
-            output = RequestOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
-            self._outputs.append(output)
-
-    def _preempt(self, request: Request) -> None:
-        self.roster.preempt(request)
-        self.num_preemptions += 1
-
-    def _finish_oversized(self, request: Request) -> None:
-        """End a request that outgrew the cache or its tenant's ceiling while it waited."""
-        self._finish(request, FinishReason.LENGTH if request.num_output_tokens else FinishReason.OVERLOADED)
-
-    def _finish(self, request: Request, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> None:
-        """The one exit of a request, wherever it is."""
-        request.finish_reason = reason
-        self.roster.remove(request)
-        self._finished.append(request.request_id)
-        self._outputs.append(
-            RequestOutput(
-                request_id=request.request_id,
-                token_ids=token_ids,
-                finish_reason=reason,
-                num_cached_tokens=request.num_cached_tokens,
-            )
-        )
-
-
-def _next_position(tenant: Tenant) -> float:
-    request = tenant.next_prompt()
-    return request.position if request else _NEVER
-
-
-def _is_at_end(request: Request) -> bool:
-    """Whether the output in flight is the request's last, so that there is nothing more to compute."""
-    return request.num_computed_tokens + 1 >= request.max_num_tokens
+            self.roster.outputs.append(RequestOutput(request_id=request.request_id, token_ids=(token_id,)))

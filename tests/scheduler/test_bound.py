@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.fair_share import FairShare
-from evenhand_engine.request import FinishReason, Request
+from evenhand_engine.request import Request
 from evenhand_engine.roster import Fit
 from evenhand_engine.scheduler import Scheduler
-from evenhand_engine.step_time import StepBudget
 from evenhand_engine.tenant import Tenant
 from evenhand_policy.config import LatencyClass, TenantConfig
 
@@ -176,28 +176,27 @@ def no_lift(self: FairShare, left_out: Sequence[str]) -> None:
     """Virtual time stands still: silence banks credit."""
 
 
-def charged_again(
-    self: Scheduler, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list
-) -> None:
+def charged_again(self: FairQueue, tenant: Tenant, request: Request, start: int, end: int) -> None:
     """Recomputed tokens cost as much as new ones."""
-    recomputed = min(num_tokens, max(0, request.num_charged_tokens - request.num_computed_tokens))
+    num_tokens = end - start
+    recomputed = min(num_tokens, max(0, request.num_charged_tokens - start))
     outputs = max(0, num_tokens - recomputed) if request.num_preemptions else 0
     self._charge(tenant, (request,), recomputed * INPUT_PRICE + outputs * OUTPUT_PRICE)
-    SCHEDULE_CHUNK(self, tenant, request, num_tokens, budget, scheduled)
+    CHARGE_PROMPT(self, tenant, request, start, end)
 
 
-def charged_at_the_end(self: Scheduler, tenant: Tenant, requests: Sequence[Request], count: int = 1) -> None:
+def charged_at_the_end(self: FairQueue, tenant: Tenant, requests: Sequence[Request], count: int = 1) -> None:
     """Outputs are charged when a request ends."""
 
 
-def finished_and_charged(
-    self: Scheduler, request: Request, reason: FinishReason, token_ids: tuple[int, ...] = ()
-) -> None:
-    self._charge(self.roster.tenants[request.tenant_id], (request,), OUTPUT_PRICE * request.num_output_tokens)
-    FINISH(self, request, reason, token_ids)
+def finished_and_charged(self: Scheduler, request: Request, token_id: int) -> None:
+    TAKE_TOKEN(self, request, token_id)
+    if request.finish_reason is not None:
+        tenant = self.roster.tenants[request.tenant_id]
+        self.queue._charge(tenant, (request,), OUTPUT_PRICE * request.num_output_tokens)
 
 
-SCHEDULE_CHUNK, FINISH = Scheduler._schedule_chunk, Scheduler._finish
+CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
 
 
 def test_without_the_lift_silence_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,20 +207,20 @@ def test_without_the_lift_silence_breaks_the_bound(monkeypatch: pytest.MonkeyPat
 
 def test_charging_recompute_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recompute_spread() <= 1.0
-    monkeypatch.setattr(Scheduler, "_schedule_chunk", charged_again)
+    monkeypatch.setattr(FairQueue, "charge_prompt", charged_again)
     assert recompute_spread() > 1.0
 
 
 def test_charging_at_the_end_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert late_charge_spread() <= 1.0
-    monkeypatch.setattr(Scheduler, "_charge_outputs", charged_at_the_end)
-    monkeypatch.setattr(Scheduler, "_finish", finished_and_charged)
+    monkeypatch.setattr(FairQueue, "charge_outputs", charged_at_the_end)
+    monkeypatch.setattr(Scheduler, "_take_token", finished_and_charged)
     assert late_charge_spread() > 1.0
 
 
 def test_a_class_beyond_the_slack_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert classes_spread() <= 1.0
-    monkeypatch.setattr(Scheduler, "_slack", 1 << 60)
+    monkeypatch.setattr(FairQueue, "_slack", 1 << 60)
     assert classes_spread() > 1.0
 
 

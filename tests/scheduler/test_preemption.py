@@ -162,6 +162,14 @@ def test_fcfs_stops_at_the_first_prompt_without_room() -> None:
     engine.drain()
 
 
+def test_holding_the_whole_cache_is_not_a_ceiling() -> None:
+    """Nobody's own limit is reached, so that the youngest yields, as fcfs has it, not the least computed."""
+    engine = PretendEngine(small(scheduling_policy=SchedulingPolicy.FCFS), [tenant("a")])
+    first, second = engine.add("a", 80, 100), engine.add("a", 150, 100)
+    engine.run(60)
+    assert (first.num_preemptions, second.num_preemptions) == (0, 1)
+
+
 def test_a_concurrency_limit_queues_the_rest() -> None:
     limits = Limits(max_concurrent_requests=2)
     engine = PretendEngine(small(), [TenantConfig(tenant_id="a", limits=limits)])
