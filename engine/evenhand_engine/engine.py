@@ -54,6 +54,7 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
 
         token_budgets = iter(load_token_budgets(config.replay_steps)) if config.replay_steps else None
         model = load_model(config)
+        recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
         _send(connection, StartupFailed(message=str(error)))
         return
@@ -71,8 +72,7 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     try:
-        with contextlib.ExitStack() as stack:
-            recorder = stack.enter_context(StepRecorder(config.record_steps)) if config.record_steps else None
+        with recorder or contextlib.nullcontext():
             EngineCore(model.settings, model.runner, connection, token_budgets=token_budgets, recorder=recorder).run()
     except (BrokenPipeError, ConnectionResetError):
         logger.info("the HTTP process is gone; the engine core ends")

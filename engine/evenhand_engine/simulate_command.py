@@ -106,10 +106,11 @@ def simulate(**options: Any) -> None:
 
 
 def _scenario(options: dict[str, Any]) -> "Scenario":
-    from evenhand_engine.simulator.device import DEVICES, fit_step_time, load_steps
+    from evenhand_engine.simulator.device import DEVICES, fit_step_time
     from evenhand_engine.simulator.scenario import Scenario
     from evenhand_engine.simulator.traces import load_trace
     from evenhand_engine.simulator.workloads import WORKLOADS
+    from evenhand_engine.step_recorder import load_steps
     from evenhand_policy.files import load_policy_directory
 
     device = DEVICES[options["preset"]]

@@ -4,15 +4,12 @@ A step's time is linear in what the step computes, which fits measured engines w
 number of tokens the slopes change, because the machine is then bound by arithmetic instead of memory.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from evenhand_engine.batch import Batch
-from evenhand_engine.errors import StartupError
 
 FEWEST_STEPS = 8
 """A fit has five unknowns; fewer steps than this say nothing."""
@@ -93,38 +90,6 @@ class Device:
         if self.large_step is not None and shape.num_prefill_tokens + shape.num_decode_tokens > self.threshold:
             return self.large_step.seconds(shape)
         return self.small_step.seconds(shape)
-
-
-_STEP_COLUMNS = ("prefill_tokens", "decode_tokens", "prefill_context", "decode_context", "seconds")
-
-
-def save_steps(path: Path, shapes: Sequence[StepShape], seconds: Sequence[float]) -> None:
-    """Write a recorded run as CSV, for `load_steps`."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_STEP_COLUMNS)
-        writer.writerows((*astuple(shape), f"{time:.6f}") for shape, time in zip(shapes, seconds, strict=True))
-
-
-def load_steps(path: Path) -> tuple[list[StepShape], list[float]]:
-    """Read a recorded run.
-
-    Raises:
-        StartupError: no such file, a column is missing, a value is no number, or there are too few steps to fit.
-    """
-    shapes, seconds = [], []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                shapes.append(StepShape(*(int(row[column]) for column in _STEP_COLUMNS[:-1])))
-                seconds.append(float(row[_STEP_COLUMNS[-1]]))
-    except KeyError as error:
-        raise StartupError(f"{path}: column {error} is missing; steps need {', '.join(_STEP_COLUMNS)}") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise StartupError(f"{path}: cannot be read: {error}") from error
-    if len(shapes) < FEWEST_STEPS:
-        raise StartupError(f"{path}: {len(shapes)} steps are too few for a fit; record at least {FEWEST_STEPS}")
-    return shapes, seconds
 
 
 def perturbed(device: Device, seed: int, spread: float = 0.01) -> Device:

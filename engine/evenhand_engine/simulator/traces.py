@@ -1,15 +1,35 @@
 """Trace: the requests of a simulated run, from a CSV file or made by a named workload."""
 
-import csv
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.fairness import RequestRecord
+from evenhand_engine.simulator.rows import R, read_rows
 
-T = TypeVar("T")
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]  # refuses NaN and infinity too
+TokenCount = Annotated[int, Meta(ge=1, le=2**24)]  # no context is longer
+
+
+class _TraceRow(msgspec.Struct, frozen=True):
+    arrival_s: Seconds
+    prompt_tokens: TokenCount
+    output_tokens: TokenCount
+    tenant: str = ""
+    user: str = ""
+
+
+class _MeasuredRow(msgspec.Struct, frozen=True):
+    arrival_s: Seconds
+    prompt_tokens: TokenCount
+    output_tokens: TokenCount
+    first_token_latency_s: Seconds
+    request_latency_s: Seconds
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +60,11 @@ def load_trace(path: Path) -> list[TraceRequest]:
     Raises:
         StartupError: no such file, a column is missing, or a value is not a number in range; names file and line.
     """
-    rows = _rows(path, ("arrival_s", "prompt_tokens", "output_tokens"), lambda row: _trace_request(row, path.stem))
-    return sorted(rows, key=lambda request: request.arrival_time)
+    requests = [
+        TraceRequest(row.tenant or path.stem, row.arrival_s, row.prompt_tokens, row.output_tokens, row.user)
+        for row in _requests_of(path, _TraceRow)
+    ]
+    return sorted(requests, key=lambda request: request.arrival_time)
 
 
 def load_measured_run(path: Path) -> list[RequestRecord]:
@@ -50,52 +73,21 @@ def load_measured_run(path: Path) -> list[RequestRecord]:
     Raises:
         StartupError: as `load_trace`.
     """
-    required = ("arrival_s", "prompt_tokens", "output_tokens", "first_token_latency_s", "request_latency_s")
-    return _rows(path, required, lambda row: _measured_request(row, path.stem))
+    return [
+        RequestRecord(
+            tenant_id=row.tenant or path.stem,
+            arrival_time=row.arrival_s,
+            num_prompt_tokens=row.prompt_tokens,
+            num_output_tokens=row.output_tokens,
+            first_token_time=row.arrival_s + row.first_token_latency_s,
+            finish_time=row.arrival_s + row.request_latency_s,
+        )
+        for row in _requests_of(path, _MeasuredRow)
+    ]
 
 
-def _trace_request(row: dict[str, str], default_tenant: str) -> TraceRequest:
-    request = TraceRequest(
-        tenant_id=row.get("tenant") or default_tenant,
-        arrival_time=float(row["arrival_s"]),
-        num_prompt_tokens=int(row["prompt_tokens"]),
-        num_output_tokens=int(row["output_tokens"]),
-        user=row.get("user") or "",
-    )
-    if not 0 <= request.arrival_time < float("inf"):
-        raise ValueError("arrival_s must be a time from 0 on")
-    if request.num_prompt_tokens < 1 or request.num_output_tokens < 1:
-        raise ValueError("prompt_tokens and output_tokens must be at least 1")
-    return request
-
-
-def _measured_request(row: dict[str, str], default_tenant: str) -> RequestRecord:
-    asked = _trace_request(row, default_tenant)
-    return RequestRecord(
-        tenant_id=asked.tenant_id,
-        arrival_time=asked.arrival_time,
-        num_prompt_tokens=asked.num_prompt_tokens,
-        num_output_tokens=asked.num_output_tokens,
-        first_token_time=asked.arrival_time + float(row["first_token_latency_s"]),
-        finish_time=asked.arrival_time + float(row["request_latency_s"]),
-    )
-
-
-def _rows(path: Path, required: Sequence[str], parse: Callable[[dict[str, str]], T]) -> list[T]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in required if name not in (reader.fieldnames or ())]
-            if missing:
-                raise StartupError(f"{path}: column {missing[0]} is missing; a trace needs {', '.join(required)}")
-            parsed = []
-            for row in reader:
-                try:
-                    parsed.append(parse(row))
-                except (TypeError, ValueError) as error:
-                    raise StartupError(f"{path}, line {reader.line_num}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"{path}: cannot be read: {error}") from error
-    if not parsed:
+def _requests_of(path: Path, kind: type[R]) -> list[R]:
+    rows = read_rows(path, kind)
+    if not rows:
         raise StartupError(f"{path}: the trace has no requests")
-    return parsed
+    return rows

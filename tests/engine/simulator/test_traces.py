@@ -7,6 +7,8 @@ import pytest
 from evenhand_engine.errors import StartupError
 from evenhand_engine.simulator.traces import load_measured_run, load_trace
 
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "chat.csv"
@@ -30,13 +32,18 @@ def test_tenant_and_user_columns_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arrival_s,prompt_tokens\n0,1\n", "column output_tokens is missing"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n0,x,1\n", "line 3: invalid literal"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,0,1\n", "line 2: prompt_tokens and output_tokens"),
-        ("arrival_s,prompt_tokens,output_tokens\nnan,1,1\n", "line 2: arrival_s"),
-        ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", "line 2: arrival_s"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1\n", "line 2: "),
-        ("arrival_s,prompt_tokens,output_tokens\n", "no requests"),
+        ("arrival_s,prompt_tokens\n0,1\n", "column output_tokens is missing; needed are arrival_s, prompt_tokens"),
+        (HEADER + "0,1,1\n0,x,1\n", r"chat\.csv, line 3: Expected `int`, got `str` - at `\$\.prompt_tokens`"),
+        (HEADER + "0,0,1\n", "line 2: Expected `int` >= 1 - at `.*prompt_tokens"),
+        (HEADER + "0,1,-3\n", "line 2: Expected `int` >= 1 - at `.*output_tokens"),
+        (HEADER + "0,1,1.5\n", "line 2: Expected `int`.*output_tokens"),
+        (HEADER + "0,99999999999,1\n", "line 2: Expected `int` <= 16777216"),
+        (HEADER + "nan,1,1\n", "line 2: Expected `float` >= 0.0 - at `.*arrival_s"),
+        (HEADER + "inf,1,1\n", "line 2: Expected `float` <= 1000000000.0"),
+        (HEADER + "-1,1,1\n", "line 2: Expected `float` >= 0.0"),
+        (HEADER + "0,1\n", "line 2: .*output_tokens"),
+        (HEADER + '0,1,1\n0,"1', "line 3: unexpected end of data"),
+        (HEADER, "no requests"),
         ("", "column arrival_s is missing"),
     ],
 )

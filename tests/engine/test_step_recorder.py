@@ -1,0 +1,73 @@
+"""A recorded run survives whatever ends the engine, and is read back as it was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evenhand_engine.batch import Batch, ScheduledRequest
+from evenhand_engine.errors import StartupError
+from evenhand_engine.request import Request, SamplingParams
+from evenhand_engine.simulator.device import StepShape
+from evenhand_engine.step_recorder import StepRecorder, load_steps, load_token_budgets
+
+HEADER = "prefill_tokens,decode_tokens,prefill_context,decode_context,seconds\n"
+RECORD_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from evenhand_engine.batch import Batch
+from evenhand_engine.step_recorder import StepRecorder
+
+with StepRecorder(Path(sys.argv[1])) as recorder:
+    for step in range(100):
+        recorder.record(Batch(step, ()), 0.001 * step)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_steps_come_back_as_they_were_recorded(tmp_path: Path) -> None:
+    request = Request("r", "a", [0] * 40, SamplingParams(max_tokens=9), 0.0)
+    chunk, decode = ScheduledRequest(request, 16, 20, False), ScheduledRequest(request, 39, 1, True)
+    with StepRecorder(tmp_path / "steps.csv") as recorder:
+        for seconds in range(8):
+            recorder.record(Batch(seconds, (decode, decode, chunk)), seconds / 8)
+    shapes, times = load_steps(tmp_path / "steps.csv")
+    assert shapes == [StepShape(20, 2, 16, 78)] * 8
+    assert times == [seconds / 8 for seconds in range(8)]
+    assert load_token_budgets(tmp_path / "steps.csv") == [22] * 8
+
+
+def test_a_killed_engine_leaves_every_finished_step(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    done = subprocess.run([sys.executable, "-c", RECORD_AND_DIE, str(path)], timeout=60)
+    assert done.returncode == -9
+    _, seconds = load_steps(path)
+    assert seconds == pytest.approx([0.001 * step for step in range(100)])
+
+
+def test_a_row_that_was_never_finished_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text(HEADER + "1,2,3,4,0.5\n" * 9 + "1,2,3,4,0.1")  # of 0.123, perhaps
+    assert load_steps(path)[1] == [0.5] * 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + "1,2,3,4,0.5\n" * 7, "7 steps are too few for a fit; record at least 8"),
+        (HEADER + "1,2,3,4,0.5\n" * 8 + "1,2,3,4,nan\n", r"line 10: .*seconds"),
+        (HEADER + "1,-2,3,4,0.5\n", r"line 2: Expected `int` >= 0 - at `\$\.decode_tokens`"),
+        (HEADER.replace("seconds", "time"), "column seconds is missing"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text(text)
+    with pytest.raises(StartupError, match=message):
+        load_steps(path)
+
+
+def test_a_place_that_cannot_be_written_is_named_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"nowhere/steps\.csv: steps cannot be recorded: No such file"):
+        StepRecorder(tmp_path / "nowhere" / "steps.csv")
