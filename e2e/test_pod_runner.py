@@ -175,7 +175,8 @@ def test_volume_follows_its_secret(
 
 def test_pods_own_command_finds_its_mounts_address_and_environment(cluster: ControlPlane, namespace: str) -> None:
     cluster.apply(secret(namespace, current="mounted"))
-    manifest = deployment(namespace, 1, [{"name": "keys", "secret": {"secretName": "keys", "optional": True}}])
+    volumes = [{"name": "keys", "secret": {"secretName": "keys", "optional": True}}, {"name": "tmp", "emptyDir": {}}]
+    manifest = deployment(namespace, 1, volumes)
     [container] = manifest["spec"]["template"]["spec"]["containers"]
     fields = [
         {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
@@ -186,7 +187,7 @@ def test_pods_own_command_finds_its_mounts_address_and_environment(cluster: Cont
         "command": ["sh", "-c", serve_here, "sh", sys.executable],
         "args": ["-m", "http.server", "--bind=0.0.0.0", "--directory=/etc/keys", str(PORT)],
         "env": fields,
-        "volumeMounts": [{"name": "keys", "mountPath": "/etc/keys"}],
+        "volumeMounts": [{"name": "keys", "mountPath": "/etc/keys"}, {"name": "tmp", "mountPath": "/tmp"}],
     }
     cluster.apply(manifest)
     with PodRunner(cluster, namespace):

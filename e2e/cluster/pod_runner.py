@@ -73,10 +73,11 @@ class Sandbox:
         return Launch(command, os.environ | environment)
 
     def _here(self, text: str) -> str:
-        for mount in self.container.get("volumeMounts", []):
-            folder = str(self.volume(mount["name"]))
-            text = re.sub(rf"(?<![\w./-]){re.escape(mount['mountPath'])}(?![\w.-])", folder, text)
-        return text.replace("0.0.0.0", self.address)
+        here = {"0.0.0.0": self.address}
+        here |= {each["mountPath"]: str(self.volume(each["name"])) for each in self.container.get("volumeMounts", [])}
+        longest_first = "|".join(map(re.escape, sorted(here, key=len, reverse=True)))
+        # all at once: what one replacement brings in, perhaps below /tmp, is not for the next
+        return re.sub(rf"(?<![\w./-])({longest_first})(?![\w.-])", lambda match: here[match[1]], text)
 
 
 @dataclass

@@ -10,6 +10,9 @@ import yaml
 from cluster import build
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model.source import resolve_model_dir
+from harness.installation import Installation, installed
 from harness.objects import light_engines, pool, push_secret
 from harness.operator_process import OperatorProcess
 from harness.stage import Stage, until
@@ -100,3 +103,16 @@ def stage(cluster: ControlPlane, served_namespace: str) -> Iterator[Stage]:
         stage = Stage(cluster, served_namespace)
         until(lambda: len(stage.ready_pods()) == 2)
         yield stage
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """The whole of it: the operator and two engines with the default model, as the dev overlay installs them."""
+    if missing := build.missing_programs():
+        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
+    try:
+        resolve_model_dir(None)
+    except StartupError as error:
+        pytest.skip(f"the default model cannot be had: {error}")
+    with installed(tmp_path_factory.mktemp("installation")) as installation:
+        yield installation

@@ -15,11 +15,12 @@ PATIENCE = 40.0
 
 
 class Stage:
-    """One namespace in which a pool `default` is served."""
+    """One namespace in which a pool `default` is served. `config_path` is where its engines show what they enforce."""
 
-    def __init__(self, cluster: ControlPlane, namespace: str) -> None:
+    def __init__(self, cluster: ControlPlane, namespace: str, config_path: str = "/config") -> None:
         self.cluster = cluster
         self.namespace = namespace
+        self._config_path = config_path
 
     def kubectl(self, *arguments: str, **options: Any) -> str:
         """kubectl in the namespace."""
@@ -45,7 +46,9 @@ class Stage:
 
     def documents(self) -> list[Object]:
         """What each ready pod enforces, by its own word: source, numReplicas, config."""
-        return [read_json(f"http://{pod['status']['podIP']}:{ADMIN_PORT}/config") for pod in self.ready_pods()]
+        return [
+            read_json(f"http://{pod['status']['podIP']}:{ADMIN_PORT}{self._config_path}") for pod in self.ready_pods()
+        ]
 
     def tenants(self) -> list[dict[str, Object]]:
         """Tenants by name that each ready pod enforces."""
