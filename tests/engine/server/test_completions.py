@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -154,6 +155,16 @@ def test_stop_string_ends_the_text_and_the_request(serve: Serve, say: Say, strea
 def test_stop_string_included_on_request(paris: Server) -> None:
     answer = ask(paris.client(), stop=["France"], extra_body={"include_stop_str_in_output": True})
     assert answer.choices[0].message.content == "The capital of France"
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_a_stop_token_ends_the_text_and_is_shown_on_request_only(serve: Serve, say: Say, included: bool) -> None:
+    server = serve(say("Rome, Paris"))
+    comma = httpx2.post(f"{server.url}/tokenize", json={"prompt": ","}).json()["tokens"]
+    body = {"stop_token_ids": comma, "include_stop_str_in_output": included}
+    answer = server.client().completions.create(model="tiny", prompt="x", max_tokens=50, extra_body=body)
+    assert answer.choices[0].text == ("Rome," if included else "Rome")
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_sampling_parameters_arrive(paris: Server) -> None:
