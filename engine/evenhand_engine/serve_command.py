@@ -51,6 +51,7 @@ def quantity(value: str) -> int:
 @click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
 @click.option("--api-key", envvar="EVENHAND_API_KEY", help="Demand this key of requests that no policy's key proves.")
 @click.option("--max-request-bytes", type=quantity, default="4M", help="Largest body.")
+@click.option("--max-tenant-body-bytes", type=quantity, default="64M", help="Most of all bodies of one tenant.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(model: str | None, **options: Any) -> None:
@@ -96,6 +97,7 @@ def serve(model: str | None, **options: Any) -> None:
         ssl_certfile=options["ssl_certfile"],
         ssl_keyfile=options["ssl_keyfile"],
         max_request_bytes=options["max_request_bytes"],
+        max_tenant_body_bytes=options["max_tenant_body_bytes"],
         drain_timeout=options["drain_timeout"],
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -87,6 +87,7 @@ async def list_tenants(request: web.Request) -> web.Response:
         {
             "tenants": [
                 _tenant(tenant_id, account, service.tenants.get(tenant_id), shares.get(tenant_id), now)
+                | {"bodyBytes": service.bodies.num_bytes(tenant_id)}
                 for tenant_id, account in sorted(accounts.items())
             ],
             # served to the end of what they have begun, under the share of unknown tenants

@@ -1,6 +1,7 @@
 """The public application: OpenAI's routes and what stands around every one of them.
 
-Outermost first: request id and access log, errors as OpenAI's error body, refusal while draining, authentication.
+Outermost first: request id and access log, errors as OpenAI's error body, authentication, refusal while draining, room
+for the body.
 """
 
 import logging
@@ -19,7 +20,7 @@ from evenhand_engine.server.completions import create_completion
 from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
 from evenhand_engine.server.requests import request_id
 from evenhand_engine.server.responses import json_response, metrics_response
-from evenhand_engine.server.service import LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.server.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
 from evenhand_engine.server.tokens import detokenize, tokenize
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,7 +34,8 @@ _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody'
 
 def build_app(service: Service) -> web.Application:
     app = web.Application(
-        middlewares=[log_access, answer_errors, authenticate], client_max_size=service.settings.max_request_bytes
+        middlewares=[log_access, answer_errors, authenticate, hold_body],
+        client_max_size=service.settings.max_request_bytes,
     )
     app[SERVICE] = service
     app.on_response_prepare.append(_add_headers)
@@ -116,6 +118,18 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     if service.draining:
         raise refuse_draining()
     with service.active:
+        return await handler(request)
+
+
+@web.middleware
+async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let a body take its tenant's memory only: as much as it says, or as it may grow to where it does not say."""
+    if not request.body_exists:
+        return await handler(request)
+    size = None if "Content-Encoding" in request.headers else request.content_length
+    limit = request.client_max_size
+    with request.app[SERVICE].bodies.hold(request[TENANT_ID], limit if size is None else min(size, limit)) as body:
+        request[BODY] = body
         return await handler(request)
 
 

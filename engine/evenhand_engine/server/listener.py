@@ -1,6 +1,7 @@
 """Listening sockets, bound before anything is loaded so that a port in use is found at once, and their TLS."""
 
 import logging
+import resource
 import socket
 import ssl
 
@@ -19,6 +20,12 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
+
+
+def allow_many_connections() -> None:
+    """Each connection is an open file, and the usual soft limit of 1,024 is a default for programs that use select."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:

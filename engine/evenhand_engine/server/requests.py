@@ -7,6 +7,7 @@ import uuid
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.server.service import BODY
 
 _BODY_TIMEOUT_SECONDS = 60.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -16,12 +17,15 @@ async def read_body(request: web.Request) -> bytes:
     """The whole body; raises Refusal 413 if it is too large, 408 if it comes too slowly."""
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
-            return await request.read()
+            raw = await request.read()
     except TimeoutError as error:
         raise Refusal(408, "request_timeout", "The body did not arrive in time.") from error
     except web.HTTPRequestEntityTooLarge as error:
         limit = request.client_max_size
         raise Refusal(413, "request_too_large", f"The body is larger than {limit} bytes.") from error
+    if (held := request.get(BODY)) is not None:
+        held.resize(len(raw))
+    return raw
 
 
 def request_id(request: web.Request) -> str:

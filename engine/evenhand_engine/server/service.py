@@ -15,6 +15,7 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
 from evenhand_engine.metrics import Metrics
 from evenhand_engine.metrics_collector import Snapshot
+from evenhand_engine.server.body_memory import BodyMemory, HeldBody
 from evenhand_engine.server.config_state import ConfigSource, ConfigState
 from evenhand_engine.server.fair_executor import FairExecutor
 from evenhand_engine.server.settings import ServerSettings
@@ -58,6 +59,7 @@ class Service:
         config_state: the config in force.
         draining: True once the server has been told to stop; new requests are refused.
         active: the requests that are being answered, probes aside.
+        bodies: the memory that their bodies take.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Service:
         self.admission = Admission(config, max_model_len=ready.max_model_len, now=time.monotonic())
         self.authenticator = self._authenticator(config)
         self.active = ActiveRequests()
+        self.bodies = BodyMemory(settings.max_tenant_body_bytes)
         self.tenants: dict[str, TenantStats] = {}
         self.shares = ShareTracker()
         self.metrics = Metrics(self.model_names[0], ready.max_model_len, self._snapshot)
@@ -178,5 +181,6 @@ class Service:
 SERVICE = web.AppKey("service", Service)
 TENANT_ID = web.RequestKey("tenant_id", str)
 REQUEST_ID = web.RequestKey("request_id", str)
+BODY = web.RequestKey("body", HeldBody)
 LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
 """What a handler adds to its line in the access log."""

@@ -25,6 +25,7 @@ class ServerSettings:
         ssl_certfile: PEM certificate chain of the public port; None: plain HTTP.
         ssl_keyfile: its private key; None: it is in the certificate file.
         max_request_bytes: largest body.
+        max_tenant_body_bytes: most bytes that the bodies of one tenant's requests in flight take together.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
         stall_timeout: seconds without progress, with work to do, after which the engine counts as unhealthy.
     """
@@ -41,5 +42,6 @@ class ServerSettings:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     max_request_bytes: int = 4 * 2**20
+    max_tenant_body_bytes: int = 64 * 2**20
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.server.listener import BACKLOG, listen, tls_context, url_of, watch_certificate
+from evenhand_engine.server.listener import (
+    BACKLOG,
+    allow_many_connections,
+    listen,
+    tls_context,
+    url_of,
+    watch_certificate,
+)
 from evenhand_engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ async def start_server(
     Clients that connect while the model is being loaded wait.
     """
     async with contextlib.AsyncExitStack() as stack:
+        allow_many_connections()
         tls = tls_context(settings)
         public = stack.enter_context(listen(settings.host, settings.port, "--port"))
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))

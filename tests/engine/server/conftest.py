@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -190,6 +191,11 @@ class Server:
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         defaults = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": WAIT_SECONDS}
         return defaults | options
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = urllib.parse.urlsplit(server.url).netloc.split(":")
+    return socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
 
 
 class _Thread:

@@ -7,7 +7,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,7 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import AbortRequest, AddRequest, RequestOutput
 from evenhand_engine.request import FinishReason
 
-from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server
-
-
-def connect(server: Server) -> socket.socket:
-    host, port = urllib.parse.urlsplit(server.url).netloc.split(":")
-    return socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
 
 
 def post(path: str, body: bytes, *, length: int | None = None, headers: str = "") -> bytes:

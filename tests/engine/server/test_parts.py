@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import resource
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from evenhand_engine.messages import EngineReady, TenantStats
 from evenhand_engine.metrics import Metrics, RequestMetrics
 from evenhand_engine.metrics_collector import OTHER, Snapshot, TenantLabels
 from evenhand_engine.server.fair_executor import FairExecutor
+from evenhand_engine.server.listener import allow_many_connections
 from evenhand_engine.share_tracker import Share, ShareTracker
 from evenhand_engine.tokenizer import ChatTemplateError, Tokenizer
 
@@ -268,3 +270,13 @@ def test_unusable_model_directories(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(StartupError, match="not a JSON object"):
         Tokenizer(tmp_path)
+
+
+def test_as_many_connections_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        allow_many_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -20,7 +20,7 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import AddRequest, EngineStats, Reconfigure, RequestOutput, StepOutputs, TenantStats
 from evenhand_engine.request import FinishReason
 
-from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server
+from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
 
 CHAT_KEY, BATCH_KEY = "chat-key-0123456789-0123456789", "batch-key-0123456789-0123456789"
 
@@ -219,6 +219,32 @@ def pending(server: Server, key: str, count: int) -> Iterator[list[AddRequest]]:
             )
         for thread in threads:
             thread.join(WAIT_SECONDS)
+
+
+def test_the_bodies_of_a_tenant_are_bounded(serve: Serve, policies: Path) -> None:
+    """Those that have not come count as what they say or may become, those that have come as what they are."""
+    server = serve(policies=policies, max_request_bytes=1000, max_tenant_body_bytes=1500)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {CHAT_KEY}\r\n"
+    with connect(server) as connection:
+        connection.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"prompt": "x"'.encode())
+        until(lambda: tenant(server, "chat")["bodyBytes"] == 1000, "the body that is coming is counted")
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(server, CHAT_KEY, prompt="y" * 600)
+        assert caught.value.code == "body_bytes"
+        assert caught.value.response.headers["Retry-After"] == "1"
+        with pending(server, BATCH_KEY, 1), pending(server, CHAT_KEY, 1):
+            assert 0 < tenant(server, "batch")["bodyBytes"] == tenant(server, "chat")["bodyBytes"] - 1000 < 200
+    until(lambda: tenant(server, "chat")["bodyBytes"] == 0, "a client that left holds nothing")
+    with connect(server) as connection:
+        connection.sendall(f"{head}Content-Encoding: gzip\r\nContent-Length: 20\r\n\r\n".encode())
+        until(lambda: tenant(server, "chat")["bodyBytes"] == 1000, "a compressed body may become the largest")
+    until(lambda: tenant(server, "chat")["bodyBytes"] == 0, "a client that left holds nothing")
+    with connect(server) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n1\r\n{{\r\n".encode())
+        until(lambda: tenant(server, "chat")["bodyBytes"] == 1000, "a body of unknown length may become the largest")
+        connection.sendall(b'e\r\n"prompt": "x"}\r\n0\r\n\r\n')
+        server.core.expect(AddRequest)
+        assert tenant(server, "chat")["bodyBytes"] == 15
 
 
 def test_queue_full(serve: Serve, policies: Path) -> None:
