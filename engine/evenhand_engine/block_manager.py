@@ -45,6 +45,11 @@ class BlockManager:
         """Blocks that can be allocated now: free ones and cached ones."""
         return len(self._free) + self._num_cached
 
+    @property
+    def guarantees(self) -> Mapping[str, int]:
+        """Blocks guaranteed to each tenant that has a guarantee."""
+        return self._guarantees
+
     def num_held_blocks(self, tenant_id: str) -> int:
         """Referenced blocks that the tenant filled."""
         return self._held[tenant_id]

@@ -1,15 +1,17 @@
 """FairQueue: the order of tenants by weighted service: who is charged what, who computes next, who was left out."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice, takewhile
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare, Place
 from evenhand_engine.request import Request
 from evenhand_engine.roster import Roster
 from evenhand_engine.tenant import Tenant
-from evenhand_policy.config import Prices
+from evenhand_policy.config import LatencyClass, Prices
 
 _NEVER = float("inf")
+_MAX_RIVALS = 16  # of the tenants within the slack, how many are compared by deadline
 
 
 class FairQueue:
@@ -20,11 +22,12 @@ class FairQueue:
         prices: cost of an input and of an output token.
     """
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster) -> None:
-        self.shares = FairShare()
+    def __init__(self, settings: SchedulerSettings, shares: FairShare, roster: Roster) -> None:
+        self.shares = shares
         self.prices = Prices()
         self._settings = settings
         self._roster = roster
+        self._charged_per_user: dict[str, Tenant] = {}  # in this step
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
 
     def service(self, tenant: Tenant) -> int:
@@ -49,10 +52,15 @@ class FairQueue:
         tenant.service += cost * len(requests)
         self.shares.charge(tenant.tenant_id, cost * len(requests), tenant.weight)
         if tenant.waiting.per_user:
+            self._charged_per_user[tenant.tenant_id] = tenant
             for request in requests:
                 tenant.waiting.charge(request, cost)
 
     # -- order
+
+    def in_order(self) -> Iterator[Tenant]:
+        """Tenants with prompts, least served first. Nothing may be charged, begin or end meanwhile."""
+        return (self._roster.active[tenant_id] for _, _, tenant_id in self.shares.in_order())
 
     def next_tenant(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
         """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun.
@@ -60,38 +68,56 @@ class FairQueue:
         Fair: the least virtual service; among tenants within the slack of that the higher latency class, then the
         nearer deadline. So a class decides when inside the bound, never how much over time. Else: the oldest prompt.
         """
-        if may_admit:
-            tenants = [
-                tenant
-                for tenant_id, tenant in self._roster.active.items()
-                if tenant.prefilling or (tenant.may_start and tenant_id not in blocked)
-            ]
-        else:
-            tenants = list(self._roster.prefilling_tenants.values())
-        if len(tenants) < 2:
-            return tenants[0] if tenants else None
         if not self._is_fair:
-            return min(tenants, key=_next_position)
-        services = [self.service(tenant) for tenant in tenants]
-        limit = min(services) + self._slack
-        near = [
-            (tenant.class_rank, tenant.deadline, service, index)
-            for index, (tenant, service) in enumerate(zip(tenants, services, strict=True))
-            if service <= limit
-        ]
-        return tenants[min(near)[3]]
+            return self._oldest(blocked, may_admit=may_admit)
+        by_class = self._eligible(blocked) if may_admit else self._begun()
+        heads = [next(tenants, None) for tenants in by_class]
+        limit = min((self.service(head) for head in heads if head), default=0) + self._slack
+        for head, others in zip(heads, by_class, strict=True):
+            if head and self.service(head) <= limit:
+                near = takewhile(lambda tenant: self.service(tenant) <= limit, chain((head,), others))
+                return min(islice(near, _MAX_RIVALS), key=lambda tenant: tenant.deadline)
+        return None
 
     def close_step(self, left_out: set[str], capped: Collection[str]) -> None:
-        """Advance the virtual time: `left_out` and every tenant whose prompts wait for budget, memory or a seat;
-        `capped` tenants are held back by their own ceiling."""
-        for tenant_id, tenant in self._roster.active.items():
+        """Advance the virtual time to the least of `left_out` and of the tenants whose prompts wait for budget, memory
+        or a seat; `capped` tenants are held back by their own ceiling."""
+        roster = self._roster
+        for tenant in self.in_order():
             if tenant.prefilling or (
-                tenant.may_start and tenant_id not in capped and not self._roster.is_at_ceiling(tenant)
+                tenant.may_start and tenant.tenant_id not in capped and not roster.is_at_ceiling(tenant)
             ):
-                left_out.add(tenant_id)
-                if tenant.waiting.per_user:
-                    tenant.waiting.close_step(tenant.prefilling.values())
+                left_out.add(tenant.tenant_id)
+                break
         self.shares.close_step(left_out)
+        for tenant in self._charged_per_user.values():
+            tenant.waiting.close_step(tenant.prefilling.values())
+        self._charged_per_user.clear()
+
+    def _eligible(self, blocked: Collection[str]) -> list[Iterator[Tenant]]:
+        """By class, the tenants with a prompt that may compute now, least served first."""
+        active = self._roster.active
+
+        def of_class(line: Iterator[Place]) -> Iterator[Tenant]:
+            for _, _, tenant_id in line:
+                tenant = active[tenant_id]
+                if tenant.prefilling or (tenant.may_start and tenant_id not in blocked):
+                    yield tenant
+
+        return [of_class(line) for line in self.shares.lines()]
+
+    def _begun(self) -> list[Iterator[Tenant]]:
+        """By class, the tenants with a prompt in progress, least served first."""
+        tenants = sorted(self._roster.prefilling_tenants.values(), key=self.service)
+        return [iter([t for t in tenants if t.class_rank == rank]) for rank in range(len(LatencyClass))]
+
+    def _oldest(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
+        tenants = (self._roster.active if may_admit else self._roster.prefilling_tenants).values()
+        return min(
+            (t for t in tenants if t.prefilling or (may_admit and t.may_start and t.tenant_id not in blocked)),
+            key=_next_position,
+            default=None,
+        )
 
     @property
     def _slack(self) -> int:

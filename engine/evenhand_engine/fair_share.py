@@ -1,4 +1,4 @@
-"""FairShare: accounts of weighted service, and the virtual time that keeps anybody from banking credit.
+"""FairShare: accounts of weighted service in their order, and the virtual time that keeps anybody from banking credit.
 
 Used at two levels with the same rules: tenants of the engine, and users of one tenant. The only writer of virtual
 service. It decides nothing: the scheduler charges, tells who was left out, and asks who is behind.
@@ -9,7 +9,9 @@ the virtual time to the least virtual service of those; a step that leaves nobod
 is ever worth less than the virtual time, so silence earns nothing, and using what nobody wanted costs nothing.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from heapq import merge
 
 VIRTUAL_UNIT = 1 << 20
 """Virtual service is an integer: cost * VIRTUAL_UNIT / weight, so a charge is rounded by less than a millionth."""
@@ -17,13 +19,24 @@ VIRTUAL_UNIT = 1 << 20
 _PRUNE_AT = 4096
 
 
+Place = tuple[int, int, str]
+"""Virtual service when it was last looked at, order of entry, account."""
+
+
 class FairShare:
-    """Virtual service of each account, all at least `virtual_time`. An account that was never charged is at it."""
+    """Virtual service of each account, all at least `virtual_time`. An account that was never charged is at it.
+
+    Accounts in line are kept sorted by virtual service, each rank in a line of its own. Service grows, so a place is
+    mended only when somebody looks at it: charging one who is far from the head of the line costs nothing.
+    """
 
     def __init__(self) -> None:
         self.virtual_time = 0
         self._virtual_service: dict[str, int] = {}
         self._highest = 0
+        self._lines: list[list[Place]] = []  # by rank
+        self._places: dict[str, tuple[int, Place]] = {}  # rank and place of each account in line
+        self._num_entered = 0
 
     def virtual_service(self, account: str) -> int:
         """What the account was served, by weight, in VIRTUAL_UNITs; never less than `virtual_time`."""
@@ -35,6 +48,63 @@ class FairShare:
         service = self.virtual_service(account) + (units if cost >= 0 else -units)
         self._virtual_service[account] = service
         self._highest = max(self._highest, service)
+        if cost < 0 and account in self._places:
+            self._move(account, service)
+
+    # -- the line
+
+    def enter(self, account: str, rank: int = 0) -> None:
+        """Put the account in line, or change its rank; it keeps its turn among equals."""
+        if account in self._places:
+            old_rank, (_, entered, _) = self._places[account]
+            if old_rank == rank:
+                return
+            self.leave(account)
+        else:
+            self._num_entered += 1
+            entered = self._num_entered
+        while len(self._lines) <= rank:
+            self._lines.append([])
+        place = (self.virtual_service(account), entered, account)
+        self._places[account] = (rank, place)
+        insort(self._lines[rank], place)
+
+    def leave(self, account: str) -> None:
+        """Take the account out of its line."""
+        rank, place = self._places.pop(account)
+        del self._lines[rank][bisect_left(self._lines[rank], place)]
+
+    def lines(self) -> Iterator[Iterator[Place]]:
+        """The accounts in line as (virtual service, order of entry, account), least served first; a line a rank.
+
+        Nobody may be charged or enter or leave while one of the lines is read.
+        """
+        return (self._line(rank) for rank in range(len(self._lines)))
+
+    def in_order(self) -> Iterator[Place]:
+        """All accounts in line, whatever their rank, least served first."""
+        return merge(*self.lines())
+
+    def _line(self, rank: int) -> Iterator[Place]:
+        line, index = self._lines[rank], 0
+        while index < len(line):
+            place = line[index]
+            service = self.virtual_service(place[2])
+            if service > place[0]:
+                self._move(place[2], service)
+            else:
+                yield place
+                index += 1
+
+    def _move(self, account: str, service: int) -> None:
+        rank, place = self._places[account]
+        line = self._lines[rank]
+        del line[bisect_left(line, place)]
+        place = (service, place[1], account)
+        self._places[account] = (rank, place)
+        insort(line, place)
+
+    # -- the virtual time
 
     def close_step(self, left_out: Iterable[str]) -> None:
         """Advance the virtual time after a step; `left_out`: accounts with work that the step had no room for."""

@@ -6,6 +6,7 @@ from evenhand_engine.fair_share import VIRTUAL_UNIT
 from evenhand_engine.preemption import Preemption
 from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.roster import Fit, Roster
+from evenhand_engine.tenant import Tenant
 
 
 class Relief:
@@ -21,10 +22,9 @@ class Relief:
     def relieve(self, now: float) -> None:
         """Make room for a tenant within its KV guarantee, or for the one that is furthest behind; one prompt a step."""
         roster = self._roster
-        waiting = [tenant for tenant in roster.active.values() if tenant.waiting and tenant.may_start]
         running = roster.running_tenants.values()
         num_seats = roster.num_missing_seats
-        for tenant in sorted((t for t in waiting if t.guaranteed_blocks), key=self._queue.service):
+        for tenant in sorted(filter(_may_start_another, roster.guaranteed_tenants()), key=self._queue.service):
             request = tenant.next_prompt()
             if request and request.started_at is None and roster.is_within_guarantee(request):
                 fit = roster.fit(request)
@@ -36,10 +36,11 @@ class Relief:
                     self._preemption.reclaim(tenant, running, num_blocks, num_seats), request, now
                 ):
                     return
-        if not waiting:
+        for tenant in filter(_may_start_another, self._queue.in_order()):
+            request = tenant.next_prompt()
+            break
+        else:
             return
-        tenant = min(waiting, key=self._queue.service)
-        request = tenant.next_prompt()
         if request and request.started_at is None and roster.fit(request) is Fit.STARVED:
             cost = (self._prompt_cost(request) + self._settings.preemption_lag) * VIRTUAL_UNIT // tenant.weight
             num_blocks = roster.num_missing_blocks(request)
@@ -89,3 +90,7 @@ class Relief:
             roster.preempt(victim)
             if victim is request:
                 return
+
+
+def _may_start_another(tenant: Tenant) -> bool:
+    return len(tenant.waiting) > 0 and tenant.may_start

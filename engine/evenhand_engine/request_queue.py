@@ -3,6 +3,7 @@
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from operator import attrgetter
 
 from evenhand_engine.fair_share import FairShare
@@ -33,7 +34,11 @@ class RequestQueue:
 
     def push(self, request: Request) -> None:
         """Add by position: at the end for a new request, further ahead for one that was preempted."""
-        line = self._lines.setdefault(self._line_of(request), deque())
+        key = self._line_of(request)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = deque()
+            self.users.enter(key)
         if not line or line[-1].position < request.position:
             line.append(request)
         elif request.position < line[0].position:
@@ -52,21 +57,8 @@ class RequestQueue:
             line.remove(request)
         if not line:
             del self._lines[key]
+            self.users.leave(key)
         self._size -= 1
-
-    def heads(self) -> list[Request]:
-        """The oldest request of each line."""
-        return [line[0] for line in self._lines.values()]
-
-    def overdue(self, latest_arrival: float) -> Iterator[Request]:
-        """Requests that arrived before and never ran; one that was preempted had its turn and is not overdue."""
-        for line in self._lines.values():
-            for request in line:
-                if request.num_preemptions:
-                    continue
-                if request.arrival_time >= latest_arrival:
-                    break
-                yield request
 
     def charge(self, request: Request, cost: int) -> None:
         """Charge the request's user."""
@@ -75,18 +67,21 @@ class RequestQueue:
     def first(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
         """Who computes next: of the tenant's `started` prompts (oldest first) and, if one more may start, the heads."""
         if self.per_user:
-            return min(
-                (*started, *(self.heads() if may_start else ())),
-                key=lambda request: (self.users.virtual_service(request.user), request.position),
-                default=None,
-            )
+            return self._first_of_users(started, may_start=may_start)
         for request in started:
             return request
         return self._lines[""][0] if may_start and self._size else None
 
     def close_step(self, started: Iterable[Request]) -> None:
         """Advance the users' virtual time; `started`: prompts in progress that the step left unfinished."""
-        self.users.close_step({request.user for request in (*started, *self.heads())})
+        least_waiting = (user for _, _, user in islice(self.users.in_order(), 1))
+        self.users.close_step((*least_waiting, *(request.user for request in started)))
+
+    def _first_of_users(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
+        prompts = list(started)
+        if may_start:
+            prompts += [self._lines[user][0] for _, _, user in islice(self.users.in_order(), 1)]
+        return min(prompts, key=lambda r: (self.users.virtual_service(r.user), r.position), default=None)
 
     def _line_of(self, request: Request) -> str:
         return request.user if self.per_user else ""

@@ -11,6 +11,7 @@ from enum import Enum, auto
 
 from evenhand_engine.block_manager import BlockManager
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.fair_share import FairShare
 from evenhand_engine.messages import RequestOutput
 from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.tenant import Tenant
@@ -38,7 +39,8 @@ class Roster:
         finished_request_ids: requests that left since somebody last took this list.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, shares: FairShare) -> None:
+        """Tenants enter `shares` when they become active, and leave its line when they no longer are."""
         self.blocks = BlockManager(
             settings.num_kv_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching
         )
@@ -52,6 +54,7 @@ class Roster:
         self.outputs: list[RequestOutput] = []
         self.finished_request_ids: list[str] = []
         self._settings = settings
+        self._shares = shares
         self._configs: dict[str, TenantConfig] = {}
         self._num_replicas = 1
         self._num_added = 0
@@ -86,19 +89,26 @@ class Roster:
                 self._retire(tenant)
             else:
                 tenant.configure(tenant_config, num_kv_blocks=num_blocks, num_replicas=num_replicas)
+                if tenant.tenant_id in self.active:
+                    self._shares.enter(tenant.tenant_id, tenant.class_rank)
 
     def fit(self, request: Request) -> Fit:
         """Whether the waiting request finds a seat and blocks for all its tokens and one more."""
         blocks, tenant = self.blocks, self.tenants[request.tenant_id]
         if blocks.num_blocks_for(request.num_tokens + 1) > min(blocks.num_blocks, tenant.max_blocks):
             return Fit.NEVER
-        num_missing = blocks.num_missing_blocks(request)
         has_ceiling = tenant.max_blocks < blocks.num_blocks
-        if has_ceiling and blocks.num_held_blocks(tenant.tenant_id) + num_missing > tenant.max_blocks:
-            return Fit.CAPPED
+        if has_ceiling:
+            num_held = blocks.num_held_blocks(tenant.tenant_id)
+            if num_held + blocks.num_missing_blocks(request) > tenant.max_blocks:
+                return Fit.CAPPED
         if self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0:
             return Fit.STARVED
         return Fit.FITS
+
+    def guaranteed_tenants(self) -> list[Tenant]:
+        """Active tenants with a KV guarantee."""
+        return [self.active[tenant_id] for tenant_id in self.blocks.guarantees if tenant_id in self.active]
 
     def is_within_guarantee(self, request: Request) -> bool:
         """Whether its tenant, with this request too, would hold no more blocks than it is guaranteed."""
@@ -112,8 +122,9 @@ class Roster:
         Beyond its tenant's guarantee it must leave room for the running requests to grow until one of them finishes:
         else each admission is paid for with a preemption.
         """
+        tenant = self.tenants[request.tenant_id]
         num_missing = self.blocks.num_missing_blocks(request) - self.blocks.num_free_blocks
-        if self.is_within_guarantee(request):
+        if tenant.guaranteed_blocks and self.is_within_guarantee(request):
             return num_missing
         return num_missing + int(self.num_running * self._settings.growth_blocks)
 
@@ -211,6 +222,7 @@ class Roster:
         assert all(r.num_pending_tokens == 1 for t in tenants for r in t.decoding.values())
         assert all(not r.block_table and r.started_at is None for r in waiting)
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
+        assert sorted(self.active) == sorted(tenant_id for _, _, tenant_id in self._shares.in_order())
         assert set(self.prefilling_tenants) == {t.tenant_id for t in tenants if t.prefilling}
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
@@ -218,7 +230,7 @@ class Roster:
 
     def _wait(self, tenant: Tenant, request: Request) -> None:
         tenant.waiting.push(request)
-        self.active[tenant.tenant_id] = tenant
+        self._activate(tenant)
 
     def _stop_running(self, tenant: Tenant, request: Request) -> None:
         self.blocks.release(request)
@@ -229,14 +241,20 @@ class Roster:
             del self.running_tenants[tenant.tenant_id]
         self._deactivate(tenant)
 
+    def _activate(self, tenant: Tenant) -> None:
+        self.active[tenant.tenant_id] = tenant
+        self._shares.enter(tenant.tenant_id, tenant.class_rank)
+
     def _deactivate(self, tenant: Tenant) -> None:
         if not tenant.prefilling:
             self.prefilling_tenants.pop(tenant.tenant_id, None)
-            if not tenant.waiting:
-                self.active.pop(tenant.tenant_id, None)
+            if not tenant.waiting and self.active.pop(tenant.tenant_id, None) is not None:
+                self._shares.leave(tenant.tenant_id)
 
     def _retire(self, tenant: Tenant) -> None:
         """The tenant is gone: what it has left belongs to the default tenant."""
+        if tenant.tenant_id in self.active:
+            self._shares.leave(tenant.tenant_id)
         for tenants in (self.tenants, self.active, self.prefilling_tenants, self.running_tenants):
             tenants.pop(tenant.tenant_id, None)
         heir = self.tenant(DEFAULT_TENANT_ID)
@@ -252,4 +270,4 @@ class Roster:
         if heir.num_running:
             self.running_tenants[heir.tenant_id] = heir
         if heir.has_prompts:
-            self.active[heir.tenant_id] = heir
+            self._activate(heir)

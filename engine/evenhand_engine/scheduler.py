@@ -19,8 +19,10 @@ from collections.abc import Iterator, Sequence
 from evenhand_engine.batch import Batch, ScheduledRequest
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.fair_queue import FairQueue
+from evenhand_engine.fair_share import FairShare
 from evenhand_engine.messages import RequestOutput
 from evenhand_engine.pace import Pace
+from evenhand_engine.queue_timeouts import QueueTimeouts
 from evenhand_engine.relief import Relief
 from evenhand_engine.request import FinishReason, Request
 from evenhand_engine.roster import Fit, Roster
@@ -51,12 +53,13 @@ class Scheduler:
     ) -> None:
         """`token_budgets`: the token budget of each step to come, instead of max_num_batched_tokens (for replays)."""
         self.settings = settings
-        self.roster = Roster(settings)
-        self.queue = FairQueue(settings, self.roster)
-        self.shares = self.queue.shares
+        self.shares = FairShare()
+        self.roster = Roster(settings, self.shares)
+        self.queue = FairQueue(settings, self.shares, self.roster)
         self.step_id = 0
         self._relief = Relief(settings, self.roster, self.queue)
         self._pace = Pace(settings, self.roster, token_budgets)
+        self._timeouts = QueueTimeouts(self.roster)
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
@@ -78,6 +81,8 @@ class Scheduler:
             self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
         elif self.roster.fit(request) is Fit.NEVER:
             self.roster.finish(request, FinishReason.OVERLOADED)
+        else:
+            self._timeouts.watch(request)
 
     def abort(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
         """End a request; an unknown or finished one is ignored.
@@ -102,12 +107,14 @@ class Scheduler:
             is_queued = request.started_at is None and request.num_preemptions == 0
             if is_queued and self.roster.tenants[request.tenant_id].is_suspended:
                 self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+        self._timeouts.reset()
 
     # -- the loop
 
     def step(self, now: float) -> Batch | None:
         """Plan the next batch; None if there is nothing to compute now."""
-        self._expire(now)
+        for request in self._timeouts.overdue(now):
+            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
         if self._is_static:
             self._form_static_batch(now)
         elif self._is_fair and self._is_starved:
@@ -151,17 +158,7 @@ class Scheduler:
         outputs, self.roster.outputs = self.roster.outputs, []
         return outputs
 
-    # -- 1. expire, 2. relieve
-
-    def _expire(self, now: float) -> None:
-        overdue = [
-            request
-            for tenant in self.roster.active.values()
-            if tenant.queue_timeout != _NEVER
-            for request in tenant.waiting.overdue(now - tenant.queue_timeout)
-        ]
-        for request in overdue:
-            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
+    # -- the static baseline
 
     def _form_static_batch(self, now: float) -> None:
         """The baseline: whoever fits starts together, and the next batch waits for the last of them."""
