@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster test soak lock bench-%
+.PHONY: help install serve demo check crds cluster test soak lock bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -52,7 +52,9 @@ soak: install  ## long property searches and churn
 	.venv/bin/pytest -m soak
 
 bench-%: install  ## run benchmarks/NAME.py (dashes for underscores)
-	.venv/bin/python benchmarks/$(subst -,_,$*).py $(ARGS)
+	PYTHONPATH=e2e .venv/bin/python benchmarks/$(subst -,_,$*).py $(ARGS)
+
+bench-operator: bench-operator-scale  # a file operator.py would hide the standard library's from all beside it
 
 lock: | $(UV)  ## resolve pyproject.toml again into requirements.lock
 	$(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-index-url $(EXTRAS) pyproject.toml -o requirements.lock --custom-compile-command "make lock"

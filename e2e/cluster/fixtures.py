@@ -23,6 +23,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 @pytest.fixture(scope="session")
 def crds(cluster: ControlPlane) -> None:
     """Evenhand's own kinds, known to the API server."""
+    install_crds(cluster)
+
+
+def install_crds(cluster: ControlPlane) -> None:
+    """Returns once the API server knows Evenhand's own kinds."""
     files = [f"--filename={path}" for path in sorted(CRDS.glob("evenhand.dev_*.yaml"))]
     cluster.kubectl("apply", "--server-side", "--validate=strict", *files)
     cluster.kubectl("wait", "--for=condition=Established", *files)

@@ -34,6 +34,11 @@ _OF_THE_OPERATOR = {
 @pytest.fixture(scope="session")
 def operator_kubeconfig(cluster: ControlPlane, crds: None) -> Path:
     """With the rights that the manifests give the operator, and no others."""
+    return install_operator_rights(cluster)
+
+
+def install_operator_rights(cluster: ControlPlane) -> Path:
+    """The operator's part of the manifests but for its Deployment; a kubeconfig of its ServiceAccount."""
     rendered = yaml.safe_load_all(cluster.kubectl("kustomize", str(BASE)))
     cluster.apply(*(each for each in rendered if each["kind"] in _OF_THE_OPERATOR))
     return cluster.service_account_kubeconfig(OPERATOR_NAMESPACE, OPERATOR)

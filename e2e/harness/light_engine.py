@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from evenhand_engine.push_receiver import PushReceiver, PushSettings
+from evenhand_engine.push_receiver import Apply, PushReceiver, PushSettings
 from evenhand_policy.config import PoolReference
 
 
-def build_app(settings: PushSettings) -> web.Application:
-    """The admin application. `GET /config` shows the document in force."""
-    receiver = PushReceiver(settings, lambda config, num_replicas: None)
+def build_app(settings: PushSettings, apply: Apply = lambda offered: None) -> web.Application:
+    """The admin application; `apply` is told what to enforce. `GET /config` shows the document in force."""
+    receiver = PushReceiver(settings, apply)
 
     async def show_config(_: web.Request) -> web.Response:
         return web.json_response(

@@ -43,8 +43,8 @@ from evenhand_policy.push_protocol import (
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Apply = Callable[[SchedulerConfig, int], None]
-"""Enforce a config from now on, among so many replicas. Raises DocumentRejectedError, and then changes nothing."""
+Apply = Callable[[StoredConfig], None]
+"""Enforce a config from now on. Raises DocumentRejectedError, and then changes nothing."""
 
 _MAX_PROBLEM_CHARACTERS = 1000
 _MAX_PATH_CHARACTERS = 256
@@ -105,14 +105,14 @@ class PushReceiver:
         for stored in sorted(self._stored(), key=lambda stored: stored.version, reverse=True):
             try:
                 self._check_belonging(stored.config)
-                self._apply(stored.config, stored.num_replicas)
+                self._apply(stored)
             except (_Refused, DocumentRejectedError) as error:
                 fields = {"source": str(stored.source), "error": str(error)}
                 log.warning("a stored config cannot be enforced", extra={"fields": fields})
                 continue
             self.in_force = stored
             return
-        self._apply(self.in_force.config, self.in_force.num_replicas)
+        self._apply(self.in_force)
 
     def _stored(self) -> list[StoredConfig]:
         bootstrap = self._settings.bootstrap
@@ -189,7 +189,7 @@ class PushReceiver:
             self._check_belonging(offered.config)
             if not self._is_due(offered, signed):
                 return
-            self._apply(offered.config, offered.num_replicas)
+            self._apply(offered)
         except DocumentRejectedError as error:
             raise _Refused(422, error.message, error.path) from None
         if offered.digest != self.in_force.digest:

@@ -49,8 +49,8 @@ Name = Annotated[str, Meta(min_length=1, max_length=512)]
 KeyHash = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
-    pass
+class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel", gc=False):
+    """Not looked at by the cyclic garbage collector: there are tens of thousands, they live long and have no cycles."""
 
 
 class PoolReference(_Document, frozen=True, kw_only=True):

@@ -1,10 +1,10 @@
 """Reading a document that came over the network or from disk: every doubt is an error, nothing is repaired."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
+from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 
 SCHEMA_VERSION = 1
 
@@ -24,7 +24,7 @@ class DocumentRejectedError(ValueError):
 
 
 class _Versioned(msgspec.Struct, rename="camel"):
-    schema_version: int
+    schema_version: int = SCHEMA_VERSION
 
 
 def read_document(body: bytes) -> SchedulerConfig:
@@ -34,17 +34,29 @@ def read_document(body: bytes) -> SchedulerConfig:
         DocumentRejectedError: it is not JSON, of another schema version, out of bounds or contradicts itself.
     """
     try:
-        version = msgspec.json.decode(body, type=_Versioned).schema_version
-        if version != SCHEMA_VERSION:
-            advice = f"version {version} is not {SCHEMA_VERSION}: operator and engine are too far apart; upgrade one"
-            raise DocumentRejectedError("schemaVersion", advice)
         config = msgspec.json.decode(body, type=SchedulerConfig)
     except msgspec.DecodeError as error:
+        _check_version(_version(body))
         message, _, path = str(error).partition(" - at `$")
         raise DocumentRejectedError(path.rstrip("`").lstrip("."), message) from None
+    _check_version(config.schema_version)
     for path, message in _contradictions(config):
         raise DocumentRejectedError(path, message)
     return config
+
+
+def _version(body: bytes) -> int:
+    """Of a document that is otherwise not understood; ours, where not even that is."""
+    try:
+        return msgspec.json.decode(body, type=_Versioned).schema_version
+    except msgspec.DecodeError:
+        return SCHEMA_VERSION
+
+
+def _check_version(version: int) -> None:
+    if version != SCHEMA_VERSION:
+        advice = f"version {version} is not {SCHEMA_VERSION}: operator and engine are too far apart; upgrade one"
+        raise DocumentRejectedError("schemaVersion", advice)
 
 
 def _contradictions(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
@@ -63,16 +75,18 @@ def _contradictions(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
 
 def _shared_identities(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
     """An identity of two tenants would make it a matter of chance who pays."""
-    claimed = {("keyHashes", value) for value in config.gateway.key_hashes}
-    for index, tenant in enumerate(config.tenants):
-        for field, values in _identities(tenant):
-            for value in values:
-                if (field, value) in claimed:
-                    yield f"tenants[{index}].{field}", "another tenant, the gateway or this one has the same"
-                claimed.add((field, value))
+    tenants = config.tenants
+    yield from _repeated("keyHashes", config.gateway.key_hashes, [tenant.key_hashes for tenant in tenants])
+    yield from _repeated("serviceAccounts", (), [tenant.service_accounts for tenant in tenants])
+    yield from _repeated("headerValues", (), [tenant.header_values for tenant in tenants])
 
 
-def _identities(tenant: TenantConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    yield "keyHashes", tenant.key_hashes
-    yield "serviceAccounts", tenant.service_accounts
-    yield "headerValues", tenant.header_values
+def _repeated(
+    field: str, claimed: Iterable[str], values_by_tenant: Iterable[Sequence[str]]
+) -> Iterator[tuple[str, str]]:
+    seen = set(claimed)
+    for index, values in enumerate(values_by_tenant):
+        for value in values:
+            if value in seen:
+                yield f"tenants[{index}].{field}", "another tenant, the gateway or this one has the same"
+            seen.add(value)

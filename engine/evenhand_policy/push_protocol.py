@@ -51,7 +51,8 @@ class ConfigSource(StrEnum):
     PUSH = "Push"
     BOOTSTRAP = "Bootstrap"  # mounted Secrets
     LAST_GOOD = "LastGood"  # the pod's own file
-    BUILT_IN = "BuiltIn"  # nothing was ever pushed: everybody shares evenly
+    FILES = "Files"  # policy files, without an operator
+    BUILT_IN = "BuiltIn"  # nothing was ever given: everybody shares evenly
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -62,7 +63,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         epoch: of the document in force; 0 where nothing was ever pushed.
         revision: of the document in force.
         digest: of the document in force.
-        source: where the document came from.
+        source: where the document came from: a ConfigSource, or what a newer engine calls it.
         num_replicas: among how many engines the pool's limits are divided.
         problem: why the request was refused; None where it was not.
         path: the field of the refused document that is at fault; empty: the document as a whole.
@@ -72,7 +73,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     epoch: Annotated[int, Meta(ge=0)]
     revision: Annotated[int, Meta(ge=0)]
     digest: Annotated[str, Meta(max_length=71)]
-    source: ConfigSource
+    source: Annotated[str, Meta(max_length=64)]
     num_replicas: Annotated[int, Meta(ge=1)] = 1
     problem: Annotated[str, Meta(max_length=1024)] | None = None
     path: Annotated[str, Meta(max_length=256)] = ""

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
+from evenhand_engine.config_store import StoredConfig
 from evenhand_engine.push_receiver import PushReceiver, PushSettings, is_local
 from evenhand_policy.bootstrap import pack
 from evenhand_policy.config import KvCacheShare, PoolReference, SchedulerConfig, TenantConfig
@@ -57,10 +58,10 @@ class Engine:
         settings = PushSettings(POOL, keys, folder / "bootstrap", folder / "state" / "last-good.json")
         self.receiver = PushReceiver(settings, self._apply, clock=lambda: self.now)
 
-    def _apply(self, config: SchedulerConfig, num_replicas: int) -> None:
+    def _apply(self, offered: StoredConfig) -> None:
         if self._also:
-            self._also(config, num_replicas)
-        self.enforced.append((config, num_replicas))
+            self._also(offered.config, offered.num_replicas)
+        self.enforced.append((offered.config, offered.num_replicas))
 
     async def __aenter__(self) -> "Engine":
         app = web.Application(middlewares=[self.receiver.require_signature])
@@ -108,7 +109,7 @@ async def test_pushed_document_is_enforced_and_reported(engine: Engine) -> None:
     assert status == 200
     assert engine.enforced[1:] == [(config, 3)]
     assert (report.epoch, report.revision, report.digest, report.num_replicas) == (1, 1, config.digest(), 3)
-    assert report.source is ConfigSource.PUSH
+    assert report.source == ConfigSource.PUSH
     assert report.boot_id == engine.receiver.boot_id
     assert report.problem is None
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
+from evenhand_engine.config_store import StoredConfig
 from evenhand_engine.push_receiver import PushReceiver, PushSettings
 from evenhand_operator.engine_client import EngineClient, Offer
 from evenhand_operator.objects import EnginePod
@@ -56,7 +57,10 @@ class EngineStandIn:
 
     def restart(self) -> None:
         """As if the process had been killed and started."""
-        self.receiver = PushReceiver(self._settings, lambda config, replicas: self.enforced.append((config, replicas)))
+        self.receiver = PushReceiver(self._settings, self._enforce)
+
+    def _enforce(self, offered: StoredConfig) -> None:
+        self.enforced.append((offered.config, offered.num_replicas))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The admin port."""

@@ -182,6 +182,18 @@ async def test_misbehaving_pod_is_shown(
     assert caught.value.reason == reason
 
 
+async def test_pod_whose_source_only_a_newer_operator_knows_is_not_unreachable(
+    serve: Serve, client: EngineClient, make: Any
+) -> None:
+    offer = make.offer()
+    report = {"bootId": "b", "epoch": 1, "revision": 1, "digest": offer.digest, "source": "Gossip", "since": 3}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return signed(request, json.dumps(report).encode())
+
+    assert (await client.push(await serve(answer), offer)).source == "Gossip"
+
+
 async def test_redirect_is_not_followed(serve: Serve, client: EngineClient, make: Any) -> None:
     visitors = []
 

@@ -3,17 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 
 from evenhand_policy.config import SchedulerConfig
-
-
-class ConfigSource(StrEnum):
-    """Where a config came from."""
-
-    DEFAULT = "default"  # nothing was given: everybody is the default tenant
-    FILES = "files"
-    OPERATOR = "operator"  # pushed, or stored from an earlier push
+from evenhand_policy.push_protocol import ConfigSource
 
 
 @dataclass(slots=True)
@@ -42,10 +34,11 @@ class ConfigState:
     def apply(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int) -> bool:
         """Note that `config` is the one offered last; returns whether it differs from the one in force."""
         self.error = self.rejected_at = None
+        self.source = source  # the operator may push the very document that the engine started with
         digest = config.digest()
         if (digest, num_replicas) == (self.digest, self.num_replicas):
             return False
-        self.config, self.source, self.num_replicas, self.digest = config, source, num_replicas, digest
+        self.config, self.num_replicas, self.digest = config, num_replicas, digest
         self.applied_at = datetime.now(UTC)
         self.results["applied"] += 1
         return True

@@ -16,12 +16,13 @@ from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
 from evenhand_engine.metrics import Metrics
 from evenhand_engine.metrics_collector import Snapshot
 from evenhand_engine.server.body_memory import BodyMemory, HeldBody
-from evenhand_engine.server.config_state import ConfigSource, ConfigState
+from evenhand_engine.server.config_state import ConfigState
 from evenhand_engine.server.fair_executor import FairExecutor
 from evenhand_engine.server.settings import ServerSettings
 from evenhand_engine.share_tracker import ShareTracker
 from evenhand_engine.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
+from evenhand_policy.push_protocol import ConfigSource
 
 log = logging.getLogger(__name__)
 

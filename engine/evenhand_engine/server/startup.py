@@ -32,10 +32,10 @@ from evenhand_engine.server.settings import ServerSettings
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from evenhand_engine.config_store import StoredConfig
     from evenhand_engine.push_receiver import PushReceiver
     from evenhand_engine.server.config_state import ConfigState
     from evenhand_engine.server.service import Service
-    from evenhand_policy.config import SchedulerConfig
 
 SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
 T = TypeVar("T")
@@ -88,11 +88,12 @@ async def start_server(
 
 def _initial_config(settings: ServerSettings) -> "ConfigState":
     from evenhand_engine.policy_source import load_initial
-    from evenhand_engine.server.config_state import ConfigSource, ConfigState
+    from evenhand_engine.server.config_state import ConfigState
     from evenhand_policy.config import SchedulerConfig
+    from evenhand_policy.push_protocol import ConfigSource
 
     if settings.policies is None:
-        return ConfigState(SchedulerConfig(), ConfigSource.DEFAULT)
+        return ConfigState(SchedulerConfig(), ConfigSource.BUILT_IN)
     return ConfigState(load_initial(settings.policies), ConfigSource.FILES)
 
 
@@ -100,10 +101,9 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
     if service.settings.push is None:
         return None
     from evenhand_engine.push_receiver import PushReceiver
-    from evenhand_engine.server.config_state import ConfigSource
 
-    def apply(config: "SchedulerConfig", num_replicas: int) -> None:
-        service.apply_config(config, ConfigSource.OPERATOR, num_replicas)
+    def apply(offered: "StoredConfig") -> None:
+        service.apply_config(offered.config, offered.source, offered.num_replicas)
 
     return PushReceiver(service.settings.push, apply)
 
@@ -126,7 +126,7 @@ async def _watch_policies(service: "Service") -> AsyncIterator[None]:
         yield
         return
     from evenhand_engine.policy_source import PolicySource
-    from evenhand_engine.server.config_state import ConfigSource
+    from evenhand_policy.push_protocol import ConfigSource
 
     apply = functools.partial(service.apply_config, source=ConfigSource.FILES)
     source = PolicySource(service.settings.policies, apply, service.reject_config)

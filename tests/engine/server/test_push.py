@@ -51,14 +51,17 @@ def test_a_push_takes_effect_in_the_door_and_in_the_engine(serve: Serve, say: Sa
         server.client(api_key="nobody-knows-this-key").completions.create(model="tiny", prompt="Hi")
     client = server.client(api_key=TENANT_KEY)
     assert client.completions.create(model="tiny", prompt="Hi").choices[0].text == "Hello"
-    assert httpx2.get(f"{server.admin_url}/v1/scheduler-config").json()["source"] == "operator"
+    assert httpx2.get(f"{server.admin_url}/v1/scheduler-config").json()["source"] == "Push"
 
 
 def test_what_was_pushed_is_enforced_again_after_a_restart(serve: Serve, say: Say, push: PushSettings) -> None:
     assert put(serve(say("Hello"), push=push), config(7)).status_code == 200
     restarted = serve(say("Hello"), push=push)
-    assert httpx2.get(f"{restarted.admin_url}/v1/scheduler-config").json()["config"]["revision"] == 7
+    stored = httpx2.get(f"{restarted.admin_url}/v1/scheduler-config").json()
+    assert (stored["config"]["revision"], stored["source"]) == (7, "LastGood")
     assert put(restarted, config(6)).status_code == 409
+    assert put(restarted, config(8)).status_code == 200
+    assert httpx2.get(f"{restarted.admin_url}/v1/scheduler-config").json()["source"] == "Push"
 
 
 def test_an_unsigned_or_wrongly_signed_push_changes_nothing(serve: Serve, say: Say, push: PushSettings) -> None:

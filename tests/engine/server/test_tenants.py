@@ -283,7 +283,7 @@ def test_audit(serve: Serve, say: Say, policies: Path) -> None:
 def test_reload_is_live_and_loses_no_request(serve: Serve, policies: Path) -> None:
     server = serve(policies=policies)
     before = admin(server, "/v1/scheduler-config")
-    assert before["source"] == "files"
+    assert before["source"] == "Files"
     server.core.expect(Reconfigure)
     with pending(server, CHAT_KEY, 1):
         write(policies, "chat", policy("chat", "another-key-0123456789-0123456789", weight=9))

@@ -1,0 +1,69 @@
+"""From the answer to a policy's change until every engine pod enforces it.
+
+A real API server holds the policies, the operator runs with the rights of the manifests, and the pods run the engine's
+own admin code, without a model, in as many processes as this machine has cores. One policy is changed at a time.
+"""
+
+import asyncio
+import random
+import statistics
+import time
+
+import common
+from pool_stage import PoolStage, pool_stage
+from rich.progress import track
+
+NUM_PROCESSES = 2
+
+
+async def measure(stage: PoolStage, num_policies: int, num_changes: int, seed: int) -> tuple[list[float], list[float]]:
+    """Seconds until the first pod and until the last one enforces a change, in order of the changes."""
+    await stage.create_policies(range(num_policies))
+    stage.operator.start()
+    await stage.crowd.enforced_at(f"team-{num_policies - 1}", 1)
+    await stage.until_right()
+    first, last = [], []
+    choose = random.Random(seed)
+    for index in track(range(num_changes), "changing", console=common.console, transient=True):
+        name = f"team-{choose.randrange(num_policies)}"
+        stored = await stage.set_weight(name, 2 + index)
+        answered_at = time.monotonic()
+        times = await stage.crowd.enforced_at(name, stored["metadata"]["generation"])
+        first.append(min(times) - answered_at)
+        last.append(max(times) - answered_at)
+        await asyncio.sleep(choose.uniform(0.3, 0.6))  # statuses are written, and nothing is in step with a timer
+    return first, last
+
+
+async def run(num_pods: int, num_policies: int, num_changes: int, seed: int) -> None:
+    async with pool_stage(num_pods, NUM_PROCESSES) as stage:
+        first, last = await measure(stage, num_policies, num_changes, seed)
+    rows = [
+        [name, *(f"{quantile(seconds, q):.3f}" for q in (0.5, 0.9, 0.99))]
+        for name, seconds in (("first pod", first), ("all pods", last))
+    ]
+    title = f"seconds from a change to {num_pods} pods that enforce it, {num_policies} policies, {num_changes} changes"
+    common.print_table(title, ["", "p50", "p90", "p99"], rows)
+    results = {
+        "pods": num_pods,
+        "policies": num_policies,
+        "changes": num_changes,
+        "enforced_p50_s": quantile(last, 0.5),
+        "enforced_p99_s": quantile(last, 0.99),
+    }
+    common.finish("push", results)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Of at least two values; p99 of fewer than a hundred is nearly the largest."""
+    return statistics.quantiles(values, n=100, method="inclusive")[round(100 * q) - 1]
+
+
+def main() -> None:
+    options = common.arguments(__doc__).parse_args()
+    shape = (5, 100, 5) if options.quick else (50, 1000, 60)
+    asyncio.run(run(*shape, options.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Many ready engine pods in few processes: the engine's real admin code for each, and a log of when it enforced what.
+
+They are Pod objects without a Deployment, whose status is written once: what counts is how the operator serves them.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from aiohttp import web
+
+from cluster.api_client import ApiClient
+from cluster.container import now
+from cluster.control_plane import ControlPlane
+from cluster.pod_runner import NODE, condition, loopback_addresses
+from cluster.programs import Program
+from evenhand_engine.config_store import StoredConfig
+from evenhand_engine.push_receiver import Apply, PushSettings
+from evenhand_policy.config import PoolReference
+from harness.light_engine import build_app
+from harness.objects import ADMIN_PORT, ENGINE_LABELS, PUSH_KEY
+
+Object = dict[str, Any]
+
+_LOOK_SECONDS = 0.01
+
+
+class Crowd:
+    """`num_pods` pods of the pool `default`, served by `num_processes` processes while it is entered."""
+
+    def __init__(self, cluster: ControlPlane, namespace: str, num_pods: int, num_processes: int, folder: Path) -> None:
+        keys = folder / "keys"
+        keys.mkdir(parents=True)
+        (keys / "current").write_text(PUSH_KEY)
+        self.addresses = list(itertools.islice(loopback_addresses(), num_pods))
+        self._path = f"/api/v1/namespaces/{namespace}/pods"
+        self._programs: list[Program] = []
+        for index in range(num_processes):
+            command = [sys.executable, "-m", "harness.crowd", f"--namespace={namespace}", f"--folder={folder}"]
+            log = folder / f"crowd-{index}.log"
+            own = self.addresses[index::num_processes]
+            self._programs.append(cluster.program(log.stem, [*command, *own], log))
+        self._offsets = [0] * num_processes
+        self._enforced_at: dict[str, dict[int | None, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+
+    def __enter__(self) -> Self:
+        for program in self._programs:
+            program.start()
+        for program in self._programs:
+            program.wait_until_ready(lambda log=program.log: "serving" in log.read_text())  # type: ignore[misc]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for program in self._programs:
+            program.stop(grace=0)
+
+    async def join(self, client: ApiClient) -> None:
+        """Make the Pods known to the API server, ready as they are."""
+        for index, address in enumerate(self.addresses):
+            name = f"engine-{index:03}"
+            await client.call("POST", self._path, _pod(name))
+            body = {"status": _status(address)}
+            await client.call("PATCH", f"{self._path}/{name}/status", body, "application/merge-patch+json")
+
+    async def enforced_at(self, tenant: str, generation: int | None, timeout: float = 30) -> list[float]:
+        """When each pod, by `time.monotonic()`, began to enforce that generation of the tenant (None: that it is gone).
+
+        Raises TimeoutError where not all of them do in time.
+        """
+        async with asyncio.timeout(timeout):
+            while len(times := self._enforced_at[tenant][generation]) < len(self.addresses):
+                await asyncio.sleep(_LOOK_SECONDS)
+                self._read_logs()
+        return list(times.values())
+
+    def _read_logs(self) -> None:
+        for index, program in enumerate(self._programs):
+            with program.log.open("rb") as log:
+                log.seek(self._offsets[index])
+                lines = log.read().rpartition(b"\n")[0]
+            self._offsets[index] += len(lines) + bool(lines)
+            for line in lines.splitlines():
+                if line.startswith(b"{"):
+                    change = json.loads(line)
+                    for tenant, generation in change["tenants"].items():
+                        self._enforced_at[tenant][generation][change["address"]] = change["at"]
+
+
+def _pod(name: str) -> Object:
+    port = {"name": "admin", "containerPort": ADMIN_PORT}
+    spec = {"nodeName": NODE, "containers": [{"name": "engine", "image": "light-engine", "ports": [port]}]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": ENGINE_LABELS}, "spec": spec}
+
+
+def _status(address: str) -> Object:
+    started_at = now()
+    container = {
+        "name": "engine",
+        "image": "light-engine",
+        "imageID": "light-engine",
+        "ready": True,
+        "restartCount": 0,
+        "state": {"running": {"startedAt": started_at}},
+    }
+    return {
+        "phase": "Running",
+        "startTime": started_at,
+        "podIP": address,
+        "podIPs": [{"ip": address}],
+        "conditions": [condition("Ready", True, started_at)],
+        "containerStatuses": [container],
+    }
+
+
+def _log_changes(address: str) -> Apply:
+    """Enforces nothing, and writes what has changed, by tenant: its generation, None where it is gone."""
+    before: Mapping[str, int | None] = {}
+
+    def apply(offered: StoredConfig) -> None:
+        nonlocal before
+        at = time.monotonic()
+        after: dict[str, int | None] = {tenant.tenant_id: tenant.generation for tenant in offered.config.tenants}
+        changed: dict[str, int | None] = dict.fromkeys(before.keys() - after.keys())
+        changed |= {tenant: generation for tenant, generation in after.items() if before.get(tenant) != generation}
+        before = after
+        sys.stdout.write(json.dumps({"address": address, "at": at, "tenants": changed}) + "\n")
+        sys.stdout.flush()
+
+    return apply
+
+
+async def _serve(namespace: str, folder: Path, addresses: list[str]) -> None:
+    pool = PoolReference(namespace=namespace, name="default")
+    for address in addresses:
+        settings = PushSettings(pool, folder / "keys", last_good=folder / address / "last-good.json")
+        runner = web.AppRunner(build_app(settings, _log_changes(address)), access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, address, ADMIN_PORT).start()
+    sys.stdout.write("serving\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Serve the admin ports of some pods, until killed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--namespace", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("addresses", nargs="+")
+    options = parser.parse_args()
+    asyncio.run(_serve(options.namespace, options.folder, options.addresses))
+
+
+if __name__ == "__main__":
+    main()
