@@ -63,13 +63,14 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """News of one request. The first has no tokens and tells that it was scheduled for the first time.
 
     `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
-    prefix hit spared.
+    prefix hit spared; `num_preemptions`: how often it lost its blocks so far.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
 
 
 class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +98,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_id: int
     num_running: int
     num_waiting: int
+    num_deferred: int  # of those that wait: held back by their tenant's own concurrency limit
     num_kv_blocks: int
     num_free_kv_blocks: int  # evictable cached blocks count as free
     num_preemptions: int

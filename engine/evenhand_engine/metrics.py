@@ -25,6 +25,7 @@ _REQUEST_BUCKETS = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _STEP_TIME_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 _STEP_BUCKETS = (1, *(2**power for power in range(3, 15)))
 
 
@@ -74,7 +75,12 @@ class Metrics:
         self.decode_time = histogram("request_decode_time_seconds", "First token to end.", _REQUEST_BUCKETS)
         self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt.", self._token_counts)
         self.generation_tokens = histogram("request_generation_tokens", "Tokens of an output.", self._token_counts)
+        self.max_generation_tokens = histogram(
+            "request_max_num_generation_tokens", "Tokens of a request's longest output.", self._token_counts
+        )
         self.max_tokens = histogram("request_params_max_tokens", "Output limit of a request.", self._token_counts)
+        self.params_n = histogram("request_params_n", "Outputs asked of a request.", _N_BUCKETS)
+        self.request_preemptions = histogram("request_num_preemptions", "Preemptions of a request.", _N_BUCKETS)
         self.iteration_tokens = histogram("iteration_tokens_total", "Tokens of one step.", _STEP_BUCKETS)
         self.num_prompt_tokens = self._public_counter("prompt_tokens", "Prompt tokens of requests that have started.")
         self.num_cached_tokens = self._public_counter("prompt_tokens_cached", "Of these, found in the prefix cache.")
@@ -83,6 +89,13 @@ class Metrics:
             "vllm:request_success",
             "Requests that ended, by reason.",
             (*self._names, "finished_reason"),
+            registry=self.public_registry,
+        )
+
+        self.queue_rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused because the queue is full.",
+            ("model_name", "reason"),
             registry=self.public_registry,
         )
 
@@ -124,6 +137,8 @@ class Metrics:
             self.step_time.observe(seconds)
 
     def count_refusal(self, tenant_id: str, code: str) -> None:
+        if code == "queue_full":
+            self.queue_rejections.labels(self._names["model_name"], "max_num_queued_reqs").inc()
         self.refusals.labels(self.label(tenant_id), code).inc()
 
     def count_success(self, reason: str) -> None:
@@ -180,7 +195,7 @@ class RequestMetrics:
         metrics.num_generation_tokens.inc(num_tokens)
         metrics.tenant_tokens.labels(self._tenant, "generation").inc(num_tokens)
 
-    def end(self, outcome: str, reason: str, now: float) -> None:
+    def end(self, outcome: str, reason: str, num_preemptions: int, now: float) -> None:
         """`outcome`: finished, refused, aborted or failed; `reason`: a finish reason or a refusal's code."""
         metrics = self._metrics
         metrics.tenant_requests.labels(self._tenant, outcome, reason).inc()
@@ -188,6 +203,9 @@ class RequestMetrics:
         metrics.request_latency.observe(now - self._arrived_at)
         metrics.prompt_tokens.observe(self._num_prompt_tokens)
         metrics.generation_tokens.observe(self._num_tokens)
+        metrics.max_generation_tokens.observe(self._num_tokens)  # one output each: `n` above 1 is refused
+        metrics.params_n.observe(1)
+        metrics.request_preemptions.observe(num_preemptions)
         metrics.max_tokens.observe(self._max_tokens)
         if self._started_at is not None:
             metrics.inference_time.observe(now - self._started_at)

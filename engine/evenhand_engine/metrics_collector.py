@@ -70,6 +70,7 @@ class PublicCollector(Collector):
         in_use = 0.0 if stats is None else 1 - stats.num_free_kv_blocks / stats.num_kv_blocks
         yield self._gauge("num_requests_running", "Requests that are running.", stats.num_running if stats else 0)
         yield self._gauge("num_requests_waiting", "Requests that wait.", stats.num_waiting if stats else 0)
+        yield self._waiting_by_reason(stats)
         yield self._gauge("kv_cache_usage_perc", "Used part of the KV cache, 0 to 1.", in_use)
         for name, text, value in (
             ("num_preemptions", "Requests preempted.", stats.num_preemptions if stats else 0),
@@ -79,6 +80,15 @@ class PublicCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=list(self._names))
             counter.add_metric(list(self._names.values()), value)
             yield counter
+
+    def _waiting_by_reason(self, stats: EngineStats | None) -> Metric:
+        """vLLM's reasons: for want of memory, seats or budget; or held back although there is room."""
+        deferred = stats.num_deferred if stats else 0
+        text = "Requests that wait, by reason."
+        gauge = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", text, labels=[*self._names, "reason"])
+        gauge.add_metric([*self._names.values(), "capacity"], (stats.num_waiting if stats else 0) - deferred)
+        gauge.add_metric([*self._names.values(), "deferred"], deferred)
+        return gauge
 
     def _gauge(self, name: str, text: str, value: float, labels: Mapping[str, str] | None = None) -> Metric:
         labels = {**self._names, **(labels or {})}

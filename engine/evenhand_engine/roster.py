@@ -205,6 +205,7 @@ class Roster:
                 token_ids=token_ids,
                 finish_reason=reason,
                 num_cached_tokens=request.num_cached_tokens,
+                num_preemptions=request.num_preemptions,
             )
         )
 

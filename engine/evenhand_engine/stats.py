@@ -43,6 +43,7 @@ class StatsRecorder:
             step_id=scheduler.step_id,
             num_running=roster.num_running,
             num_waiting=roster.num_waiting,
+            num_deferred=sum(tenant.num_deferred for tenant in roster.tenants.values()),
             num_kv_blocks=roster.blocks.num_blocks,
             num_free_kv_blocks=roster.blocks.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,

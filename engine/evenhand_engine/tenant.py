@@ -88,6 +88,11 @@ class Tenant:
         """Whether its own concurrency limit lets one more request run."""
         return self.max_running == _NEVER or self.num_running < self.max_running
 
+    @property
+    def num_deferred(self) -> int:
+        """How many of its waiting requests its own concurrency limit holds back."""
+        return 0 if self.max_running == _NEVER else max(0, len(self.waiting) - int(self.max_running) + self.num_running)
+
     def next_prompt(self, *, may_start: bool = True) -> Request | None:
         """The prompt that computes next: one in progress, or one from the queue if one more may start."""
         return self.waiting.first(self.prefilling.values(), may_start=may_start and self.may_start)

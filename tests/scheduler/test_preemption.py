@@ -91,6 +91,7 @@ def test_a_preempted_request_keeps_its_place_and_its_tokens() -> None:
     assert first.num_preemptions + second.num_preemptions >= 1
     for request in (first, second, later):
         assert engine.token_ids(request) == [engine.token(request, index) for index in range(30)]
+        assert engine.outputs[request.request_id][-1].num_preemptions == request.num_preemptions
     ends = {request_id: number for number, request_id in enumerate(engine.outputs)}
     assert ends[later.request_id] > max(ends[first.request_id], ends[second.request_id])
 
@@ -174,7 +175,10 @@ def test_a_concurrency_limit_queues_the_rest() -> None:
     limits = Limits(max_concurrent_requests=2)
     engine = PretendEngine(small(), [TenantConfig(tenant_id="a", limits=limits)])
     requests = [engine.add("a", 8, 20) for _ in range(5)]
+    queue = engine.scheduler.roster.tenants["a"]
+    assert queue.num_deferred == 3
     engine.run(3)
+    assert (len(queue.waiting), queue.num_deferred) == (3, 3)
     assert sum(request.started_at is not None for request in requests) == 2
     engine.drain()
     assert all(engine.finish_reason(request) is FinishReason.STOP for request in requests)

@@ -60,6 +60,7 @@ class Generation:
             request.arrival_time,
         )
         self._outcome = ("aborted", "client_gone")
+        self._num_preemptions = 0
         self._closed = False
 
     @property
@@ -93,6 +94,7 @@ class Generation:
         output, token_ids = arrival.output, arrival.output.token_ids
         self._raise_if_refused(output.finish_reason)
         self._service.admission.start(self._reservation)
+        self._num_preemptions = output.num_preemptions
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.num_output_tokens += len(token_ids)
         self._metrics.start(output.num_cached_tokens, arrival.time)
@@ -119,7 +121,7 @@ class Generation:
             self._closed = True
             now = time.monotonic()
             self._service.admission.settle(self._reservation, self.num_output_tokens, now)
-            self._metrics.end(*self._outcome, now)
+            self._metrics.end(*self._outcome, self._num_preemptions, now)
 
 
 @contextlib.contextmanager

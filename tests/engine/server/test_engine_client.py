@@ -46,6 +46,7 @@ def stats(step_id: int) -> EngineStats:
         step_id=step_id,
         num_running=1,
         num_waiting=0,
+        num_deferred=0,
         num_kv_blocks=1,
         num_free_kv_blocks=1,
         num_preemptions=0,

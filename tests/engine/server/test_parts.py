@@ -151,7 +151,7 @@ def test_tenants_beyond_the_labels_are_added_up() -> None:
         request = RequestMetrics(metrics, tenant.tenant_id, 5, 7, 0.0)
         request.start(1, 1.0)
         request.take_tokens(1, 2.0)
-        request.end("finished", "stop", 3.0)
+        request.end("finished", "stop", 0, 3.0)
     families = list(text_string_to_metric_families(metrics.admin_text().decode()))
     labels = {sample.labels["tenant"] for family in families for sample in family.samples if "tenant" in sample.labels}
     assert OTHER in labels
@@ -173,13 +173,16 @@ def test_latencies_of_a_request() -> None:
     request.take_tokens(0, 11.5)
     request.take_tokens(1, 13.0)
     request.take_tokens(2, 14.0)
-    request.end("finished", "length", 15.0)
+    request.end("finished", "length", 2, 15.0)
     sums = {
         sample.name: sample.value
         for family in text_string_to_metric_families(metrics.public_text().decode())
         for sample in family.samples
         if sample.name.endswith("_sum")
     }
+    assert sums["vllm:request_num_preemptions_sum"] == 2
+    assert sums["vllm:request_params_n_sum"] == 1
+    assert sums["vllm:request_max_num_generation_tokens_sum"] == 3
     assert sums["vllm:request_queue_time_seconds_sum"] == 1.0
     assert sums["vllm:time_to_first_token_seconds_sum"] == 3.0
     assert sums["vllm:inter_token_latency_seconds_sum"] == 1.0

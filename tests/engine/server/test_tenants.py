@@ -257,6 +257,8 @@ def test_queue_full(serve: Serve, policies: Path) -> None:
             complete(server, CHAT_KEY)
         assert caught.value.code == "queue_full"
         assert int(caught.value.response.headers["Retry-After"]) >= 1
+        rejections = samples(server, public=True)["vllm:admission_rejections_total{reason=max_num_queued_reqs}"]
+        assert rejections == 1
     assert tenant(server, "chat")["inFlight"] == 0
 
 
@@ -379,7 +381,8 @@ def stats(*tenants: TenantStats, step_id: int = 1) -> StepOutputs:
             time=float(step_id),
             step_id=step_id,
             num_running=2,
-            num_waiting=1,
+            num_waiting=5,
+            num_deferred=2,
             num_kv_blocks=100,
             num_free_kv_blocks=75,
             num_preemptions=3,
@@ -438,7 +441,9 @@ def test_metrics_of_the_engine(serve: Serve, policies: Path) -> None:
     until(lambda: samples(server).get("vllm:iteration_tokens_total_count{}") == 4, "both reports have arrived")
     metrics = samples(server)
     assert metrics["vllm:num_requests_running{}"] == 2
-    assert metrics["vllm:num_requests_waiting{}"] == 1
+    assert metrics["vllm:num_requests_waiting{}"] == 5
+    assert metrics["vllm:num_requests_waiting_by_reason{reason=capacity}"] == 3
+    assert metrics["vllm:num_requests_waiting_by_reason{reason=deferred}"] == 2
     assert metrics["vllm:kv_cache_usage_perc{}"] == 0.25
     assert metrics["vllm:num_preemptions_total{}"] == 3
     assert metrics["vllm:prefix_cache_hits_total{}"] == 20
