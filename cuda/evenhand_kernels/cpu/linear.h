@@ -1,8 +1,8 @@
 // Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights of 16 or 32 bits.
 //
 // The weight is packed into panels of PANEL outputs: element (n, k) lies at panel[n / PANEL][k][n % PANEL]. Threads share
-// out the panels. A panel's block of DEPTH inputs stays in the L1 cache while all rows pass over it, and meanwhile the
-// next block is prefetched, so that for a few dozen rows the arithmetic hides the memory traffic.
+// out the panels. A panel's block of inputs stays in the caches nearby while all rows pass over it, and meanwhile the next
+// block is prefetched, so that from two dozen rows on the arithmetic hides the memory traffic.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include "vec.h"
 
 constexpr int PANEL = 2 * LANES;
-constexpr int MAX_DEPTH = 256;   // inputs of a block: 16 KiB of float32
+constexpr int MAX_DEPTH = 640;   // inputs of a block: deep, so that a tile is seldom loaded and stored; a panel's must fit into the L2 cache
 constexpr int MAX_BLOCK_ROWS = 96;  // rows that pass over a panel together: their inputs should stay in the L2 cache
 constexpr int PIECES_PER_THREAD = 8;  // enough to even out threads of unequal speed
 
@@ -80,15 +80,15 @@ static void linear_panel(const float* x, const T* panel, const float* bias, floa
   alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
   alignas(64) float scratch[sizeof(T) == 4 ? 1 : (MAX_DEPTH + 8) * PANEL];
   const int tiles = num_row_tiles(rows);
-  const int lines_per_tile = (static_cast<int>(step * PANEL * sizeof(T)) / 64 + tiles - 1) / tiles;
+  const long prefetched_per_tile = step * PANEL * static_cast<long>(sizeof(T)) / tiles;
   for (int m = 0; m < rows; m++)
     for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = bias ? bias[j] : 0;
   for (long k = 0; k < inputs; k += step) {
     const int depth = static_cast<int>(std::min(step, inputs - k));
     const T* block = panel + k * PANEL;
     const float* b = widened(block, depth * PANEL, scratch);
-    Prefetch next = {reinterpret_cast<const char*>(block + depth * PANEL), lines_per_tile};
-    for (int i = 0; i < tiles; i++, next.next += lines_per_tile * 64) {
+    Prefetch next = {reinterpret_cast<const char*>(block + depth * PANEL), prefetched_per_tile / step};
+    for (int i = 0; i < tiles; i++, next.next += prefetched_per_tile) {
       const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
       multiply_tile<2>(count, x + first * inputs + k, inputs, &b, depth, PANEL, depth, c + first * PANEL, PANEL, next);
     }

@@ -109,10 +109,11 @@ static inline Vec exp(Vec x) {
   return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
 }
 
-// Memory that a later tile reads: asked for along the way, so that it is in the cache by then.
+// Memory that a later tile reads, asked for along the way so that it is in the cache by then: one line at `next` with
+// every step in depth, `stride` bytes on each time.
 struct Prefetch {
   const char* next = nullptr;
-  int num_lines = 0;
+  long stride = 0;
 };
 
 // The register tile of all matrix products here: c[m][0:NV * LANES] += sum over k of a[m * lda + k] * b[k][...].
@@ -120,35 +121,27 @@ struct Prefetch {
 template <int ROWS, int NV, bool FRESH>
 static void multiply_tile(const float* __restrict a, long lda, const float* const* groups, int group, long ldb, int depth,
                           float* __restrict c, long ldc, Prefetch prefetch) {
+  // A third of the rows each, so that three pointers and one stride address all of them without further arithmetic.
+  constexpr int THIRD = (ROWS + 2) / 3;
+  const float *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
   Vec acc[ROWS][NV];
   for (int m = 0; m < ROWS; m++)
     for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
-  for (; depth > 0; depth -= group, a += group, groups++) {
+  for (; depth > 0; depth -= group, groups++) {
     const float* __restrict b = *groups;
-    const int rows_of_b = depth < group ? depth : group;
-    for (int k = 0; k < rows_of_b;) {
-      if (prefetch.num_lines > 0) {
-        __builtin_prefetch(prefetch.next, 0, 2);
-        __builtin_prefetch(prefetch.next + 64, 0, 2);
-        prefetch.next += 128;
-        prefetch.num_lines -= 2;
-      }
-      const int end = k + 4 < rows_of_b ? k + 4 : rows_of_b;
-      for (; k < end; k++, b += ldb) {
-        Vec right[NV];
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; j++) {
-          right[j] = load(b + j * LANES);
+    for (int k = depth < group ? depth : group; k > 0; k--, a++, a1++, a2++, b += ldb) {
+      __builtin_prefetch(prefetch.next, 0, 2);
+      prefetch.next += prefetch.stride;
+      Vec right0 = load(b), right1 = load(b + (NV - 1) * LANES);
 #if defined(__x86_64__)
-          asm("" : "+v"(right[j]));  // keep it in a register: GCC would load it again for every row
+      asm("" : "+v"(right0), "+v"(right1));  // keep them in registers: GCC would load them again for every row
 #endif
-        }
 #pragma GCC unroll 12
-        for (int m = 0; m < ROWS; m++) {
-          const Vec left = splat(a[m * lda + k]);
-#pragma GCC unroll 2
-          for (int j = 0; j < NV; j++) acc[m][j] += left * right[j];
-        }
+      for (int m = 0; m < ROWS; m++) {
+        const float* row = m < THIRD ? a : m < 2 * THIRD ? a1 : a2;
+        const Vec left = splat(row[m % THIRD * lda]);
+        acc[m][0] += left * right0;
+        if constexpr (NV == 2) acc[m][1] += left * right1;
       }
     }
   }
