@@ -22,6 +22,7 @@ from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import load_weights
 from evenhand_engine.model_runner import DTYPES, ModelRunner
 from evenhand_engine.request import Request, SamplingParams
+from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Attention, AttentionLayer, Kernels, KvCacheShape, Linear
 from evenhand_kernels.reference import ReferenceKernels
@@ -68,7 +69,7 @@ class TimedKernels:
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--kernels", choices=("cpu", "torch"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     options = parser.parse_args()

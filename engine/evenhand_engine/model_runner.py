@@ -131,9 +131,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 
 def _cpu_kernels() -> Kernels:
-    num_threads = torch.get_num_threads()
     try:
-        kernels = CpuKernels(cache_dir() / "kernels", num_threads)
+        kernels = CpuKernels(cache_dir() / "kernels")
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.library import load_library
 from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, KvCacheShape, Linear
 
@@ -23,9 +24,10 @@ class CpuKernels:
 
     name = "cpu"
 
-    def __init__(self, cache_dir: Path, num_threads: int) -> None:
-        """Compiles the kernels into `cache_dir` if they are not there. Raises CompileError."""
-        self._native = _Native(cache_dir, num_threads)
+    def __init__(self, cache_dir: Path, num_threads: int | None = None) -> None:
+        """Compiles the kernels into `cache_dir` if they are not there. None: a thread for each core. Raises CompileError."""
+        self.num_threads = num_threads or num_cores()
+        self._native = _Native(cache_dir, self.num_threads)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return _Linear(self._native, weight, bias, gated=False)
