@@ -34,6 +34,7 @@ check: install  ## format, lint, types, import contracts, YAML
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/mypy benchmarks/*.py
 	.venv/bin/lint-imports
 	.venv/bin/yamllint --strict .
 

@@ -51,7 +51,7 @@ def serve(*flags: str) -> Iterator[Server]:
     """Start `evenhand serve` with the flags on free loopback ports; stopped at the end, whatever happens."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped even then
     port, admin_port = free_port(), free_port()
-    command = [Path(sys.executable).parent / "evenhand", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "evenhand"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     command += [
         "--admin-port",
         str(admin_port),
