@@ -53,10 +53,12 @@ class Operators:
         self._logs = logs
         self._started: list[OperatorProcess] = []
 
-    def start(self, *namespaces: str, name: str = "operator", wait: bool = True) -> OperatorProcess:
-        """A replica that serves these namespaces."""
+    def start(
+        self, *namespaces: str, name: str = "operator", wait: bool = True, kubeconfig: Path | None = None
+    ) -> OperatorProcess:
+        """A replica that serves these namespaces, with another kubeconfig where one is given."""
         log = self._logs / f"{name}.log"
-        operator = OperatorProcess(self._cluster, self._kubeconfig, log, namespaces)
+        operator = OperatorProcess(self._cluster, kubeconfig or self._kubeconfig, log, namespaces)
         self._started.append(operator)
         operator.start(wait)
         return operator

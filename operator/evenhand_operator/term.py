@@ -109,18 +109,20 @@ class Term:
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - first_at)
 
     async def _rebuild(self) -> None:
+        """What arrives while Secrets are read is for the next time: its own Secrets are not known yet."""
         cache = self._around.cache
-        if unknown := cache.secrets.want(referenced_secrets(cache.policies, cache.pools)):
-            await self._around.lister.read_secrets(unknown)
         self._is_stale, self._num_changes = False, 0
         metrics.QUEUE_DEPTH.labels("changes").set(0)
+        policies, pools = tuple(cache.policies), tuple(cache.pools)
+        if unknown := cache.secrets.want(referenced_secrets(policies, pools)):
+            await self._around.lister.read_secrets(unknown)
         metrics.BUILDS.inc()
         await self._documents.rebuild(
             World(
                 cluster=self._around.cluster,
                 issuer=self._around.issuer.issuer,
-                policies=tuple(cache.policies),
-                pools=tuple(cache.pools),
+                policies=policies,
+                pools=pools,
                 secrets=cache.secrets.found,
                 namespace_labels=cache.namespace_labels(),
             )
