@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster test soak lock bench-% bench-operator
+.PHONY: help install serve demo check crds cluster test soak lock plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -51,6 +51,10 @@ test: install  ## start the real components and run every test that this machine
 
 soak: install  ## long property searches and churn
 	.venv/bin/pytest -m soak
+
+plots: install  ## remake the pictures in docs/images
+	.venv/bin/evenhand simulate --trace benchmarks/data/arena_trace.csv --max-model-len 2048 --no-enable-prefix-caching \
+		--scheduling-policy fcfs --scheduling-policy vtc --scheduling-policy fair --plot docs/images/arena.png
 
 bench-%: install  ## run benchmarks/NAME.py (dashes for underscores)
 	PYTHONPATH=e2e .venv/bin/python benchmarks/$(subst -,_,$*).py $(ARGS)

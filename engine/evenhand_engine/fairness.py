@@ -101,7 +101,9 @@ def service_difference(
 
 
 def difference_of(service: FloatArray, demand: FloatArray, windows: Windows) -> ServiceDifference:
-    """The service difference of `service` and `demand`, each `[tenants, windows]` in units of price."""
+    """The service difference of `service` and `demand`, each `[tenants, windows]` in units of price. Nobody: 0."""
+    if not len(service):
+        return ServiceDifference(0.0, 0.0, 0.0)
     rate, wanted = service / windows.width, demand / windows.width
     per_window = np.minimum(rate.max(axis=0) - rate, np.abs(wanted - rate)).sum(axis=0)
     return ServiceDifference(float(per_window.max()), float(per_window.mean()), float(per_window.var()))
@@ -110,9 +112,11 @@ def difference_of(service: FloatArray, demand: FloatArray, windows: Windows) -> 
 def accumulated_gap(
     records: Sequence[RequestRecord], windows: Windows | None = None, delivery: Delivery = Delivery.SPREAD
 ) -> float:
-    """Largest distance between the most and the least served tenant since the end of the warm-up."""
+    """Largest distance between the most and the least served tenant since the end of the warm-up; nobody served: 0."""
     windows = windows or Windows()
     served = [record for record in records if record.is_served]
+    if not served:
+        return 0.0
     tenants = tenant_ids(served)
     start = np.array([windows.warmup])
     since = cumulative_service(served, tenants, windows.warmup + windows.starts, delivery) - cumulative_service(

@@ -76,7 +76,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def windows_of(run: Run) -> Windows:
     """The published windows, scaled to the time of contention: until the last arrival, at least half of the run."""
-    duration = max(*(record.arrival_time for record in run.records), run.end_time / 2)
+    duration = max([run.end_time / 2, *(record.arrival_time for record in run.records)])
     return Windows(duration=duration, warmup=0.05 * duration, width=0.1 * duration, count=NUM_WINDOWS)
 
 
@@ -178,7 +178,7 @@ def summary_table(reports: Sequence[RunReport]) -> Table:
         title_justify="left",
     )
     table.add_column("policy", min_width=8)
-    for heading in ("max diff", "mean", "max true", "mean true", "tok/s", "served", "Jain", "preempted"):
+    for heading in ("max\ndiff", "mean\ndiff", "max\ntrue", "mean\ntrue", "tok/s", "served", "Jain", "preempted"):
         table.add_column(heading, justify="right")
     for report in reports:
         table.add_row(
@@ -202,24 +202,30 @@ def tenant_table(report: RunReport, most: int = 40) -> Table:
     title = f"Tenants under {report.policy}" + (f" (the {most} worst off of {len(report.tenants)})" if hidden else "")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
     table.add_column("tenant", min_width=8)
-    for heading in ("weight", "served", "share", "TTFT p50", "p99 s", "in SLO", "ITL p50", "p99 ms", "in SLO"):
-        table.add_column(heading, justify="right")
+    headings = ("TTFT s\np50/p99", "ITL ms\np50/p99", "in SLO %\nTTFT/ITL", "pre-\nempted")
+    for heading in ("weight", "served", "service", "share", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)  # long names wrap, figures never
     for tenant in sorted(tenants, key=lambda tenant: tenant.tenant_id):
         table.add_row(
             tenant.tenant_id,
             str(tenant.weight),
             f"{tenant.num_served:,}/{tenant.num_requests:,}",
+            f"{tenant.service / 1_000:,.0f}k",
             f"{tenant.share_of_entitlement:.0%}",
-            *(_shown(value, 1) for value in (tenant.ttft_p50_s, tenant.ttft_p99_s)),
-            f"{tenant.ttft_attainment:.0%}",
-            *(_shown(value, 1_000) for value in (tenant.itl_p50_s, tenant.itl_p99_s)),
-            f"{tenant.itl_attainment:.0%}",
+            f"{_seconds(tenant.ttft_p50_s)}/{_seconds(tenant.ttft_p99_s)}",
+            f"{_milliseconds(tenant.itl_p50_s)}/{_milliseconds(tenant.itl_p99_s)}",
+            f"{100 * tenant.ttft_attainment:.0f}/{100 * tenant.itl_attainment:.0f}",
+            f"{tenant.num_preemptions:,}",
         )
     return table
 
 
-def _shown(value: float | None, scale: float) -> str:
-    return "-" if value is None else f"{value * scale:.{2 if scale == 1 else 0}f}"
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{1_000 * value:.0f}"
 
 
 def plot_service(path: Path, runs: Mapping[str, Run], most: int = 8) -> None:
@@ -233,7 +239,7 @@ def plot_service(path: Path, runs: Mapping[str, Run], most: int = 8) -> None:
     except ImportError as error:
         raise StartupError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 3 * len(runs)), layout="constrained")
-    axes = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axis, (policy, run) in zip(axes, runs.items(), strict=True):
         begun = [record for record in run.records if record.token_times is not None]
         cost: Counter[str] = Counter()

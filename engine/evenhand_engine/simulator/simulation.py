@@ -70,7 +70,6 @@ class Run:
 class _Progress:
     asked: TraceRequest
     request: Request
-    num_sampled_tokens: int = 0
     token_times: "array[float]" = field(default_factory=lambda: array("d"))
     is_finished: bool = False
     num_cached_tokens: int = 0
@@ -100,6 +99,7 @@ class Simulation:
         self._lengths_known = lengths_known
         self._door = door
         self._progress: dict[str, _Progress] = {}
+        self._num_tokens: dict[str, int] = {}  # of prompt and output, by request id
         self._num_unfinished = 0
         self._prefixes: dict[str, list[int]] = {}
         self._next_prompt_token_id = FIRST_PROMPT_TOKEN_ID
@@ -132,6 +132,7 @@ class Simulation:
             if self._door is None or self._door.admits(asked):
                 request = self._request(f"{num_added}", asked)
                 self._progress[request.request_id] = _Progress(asked, request)
+                self._num_tokens[request.request_id] = asked.num_prompt_tokens + asked.num_output_tokens
                 self._num_unfinished += 1
                 self._scheduler.add(request, now)
             num_added += 1
@@ -173,26 +174,24 @@ class Simulation:
         return list(range(start, start + num_tokens))
 
     def _sample(self, batch: Batch) -> list[int]:
-        token_ids = []
-        for item in batch.scheduled:
-            if item.samples:
-                progress = self._progress[item.request.request_id]
-                progress.num_sampled_tokens += 1
-                is_last = progress.num_sampled_tokens >= progress.asked.num_output_tokens
-                token_ids.append(STOP_TOKEN_ID if is_last else TEXT_TOKEN_ID)
-        return token_ids
+        ends = self._num_tokens
+        return [
+            STOP_TOKEN_ID if len(item.request.token_ids) + 1 >= ends[item.request.request_id] else TEXT_TOKEN_ID
+            for item in batch.scheduled
+            if item.samples
+        ]
 
     def _deliver(self, outputs: Sequence[RequestOutput], now: float) -> None:
         for output in outputs:
             progress = self._progress[output.request_id]
-            for _ in output.token_ids:
+            if output.token_ids:  # one: a step gives a request no more
                 progress.token_times.append(now)
             if output.finish_reason is not None:
                 assert not progress.is_finished, f"request {output.request_id} finished twice"
                 progress.is_finished = True
                 progress.num_cached_tokens = output.num_cached_tokens
                 self._num_unfinished -= 1
-                del progress.request.token_ids[:]  # a million of them would fill the memory
+                progress.request.token_ids.clear()  # a million of them would fill the memory
 
     def _record(self, index: int) -> RequestRecord:
         asked = self._trace[index]

@@ -54,6 +54,13 @@ def test_figures_in_all() -> None:
     assert report.tokens_per_s == pytest.approx((13 + 13 + 11) / 21.0)
 
 
+@pytest.mark.parametrize("records", [(), (RequestRecord("a", 0.0, 10, 5),)])
+def test_a_run_that_served_nobody_has_a_report(records: tuple[RequestRecord, ...]) -> None:
+    report = report_of("fair", run(*records), CONFIG)
+    assert (report.num_served, report.max_difference, report.accumulated_gap, report.tokens_per_s) == (0, 0, 0, 0)
+    assert report.jain_index == 1.0
+
+
 def test_share_is_of_what_ideal_sharing_would_have_given() -> None:
     def burst(tenant: str, count: int) -> list[RequestRecord]:
         return [record(tenant, 0.0, [float(i), i + 0.5]) for i in range(count)]
@@ -73,6 +80,7 @@ def test_tables_show_the_worst_off_of_many() -> None:
     text = out.getvalue()
     assert "the 1 worst off of 2" in text
     assert "3/4" in text
+    assert "\u2026" not in text, "80 columns must hold both tables"
 
 
 def test_a_plot_is_a_picture(tmp_path: Path) -> None:
