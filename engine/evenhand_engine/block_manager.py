@@ -143,6 +143,10 @@ class BlockManager:
                 self._hash[block] = digest
                 self._block_of_hash[digest] = block
 
+    def num_references(self, block: int) -> int:
+        """How many requests hold the block."""
+        return self._references[block]
+
     def num_reclaimable_blocks(self, request: Request) -> int:
         """How many blocks `release` of the request would make available."""
         return sum(1 for block in request.block_table if self._references[block] == 1)

@@ -6,7 +6,7 @@ from itertools import chain, islice, takewhile
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare, Place
 from evenhand_engine.request import Request
-from evenhand_engine.roster import Roster
+from evenhand_engine.roster import Fit, Roster
 from evenhand_engine.tenant import Tenant
 from evenhand_policy.config import LatencyClass, Prices
 
@@ -20,19 +20,32 @@ class FairQueue:
     Attributes:
         shares: the tenants' virtual service.
         prices: cost of an input and of an output token.
+        limit: virtual service beyond which a tenant may compute nothing in this step; None: nobody is that far ahead.
     """
 
     def __init__(self, settings: SchedulerSettings, shares: FairShare, roster: Roster) -> None:
         self.shares = shares
         self.prices = Prices()
+        self.limit: int | None = None
         self._settings = settings
         self._roster = roster
         self._charged_per_user: dict[str, Tenant] = {}  # in this step
+        self._is_congested = False  # whether the last step left somebody out
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
 
     def service(self, tenant: Tenant) -> int:
         """The tenant's virtual service, in VIRTUAL_UNITs."""
         return self.shares.virtual_service(tenant.tenant_id)
+
+    def lead(self, weight: int) -> int:
+        """How far ahead of a backlogged tenant of this weight another may go on computing: the slack, the longest
+        prompt and the preemption lag. So before anybody must pause, preemption may serve who is behind."""
+        behind = self._settings.max_model_len * self.prices.input_token + self._settings.preemption_lag
+        return self._slack + behind * VIRTUAL_UNIT // weight
+
+    def is_ahead(self, tenant: Tenant) -> bool:
+        """Whether the tenant is too far ahead to compute."""
+        return self.limit is not None and self.service(tenant) > self.limit
 
     # -- charges
 
@@ -62,6 +75,21 @@ class FairQueue:
         """Tenants with prompts, least served first. Nothing may be charged, begin or end meanwhile."""
         return (self._roster.active[tenant_id] for _, _, tenant_id in self.shares.in_order())
 
+    def open_step(self) -> None:
+        """Set the limit of the step that begins: as far ahead as one may be of the least served who contends."""
+        self.limit = None
+        if self._is_fair and self._is_congested:
+            for tenant in filter(self.contends, self.in_order()):
+                self.limit = self.service(tenant) + self.lead(tenant.weight)
+                break
+
+    def contends(self, tenant: Tenant) -> bool:
+        """Whether the tenant has a prompt that computes, or waits for others and not for its own limits."""
+        if tenant.prefilling:
+            return True
+        request = tenant.next_prompt()
+        return request is not None and self._roster.fit(request) in (Fit.FITS, Fit.STARVED)
+
     def next_tenant(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
         """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun.
 
@@ -79,16 +107,12 @@ class FairQueue:
                 return min(islice(near, _MAX_RIVALS), key=lambda tenant: tenant.deadline)
         return None
 
-    def close_step(self, left_out: set[str], capped: Collection[str]) -> None:
-        """Advance the virtual time to the least of `left_out` and of the tenants whose prompts wait for budget, memory
-        or a seat; `capped` tenants are held back by their own ceiling."""
-        roster = self._roster
-        for tenant in self.in_order():
-            if tenant.prefilling or (
-                tenant.may_start and tenant.tenant_id not in capped and not roster.is_at_ceiling(tenant)
-            ):
-                left_out.add(tenant.tenant_id)
-                break
+    def close_step(self, left_out: set[str]) -> None:
+        """Advance the virtual time to the least of `left_out` and of the tenants that still contend."""
+        for tenant in filter(self.contends, self.in_order()):
+            left_out.add(tenant.tenant_id)
+            break
+        self._is_congested = bool(left_out)
         self.shares.close_step(left_out)
         for tenant in self._charged_per_user.values():
             tenant.waiting.close_step(tenant.prefilling.values())
@@ -101,14 +125,14 @@ class FairQueue:
         def of_class(line: Iterator[Place]) -> Iterator[Tenant]:
             for _, _, tenant_id in line:
                 tenant = active[tenant_id]
-                if tenant.prefilling or (tenant.may_start and tenant_id not in blocked):
+                if tenant.begun() or (tenant.may_start and tenant_id not in blocked and not self.is_ahead(tenant)):
                     yield tenant
 
         return [of_class(line) for line in self.shares.lines()]
 
     def _begun(self) -> list[Iterator[Tenant]]:
         """By class, the tenants with a prompt in progress, least served first."""
-        tenants = sorted(self._roster.prefilling_tenants.values(), key=self.service)
+        tenants = sorted((t for t in self._roster.prefilling_tenants.values() if t.begun()), key=self.service)
         return [iter([t for t in tenants if t.class_rank == rank]) for rank in range(len(LatencyClass))]
 
     def _oldest(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:

@@ -13,11 +13,12 @@ Of a tenant the least computed request goes first: the least work is lost (vLLM 
 recompute tax to be the choice of the victim).
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
-from evenhand_engine.block_manager import BlockManager
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.request import Request
+from evenhand_engine.roster import Roster
 from evenhand_engine.tenant import Tenant
 
 VirtualService = Callable[[str], int]
@@ -26,15 +27,16 @@ VirtualService = Callable[[str], int]
 class Preemption:
     """The rules over the tenants' live state. Changes nothing."""
 
-    def __init__(self, settings: SchedulerSettings, blocks: BlockManager, virtual_service: VirtualService) -> None:
+    def __init__(self, settings: SchedulerSettings, roster: Roster, virtual_service: VirtualService) -> None:
         self._settings = settings
-        self._blocks = blocks
+        self._roster = roster
+        self._blocks = roster.blocks
         self._virtual_service = virtual_service
 
-    def reclaim(self, beneficiary: Tenant, tenants: Iterable[Tenant], num_blocks: int, num_seats: int) -> list[Request]:
-        """Victims who clear `num_blocks` and `num_seats` for a tenant within its guarantee; empty if it cannot be."""
-        victims = _Victims(self._blocks, num_blocks, num_seats)
-        others = [tenant for tenant in tenants if tenant is not beneficiary and self._beyond_guarantee(tenant) > 0]
+    def reclaim(self, request: Request, tenants: Iterable[Tenant]) -> list[Request]:
+        """Victims who make room for a request within its tenant's guarantee; empty if they cannot."""
+        victims = _Victims(self._roster, request)
+        others = [t for t in tenants if t.tenant_id != request.tenant_id and self._beyond_guarantee(t) > 0]
         for tenant in sorted(others, key=self._beyond_guarantee, reverse=True):
             beyond = self._beyond_guarantee(tenant)
             for victim in _least_computed_first(tenant.running()):
@@ -43,26 +45,30 @@ class Preemption:
                 beyond -= victims.add(victim)
         return victims.chosen if victims.suffice else []
 
-    def service(
-        self, beneficiary: Tenant, cost: int, tenants: Iterable[Tenant], num_blocks: int, num_seats: int, now: float
-    ) -> list[Request]:
-        """Victims who clear `num_blocks` and `num_seats` for a tenant that is far behind; empty if it cannot be.
+    def service(self, request: Request, limit: int, tenants: Iterable[Tenant], now: float) -> list[Request]:
+        """Victims who make room for a request of a tenant that is far behind; empty if they cannot.
 
-        `cost` is what the waiting prompt will add to the beneficiary's virtual service, `preemption_lag` included:
-        a tenant gives way only if it stays ahead by that much.
+        Only tenants whose virtual service is beyond `limit` give way: what the beneficiary's will be once the prompt
+        is charged, and the preemption lag. So who gives way stays ahead by that much.
         """
-        limit = self._virtual_service(beneficiary.tenant_id) + cost
-        victims = _Victims(self._blocks, num_blocks, num_seats)
-        ahead = [t for t in tenants if t is not beneficiary and self._virtual_service(t.tenant_id) > limit]
+        victims = _Victims(self._roster, request)
+        ahead = [t for t in tenants if t.tenant_id != request.tenant_id and self._virtual_service(t.tenant_id) > limit]
         for tenant in sorted(ahead, key=lambda t: self._virtual_service(t.tenant_id), reverse=True):
-            beyond = self._beyond_guarantee(tenant)
-            for victim in _least_computed_first(filter(lambda r: self._has_run(r, now), tenant.running())):
-                freed = self._blocks.num_reclaimable_blocks(victim)
+            for victim in self.preemptible(tenant, now):
                 if victims.suffice:
                     return victims.chosen
-                if freed <= beyond:
-                    beyond -= victims.add(victim)
+                victims.add(victim)
         return victims.chosen if victims.suffice else []
+
+    def preemptible(self, tenant: Tenant, now: float) -> Iterator[Request]:
+        """What may be preempted for service, the first victim first: past its minimum run, not preempted too often
+        already, and beyond the tenant's guarantee."""
+        beyond = self._beyond_guarantee(tenant)
+        for request in _least_computed_first(filter(lambda request: self._has_run(request, now), tenant.running())):
+            num_blocks = self._blocks.num_reclaimable_blocks(request)
+            if num_blocks <= beyond:
+                beyond -= num_blocks
+                yield request
 
     def ceiling(self, owner: Tenant) -> Request:
         """The one who yields a block so that another of the same tenant, which holds all that it may, can go on."""
@@ -95,24 +101,30 @@ class Preemption:
 
 
 class _Victims:
-    """Victims chosen so far, and whether they free enough."""
+    """Victims chosen so far, and whether they make room for a waiting request."""
 
-    def __init__(self, blocks: BlockManager, num_blocks: int, num_seats: int) -> None:
+    def __init__(self, roster: Roster, request: Request) -> None:
         self.chosen: list[Request] = []
-        self._blocks = blocks
-        self._missing_blocks = num_blocks
-        self._missing_seats = num_seats
+        self._roster = roster
+        self._request = request
+        self._prefix = set(roster.blocks.cached_prefix(request))  # it needs none of these anew, whoever holds them
+        self._released: Counter[int] = Counter()
+        self._missing_blocks = roster.blocks.num_missing_blocks(request) - roster.blocks.num_free_blocks
 
     @property
     def suffice(self) -> bool:
-        return self._missing_blocks <= 0 and self._missing_seats <= 0
+        num_victims = len(self.chosen)
+        num_growth_blocks = self._roster.num_growth_blocks(self._request, self._roster.num_running - num_victims)
+        return self._missing_blocks + num_growth_blocks <= 0 and self._roster.num_missing_seats <= num_victims
 
-    def add(self, request: Request) -> int:
-        freed = self._blocks.num_reclaimable_blocks(request)
-        self.chosen.append(request)
-        self._missing_blocks -= freed
-        self._missing_seats -= 1
-        return freed
+    def add(self, victim: Request) -> int:
+        """Choose another; returns how many blocks it frees, those included that only victims held."""
+        self._released.update(victim.block_table)
+        blocks = self._roster.blocks
+        freed = [block for block in victim.block_table if self._released[block] == blocks.num_references(block)]
+        self.chosen.append(victim)
+        self._missing_blocks -= sum(block not in self._prefix for block in freed)
+        return len(freed)
 
 
 def _least_computed_first(requests: Iterable[Request]) -> list[Request]:

@@ -16,35 +16,27 @@ class Relief:
         self._settings = settings
         self._roster = roster
         self._queue = queue
-        self._preemption = Preemption(settings, roster.blocks, queue.shares.virtual_service)
+        self._preemption = Preemption(settings, roster, queue.shares.virtual_service)
+        self._paused: list[Tenant] = []
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
 
     def relieve(self, now: float) -> None:
-        """Make room for a tenant within its KV guarantee, or for the one that is furthest behind; one prompt a step."""
-        roster = self._roster
-        running = roster.running_tenants.values()
-        num_seats = roster.num_missing_seats
-        for tenant in sorted(filter(_may_start_another, roster.guaranteed_tenants()), key=self._queue.service):
-            request = tenant.next_prompt()
-            if request and request.started_at is None and roster.is_within_guarantee(request):
-                fit = roster.fit(request)
-                if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
-                    roster.admit(request, now)
-                    return
-                num_blocks = roster.num_missing_blocks(request)
-                if fit is Fit.STARVED and self._replace(
-                    self._preemption.reclaim(tenant, running, num_blocks, num_seats), request, now
-                ):
-                    return
-        for tenant in filter(_may_start_another, self._queue.in_order()):
-            request = tenant.next_prompt()
-            break
-        else:
-            return
-        if request and request.started_at is None and roster.fit(request) is Fit.STARVED:
-            cost = (self._prompt_cost(request) + self._settings.preemption_lag) * VIRTUAL_UNIT // tenant.weight
-            num_blocks = roster.num_missing_blocks(request)
-            self._replace(self._preemption.service(tenant, cost, running, num_blocks, num_seats, now), request, now)
+        """Make room for prompts within a KV guarantee, then for the tenant that is furthest behind."""
+        for _ in range(self._settings.max_num_seqs):
+            if not self._reclaim(now):
+                break
+        self._serve_furthest_behind(now)
+
+    def pause(self, now: float) -> None:
+        """Nothing that could be preempted for service computes while its tenant is too far ahead."""
+        self._paused = [t for t in self._roster.running_tenants.values() if self._queue.is_ahead(t)]
+        for tenant in self._paused:
+            tenant.paused = {request.request_id: request for request in self._preemption.preemptible(tenant, now)}
+
+    def resume(self) -> None:
+        """End the pause."""
+        for tenant in self._paused:
+            tenant.paused = {}
 
     def grow_decodes(self) -> None:
         """A block for every generating request whose next token needs one."""
@@ -52,12 +44,44 @@ class Relief:
         growing = [
             request
             for tenant in self._roster.running_tenants.values()
-            for request in tenant.decoding.values()
-            if len(request.block_table) * block_size < request.num_computed_tokens + 1 and not request.is_at_end
+            for request in tenant.generating()
+            if len(request.block_table) * block_size < request.num_computed_tokens + 1
         ]
         for request in growing:
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
+
+    def _reclaim(self, now: float) -> bool:
+        """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""
+        roster = self._roster
+        for tenant in sorted(roster.guaranteed_tenants(), key=self._queue.service):
+            request = tenant.waiting.first((), may_start=tenant.may_start and not self._queue.is_ahead(tenant))
+            if request is None or not roster.is_within_guarantee(request):
+                continue
+            fit = roster.fit(request)
+            if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
+                roster.admit(request, now)
+                return True
+            running = roster.running_tenants.values()
+            if fit is Fit.STARVED and self._replace(self._preemption.reclaim(request, running), request, now):
+                return True
+        return False
+
+    def _serve_furthest_behind(self, now: float) -> None:
+        """Preempt for the least served tenant while it is owed a place: once because it is far behind, and again while
+        somebody that far ahead would still run more for its weight, so that the lead does not grow any more."""
+        tenant = next(filter(self._queue.contends, self._queue.in_order()), None)
+        if tenant is None or tenant.prefilling:
+            return
+        rivals = list(self._roster.running_tenants.values())
+        for _ in range(self._settings.max_num_seqs):
+            request = tenant.waiting.first((), may_start=tenant.may_start)
+            if request is None or self._roster.fit(request) is not Fit.STARVED:
+                return
+            limit = self._queue.service(tenant) + self._cost_of_starting(tenant, request)
+            if not self._replace(self._preemption.service(request, limit, rivals, now), request, now):
+                return
+            rivals = [r for r in rivals if r.num_running * tenant.weight > tenant.num_running * r.weight]
 
     def _replace(self, victims: list[Request], request: Request, now: float) -> bool:
         for victim in victims:
@@ -66,11 +90,13 @@ class Relief:
             self._roster.admit(request, now)
         return bool(victims)
 
-    def _prompt_cost(self, request: Request) -> int:
-        """What the prompt of a waiting request will still be charged."""
+    def _cost_of_starting(self, tenant: Tenant, request: Request) -> int:
+        """Virtual service that the tenant's prompts will be charged once `request` runs too, and the preemption lag."""
         num_cached = len(self._roster.blocks.cached_prefix(request)) * self._settings.block_size
-        num_tokens = request.num_prompt_tokens - max(request.num_charged_tokens, num_cached)
-        return max(0, num_tokens) * self._queue.prices.input_token
+        num_tokens = max(0, request.num_prompt_tokens - max(request.num_charged_tokens, num_cached))
+        num_tokens += sum(max(0, r.num_prompt_tokens - r.num_charged_tokens) for r in tenant.prefilling.values())
+        cost = num_tokens * self._queue.prices.input_token + self._settings.preemption_lag
+        return cost * VIRTUAL_UNIT // tenant.weight
 
     def _grow(self, request: Request) -> None:
         """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
@@ -90,7 +116,3 @@ class Relief:
             roster.preempt(victim)
             if victim is request:
                 return
-
-
-def _may_start_another(tenant: Tenant) -> bool:
-    return len(tenant.waiting) > 0 and tenant.may_start

@@ -117,16 +117,16 @@ class Roster:
         return num_held + self.blocks.num_missing_blocks(request) <= tenant.guaranteed_blocks
 
     def num_missing_blocks(self, request: Request) -> int:
-        """Blocks that must be cleared before the request may start; negative: blocks to spare.
-
-        Beyond its tenant's guarantee it must leave room for the running requests to grow until one of them finishes:
-        else each admission is paid for with a preemption.
-        """
-        tenant = self.tenants[request.tenant_id]
+        """Blocks that must be cleared before the request may start; negative: blocks to spare."""
         num_missing = self.blocks.num_missing_blocks(request) - self.blocks.num_free_blocks
-        if tenant.guaranteed_blocks and self.is_within_guarantee(request):
-            return num_missing
-        return num_missing + int(self.num_running * self._settings.growth_blocks)
+        return num_missing + self.num_growth_blocks(request, self.num_running)
+
+    def num_growth_blocks(self, request: Request, num_running: int) -> int:
+        """Blocks that a request beyond its tenant's guarantee leaves free when it starts: room for `num_running` to
+        grow until one of them finishes. Else each admission is paid for with a preemption."""
+        if self.tenants[request.tenant_id].guaranteed_blocks and self.is_within_guarantee(request):
+            return 0
+        return int(num_running * self._settings.growth_blocks)
 
     @property
     def num_missing_seats(self) -> int:

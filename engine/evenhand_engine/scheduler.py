@@ -4,7 +4,8 @@ Pure: no clock, no I/O, no randomness; time comes in as an argument, so that sim
 that serves. A step, in order:
 
     1. expire     queued requests past their tenant's queue timeout leave
-    2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py)
+    2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py); what
+                  runs for a tenant too far ahead pauses
     3. decode     every running request that generates computes one token
     4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
     5. close      the virtual time advances to the least virtual service of those left out (fair_queue.py)
@@ -117,13 +118,16 @@ class Scheduler:
             self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
         if self._is_static:
             self._form_static_batch(now)
-        elif self._is_fair and self._is_starved:
+        self.queue.open_step()
+        if self._is_fair and self._is_starved:
             self._relief.relieve(now)
+        self._relief.pause(now)
         budget = self._pace.budget(now)
         scheduled: list[ScheduledRequest] = []
         left_out = self._schedule_decodes(budget, scheduled)
-        capped = self._schedule_prompts(budget, scheduled, now)
-        self.queue.close_step(left_out, capped)
+        self._schedule_prompts(budget, scheduled, now)
+        self._relief.resume()
+        self.queue.close_step(left_out)
         if not scheduled:
             return None
         self.step_id += 1
@@ -180,7 +184,7 @@ class Scheduler:
         self._relief.grow_decodes()
         left_out = set()
         for tenant in sorted(self.roster.running_tenants.values(), key=self.queue.service):
-            decodes = [request for request in tenant.decoding.values() if not request.is_at_end]
+            decodes = tenant.generating()
             if len(decodes) > budget.tokens:
                 del decodes[budget.tokens :]
                 left_out.add(tenant.tenant_id)
@@ -197,8 +201,8 @@ class Scheduler:
 
     # -- 4. prefill
 
-    def _schedule_prompts(self, budget: StepBudget, scheduled: list[ScheduledRequest], now: float) -> set[str]:
-        """Chunks of prompts while the budget lasts; returns tenants whose own KV ceiling holds them back.
+    def _schedule_prompts(self, budget: StepBudget, scheduled: list[ScheduledRequest], now: float) -> None:
+        """Chunks of prompts while the budget lasts.
 
         A prompt without room is bypassed by the next tenant's, but only so often: then memory is held for it.
         """
@@ -210,7 +214,8 @@ class Scheduler:
             tenant = self.queue.next_tenant(blocked, may_admit=may_admit)
             if tenant is None:
                 break
-            request = tenant.next_prompt(may_start=may_admit and tenant.tenant_id not in blocked)
+            may_start = may_admit and tenant.tenant_id not in blocked and not self.queue.is_ahead(tenant)
+            request = tenant.next_prompt(may_start=may_start)
             assert request is not None
             if request.started_at is None:
                 fit = self.roster.fit(request)
@@ -234,7 +239,6 @@ class Scheduler:
                 break
             self._schedule_chunk(tenant, request, num_tokens, budget, scheduled)
         self._is_starved = bool(misfits) or not may_admit
-        return capped
 
     def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]

@@ -1,6 +1,6 @@
 """Tenant: the live state of one tenant in the scheduler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from evenhand_engine.request import Request
 from evenhand_engine.request_queue import RequestQueue
@@ -18,12 +18,14 @@ class Tenant:
         prefilling: running requests whose prompt (or recompute) is not finished, in order of admission, by id.
         decoding: running requests that generate, in order of admission, by id.
         service: cost of everything computed for the tenant, in units of price. Grows only.
+        paused: running requests that may not compute in this step, since the tenant is too far ahead.
         num_bypasses: requests of others admitted past the head of the queue while it lacked memory.
     """
 
     def __init__(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
         self.prefilling: dict[str, Request] = {}
         self.decoding: dict[str, Request] = {}
+        self.paused: dict[str, Request] = {}
         self.service = 0
         self.num_bypasses = 0
         self.num_preemptions = 0
@@ -70,6 +72,18 @@ class Tenant:
         yield from self.prefilling.values()
         yield from self.decoding.values()
 
+    def begun(self) -> Iterable[Request]:
+        """Prompts in progress that may go on in this step, in order of admission."""
+        return self.prefilling.values() if not self.paused else self._not_paused(self.prefilling)
+
+    def generating(self) -> list[Request]:
+        """Running requests that may compute a token in this step, in order of admission."""
+        decodes = self.decoding.values() if not self.paused else self._not_paused(self.decoding)
+        return [request for request in decodes if not request.is_at_end]
+
+    def _not_paused(self, requests: dict[str, Request]) -> list[Request]:
+        return [request for request_id, request in requests.items() if request_id not in self.paused]
+
     @property
     def deadline(self) -> float:
         """When its next prompt should give its first token; infinite without an objective."""
@@ -95,7 +109,7 @@ class Tenant:
 
     def next_prompt(self, *, may_start: bool = True) -> Request | None:
         """The prompt that computes next: one in progress, or one from the queue if one more may start."""
-        return self.waiting.first(self.prefilling.values(), may_start=may_start and self.may_start)
+        return self.waiting.first(self.begun(), may_start=may_start and self.may_start)
 
 
 def _seconds(milliseconds: int | None) -> float:

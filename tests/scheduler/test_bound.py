@@ -1,175 +1,356 @@
-"""The bound of docs/fairness.md, on random floods, and mutants of the rules that it must catch.
+"""The bound of docs/fairness.md, on random workloads, and mutants of the rules that it must catch.
 
-Two tenants are backlogged throughout, whatever their prompts, outputs, weights and classes. The weighted service of one
-may run ahead of the other's by no more than the bound; the bound is a function of the settings, not of time.
+Held by what came out, not by the accounts: service is counted from the batches and outputs, for every pair of tenants
+and over every interval in which both are backlogged, and one level down for the users of a tenant. The bound is a
+function of the settings and weights, never of time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.fair_share import FairShare
-from evenhand_engine.request import Request
-from evenhand_engine.roster import Fit
+from evenhand_engine.relief import Relief
+from evenhand_engine.request import FinishReason, Request
+from evenhand_engine.request_queue import RequestQueue
+from evenhand_engine.roster import Fit, Roster
 from evenhand_engine.scheduler import Scheduler
 from evenhand_engine.tenant import Tenant
-from evenhand_policy.config import LatencyClass, TenantConfig
+from evenhand_policy.config import Fairness, KvCacheShare, LatencyClass, Limits, SchedulerConfig, TenantConfig
 
 from .conftest import PretendEngine
 
 INPUT_PRICE, OUTPUT_PRICE = 1, 2
-CHUNK = 32
+CHUNK, SEATS, LAG = 32, 16, 48
+LONGEST = 128  # tokens of a request
 LONGEST_PROMPT, LONGEST_OUTPUT = 60, 60
-LAG = 48
+USERS = ("ann", "bob", "eve")
 
 
 @dataclass(frozen=True)
 class Flood:
-    """A closed loop of one tenant: it always has `num_requests` in the engine."""
+    """What one tenant sends: it keeps `num_requests` in the engine, split among `num_users`."""
 
-    weight: int
-    latency_class: LatencyClass
     num_requests: int
     num_prompt_tokens: int
     num_output_tokens: int
-
-
-floods = st.builds(
-    Flood,
-    weight=st.integers(1, 4),
-    latency_class=st.sampled_from(LatencyClass),
-    num_requests=st.integers(24, 40),
-    num_prompt_tokens=st.integers(1, LONGEST_PROMPT),
-    num_output_tokens=st.integers(2, LONGEST_OUTPUT),
-)
-
-
-def bound(engine: PretendEngine) -> float:
-    """Most by which one backlogged tenant's weighted service may run ahead of another's; docs/fairness.md."""
-    tenants = engine.scheduler.roster.tenants.values()
-    lightest = min(tenant.weight for tenant in tenants)
-    most_running = engine.settings.max_num_seqs
-    slack = CHUNK * OUTPUT_PRICE  # in virtual service already
-    one_step = CHUNK * INPUT_PRICE + most_running * OUTPUT_PRICE
-    lag = LONGEST_PROMPT * INPUT_PRICE + LAG
-    bypasses = engine.settings.max_bypasses * LONGEST_PROMPT * INPUT_PRICE
-    handover = OUTPUT_PRICE * most_running * (most_running + 2) // 4  # one request is preempted a step
-    return 2 * (slack + (one_step + lag + handover + bypasses) / lightest)
+    num_users: int = 1
 
 
 class Meter:
-    """What tenants received, counted by the outputs alone: the prompt with the first token, each token as it comes."""
+    """What everybody received, by the batches alone: each prompt token once, each output token as it is computed."""
 
     def __init__(self, engine: PretendEngine) -> None:
+        self.by_tenant: Counter[str] = Counter()
+        self.by_user: Counter[tuple[str, str]] = Counter()
         self._engine = engine
-        self._open: dict[str, Request] = {}
-        self._num_seen = 0
-        self._settled = {"first": 0, "second": 0}
+        self._computed: dict[str, int] = {}  # prompt tokens of each request, as far as they were ever computed
+        self._num_batches = 0
 
-    def read(self) -> dict[str, int]:
-        requests = list(self._engine.requests.values())
-        self._open |= {request.request_id: request for request in requests[self._num_seen :]}
-        self._num_seen = len(requests)
-        received = dict(self._settled)
-        for request in list(self._open.values()):
-            outputs = request.num_output_tokens
-            service = (request.num_prompt_tokens * INPUT_PRICE if outputs else 0) + outputs * OUTPUT_PRICE
-            received[request.tenant_id] += service
-            if request.finish_reason is not None:
-                self._settled[request.tenant_id] += service
-                del self._open[request.request_id]
-        return received
+    def read(self) -> None:
+        for batch in self._engine.batches[self._num_batches :]:
+            for item in batch.scheduled:
+                request = item.request
+                known = self._computed.get(request.request_id, request.num_cached_tokens)
+                end = min(item.num_computed_tokens + item.num_scheduled_tokens, request.num_prompt_tokens)
+                self._computed[request.request_id] = max(known, end)
+                service = max(0, end - known) * INPUT_PRICE + item.samples * OUTPUT_PRICE
+                self.by_tenant[request.tenant_id] += service
+                self.by_user[request.tenant_id, request.user] += service
+        self._num_batches = len(self._engine.batches)
 
 
-def spread_of(engine: PretendEngine, floods: dict[str, Flood], num_steps: int = 400) -> float:
-    """Range over time of the difference of two weighted services, both tenants being backlogged."""
-    meter, differences = Meter(engine), []
-    for step in range(num_steps):
-        for name, flood in floods.items():
-            engine.keep(name, flood.num_requests, flood.num_prompt_tokens, flood.num_output_tokens)
-        engine.step()
-        if step >= 2:
-            received = meter.read()
-            differences.append(
-                received["first"] / floods["first"].weight - received["second"] / floods["second"].weight
-            )
-    return max(differences) - min(differences)
+class Rise:
+    """The most by which a difference has risen above any of its earlier values."""
+
+    def __init__(self) -> None:
+        self.most = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._least = float("inf")
+
+    def take(self, value: float) -> None:
+        self._least = min(self._least, value)
+        self.most = max(self.most, value - self._least)
 
 
-def engine_for(floods: dict[str, Flood], num_kv_blocks: int = 100) -> PretendEngine:
-    made = SchedulerSettings(
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=16,
-        max_model_len=128,
-        num_kv_blocks=num_kv_blocks,
-        block_size=4,
-        preemption_lag=LAG,
-        min_run_seconds=0.0,
-        max_preemptions=1 << 20,
-        enable_prefix_caching=False,
-    )
-    tenants = [
-        TenantConfig(tenant_id=name, weight=flood.weight, latency_class=flood.latency_class)
-        for name, flood in floods.items()
-    ]
-    return PretendEngine(made, tenants)
+def is_backlogged(engine: PretendEngine, config: TenantConfig) -> bool:
+    """Whether the tenant has work that waits for others, and not for its own limits."""
+    roster = engine.scheduler.roster
+    tenant = roster.tenants.get(config.tenant_id)
+    if tenant is None or not len(tenant.waiting):
+        return False
+    most_running = config.limits.max_concurrent_requests
+    if most_running is not None and tenant.num_running >= most_running:
+        return False
+    if tenant.prefilling or config.kv_cache.max_percent == 100:
+        return True
+    head = tenant.next_prompt()
+    assert head is not None
+    most_blocks = engine.settings.num_kv_blocks * config.kv_cache.max_percent // 100
+    num_needed = -(-head.num_tokens // engine.settings.block_size)
+    return roster.blocks.num_held_blocks(config.tenant_id) + num_needed <= most_blocks
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(first=floods, second=floods, num_kv_blocks=st.integers(60, 300))
-@example(  # seats go over from one tenant to the other one a step, while the lead grows
-    first=Flood(1, LatencyClass.INTERACTIVE, 24, 1, 42),
-    second=Flood(1, LatencyClass.STANDARD, 24, 1, 47),
-    num_kv_blocks=164,
+def settings_for(num_kv_blocks: int = 100, **changes: object) -> SchedulerSettings:
+    """Without exemptions: whatever runs may be preempted for who is behind."""
+    defaults: dict[str, object] = {
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": SEATS,
+        "max_model_len": LONGEST,
+        "num_kv_blocks": num_kv_blocks,
+        "block_size": 4,
+        "preemption_lag": LAG,
+        "min_run_seconds": 0.0,
+        "max_preemptions": 1 << 20,
+        "enable_prefix_caching": False,
+    }
+    return SchedulerSettings(**(defaults | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class Trial:
+    """A workload on an engine, with what it showed.
+
+    Attributes:
+        rises: of each ordered pair of tenants, the difference of weighted services while both were backlogged.
+        user_rises: the same of each tenant's users, by (tenant, user, user).
+        worst: the largest rise as a share of its bound.
+    """
+
+    engine: PretendEngine
+    configs: dict[str, TenantConfig]
+    floods: dict[str, Flood]
+    exempt: float = 0.0
+    rises: dict[tuple[str, str], Rise] = field(default_factory=dict)
+    user_rises: dict[tuple[str, str, str], Rise] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.engine)
+        self._lightest = min(config.weight for config in self.configs.values())
+        self._was_backlogged: set[str] = set()
+
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self._send()
+            self.engine.step()
+            self.meter.read()
+            self._compare()
+
+    def reconfigure(self, configs: dict[str, TenantConfig]) -> None:
+        """Another config: what was received is counted anew under its weights, the bound is that of the lightest."""
+        self.configs = configs
+        self.engine.scheduler.reconfigure(SchedulerConfig(tenants=tuple(configs.values())))
+        self._lightest = min(self._lightest, *(config.weight for config in configs.values()))
+        for rise in (*self.rises.values(), *self.user_rises.values()):
+            rise.restart()
+
+    def bound(self, *weights: int) -> float:
+        """Most by which the weighted service of one of two backlogged tenants may run ahead; docs/fairness.md."""
+        slack = CHUNK * OUTPUT_PRICE
+        lead = slack + (LONGEST * INPUT_PRICE + LAG) / self._lightest
+        step = CHUNK * INPUT_PRICE + SEATS * OUTPUT_PRICE
+        return sum(lead + (step + self.exempt) / weight for weight in weights)
+
+    @property
+    def user_bound(self) -> float:
+        """The same for two users of one tenant: nothing of a user is preempted for another one."""
+        step = CHUNK * INPUT_PRICE + SEATS * OUTPUT_PRICE
+        return 2.0 * (step + SEATS * LONGEST * OUTPUT_PRICE)
+
+    @property
+    def worst(self) -> float:
+        return max(
+            rise.most / self.bound(self.configs[first].weight, self.configs[second].weight)
+            for (first, second), rise in self.rises.items()
+        )
+
+    @property
+    def worst_of_users(self) -> float:
+        return max((rise.most / self.user_bound for rise in self.user_rises.values()), default=0.0)
+
+    def _send(self) -> None:
+        live = Counter((r.tenant_id, r.user) for r in self.engine.scheduler.roster.requests.values())
+        for name, flood in self.floods.items():
+            if self.configs[name].suspended:
+                continue
+            users = USERS[: flood.num_users]
+            for user in users:
+                for _ in range(-(-flood.num_requests // len(users)) - live[name, user]):
+                    self.engine.add(name, flood.num_prompt_tokens, flood.num_output_tokens, user=user)
+
+    def _compare(self) -> None:
+        backlogged = {name for name, config in self.configs.items() if is_backlogged(self.engine, config)}
+        for pair in permutations(self.configs, 2):
+            rise = self.rises.setdefault(pair, Rise())
+            if not self._was_backlogged.issuperset(pair):
+                rise.restart()
+            if backlogged.issuperset(pair):
+                first, second = (self.meter.by_tenant[name] / self.configs[name].weight for name in pair)
+                rise.take(first - second)
+        self._was_backlogged = backlogged
+        for name, flood in self.floods.items():
+            if self.configs[name].fairness is Fairness.PER_USER and name in backlogged:
+                waiting = {request.user for request in self.engine.scheduler.roster.tenants[name].waiting}
+                for one, other in permutations(USERS[: flood.num_users], 2):
+                    rise = self.user_rises.setdefault((name, one, other), Rise())
+                    if {one, other} <= waiting:
+                        rise.take(float(self.meter.by_user[name, one] - self.meter.by_user[name, other]))
+                    else:
+                        rise.restart()
+
+
+# -- random workloads
+
+floods = st.builds(
+    Flood,
+    num_requests=st.integers(24, 40),
+    num_prompt_tokens=st.integers(1, LONGEST_PROMPT),
+    num_output_tokens=st.integers(2, LONGEST_OUTPUT),
+    num_users=st.integers(1, 3),
 )
-def test_the_weighted_services_of_backlogged_tenants_stay_within_the_bound(
-    first: Flood, second: Flood, num_kv_blocks: int
+
+
+@st.composite
+def tenant_configs(draw: st.DrawFn, names: Sequence[str], *, guarantees: bool = False) -> dict[str, TenantConfig]:
+    configs = {}
+    for name in names:
+        guaranteed = draw(st.integers(0, 100 // len(names))) if guarantees else 0
+        configs[name] = TenantConfig(
+            tenant_id=name,
+            weight=draw(st.sampled_from((1, 1, 2, 3, 10, 100))),
+            latency_class=draw(st.sampled_from(LatencyClass)),
+            limits=Limits(max_concurrent_requests=draw(st.none() | st.none() | st.integers(1, 6))),
+            kv_cache=KvCacheShare(
+                guaranteed_percent=guaranteed, max_percent=draw(st.just(100) | st.integers(max(60, guaranteed), 100))
+            ),
+            fairness=draw(st.sampled_from(Fairness)),
+            suspended=draw(st.sampled_from((False, False, False, False, True))),
+        )
+    return configs
+
+
+@st.composite
+def trials(draw: st.DrawFn, *, exemptions: bool = False) -> Trial:
+    names = [f"tenant{index}" for index in range(draw(st.integers(2, 6)))]
+    changes: dict[str, object] = {"max_preemptions": draw(st.integers(0, 3)), "min_run_seconds": 5.0}
+    made = settings_for(
+        draw(st.integers(60, 300)),
+        growth_blocks=draw(st.sampled_from((0.0, 1.5))),
+        enable_prefix_caching=draw(st.booleans()),
+        **(changes if exemptions else {}),
+    )
+    configs = draw(tenant_configs(names, guarantees=exemptions))
+    engine = PretendEngine(made, configs.values())
+    trial = Trial(engine, configs, {name: draw(floods) for name in names})
+    if exemptions:
+        trial.exempt = SEATS * LONGEST * OUTPUT_PRICE
+    return trial
+
+
+disturbances = st.lists(st.integers(0, 2**16) | st.none(), max_size=8)
+
+
+def disturb(trial: Trial, disturbance: int | None, data: st.DataObject, *, guarantees: bool) -> None:
+    """Cancel every third request from some point on, or change the policies."""
+    if disturbance is None:
+        trial.reconfigure(data.draw(tenant_configs(tuple(trial.configs), guarantees=guarantees)))
+        return
+    for request in list(trial.engine.scheduler.roster.requests.values())[disturbance % 7 :: 3]:
+        trial.engine.scheduler.abort(request.request_id, FinishReason.ABORT)
+
+
+def check(trial: Trial, changes: list[int | None], data: st.DataObject, num_steps: int) -> None:
+    for change in (*changes, 1):
+        trial.run(num_steps // (len(changes) + 1))
+        disturb(trial, change, data, guarantees=trial.exempt > 0)
+    assert trial.worst <= 1.0
+    assert trial.worst_of_users <= 1.0
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(trials(), disturbances, st.data())
+def test_whatever_comes_the_bound_holds(trial: Trial, changes: list[int | None], data: st.DataObject) -> None:
+    check(trial, changes, data, 200)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(trials(exemptions=True), disturbances, st.data())
+def test_what_may_not_be_preempted_adds_no_more_than_it_has_left(
+    trial: Trial, changes: list[int | None], data: st.DataObject
 ) -> None:
-    pair = {"first": first, "second": second}
-    engine = engine_for(pair, num_kv_blocks)
-    assert spread_of(engine, pair) <= bound(engine)
+    check(trial, changes, data, 200)
 
 
-# What each rule is for, and what breaks without it. Every case holds with the rules as they are.
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.booleans().flatmap(lambda exemptions: trials(exemptions=exemptions)), disturbances, st.data())
+def test_whatever_comes_the_bound_holds_for_long(trial: Trial, changes: list[int | None], data: st.DataObject) -> None:
+    check(trial, changes, data, 600)
+
+
+# -- what each rule is for, and what breaks without it; every case holds with the rules as they are
 
 BATCH, INTERACTIVE = LatencyClass.BATCH, LatencyClass.INTERACTIVE
-LONG = Flood(1, BATCH, 30, 4, 60)
-SHORT = Flood(1, INTERACTIVE, 30, 32, 2)
-LARGE = Flood(1, BATCH, 30, 60, 60)
+LONG, SHORT, LARGE = Flood(30, 4, 60), Flood(30, 32, 2), Flood(30, 60, 60)
+SHORT_BESIDE_LONG = {"first": SHORT, "second": LONG}
 
 
-def classes_spread(num_steps: int = 400) -> float:
-    pair = {"first": SHORT, "second": LONG}
-    engine = engine_for(pair)
-    return spread_of(engine, pair, num_steps) / bound(engine)
+def pair(floods: dict[str, Flood], *, fairness: Fairness = Fairness.FIFO, **changes: int) -> Trial:
+    classes = {"first": INTERACTIVE, "second": BATCH}
+    configs = {name: TenantConfig(tenant_id=name, latency_class=classes[name], fairness=fairness) for name in floods}
+    return Trial(PretendEngine(settings_for(**changes), configs.values()), configs, floods)
 
 
-def returning_spread() -> float:
+def worst_of(trial: Trial, num_steps: int = 400) -> float:
+    trial.run(num_steps)
+    return trial.worst
+
+
+def returning() -> float:
     """The second tenant floods alone for a while; then the first returns."""
-    pair = {"first": SHORT, "second": LONG}
-    engine = engine_for(pair)
-    for _ in range(400):
-        engine.keep("second", LONG.num_requests, LONG.num_prompt_tokens, LONG.num_output_tokens)
-        engine.step()
-    return spread_of(engine, pair) / bound(engine)
+    trial = pair(SHORT_BESIDE_LONG)
+    trial.floods = {"second": LONG}
+    trial.run(400)
+    trial.floods = SHORT_BESIDE_LONG
+    return worst_of(trial)
 
 
-def recompute_spread() -> float:
+def recompute() -> float:
     """A cache so small that the tenant with large requests is preempted all the time."""
-    pair = {"first": SHORT, "second": LARGE}
-    engine = engine_for(pair, num_kv_blocks=60)
-    return spread_of(engine, pair, 3_000) / bound(engine)
+    return worst_of(pair({"first": SHORT, "second": LARGE}, num_kv_blocks=60), 3_000)
 
 
-def late_charge_spread() -> float:
-    pair = {"first": SHORT, "second": Flood(1, BATCH, 40, 2, 120)}
-    engine = engine_for(pair, num_kv_blocks=400)
-    return spread_of(engine, pair) / bound(engine)
+def late_charge() -> float:
+    return worst_of(pair({"first": SHORT, "second": Flood(40, 2, 120)}, num_kv_blocks=400))
+
+
+def classes() -> float:
+    return worst_of(pair(SHORT_BESIDE_LONG))
+
+
+def full_house() -> float:
+    """The second tenant has all seats, and most outputs of its requests still to come, when the first arrives."""
+    trial = pair({"first": SHORT, "second": Flood(40, 2, 120)}, num_kv_blocks=600)
+    trial.floods, both = {"second": trial.floods["second"]}, trial.floods
+    trial.run(50)
+    trial.floods = both
+    return worst_of(trial)
+
+
+def users() -> float:
+    trial = pair({"first": Flood(30, 20, 4, num_users=2), "second": LONG}, fairness=Fairness.PER_USER)
+    trial.run(4_000)
+    return trial.worst_of_users
 
 
 def no_lift(self: FairShare, left_out: Sequence[str]) -> None:
@@ -196,40 +377,48 @@ def finished_and_charged(self: Scheduler, request: Request, token_id: int) -> No
         self.queue._charge(tenant, (request,), OUTPUT_PRICE * request.num_output_tokens)
 
 
+def never(*_: object) -> None:
+    """The rule is dropped."""
+
+
 CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
 
 
-def test_without_the_lift_silence_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert returning_spread() <= 1.0
-    monkeypatch.setattr(FairShare, "close_step", no_lift)
-    assert returning_spread() > 1.0
-
-
-def test_charging_recompute_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recompute_spread() <= 1.0
-    monkeypatch.setattr(FairQueue, "charge_prompt", charged_again)
-    assert recompute_spread() > 1.0
-
-
-def test_charging_at_the_end_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert late_charge_spread() <= 1.0
-    monkeypatch.setattr(FairQueue, "charge_outputs", charged_at_the_end)
-    monkeypatch.setattr(Scheduler, "_take_token", finished_and_charged)
-    assert late_charge_spread() > 1.0
-
-
-def test_a_class_beyond_the_slack_breaks_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert classes_spread() <= 1.0
-    monkeypatch.setattr(FairQueue, "_slack", 1 << 60)
-    assert classes_spread() > 1.0
+@pytest.mark.parametrize(
+    ("scenario", "mutations"),
+    [
+        pytest.param(returning, [(FairShare, "close_step", no_lift)], id="no lift"),
+        pytest.param(recompute, [(FairQueue, "charge_prompt", charged_again)], id="recompute charged"),
+        pytest.param(
+            late_charge,
+            [(FairQueue, "charge_outputs", charged_at_the_end), (Scheduler, "_take_token", finished_and_charged)],
+            id="charged at the end",
+        ),
+        pytest.param(
+            classes, [(FairQueue, "_slack", 1 << 60), (FairQueue, "open_step", never)], id="a class beyond the slack"
+        ),
+        pytest.param(
+            full_house,
+            [(Relief, "_serve_furthest_behind", never), (Relief, "pause", lambda self, now: None)],
+            id="nobody gives way",
+        ),
+        pytest.param(users, [(RequestQueue, "charge", never)], id="users are not charged"),
+    ],
+)
+def test_without_the_rule_the_bound_breaks(
+    scenario: Callable[[], float], mutations: list[tuple[type, str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scenario() <= 1.0
+    for owner, name, mutant in mutations:
+        monkeypatch.setattr(owner, name, mutant)
+    assert scenario() > 1.0
 
 
 def test_stopping_at_the_first_misfit_wastes_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large head that is first in line and does not fit, beside small prompts that do."""
 
     def served_beside_it() -> int:
-        pair = {"first": Flood(1, BATCH, 1, 100, 100), "second": Flood(1, BATCH, 1, 4, 4)}
-        engine = engine_for(pair, num_kv_blocks=50)
+        engine = pair({"first": LONG, "second": LONG}, num_kv_blocks=50).engine
         engine.add("first", 100, 28)
         engine.run(5)
         engine.add("first", 100, 4)
@@ -237,14 +426,13 @@ def test_stopping_at_the_first_misfit_wastes_the_machine(monkeypatch: pytest.Mon
         engine.run(8)
         return sum(request.finish_reason is not None for request in small)
 
-    assert served_beside_it() == 3
-    fit = type(engine_for({"first": LONG, "second": LONG}).scheduler.roster).fit
-
     def stop(roster: object, request: Request) -> Fit:
         found = fit(roster, request)  # type: ignore[arg-type]
         stopped.append(found is Fit.STARVED)
         return Fit.STARVED if any(stopped) else found
 
+    assert served_beside_it() == 3
     stopped: list[bool] = []
-    monkeypatch.setattr("evenhand_engine.roster.Roster.fit", stop)
+    fit = Roster.fit
+    monkeypatch.setattr(Roster, "fit", stop)
     assert served_beside_it() < 3
