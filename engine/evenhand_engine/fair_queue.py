@@ -43,6 +43,14 @@ class FairQueue:
         behind = self._settings.max_model_len * self.prices.input_token + self._settings.preemption_lag
         return self._slack + behind * VIRTUAL_UNIT // weight
 
+    def lag_bound(self) -> int:
+        """How far behind any other a backlogged tenant may be now, but for what exempt requests still compute."""
+        roster, settings = self._roster, self._settings
+        lightest = min((t.weight for t in (*roster.active.values(), *roster.running_tenants.values())), default=1)
+        step = settings.max_num_batched_tokens * self.prices.input_token
+        step += settings.max_num_seqs * self.prices.output_token
+        return self.lead(lightest) + step * VIRTUAL_UNIT // lightest
+
     def is_ahead(self, tenant: Tenant) -> bool:
         """Whether the tenant is too far ahead to compute."""
         return self.limit is not None and self.service(tenant) > self.limit

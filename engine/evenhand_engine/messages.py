@@ -76,7 +76,9 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
 class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
     """Live state of one tenant in the scheduler. Services are integers in units of price; virtual = service / weight.
 
-    `ahead` is how far the tenant's virtual service is beyond the virtual time; it is never behind it.
+    `ahead` is how far the tenant's virtual service is beyond the virtual time; it is never behind it. `lag` is how far it
+    is behind the tenant that is furthest ahead, 0 for one that waits for nobody; `lag_bound` is the most that it may be
+    now (docs/fairness.md).
     """
 
     tenant_id: str
@@ -86,6 +88,8 @@ class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
     service: int
     virtual_service: float
     ahead: float
+    lag: float
+    lag_bound: float
     num_preemptions: int
     num_prompt_tokens: int  # computed, first time
     num_generation_tokens: int

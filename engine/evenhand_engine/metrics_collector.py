@@ -3,6 +3,7 @@
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -137,21 +138,40 @@ class TenantCollector(Collector):
             "Service per weight beyond the virtual time, in units of price.",
             {t.tenant_id: t.ahead for t in tenants},
         )
+        yield self._gauge(
+            "service_lag",
+            "Service per weight behind the tenant furthest ahead; 0 if it waits for nobody.",
+            {t.tenant_id: t.lag for t in tenants},
+            combine=max,
+        )
+        yield self._gauge(
+            "service_lag_bound",
+            "The most that service_lag may be now, but for what may not be preempted.",
+            {t.tenant_id: t.lag_bound for t in tenants},
+            combine=max,
+        )
         yield self._counter("service", "Service in units of price.", {t.tenant_id: t.service for t in tenants})
         yield self._counter("preemptions", "Requests preempted.", {t.tenant_id: t.num_preemptions for t in tenants})
 
-    def _gauge(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
-        return self._fill(GaugeMetricFamily(f"evenhand_{name}", text, labels=["tenant"]), values)
+    def _gauge(
+        self, name: str, text: str, values: Mapping[str, float], combine: Callable[[float, float], float] = add
+    ) -> Metric:
+        return self._fill(GaugeMetricFamily(f"evenhand_{name}", text, labels=["tenant"]), values, combine)
 
     def _counter(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
         return self._fill(CounterMetricFamily(f"evenhand_{name}", text, labels=["tenant"]), values)
 
-    def _fill(self, family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, float]) -> Metric:
-        """Values by tenant; those of tenants without a label of their own are added up."""
+    def _fill(
+        self,
+        family: GaugeMetricFamily | CounterMetricFamily,
+        values: Mapping[str, float],
+        combine: Callable[[float, float], float] = add,
+    ) -> Metric:
+        """Values by tenant; those of tenants without a label of their own are combined into one."""
         sums: dict[str, float] = {}
         for tenant_id, value in values.items():
             label = self._label(tenant_id)
-            sums[label] = sums.get(label, 0) + value
+            sums[label] = combine(sums.get(label, 0.0), value)
         for label, value in sums.items():
             family.add_metric([label], value)
         return family

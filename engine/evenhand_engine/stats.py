@@ -34,7 +34,10 @@ class StatsRecorder:
         scheduler, roster = self._scheduler, self._scheduler.roster
         if self._config is not scheduler.config:
             self._config, self._digest = scheduler.config, scheduler.config.digest()
-        tenants = {tenant_id: self._tenant_stats(tenant) for tenant_id, tenant in roster.tenants.items()}
+        queue = scheduler.queue
+        highest = max((queue.service(tenant) for tenant in roster.tenants.values()), default=0)
+        bound = queue.lag_bound()
+        tenants = {i: self._tenant_stats(tenant, highest, bound) for i, tenant in roster.tenants.items()}
         changed = tuple(stats for tenant_id, stats in tenants.items() if self._reported.get(tenant_id) != stats)
         self._reported = tenants
         steps, self._steps = self._steps, deque()
@@ -56,9 +59,11 @@ class StatsRecorder:
             tenants=changed,
         )
 
-    def _tenant_stats(self, tenant: Tenant) -> TenantStats:
+    def _tenant_stats(self, tenant: Tenant, highest: int, bound: int) -> TenantStats:
+        """`highest`: virtual service of the tenant furthest ahead; `bound`: how far behind it one may be."""
         shares = self._scheduler.shares
         virtual_service = shares.virtual_service(tenant.tenant_id)
+        waits = tenant.has_prompts and tenant.may_start
         return TenantStats(
             tenant_id=tenant.tenant_id,
             num_running=tenant.num_running,
@@ -67,6 +72,8 @@ class StatsRecorder:
             service=tenant.service,
             virtual_service=virtual_service / VIRTUAL_UNIT,
             ahead=(virtual_service - shares.virtual_time) / VIRTUAL_UNIT,
+            lag=(highest - virtual_service) / VIRTUAL_UNIT if waits else 0.0,
+            lag_bound=bound / VIRTUAL_UNIT,
             num_preemptions=tenant.num_preemptions,
             num_prompt_tokens=tenant.num_prompt_tokens,
             num_generation_tokens=tenant.num_generation_tokens,

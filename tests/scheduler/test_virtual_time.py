@@ -4,6 +4,8 @@ import pytest
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_engine.messages import TenantStats
+from evenhand_engine.stats import StatsRecorder
 from evenhand_policy.config import TenantConfig
 
 from .conftest import PretendEngine
@@ -67,6 +69,24 @@ def test_weights_divide_the_service(engine: PretendEngine) -> None:
     services = engine.services(3000, lambda: flood(engine, *weights))
     for tenant_id, weight in weights.items():
         assert services[tenant_id] / sum(services.values()) == pytest.approx(weight / 8, rel=0.02)
+
+
+def test_the_lag_of_who_waits_is_shown_with_its_bound(engine: PretendEngine) -> None:
+    recorder = StatsRecorder(engine.scheduler)
+    seen: list[TenantStats] = []
+    for _ in range(200):
+        engine.keep("a", 1, 30, 10)
+        flood(engine, "b", "c")
+        engine.step()
+        stats = recorder.snapshot(engine.now, is_idle=True)
+        assert stats is not None
+        seen += stats.tenants
+    assert {row.tenant_id for row in seen if row.lag > 0} >= {"b", "c"}
+    assert all(0 <= row.lag <= row.lag_bound for row in seen)
+    assert {row.lag_bound for row in seen} == {64 * 2 + 8192 + 1536 + 64 + 64 * 2}
+    engine.drain()
+    idle = recorder.snapshot(engine.now + 1, is_idle=True)
+    assert idle is not None and all(row.lag == 0 for row in idle.tenants)
 
 
 class TestFairShare:

@@ -128,6 +128,8 @@ def _work(stats: TenantStats) -> dict[str, Any]:
         "service": stats.service,
         "virtualService": stats.virtual_service,
         "ahead": stats.ahead,
+        "lag": stats.lag,
+        "lagBound": stats.lag_bound,
         "preemptions": stats.num_preemptions,
         "promptTokens": stats.num_prompt_tokens,
         "generationTokens": stats.num_generation_tokens,

@@ -139,6 +139,8 @@ def test_tenants_beyond_the_labels_are_added_up() -> None:
             service=10,
             virtual_service=0.0,
             ahead=0.0,
+            lag=0.0,
+            lag_bound=0.0,
             num_preemptions=0,
             num_prompt_tokens=0,
             num_generation_tokens=0,

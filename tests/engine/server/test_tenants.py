@@ -406,6 +406,8 @@ def tenant_stats(tenant_id: str, service: int) -> TenantStats:
         service=service,
         virtual_service=0.0,
         ahead=0.5,
+        lag=1.5,
+        lag_bound=4000.0,
         num_preemptions=1,
         num_prompt_tokens=100,
         num_generation_tokens=50,
@@ -446,6 +448,10 @@ def test_metrics_of_the_engine(serve: Serve, policies: Path) -> None:
     assert metrics["vllm:num_requests_waiting_by_reason{reason=deferred}"] == 2
     assert metrics["vllm:kv_cache_usage_perc{}"] == 0.25
     assert metrics["vllm:num_preemptions_total{}"] == 3
+    assert metrics["evenhand_service_lag{tenant=chat}"] == 1.5
+    assert metrics["evenhand_service_lag_bound{tenant=batch}"] == 4000
+    rows = {row["tenantId"]: row for row in admin(server, "/v1/tenants")["tenants"]}
+    assert (rows["chat"]["lag"], rows["chat"]["lagBound"]) == (1.5, 4000)
     assert metrics["vllm:prefix_cache_hits_total{}"] == 20
     assert metrics["evenhand_kv_blocks{tenant=batch}"] == 10
     assert metrics["evenhand_service_total{tenant=chat}"] == 600
