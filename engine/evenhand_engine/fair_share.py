@@ -40,14 +40,19 @@ class FairShare:
 
     def virtual_service(self, account: str) -> int:
         """What the account was served, by weight, in VIRTUAL_UNITs; never less than `virtual_time`."""
-        return max(self._virtual_service.get(account, 0), self.virtual_time)
+        service = self._virtual_service.get(account, 0)
+        return service if service > self.virtual_time else self.virtual_time
 
     def charge(self, account: str, cost: int, weight: int) -> None:
         """Add `cost` (negative: a refund) of an account whose share is `weight`."""
-        units = abs(cost) * VIRTUAL_UNIT // weight
-        service = self.virtual_service(account) + (units if cost >= 0 else -units)
+        service = self.virtual_service(account)
+        if cost >= 0:
+            service += cost * VIRTUAL_UNIT // weight
+        else:
+            service -= -cost * VIRTUAL_UNIT // weight
         self._virtual_service[account] = service
-        self._highest = max(self._highest, service)
+        if service > self._highest:
+            self._highest = service
         if cost < 0 and account in self._places:
             self._move(account, service)
 

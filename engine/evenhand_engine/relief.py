@@ -1,5 +1,8 @@
 """Relief: makes room in memory or among the seats, by the choices of preemption.py."""
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.fair_share import VIRTUAL_UNIT
@@ -27,9 +30,12 @@ class Relief:
                 break
         self._serve_furthest_behind(now)
 
-    def pause(self, now: float) -> None:
-        """Nothing that could be preempted for service computes while its tenant is too far ahead."""
-        self._paused = [t for t in self._roster.running_tenants.values() if self._queue.is_ahead(t)]
+    def pause(self, running: Sequence[Tenant], now: float) -> None:
+        """Nothing that could be preempted for service computes while its tenant is too far ahead.
+
+        `running`: the tenants with running requests, least served first.
+        """
+        self._paused = list(takewhile(self._queue.is_ahead, reversed(running)))
         for tenant in self._paused:
             tenant.paused = {request.request_id: request for request in self._preemption.preemptible(tenant, now)}
 
@@ -44,8 +50,10 @@ class Relief:
         growing = [
             request
             for tenant in self._roster.running_tenants.values()
-            for request in tenant.generating()
-            if len(request.block_table) * block_size < request.num_computed_tokens + 1
+            for request in tenant.decoding.values()
+            if len(request.block_table) * block_size <= request.num_computed_tokens
+            and not request.is_at_end
+            and request.request_id not in tenant.paused
         ]
         for request in growing:
             if request.block_table:  # else it was preempted for the growth of another

@@ -121,10 +121,11 @@ class Scheduler:
         self.queue.open_step()
         if self._is_fair and self._is_starved:
             self._relief.relieve(now)
-        self._relief.pause(now)
+        running = sorted(self.roster.running_tenants.values(), key=self.queue.service)
+        self._relief.pause(running, now)
         budget = self._pace.budget(now)
         scheduled: list[ScheduledRequest] = []
-        left_out = self._schedule_decodes(budget, scheduled)
+        left_out = self._schedule_decodes(running, budget, scheduled)
         self._schedule_prompts(budget, scheduled, now)
         self._relief.resume()
         self.queue.close_step(left_out)
@@ -179,11 +180,14 @@ class Scheduler:
 
     # -- 3. decode
 
-    def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
-        """One token for every running request past its prompt; returns tenants that the budget left out."""
+    def _schedule_decodes(
+        self, running: Sequence[Tenant], budget: StepBudget, scheduled: list[ScheduledRequest]
+    ) -> set[str]:
+        """One token for every request past its prompt of the `running` tenants, least served first; returns tenants
+        that the budget left out."""
         self._relief.grow_decodes()
         left_out = set()
-        for tenant in sorted(self.roster.running_tenants.values(), key=self.queue.service):
+        for tenant in running:
             decodes = tenant.generating()
             if len(decodes) > budget.tokens:
                 del decodes[budget.tokens :]
