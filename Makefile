@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster test soak lock plots bench-% bench-operator
+.PHONY: help install serve demo check crds cluster images test soak lock plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -44,6 +44,10 @@ crds: install  ## write crds/ and the field reference in docs/policies.md from e
 
 cluster:  ## build the control plane for tests into the cache: 10 minutes, once
 	$(PYTHON) e2e/cluster/build.py
+
+images:  ## build the container images that the manifests name, with Docker (IMAGE_EXTRAS=[gpu] for CUDA kernels)
+	docker build -f manifests/images/Dockerfile --target operator -t evenhand.dev/operator:dev .
+	docker build -f manifests/images/Dockerfile --target engine --build-arg EXTRAS='$(IMAGE_EXTRAS)' -t evenhand.dev/engine:dev .
 
 test: install  ## start the real components and run every test that this machine can run
 	$(PYTHON) e2e/cluster/build.py --if-possible

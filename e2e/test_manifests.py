@@ -78,13 +78,13 @@ def test_pool_selects_the_engines_and_the_service_hides_their_admin_port(install
 @pytest.mark.parametrize(
     ("verbs", "resource", "subresource"),
     [
-        ("get list watch", "tenantpolicies.evenhand.dev", ""),
-        ("get list watch", "enginepools.evenhand.dev", ""),
+        ("list watch", "tenantpolicies.evenhand.dev", ""),
+        ("list watch", "enginepools.evenhand.dev", ""),
         ("patch", "tenantpolicies.evenhand.dev", "status"),
         ("patch", "enginepools.evenhand.dev", "status"),
         ("list watch", "pods", ""),
         ("get list watch create patch", "secrets", ""),
-        ("create patch", "events", ""),
+        ("create", "events", ""),
     ],
 )
 def test_operator_may_do_its_work_where_it_serves(
@@ -114,6 +114,9 @@ def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bo
         assert not operator_may(verb, "roles.rbac.authorization.k8s.io", ENGINE_NAMESPACE)
     for verb in ("create", "update", "patch", "delete", "get"):
         assert not operator_may(verb, "pods", ENGINE_NAMESPACE)
+    for kind in ("tenantpolicies.evenhand.dev", "enginepools.evenhand.dev"):
+        assert not operator_may("get", kind, ENGINE_NAMESPACE), "it lists and watches"
+    assert not operator_may("patch", "events", ENGINE_NAMESPACE)
     assert not operator_may("delete", "secrets", ENGINE_NAMESPACE)
     assert not operator_may("create", "pods", ENGINE_NAMESPACE, "exec")
     assert not operator_may("create", "serviceaccounts", ENGINE_NAMESPACE, "token")

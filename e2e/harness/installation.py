@@ -137,6 +137,10 @@ class Installation(Stage):
         pods = sorted(self.ready_pods(), key=lambda pod: str(pod["metadata"]["name"]))
         return [Engine(pod["metadata"]["name"], pod["status"]["podIP"]) for pod in pods]
 
+    def all_pods(self) -> list[Object]:
+        """Of engines and operator."""
+        return [*self.ready_pods(), *self.cluster.find("pods", OPERATOR_NAMESPACE)]
+
     def answers(self, key: str) -> list[str]:
         """Of each engine."""
         return [engine.answer(key) for engine in self.engines()]
