@@ -399,7 +399,7 @@ CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
         ),
         pytest.param(
             full_house,
-            [(Relief, "_serve_furthest_behind", never), (Relief, "pause", lambda self, now: None)],
+            [(Relief, "_serve_furthest_behind", never), (Relief, "pause", never)],
             id="nobody gives way",
         ),
         pytest.param(users, [(RequestQueue, "charge", never)], id="users are not charged"),
