@@ -410,6 +410,23 @@ def test_pool_status_has_a_row_for_every_pod_the_failing_first(make: Any) -> Non
     assert conditions_of(status)["Ready"] == ("False", "PartiallyProgrammed")
 
 
+def test_pool_that_cannot_be_read_says_so_and_nothing_of_pods() -> None:
+    bad = pool(spec={"selector": {}}, generation=4)
+    made = plan([], [bad])
+    status = pool_status(bad, made.problems[bad.reference], 0, None, NOW)
+    assert conditions_of(status)["Accepted"] == ("False", "Invalid")
+    assert conditions_of(status)["Programmed"] == ("False", "NotAccepted")
+    assert (status.observed_generation, status.revision, status.pods) == (4, None, ())
+
+
+def test_object_without_a_status_is_read() -> None:
+    obj = policy_object("a")
+    del obj["status"]
+    read = read_policy(obj)
+    assert read is not None
+    assert read.status == TenantPolicyStatus()
+
+
 def test_pool_without_pods_is_ready() -> None:
     status = pool_status(pool(), (), 0, pool_state([]), NOW)
     assert conditions_of(status)["Ready"] == ("True", "Ready")

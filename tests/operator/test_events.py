@@ -1,0 +1,60 @@
+"""Events are few, whatever happens, and telling of them may fail."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from evenhand_operator.events import EventRecorder, Transition
+from evenhand_operator.kube import ApiError
+from evenhand_operator.observed import ObservedPolicy
+from evenhand_policy.status import TenantPolicyStatus
+
+POLICY = ObservedPolicy(
+    key=("team", "chat"), uid="u1", generation=1, problem=None, policy=None, status=TenantPolicyStatus()
+)
+
+
+class Api:
+    """Keeps what is created."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._status = status
+
+    async def create(self, _: object, event: dict[str, Any]) -> None:
+        if self._status:
+            raise ApiError(self._status, "no")
+        self.events.append(event)
+
+
+async def record(api: Api, count: int) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        recorder = EventRecorder(api, tasks)  # type: ignore[arg-type]
+        for index in range(count):
+            recorder.record(POLICY, Transition(index % 2 == 0, "Conflicted", f"for the {index}th time"))
+
+
+async def test_event_is_about_the_object() -> None:
+    api = Api()
+    await record(api, 2)
+    first, second = api.events
+    assert first["involvedObject"]["uid"] == "u1"
+    assert (first["involvedObject"]["kind"], first["metadata"]["namespace"]) == ("TenantPolicy", "team")
+    assert [(event["type"], event["message"]) for event in (first, second)] == [
+        ("Warning", "for the 0th time"),
+        ("Normal", "for the 1th time"),
+    ]
+    assert first["metadata"]["name"] != second["metadata"]["name"]
+
+
+async def test_flood_of_transitions_is_no_flood_of_events() -> None:
+    api = Api()
+    await record(api, 5000)
+    assert 50 <= len(api.events) <= 100
+
+
+async def test_event_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    await record(Api(status=403), 1)
+    assert "an event was not written" in caplog.text
