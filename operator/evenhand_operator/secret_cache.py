@@ -33,8 +33,6 @@ class SecretCache:
     def observe(self, event: str | None, obj: Json) -> None:
         """Take in an event of the watch."""
         meta = read_meta(obj)
-        if meta.key not in self._wanted or meta.version < self._versions.get(meta.key, 0):
-            return
         if event == "DELETED" or meta.deletion_timestamp is not None:
             self.set_absent(meta.key, meta.version)
         else:

@@ -101,6 +101,8 @@ async def test_released_lease_is_taken_at_once(api: OneLease) -> None:
     async with asyncio.timeout(1):
         await second.acquire()
     assert (api.holder, api.epoch) == ("second", "2")
+    assert api.stored is not None
+    assert api.stored["spec"]["leaseTransitions"] == 1
     with pytest.raises(LeaseLostError):
         await first.confirm()
     await first.release()
@@ -192,6 +194,19 @@ async def test_deleted_lease_rolls_nothing_back(api: OneLease) -> None:
     assert second.epoch == 41
     with pytest.raises(LeaseLostError):
         await first.confirm()
+
+
+@pytest.mark.parametrize("text", ["", "x", "-3", "²", "1e9"])
+async def test_epoch_that_is_no_number_counts_for_nothing(api: OneLease, text: str) -> None:
+    """Somebody edited the Lease: what pods and pools tell of still holds."""
+    first = lease(api, "first")
+    await first.acquire()
+    await first.release()
+    assert api.stored is not None
+    api.stored["metadata"]["annotations"][EPOCH_ANNOTATION] = text
+    second = lease(api, "second", least_epoch=7)
+    await second.acquire()
+    assert second.epoch == 8
 
 
 async def test_epoch_is_at_least_what_was_seen(api: OneLease) -> None:
