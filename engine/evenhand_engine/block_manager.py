@@ -14,7 +14,7 @@ that filled or revived it for as long as anybody references it.
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from evenhand_engine.request import Request
 
@@ -93,6 +93,21 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
+    def num_expected_hits(self, request: Request) -> int:
+        """Tokens of the request's prefix that are likely to be cached: cheap, since it starts from the last answer.
+
+        Exact but where prefixes are shared between tenants with and without a guarantee, whose blocks are evicted apart.
+        """
+        if not self._enable_prefix_caching:
+            return 0
+        most, known = (len(request.token_ids) - 1) // self.block_size, request.num_prefix_blocks
+        while known and request.block_hashes[known - 1] not in self._block_of_hash:
+            known -= 1
+        while known < most and self._hash_of(request, known) in self._block_of_hash:
+            known += 1
+        request.num_prefix_blocks = known
+        return known * self.block_size
+
     def num_missing_blocks(self, request: Request) -> int:
         """How far `num_free_blocks` must go to admit the request: new blocks, and cached ones that it would revive."""
         prefix = self.cached_prefix(request)
@@ -136,9 +151,8 @@ class BlockManager:
         first, last = start // self.block_size, min(end // self.block_size, len(request.block_table))
         if not self._enable_prefix_caching or first >= last:
             return
-        hashes = self._hashes(request, last)
         for index in range(first, last):
-            block, digest = request.block_table[index], hashes[index]
+            block, digest = request.block_table[index], self._hash_of(request, index)
             if self._hash[block] is None and digest not in self._block_of_hash:
                 self._hash[block] = digest
                 self._block_of_hash[digest] = block
@@ -204,13 +218,16 @@ class BlockManager:
         owner = self._owner[block]
         return owner if owner in self._guarantees else _SHARED
 
-    def _hashes(self, request: Request, num_blocks: int) -> list[bytes]:
-        """Hashes of the request's first full blocks; computed once, kept with the request."""
-        hashes = request.block_hashes
-        if len(hashes) < num_blocks:
+    def _hashes(self, request: Request, num_blocks: int) -> Iterator[bytes]:
+        """Hashes of the request's first full blocks, chained."""
+        return (self._hash_of(request, index) for index in range(num_blocks))
+
+    def _hash_of(self, request: Request, index: int) -> bytes:
+        """Hash of a full block and all before it; computed once, in order, and kept with the request."""
+        hashes, size = request.block_hashes, self.block_size
+        while len(hashes) <= index:
             parent = hashes[-1] if hashes else hashlib.sha256(request.cache_salt.encode()).digest()
-            for start in range(len(hashes) * self.block_size, num_blocks * self.block_size, self.block_size):
-                tokens = array("I", request.token_ids[start : start + self.block_size])
-                parent = hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
-                hashes.append(parent)
-        return hashes[:num_blocks]
+            start = len(hashes) * size
+            tokens = array("I", request.token_ids[start : start + size])
+            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        return hashes[index]

@@ -11,7 +11,7 @@ from evenhand_engine.tenant import Tenant
 from evenhand_policy.config import LatencyClass, Prices
 
 _NEVER = float("inf")
-_MAX_RIVALS = 16  # of the tenants within the slack, how many are compared by deadline
+_MAX_RIVALS = 16  # of the tenants within the slack, how many are compared by deadline and cached prefix
 
 
 class FairQueue:
@@ -102,7 +102,8 @@ class FairQueue:
         """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun.
 
         Fair: the least virtual service; among tenants within the slack of that the higher latency class, then the
-        nearer deadline. So a class decides when inside the bound, never how much over time. Else: the oldest prompt.
+        nearer deadline, then the longer cached prefix, before it is evicted. So these decide when inside the bound,
+        never how much over time. Else: the oldest prompt.
         """
         if not self._is_fair:
             return self._oldest(blocked, may_admit=may_admit)
@@ -112,8 +113,15 @@ class FairQueue:
         for head, others in zip(heads, by_class, strict=True):
             if head and self.service(head) <= limit:
                 near = takewhile(lambda tenant: self.service(tenant) <= limit, chain((head,), others))
-                return min(islice(near, _MAX_RIVALS), key=lambda tenant: tenant.deadline)
+                return min(islice(near, _MAX_RIVALS), key=self._urgency)
         return None
+
+    def _urgency(self, tenant: Tenant) -> tuple[float, int]:
+        """Deadline, then cached prefix. What a preempted request left in the cache does not count: it gave way to
+        somebody further behind."""
+        request = tenant.next_prompt()
+        is_new = request is not None and request.started_at is None and request.num_preemptions == 0
+        return tenant.deadline, -self._roster.blocks.num_expected_hits(request) if request and is_new else 0
 
     def close_step(self, left_out: set[str]) -> None:
         """Advance the virtual time to the least of `left_out` and of the tenants that still contend."""

@@ -53,6 +53,7 @@ class Request:
         "num_computed_tokens",
         "num_in_flight_tokens",
         "num_preemptions",
+        "num_prefix_blocks",
         "num_prompt_tokens",
         "position",
         "request_id",
@@ -92,6 +93,7 @@ class Request:
         self.started_at: float | None = None  # when it last began to run; None: waiting
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of its full blocks, as far as they were computed
+        self.num_prefix_blocks = 0  # first blocks that were cached when somebody last asked
         self.finish_reason: FinishReason | None = None
 
     @property
