@@ -8,7 +8,9 @@ the figures are medians. Beside them: what was measured on a real A10G, and the 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 
@@ -68,6 +70,11 @@ def arena(seed: int) -> Scenario:
     """The trace on the preset, or near it for a seed above 0."""
     scenario = Scenario.of_trace(load_trace(DATA / "arena_trace.csv"), perturbed(A10G, seed))
     return scenario.with_settings(max_model_len=CONTEXT, enable_prefix_caching=False)
+
+
+def simulate(policy: str, seed: int) -> Run:
+    """One run, in a process of its own."""
+    return arena(seed).run(policy)
 
 
 def figures(runs: Sequence[Run]) -> Figures:
@@ -139,9 +146,14 @@ def main() -> None:
     num_runs = 1 if options.quick else options.runs
     first: dict[str, Run] = {}
     table: dict[str, Figures] = {}
-    for policy in (*BASELINES, *OURS):
-        runs = [arena(seed).run(policy) for seed in range(num_runs)]
-        first[policy], table[policy] = runs[0], figures(runs)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+        jobs = {
+            policy: [processes.submit(simulate, policy, seed) for seed in range(num_runs)]
+            for policy in (*BASELINES, *OURS)
+        }
+        for policy, submitted in jobs.items():
+            runs = [job.result() for job in submitted]
+            first[policy], table[policy] = runs[0], figures(runs)
     fluid, limited = floors(first["fcfs"])
     rows = [_row(policy, found) for policy, found in table.items()]
     rows.append(("floor: one token a step", f"{limited.maximum:.0f}", "", f"{limited.mean:.0f}", *[""] * 6))

@@ -1,5 +1,6 @@
 """`evenhand simulate`: a trace or a named workload through the engine's own scheduler, in virtual time."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -56,6 +57,12 @@ def _is_policy(name: str) -> bool:
     return is_policy(name)
 
 
+def _a_number(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # a range lets it through
+        raise click.BadParameter("'nan' is not a time.", ctx, param)
+    return value
+
+
 @click.command()
 @click.option("--trace", type=click.Path(path_type=Path), multiple=True, help="CSV of requests; may be repeated.")
 @click.option("--workload", type=Name(_workloads), help="A synthetic workload instead of a trace.")
@@ -75,7 +82,12 @@ def _is_policy(name: str) -> bool:
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in a step; default: the preset's.")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of a synthetic workload.")
-@click.option("--until", type=click.FloatRange(0, min_open=True), help="Stop at this second; default: when all ended.")
+@click.option(
+    "--until",
+    type=click.FloatRange(0, min_open=True),
+    callback=_a_number,
+    help="Stop at this second; default: when all ended.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture of the service over time (PNG, SVG).")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
 def simulate(**options: Any) -> None:
@@ -90,7 +102,7 @@ def simulate(**options: Any) -> None:
     """
     if bool(options["trace"]) == bool(options["workload"]):
         raise click.UsageError("Name what to simulate: either --trace FILE or --workload NAME.")
-    from evenhand_engine.errors import StartupError
+    from evenhand_engine.errors import EvenhandError
     from evenhand_engine.simulator.report import plot_service, report_of
     from evenhand_policy.files import PolicyFileError
 
@@ -99,7 +111,7 @@ def simulate(**options: Any) -> None:
         runs = {name: scenario.run(name, options["until"] or float("inf")) for name in options["scheduling_policy"]}
         if options["plot"] is not None:
             plot_service(options["plot"], runs)
-    except (StartupError, PolicyFileError) as error:
+    except (EvenhandError, PolicyFileError) as error:
         click.echo(f"evenhand: {error}", err=True)
         sys.exit(1)
     _show([report_of(name, run, scenario.config) for name, run in runs.items()], options["output"])

@@ -83,6 +83,12 @@ def test_a_recorded_run_replaces_the_step_time(trace: Path, tmp_path: Path) -> N
         (("--workload", "overload", "--preset", "tpu"), "'tpu' is none of a10g-llama-2-7b"),
         (("--workload", "overload", "--scheduling-policy", "rpm:0"), "'rpm:0' is none of fair"),
         (("--workload", "overload", "--scheduling-policy", "rpm:N"), "'rpm:N' is none of fair"),
+        (("--workload", "overload", "--until", "nan"), "'nan' is not a time"),
+        (("--workload", "overload", "--until", "0"), "0.0 is not in the range x>0"),
+        (("--workload", "overload", "--seed", "-1"), "-1 is not in the range x>=0"),
+        (("--workload", "overload", "--kv-tokens", "x"), "'x' is not a valid integer range"),
+        (("--workload", "overload", "-o", "yaml"), "'yaml' is not one of 'table', 'json'"),
+        (("--workload", "overload", "--trace", "some.csv"), "either --trace FILE or --workload NAME"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: tuple[str, ...], message: str) -> None:
@@ -94,15 +100,38 @@ def test_a_wrong_argument_is_named(arguments: tuple[str, ...], message: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--trace", "/nowhere/trace.csv"), "/nowhere/trace.csv: cannot be read"),
-        (("--workload", "overload", "--steps", "/nowhere/steps.csv"), "/nowhere/steps.csv: cannot be read"),
-        (("--workload", "overload", "--policies", "/nowhere"), "/nowhere"),
+        (("--trace", "nowhere.csv"), "nowhere.csv: cannot be read"),
+        (("--trace", "empty.csv"), "empty.csv: column arrival_s is missing; needed are arrival_s, prompt_tokens"),
+        (("--trace", "nobody.csv"), "nobody.csv: the trace has no requests"),
+        (("--trace", "torn.csv"), "torn.csv, line 3: Expected `int`, got `str` - at `$.prompt_tokens`"),
+        (("--trace", "latin.csv"), "latin.csv: cannot be read"),
+        (("--trace", "."), ".: cannot be read"),
+        (("--workload", "overload", "--steps", "nowhere.csv"), "nowhere.csv: cannot be read"),
+        (("--workload", "overload", "--steps", "few.csv"), "few.csv: 1 steps are too few for a fit"),
+        (("--workload", "overload", "--policies", "nowhere"), "nowhere"),
+        (("--workload", "overload", "--policies", "bad"), "bad/a.yaml"),
         (("--workload", "overload", "--max-model-len", "100"), "512 tokens exceeds the context of 100"),
         (("--workload", "overload", "--kv-tokens", "500", "--scheduling-policy", "vtc"), "never fits"),
+        (("--workload", "overload", "--until", "3", "--plot", "nowhere/run.png"), "nowhere/run.png: cannot be written"),
+        (("--workload", "overload", "--until", "3", "--plot", "run.pgn"), "run.pgn: cannot be written"),
     ],
 )
-def test_what_cannot_be_simulated_ends_with_one_message(arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_simulated_ends_with_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    for name, text in {"empty": "", "nobody": header, "torn": f"{header}0,1,1\n0,many,1\n"}.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    (tmp_path / "latin.csv").write_bytes(b"tenant\xe9\n")
+    (tmp_path / "few.csv").write_text(
+        "prefill_tokens,decode_tokens,prefill_context,decode_context,seconds\n1,1,1,1,1\n"
+    )
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.yaml").write_text(POLICY % ("a", "a", -1))
+    monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith("evenhand: ")
     assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
