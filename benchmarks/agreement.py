@@ -77,9 +77,10 @@ WAIT_SECONDS = 120.0
 class Loader:
     """Brings the three tenants' requests to a server so that the first step of any of them finds all of them."""
 
-    def __init__(self, server: serving.Server, num_requests: int, seed: int) -> None:
-        """`num_requests` of each tenant."""
+    def __init__(self, server: serving.Server, num_requests: int, token_ids: range, seed: int) -> None:
+        """`num_requests` of each tenant, whose prompts are drawn from `token_ids`."""
         self._server = server
+        self._token_ids = token_ids
         self._num_requests = num_requests
         self._random = random.Random(seed)
         self._timings: list[tuple[Tenant, serving.Timing]] = []
@@ -112,7 +113,7 @@ class Loader:
         return timings
 
     async def _stream(self, tenant: Tenant, timing: serving.Timing) -> None:
-        prompt = [self._random.randrange(10, 250) for _ in range(tenant.num_prompt_tokens)]
+        prompt = self._random.choices(self._token_ids, k=tenant.num_prompt_tokens)
         async with self._server.client(tenant.key) as client:
             await serving.stream(client, timing, prompt, tenant.num_output_tokens)
 
@@ -122,19 +123,24 @@ class Loader:
                 await asyncio.sleep(0.01)
 
 
-def run_real(directory: Path, num_requests: int, flags: Sequence[str], seed: int) -> tuple[list[RequestRecord], int]:
+def run_real(
+    directory: Path, num_requests: int, token_ids: range, flags: Sequence[str], seed: int
+) -> tuple[list[RequestRecord], int]:
     """Records of the three tenants, in seconds from their first token on, and the model's context."""
     limits = ("--max-num-seqs", str(SLOTS), "--max-num-batched-tokens", str(STEP_TOKENS), "--no-enable-prefix-caching")
     record = ("--policies", str(directory), "--record-steps", str(directory / "steps.csv"))
     with serving.serve(*flags, *limits, *record) as server:
-        loader = Loader(server, num_requests, seed)
+        loader = Loader(server, num_requests, token_ids, seed)
         timings = asyncio.run(loader.serve())
     start = min(timing.token_times[0] for _, timing in timings)
     return [_record(tenant, np.array(timing.token_times) - start) for tenant, timing in timings], loader.max_model_len
 
 
-def _record(tenant: Tenant, times: FloatArray) -> RequestRecord:
+def _record(tenant: Tenant, chunk_times: FloatArray) -> RequestRecord:
+    """A chunk of the stream is a token, but for tokens that end inside a character: those are spread between chunks."""
     lengths = tenant.num_prompt_tokens, tenant.num_output_tokens
+    positions = np.linspace(0, len(chunk_times) - 1, tenant.num_output_tokens)
+    times = np.interp(positions, np.arange(len(chunk_times)), chunk_times)
     return RequestRecord(tenant.name, 0.0, *lengths, float(times[0]), float(times[-1]), times)
 
 
@@ -234,6 +240,7 @@ def main() -> None:
     options = parser.parse_args()
     common.console.print(common.machine())
     num_requests, num_windows = (6, 1) if options.quick else (48, 10)
+    token_ids = range(10, 250) if options.model else range(1_000, 40_000)  # any vocabulary has some; words are better
     flags = ["--kv-cache-memory-bytes", options.kv_cache_memory_bytes]
     flags += [options.model, "--load-format", "dummy"] if options.model else []
     with tempfile.TemporaryDirectory() as folder:
@@ -242,7 +249,7 @@ def main() -> None:
             guaranteed = 100 if tenant is PLUG else 0  # so that it is never preempted
             policy = POLICY.format(name=tenant.name, weight=tenant.weight, key=tenant.key, guaranteed=guaranteed)
             (directory / f"{tenant.name}.yaml").write_text(policy)
-        real, context = run_real(directory, num_requests, flags, options.seed)
+        real, context = run_real(directory, num_requests, token_ids, flags, options.seed)
         shapes, seconds = steps_after_plug(directory / "steps.csv")
         device = Device("this machine", context, fit_step_time(shapes, seconds), None, 0, STEP_TOKENS, SLOTS)
         run = run_simulated(directory, num_requests, context, device)

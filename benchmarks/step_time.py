@@ -22,9 +22,9 @@ import serving
 from evenhand_engine.simulator.device import LinearStepTime, StepShape, fit_step_time
 from evenhand_engine.step_recorder import load_steps
 
-NUM_CLIENTS = 12
-PROMPTS = (16, 64, 256, 1_024, 1_800)
-OUTPUTS = (8, 32, 96)
+NUM_CLIENTS = 8
+PROMPTS = (16, 64, 200, 600, 1_500)
+OUTPUTS = (16, 64, 128)
 PERCENTILES = (10, 50, 90, 99)
 
 

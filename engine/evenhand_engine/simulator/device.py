@@ -14,6 +14,9 @@ from evenhand_engine.batch import Batch
 FEWEST_STEPS = 8
 """A fit has five unknowns; fewer steps than this say nothing."""
 
+_FIT_ROUNDS = 5
+_SHORTEST_STEP = 1e-6  # seconds; the clock shows no less
+
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
@@ -106,6 +109,9 @@ def perturbed(device: Device, seed: int, spread: float = 0.01) -> Device:
 def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> LinearStepTime:
     """Least-squares fit of a recorded run; coefficients that come out negative are left out and the rest fitted again.
 
+    What is made small is the relative error, since a long step varies by more than a short one: each step is weighted by
+    the time that the round before predicted for it (iteratively reweighted least squares).
+
     Raises:
         ValueError: fewer than `FEWEST_STEPS` steps, or lengths that differ.
     """
@@ -114,7 +120,11 @@ def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> Line
             f"a fit needs at least {FEWEST_STEPS} steps with their times; got {len(shapes)} shapes, {len(seconds)} times"
         )
     rows = [(1, x.num_prefill_tokens, x.num_decode_tokens, x.prefill_context, x.decode_context) for x in shapes]
-    solution = non_negative_least_squares(np.array(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64))
+    matrix, measured = np.array(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    expected = np.maximum(measured, _SHORTEST_STEP)
+    for _ in range(_FIT_ROUNDS):
+        solution = non_negative_least_squares(matrix / expected[:, None], measured / expected)
+        expected = np.maximum(matrix @ np.array(solution), _SHORTEST_STEP)
     return step_time_of(solution)
 
 
