@@ -171,6 +171,7 @@ def test_whatever_comes(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 @settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2))
 def test_whatever_comes_for_long(
