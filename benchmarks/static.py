@@ -41,7 +41,7 @@ NUM_SLOTS = 16
 SHRINK = 16
 A10G = DEVICES["a10g-llama-2-7b"]
 CONTEXT = 4_096  # of Llama 2; conversations beyond it are left out
-BATCHES = 50
+BATCHES = 100
 
 Lengths = tuple[int, int]  # prompt and output tokens
 
