@@ -69,9 +69,11 @@ struct WorkItem {
   int32_t request, kv_head, first, end;
 };
 
-static std::vector<WorkItem> work_items(const AttentionLayer& layer, const AttentionBatch& batch) {
+static std::vector<WorkItem> work_items(const AttentionLayer& layer, const AttentionBatch& batch, int num_threads) {
   const int group_size = layer.num_heads / layer.num_kv_heads;
-  const int tile = std::max(1, MAX_QUERIES / group_size);
+  int tile = std::max(1, MAX_QUERIES / group_size);
+  // Half as large read keys and values twice as often, which costs less than a thread that waits for the last item.
+  if (batch.num_tokens * layer.num_kv_heads < tile * num_threads * PIECES_PER_THREAD) tile = (tile + 1) / 2;
   std::vector<WorkItem> items;
   for (int32_t request = static_cast<int32_t>(batch.num_requests) - 1; request >= 0; request--) {  // decodes last
     const int32_t num_queries = batch.cu_seqlens_q[request + 1] - batch.cu_seqlens_q[request];
@@ -105,13 +107,11 @@ class Attender {
     begin -= begin % SPAN;
     for (int32_t token = begin; token < end; token += SPAN) {
       const int num_tokens = std::min(SPAN, end - token);
-      for (int group = 0; group * GROUP < num_tokens; group++) {
-        use(place_of(item, token + group * GROUP), group);
-        if (token + SPAN + group * GROUP < end) prefetch(place_of(item, token + SPAN + group * GROUP));
-      }
-      compute_scores(rows, num_tokens);
+      for (int group = 0; group * GROUP < num_tokens; group++) use(place_of(item, token + group * GROUP), group);
+      compute_scores(item, rows, token, num_tokens, end);
       mask(rows, num_heads, first_position, token, num_tokens);
-      update_softmax(rows, num_tokens);
+      raise_maxima(rows, num_tokens);
+      weigh(rows, num_tokens);
       accumulate_values(rows, num_tokens);
     }
     write_output(start + item.first, rows, first_head, num_heads);
@@ -123,8 +123,8 @@ class Attender {
       const float* query = qkv_ + (token + row / num_heads) * stride + (first_head + row % num_heads) * dim_;
       for (int i = 0; i < dim_; i++) queries_[row * dim_ + i] = query[i] * layer_.scale;
       std::fill_n(output_ + row * width_, width_, 0.0f);
+      store(totals_ + row * LANES, Vec{});
       maximum_[row] = HIDDEN;
-      total_[row] = 0;
     }
   }
 
@@ -155,25 +155,20 @@ class Attender {
     }
   }
 
-  void prefetch(Place place) const {
-    constexpr int PER_LINE = 64 / sizeof(T);
-    if (layer_.block_size == GROUP) {
-      for (int i = 0; i < dim_ * GROUP; i += PER_LINE) __builtin_prefetch(place.keys + i, 0, 2);
-    } else {
-      for (int i = 0; i < dim_; i++) __builtin_prefetch(place.keys + i * layer_.block_size, 0, 2);
-    }
-    for (int i = 0; i < GROUP * width_; i += PER_LINE) __builtin_prefetch(place.values + i, 0, 2);
-  }
-
-  void compute_scores(int rows, int num_tokens) {
-    const int tiles = num_row_tiles(rows);
+  // Meanwhile asks for the keys and values of the same group of the next span.
+  void compute_scores(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
     const long key_stride = sizeof(T) == 4 ? layer_.block_size : GROUP;
-    for (int group = 0; group * GROUP < num_tokens; group++)
-      for (int i = 0; i < tiles; i++) {
-        const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
-        multiply_tile<GROUP_VECS, true>(count, queries_ + first * dim_, dim_, key_groups_ + group, dim_, key_stride, dim_,
-                                  scores_ + first * SPAN + group * GROUP, SPAN);
+    const long prefetch_stride = layer_.block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
+    for (int group = 0; group * GROUP < num_tokens; group++) {
+      Prefetch prefetch;
+      if (const int32_t next = token + SPAN + group * GROUP; next < end) {
+        const Place place = place_of(item, next);
+        for (int i = 0; i < GROUP * width_; i += 64 / sizeof(T)) __builtin_prefetch(place.values + i, 0, 2);
+        prefetch = {reinterpret_cast<const char*>(place.keys), prefetch_stride};
       }
+      multiply<GROUP_VECS, true>(rows, queries_, dim_, {key_groups_ + group, dim_, key_stride}, dim_,
+                                 scores_ + group * GROUP, SPAN, prefetch);
+    }
   }
 
   void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
@@ -191,46 +186,50 @@ class Attender {
     }
   }
 
-  // Turns scores into weights relative to the running maximum; rescales what was accumulated under the previous one.
-  // A row that saw nothing yet has the maximum HIDDEN and meaningless weights, which its first token rescales to e^-87.
-  void update_softmax(int rows, int num_tokens) {
+  // Rescales what was accumulated under a lower maximum. A row that saw nothing yet has the maximum HIDDEN and meaningless
+  // weights, which its first token rescales to e^-87.
+  void raise_maxima(int rows, int num_tokens) {
     for (int row = 0; row < rows; row++) {
-      float* scores = scores_ + row * SPAN;
-      Vec high = splat(maximum_[row]);
-      for (int i = 0; i < num_tokens; i += LANES) high = max(high, load(scores + i));
-      const float maximum = largest(high);
-      Vec total = {};
+      Vec high = load(scores_ + row * SPAN);
+      for (int i = LANES; i < num_tokens; i += LANES) high = max(high, load(scores_ + row * SPAN + i));
+      if (const float maximum = largest(high); maximum > maximum_[row]) rescale(row, maximum);
+    }
+  }
+
+  void rescale(int row, float maximum) {
+    const Vec factor = exp(splat(maximum_[row] - maximum));
+    for (int i = 0; i < width_; i += LANES) store(output_ + row * width_ + i, load(output_ + row * width_ + i) * factor);
+    store(totals_ + row * LANES, load(totals_ + row * LANES) * factor);
+    maximum_[row] = maximum;
+  }
+
+  // Turns scores into weights relative to the running maximum.
+  void weigh(int rows, int num_tokens) {
+    for (int row = 0; row < rows; row++) {
+      const Vec maximum = splat(maximum_[row]);
+      Vec total = load(totals_ + row * LANES);
       for (int i = 0; i < num_tokens; i += LANES) {
-        const Vec weight = exp(load(scores + i) - maximum);
-        store(scores + i, weight);
+        const Vec weight = exp(load(scores_ + row * SPAN + i) - maximum);
+        store(scores_ + row * SPAN + i, weight);
         total += weight;
       }
-      const float rescale = exp(splat(maximum_[row] - maximum))[0];
-      total_[row] = total_[row] * rescale + sum(total);
-      if (rescale != 1.0f)
-        for (int i = 0; i < width_; i += LANES)
-          store(output_ + row * width_ + i, load(output_ + row * width_ + i) * rescale);
-      maximum_[row] = maximum;
+      store(totals_ + row * LANES, total);
     }
   }
 
   void accumulate_values(int rows, int num_tokens) {
-    const int tiles = num_row_tiles(rows);
     for (int column = 0; column < width_; column += GROUP) {
       const float* groups[SPAN / GROUP];
       for (int group = 0; group * GROUP < num_tokens; group++) groups[group] = value_groups_[group] + column;
-      for (int i = 0; i < tiles; i++) {
-        const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
-        multiply_tile<GROUP_VECS>(count, scores_ + first * SPAN, SPAN, groups, GROUP, width_, num_tokens,
-                                  output_ + first * width_ + column, width_);
-      }
+      multiply<GROUP_VECS>(rows, scores_, SPAN, {groups, GROUP, width_}, num_tokens, output_ + column, width_);
     }
   }
 
   void write_output(int32_t token, int rows, int first_head, int num_heads) {
     for (int row = 0; row < rows; row++) {
       float* out = out_ + ((token + row / num_heads) * static_cast<long>(layer_.num_heads) + first_head + row % num_heads) * dim_;
-      for (int i = 0; i < dim_; i++) out[i] = output_[row * width_ + i] / total_[row];
+      const float scale = 1.0f / sum(load(totals_ + row * LANES));
+      for (int i = 0; i < dim_; i++) out[i] = output_[row * width_ + i] * scale;
     }
   }
 
@@ -245,7 +244,8 @@ class Attender {
   alignas(64) float scores_[MAX_QUERIES * SPAN];
   alignas(64) float wide_keys_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
   alignas(64) float wide_values_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
-  float maximum_[MAX_QUERIES], total_[MAX_QUERIES];
+  alignas(64) float totals_[MAX_QUERIES * LANES];  // sums of weights, lane by lane
+  float maximum_[MAX_QUERIES];
 };
 
 template <typename T>
@@ -254,6 +254,6 @@ static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBa
   for_each_row(pool, batch.num_tokens, width, [&](long token) {
     store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
   });
-  const std::vector<WorkItem> items = work_items(layer, batch);
+  const std::vector<WorkItem> items = work_items(layer, batch, pool.num_threads());
   pool.run(static_cast<long>(items.size()), [&](long i) { Attender<T>(layer, batch, qkv, out).run(items[i]); });
 }

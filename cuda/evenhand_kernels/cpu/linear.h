@@ -13,7 +13,6 @@
 constexpr int PANEL = 2 * LANES;
 constexpr int MAX_DEPTH = 640;   // inputs of a block: deep, so that a tile is seldom loaded and stored; a panel's must fit into the L2 cache
 constexpr int MAX_BLOCK_ROWS = 96;  // rows that pass over a panel together: their inputs should stay in the L2 cache
-constexpr int PIECES_PER_THREAD = 8;  // enough to even out threads of unequal speed
 
 // A gated panel holds LANES rows of the gate, then the LANES rows of `up` at the same places.
 static inline long source_row(long panel, int lane, long outputs, bool gated) {
@@ -79,19 +78,15 @@ static void linear_panel(const float* x, const T* panel, const float* bias, floa
                          long inputs, long step, bool gated) {
   alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
   alignas(64) float scratch[sizeof(T) == 4 ? 1 : (MAX_DEPTH + 8) * PANEL];
-  const int tiles = num_row_tiles(rows);
-  const long prefetched_per_tile = step * PANEL * static_cast<long>(sizeof(T)) / tiles;
   for (int m = 0; m < rows; m++)
     for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = bias ? bias[j] : 0;
+  const long prefetch_stride = PANEL * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
   for (long k = 0; k < inputs; k += step) {
     const int depth = static_cast<int>(std::min(step, inputs - k));
     const T* block = panel + k * PANEL;
     const float* b = widened(block, depth * PANEL, scratch);
-    Prefetch next = {reinterpret_cast<const char*>(block + depth * PANEL), prefetched_per_tile / step};
-    for (int i = 0; i < tiles; i++, next.next += prefetched_per_tile) {
-      const int first = first_row(i, tiles, rows), count = first_row(i + 1, tiles, rows) - first;
-      multiply_tile<2>(count, x + first * inputs + k, inputs, &b, depth, PANEL, depth, c + first * PANEL, PANEL, next);
-    }
+    const Prefetch next_block = {reinterpret_cast<const char*>(block + depth * PANEL), prefetch_stride};
+    multiply<2>(rows, x + k, inputs, {&b, depth, PANEL}, depth, c, PANEL, next_block);
   }
   (gated ? write_gated_rows : write_rows)(c, rows, width, y, ldy);
 }

@@ -21,6 +21,8 @@ static inline void relax() { asm volatile("yield"); }
 static inline void relax() {}
 #endif
 
+constexpr int PIECES_PER_THREAD = 8;  // enough to even out threads of unequal speed
+
 class Pool {
  public:
   // The caller of `run` is one of the threads.

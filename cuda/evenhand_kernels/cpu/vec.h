@@ -70,9 +70,12 @@ static inline float sum(Vec v) {
 }
 
 static inline float largest(Vec v) {
-  float result = v[0];
-  for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
-  return result;
+  for (int half = LANES / 2; half > 0; half /= 2) {
+    IntVec from;
+    for (int i = 0; i < LANES; i++) from[i] = i ^ half;
+    v = max(v, __builtin_shuffle(v, from));
+  }
+  return v[0];
 }
 
 // Narrowing, round to nearest even. Numbers that are not finite stay so.
@@ -109,30 +112,39 @@ static inline Vec exp(Vec x) {
   return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
 }
 
-// Memory that a later tile reads, asked for along the way so that it is in the cache by then: one line at `next` with
-// every step in depth, `stride` bytes on each time.
+// Memory that a later product reads, asked for along the way so that it is in the cache by then: one line at `next` with
+// every step in depth, `stride` bytes on each time. An address that is not mapped would cost a walk of the page tables.
 struct Prefetch {
-  const char* next = nullptr;
+  const char* next = "";
   long stride = 0;
 };
 
-// The register tile of all matrix products here: c[m][0:NV * LANES] += sum over k of a[m * lda + k] * b[k][...].
-// Rows of b come in groups of `group` rows at groups[0], groups[1], ..., `ldb` apart. FRESH: c counts as zero.
+// The right side of a product: rows of NV * LANES floats in groups of `group` rows, `stride` floats apart, at groups[0],
+// groups[1], ...
+struct RightSide {
+  const float* const* groups;
+  int group;
+  long stride;
+};
+
+// The register tile of all matrix products here: c[m][...] += sum over k < depth of a[m * lda + k] * b[k][...].
+// FRESH: c counts as zero.
 template <int ROWS, int NV, bool FRESH>
-static void multiply_tile(const float* __restrict a, long lda, const float* const* groups, int group, long ldb, int depth,
-                          float* __restrict c, long ldc, Prefetch prefetch) {
+static inline void multiply_tile(const float* __restrict a, long lda, RightSide b, int depth, float* __restrict c, long ldc,
+                                 Prefetch& prefetch) {
   // A third of the rows each, so that three pointers and one stride address all of them without further arithmetic.
   constexpr int THIRD = (ROWS + 2) / 3;
   const float *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
+  const char* next = prefetch.next;
   Vec acc[ROWS][NV];
   for (int m = 0; m < ROWS; m++)
     for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
-  for (; depth > 0; depth -= group, groups++) {
-    const float* __restrict b = *groups;
-    for (int k = depth < group ? depth : group; k > 0; k--, a++, a1++, a2++, b += ldb) {
-      __builtin_prefetch(prefetch.next, 0, 2);
-      prefetch.next += prefetch.stride;
-      Vec right0 = load(b), right1 = load(b + (NV - 1) * LANES);
+  for (; depth > 0; depth -= b.group, b.groups++) {
+    const float* __restrict row_of_b = *b.groups;
+    for (int k = depth < b.group ? depth : b.group; k > 0; k--, a++, a1++, a2++, row_of_b += b.stride) {
+      __builtin_prefetch(next, 0, 2);
+      next += prefetch.stride;
+      Vec right0 = load(row_of_b), right1 = load(row_of_b + (NV - 1) * LANES);
 #if defined(__x86_64__)
       asm("" : "+v"(right0), "+v"(right1));  // keep them in registers: GCC would load them again for every row
 #endif
@@ -147,21 +159,33 @@ static void multiply_tile(const float* __restrict a, long lda, const float* cons
   }
   for (int m = 0; m < ROWS; m++)
     for (int j = 0; j < NV; j++) store(c + m * ldc + j * LANES, acc[m][j]);
+  prefetch.next = next;
 }
 
-template <int NV, bool FRESH = false>
-static inline void multiply_tile(int rows, const float* a, long lda, const float* const* groups, int group, long ldb,
-                                 int depth, float* c, long ldc, Prefetch prefetch = {}) {
-  switch (rows) {
-#define CASE(n)                                                                                                \
-  case n:                                                                                                      \
-    if constexpr (n <= MAX_ROWS) multiply_tile<n, NV, FRESH>(a, lda, groups, group, ldb, depth, c, ldc, prefetch);    \
-    break;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-  }
+template <int ROWS, int NV, bool FRESH>
+static void multiply_tiles(int num_tiles, const float* a, long lda, RightSide b, int depth, float* c, long ldc,
+                           Prefetch& prefetch) {
+  for (; num_tiles > 0; num_tiles--, a += ROWS * lda, c += ROWS * ldc)
+    multiply_tile<ROWS, NV, FRESH>(a, lda, b, depth, c, ldc, prefetch);
 }
 
-// Rows [first(i), first(i + 1)) of `rows` make up register tile i of `num_tiles`, as even as they can be.
 static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
-static inline int first_row(int tile, int num_tiles, int rows) { return rows * tile / num_tiles; }
+
+// The product for any number of rows: num_row_tiles(rows) tiles, as even as they can be, each of which prefetches.
+template <int NV, bool FRESH = false>
+static void multiply(int rows, const float* a, long lda, RightSide b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
+  const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
+  const auto run = [&](int size, int num_tiles) {
+    switch (size) {
+#define CASE(n)                                                                                                   \
+  case n:                                                                                                         \
+    if constexpr (n <= MAX_ROWS) multiply_tiles<n, NV, FRESH>(num_tiles, a, lda, b, depth, c, ldc, prefetch); \
+    break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+    }
+    a += num_tiles * size * lda, c += num_tiles * size * ldc;
+  };
+  run(smaller + 1, num_larger);
+  run(smaller, tiles - num_larger);
+}
