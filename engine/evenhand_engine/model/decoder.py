@@ -65,8 +65,12 @@ def forward(decoder: Decoder, model_input: ModelInput) -> Tensor:
     for index, (layer, attention) in enumerate(zip(weights.layers, decoder.attention, strict=True)):
         if index > 0:
             x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
-        x = layer.output(attention(layer.qkv(x), model_input.attention))
+        x = attention(layer.qkv(x), model_input.attention)
+        if (
+            layer is weights.layers[-1]
+        ):  # no row reads another from here on: go on with those whose next token is wanted
+            x, residual = x[model_input.logits_indices], residual[model_input.logits_indices]
+        x = layer.output(x)
         x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, eps)
         x = layer.down(layer.gate_up(x))
-    rows = model_input.logits_indices
-    return weights.lm_head(kernels.add_rms_norm(x[rows], residual[rows], weights.norm, eps))
+    return weights.lm_head(kernels.add_rms_norm(x, residual, weights.norm, eps))
