@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,24 @@ def test_a_large_vocabulary_is_cut_exactly() -> None:
 
     assert drawn <= set(order[:num_kept].tolist())
     assert drawn & set(order[num_kept // 2 : num_kept].tolist()), "the kept tail is never drawn"
+
+
+@pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 5_000])
+@pytest.mark.parametrize("top_k", [0, 1, 20, 400])
+def test_every_token_is_drawn_by_its_own_share(vocab_size: int, top_k: int) -> None:
+    """At any vocabulary size the token drawn is the one at which the kept tokens' cumulated share passes the number."""
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 2
+    probabilities = logits.double().softmax(-1)
+    if 0 < top_k < vocab_size:
+        probabilities[probabilities < probabilities.sort().values[-top_k]] = 0
+    cumulative = (probabilities / probabilities.sum()).cumsum(0)
+
+    for index in range(200):
+        drawn = sample(logits[None].clone(), [row(index=index, seed=9, top_k=top_k)])[0]
+        number = (np.random.Philox(key=9, counter=index).random_raw() >> 11) * 2.0**-53
+        assert cumulative[drawn] > number - 1e-6
+        assert drawn == 0 or cumulative[drawn - 1] < number + 1e-6
+        assert probabilities[drawn] > 0
 
 
 def test_temperature_zero_takes_the_best_token_and_the_first_of_equals() -> None:
