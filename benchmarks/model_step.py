@@ -1,13 +1,17 @@
 """Time of one step of the default model by its number of tokens, and which operations take it.
 
 Two kinds of steps: decodes (one token each of as many requests) and one chunk of a prompt. The floor of a step is what
-its arithmetic or its weights need on this machine, whichever is more.
+its arithmetic, or reading its weights, keys and values takes at the best rates that this machine shows in one product
+of large matrices and in one of a vector with a large matrix, whichever is more. A third table times the sampler.
 """
 
 import statistics
 import time
+import timeit
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import common
 import torch
@@ -16,12 +20,13 @@ from torch import Tensor
 from evenhand_engine.batch import Batch, ScheduledRequest
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.model.cache import cache_dir
-from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import load_weights
 from evenhand_engine.model_runner import DTYPES, ModelRunner
 from evenhand_engine.request import Request, SamplingParams
+from evenhand_engine.sampler import SamplingRow, sample
 from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Attention, AttentionLayer, Kernels, KvCacheShape, Linear
@@ -31,6 +36,55 @@ DECODE_CONTEXT, CHUNK_CONTEXT = 250, 1000
 SIZES = (1, 4, 16, 32, 48, 64, 128, 256, 512)
 MAX_DECODES = 64
 OPERATIONS = ("linear", "gated_linear", "attention", "norm")
+SAMPLED_ROWS = (1, 16, 64)
+SAMPLING = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 50},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the machine can do: FLOP and bytes in a second."""
+
+    flops: float
+    bandwidth: float
+    config: ModelConfig
+    itemsize: int
+
+    @classmethod
+    def measured(cls, kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> Self:
+        wide = kernels.linear(torch.randn(2048, 2048).to(dtype), None)
+        large = kernels.linear(torch.randn(50_000, 1024).to(dtype), None)
+        return cls(
+            2 * 512 * 2048**2 / _best(wide, torch.randn(512, 2048)),
+            50_000 * 1024 * dtype.itemsize / _best(large, torch.randn(1, 1024)),
+            config,
+            dtype.itemsize,
+        )
+
+    def milliseconds(self, items: Sequence[ScheduledRequest]) -> float:
+        """Of a step of these items."""
+        config = self.config
+        head = config.vocab_size * config.hidden_size
+        layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
+        operations, read = 0, layers * self.itemsize
+        for item in items:
+            num_computed, num_scheduled = item.num_computed_tokens, item.num_scheduled_tokens
+            seen = num_scheduled * num_computed + num_scheduled * (num_scheduled + 1) // 2
+            operations += 2 * (layers * num_scheduled + head * item.samples)
+            operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
+            read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.itemsize
+        read += head * self.itemsize * any(item.samples for item in items)
+        return 1e3 * max(operations / self.flops, read / self.bandwidth)
+
+
+def _best(operation: Linear, x: Tensor) -> float:
+    """Seconds of the fastest of many calls."""
+    return min(timeit.repeat(lambda: operation(x), number=1, repeat=30))
 
 
 class TimedKernels:
@@ -78,29 +132,39 @@ def main() -> None:
         CpuKernels(cache_dir() / "kernels", options.threads) if options.kernels == "cpu" else ReferenceKernels()
     )
     torch.set_num_threads(1 if options.kernels == "cpu" else options.threads)
-    runner = _runner(kernels, options.dtype)
+    config, dtype = load_model_config(resolve_model_dir(None)), DTYPES[options.dtype]
+    floor = Floor.measured(kernels, config, dtype)
+    runner = _runner(kernels, config, dtype)
     decodes = {
-        size: _measure(runner, kernels, _decodes(size), seconds) for size in options.sizes if size <= MAX_DECODES
+        size: _measure(runner, kernels, floor, _decodes(size), seconds) for size in options.sizes if size <= MAX_DECODES
     }
-    chunks = {size: _measure(runner, kernels, _chunk(size), seconds) for size in options.sizes}
+    chunks = {size: _measure(runner, kernels, floor, _chunk(size), seconds) for size in options.sizes}
+    sampling = {rows: [_sampling_ms(rows, config.vocab_size, params) for params in SAMPLING] for rows in SAMPLED_ROWS}
+    common.console.print(f"best rates: {floor.flops / 1e9:.0f} GFLOP/s, {floor.bandwidth / 1e9:.1f} GB/s")
     _print(f"decodes, {DECODE_CONTEXT} tokens of context each", decodes)
     _print(f"one chunk of a prompt behind {CHUNK_CONTEXT} tokens", chunks)
+    common.print_table(
+        "sampling, ms",
+        ["rows", *(" ".join(f"{name} {value}" for name, value in params.items()) for params in SAMPLING)],
+        [[str(rows), *(f"{milliseconds:.1f}" for milliseconds in row)] for rows, row in sampling.items()],
+    )
     common.finish(
         "model_step",
         {
             "decode_ms": {size: row["step"] for size, row in decodes.items()},
             "chunk_ms": {size: row["step"] for size, row in chunks.items()},
+            "decode_floor_ms": {size: row["floor"] for size, row in decodes.items()},
+            "chunk_floor_ms": {size: row["floor"] for size, row in chunks.items()},
+            "sampling_ms": sampling,
         },
     )
 
 
-def _runner(kernels: Kernels, dtype_name: str) -> ModelRunner:
-    model_dir, dtype = resolve_model_dir(None), DTYPES[dtype_name]
-    config = load_model_config(model_dir)
+def _runner(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> ModelRunner:
     num_blocks = MAX_DECODES * (DECODE_CONTEXT // 16 + 1) + (CHUNK_CONTEXT + max(SIZES)) // 16 + 1
     settings = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=max(SIZES), num_kv_blocks=num_blocks)
     cache = KvCacheShape(num_blocks, settings.block_size, dtype)
-    weights = load_weights(model_dir, config, dtype, kernels)
+    weights = load_weights(resolve_model_dir(None), config, dtype, kernels)
     return ModelRunner(build_decoder(config, weights, kernels, cache, settings.max_model_len), settings)
 
 
@@ -121,8 +185,19 @@ def _chunk(size: int) -> tuple[ScheduledRequest, ...]:
     return (_item(0, CHUNK_CONTEXT, size, MAX_DECODES * (DECODE_CONTEXT // 16 + 1)),)
 
 
+def _sampling_ms(num_rows: int, vocab_size: int, params: dict[str, Any]) -> float:
+    """Of the fastest of several calls. The logits are as spread as those of a model that is sure of little."""
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    rows = [SamplingRow(SamplingParams(max_tokens=9, seed=number, **params), 0) for number in range(num_rows)]
+    return 1e3 * min(timeit.repeat(lambda: sample(logits, rows), number=1, repeat=7))
+
+
 def _measure(
-    runner: ModelRunner, kernels: TimedKernels, items: tuple[ScheduledRequest, ...], seconds: float
+    runner: ModelRunner,
+    kernels: TimedKernels,
+    floor: Floor,
+    items: tuple[ScheduledRequest, ...],
+    seconds: float,
 ) -> dict[str, float]:
     """Medians in ms: of the whole step, and of each kind of operation in it."""
     samples: list[dict[str, float]] = []
@@ -136,6 +211,7 @@ def _measure(
     samples = samples[1:]
     row = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in ("step", *OPERATIONS)}
     row["least"] = 1e3 * min(sample["step"] for sample in samples)
+    row["floor"] = floor.milliseconds(items)
     row["tokens_per_s"] = 1e3 * sum(item.num_scheduled_tokens for item in items) / row["step"]
     return row
 
@@ -146,10 +222,11 @@ def _print(title: str, rows: dict[int, dict[str, float]]) -> None:
         "tokens",
         "step ms",
         "least ms",
+        "floor ms",
         "tokens/s",
         "of best",
-        *(f"{name} ms" for name in OPERATIONS),
-        "rest ms",
+        *OPERATIONS,
+        "rest",
     ]
     common.print_table(
         title,
@@ -159,6 +236,7 @@ def _print(title: str, rows: dict[int, dict[str, float]]) -> None:
                 str(size),
                 f"{row['step']:.1f}",
                 f"{row['least']:.1f}",
+                f"{row['floor']:.1f}",
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['tokens_per_s'] / best:.0%}",
                 *(f"{row[name]:.1f}" for name in OPERATIONS),
