@@ -210,10 +210,10 @@ def write_kustomization(directory: Path, num_engines: int) -> None:
 
 
 def _launch_engine(sandbox: Sandbox) -> Launch:
-    """With the machine's own cache, where the model is already, and one thread: the engines share the machine."""
+    """With the machine's own cache, where the model is already."""
     own = sandbox.own_command()
     cache = {"HOME": str(Path.home()), "XDG_CACHE_HOME": str(build.cache_folder().parent)}
-    return Launch(own.command, _on_this_machine(own, OMP_NUM_THREADS="1", **cache))
+    return Launch(own.command, _on_this_machine(own, **cache))
 
 
 def _on_this_machine(own: Launch, **environment: str) -> dict[str, str]:
