@@ -157,7 +157,7 @@ class Trial:
         """Most by which the weighted service of one of two backlogged tenants may run ahead; docs/fairness.md."""
         slack = CHUNK * OUTPUT_PRICE
         lead = slack + (LONGEST * INPUT_PRICE + LAG) / self._lightest
-        step = CHUNK * INPUT_PRICE + SEATS * OUTPUT_PRICE
+        step = CHUNK * INPUT_PRICE + self.engine.settings.max_num_seqs * OUTPUT_PRICE
         return sum(lead + (step + self.exempt) / weight for weight in weights)
 
     @property
@@ -347,6 +347,17 @@ def full_house() -> float:
     return worst_of(trial)
 
 
+def scarce_budget() -> float:
+    """Seats and memory are free, so that nothing is preempted; a heavy tenant's prompts compete with running decodes."""
+    trial = pair({"first": Flood(30, 60, 2), "second": Flood(40, 20, 100)}, num_kv_blocks=2_000, max_num_seqs=64)
+    trial.configs["first"] = TenantConfig(tenant_id="first", weight=100)
+    trial.reconfigure(trial.configs)
+    trial.floods, both = {"second": trial.floods["second"]}, trial.floods
+    trial.run(12)
+    trial.floods = both
+    return worst_of(trial)
+
+
 def users() -> float:
     trial = pair({"first": Flood(30, 20, 4, num_users=2), "second": LONG}, fairness=Fairness.PER_USER)
     trial.run(4_000)
@@ -402,6 +413,7 @@ CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
             [(Relief, "_serve_furthest_behind", never), (Relief, "pause", never)],
             id="nobody gives way",
         ),
+        pytest.param(scarce_budget, [(Relief, "pause", never)], id="nobody pauses"),
         pytest.param(users, [(RequestQueue, "charge", never)], id="users are not charged"),
     ],
 )
