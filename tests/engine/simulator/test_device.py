@@ -18,6 +18,17 @@ def test_the_h100_gives_the_published_values(shape: StepShape, milliseconds: flo
     assert DEVICES["h100-8b"].seconds(shape) * 1_000 == pytest.approx(milliseconds, abs=0.01)
 
 
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_every_preset_takes_longer_for_more(device: Device) -> None:
+    decodes, longer, chunk = (
+        device.seconds(shape)
+        for shape in (StepShape(0, 8, 0, 800), StepShape(0, 8, 0, 8_000), StepShape(64, 8, 0, 800))
+    )
+    assert 0.001 < decodes <= longer < 1.0
+    assert decodes < chunk < 1.0
+    assert device.max_num_batched_tokens <= device.num_kv_tokens
+
+
 def random_shapes(count: int) -> list[StepShape]:
     rng = np.random.default_rng(7)
     return [StepShape(*(int(n) for n in rng.integers(0, (500, 60, 3_000, 30_000)))) for _ in range(count)]
