@@ -265,6 +265,7 @@ async def test_pod_that_comes_back_is_brought_up_to_date(
     pod = make.pod("pod-0", await serve(sometimes))
     pusher.sync(POOL, [pod], make.offer(1), {})
     await changes.until(lambda: states(pusher)["pod-0"] is PodState.UNREACHABLE)
+    assert (pusher.is_settled(POOL), pusher.num_pending) == (True, 1)
     is_away = False
     await changes.until(lambda: states(pusher)["pod-0"] is PodState.APPLIED)
     assert stand_in.revision == 1
