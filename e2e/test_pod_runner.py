@@ -187,7 +187,10 @@ def test_pods_own_command_finds_its_mounts_address_and_environment(cluster: Cont
         "command": ["sh", "-c", serve_here, "sh", sys.executable],
         "args": ["-m", "http.server", "--bind=0.0.0.0", "--directory=/etc/keys", str(PORT)],
         "env": fields,
-        "volumeMounts": [{"name": "keys", "mountPath": "/etc/keys"}, {"name": "tmp", "mountPath": "/tmp"}],
+        "volumeMounts": [
+            {"name": "keys", "mountPath": "/etc/keys"},
+            {"name": "tmp", "mountPath": str(cluster.directory)},
+        ],
     }
     cluster.apply(manifest)
     with PodRunner(cluster, namespace):

@@ -52,6 +52,7 @@ class Table(Generic[T]):
         self._changed = changed
         self._gap = gap
         self._rows: dict[str, _Row[T]] = {}
+        self._gone: dict[str, int] = {}  # when deleted; a list that is being read may still have them
 
     def __iter__(self) -> Iterator[T]:
         return (row.value for row in self._rows.values())
@@ -74,7 +75,8 @@ class Table(Generic[T]):
         if event is None and row is not None and row.is_watched:
             self._gap()
         if event == "DELETED":
-            if row is not None and meta.version >= row.version:
+            if row is None or meta.version >= row.version:
+                self._gone[meta.uid] = meta.version
                 self._remove(meta.uid)
             return
         self._take(meta, obj)
@@ -82,18 +84,25 @@ class Table(Generic[T]):
             row.is_watched = True
 
     def take(self, obj: Json) -> None:
-        """Take in the answer to a write of our own, ahead of its event."""
+        """Take in an object of a list."""
         self._take(read_meta(obj), obj)
+
+    def take_written(self, obj: Json) -> None:
+        """Take in the answer to a write of our own, ahead of its event; the object may be gone by now."""
+        meta = read_meta(obj)
+        if meta.uid in self._rows:
+            self._take(meta, obj)
 
     def keep_only(self, uids: Iterable[str], version: int) -> None:
         """Drop what a list of that version lacks, unless it is newer than the list."""
         for uid in self._rows.keys() - set(uids):
             if self._rows[uid].version <= version:
                 self._remove(uid)
+        self._gone.clear()
 
     def _take(self, meta: Meta, obj: Json) -> None:
         row = self._rows.get(meta.uid)
-        if row is not None and meta.version <= row.version:
+        if meta.version <= (self._gone.get(meta.uid, -1) if row is None else row.version):
             return
         value = self._read(obj)
         if value is None:

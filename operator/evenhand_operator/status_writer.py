@@ -57,7 +57,7 @@ class StatusWriter:
         metadata = {"name": name, "namespace": namespace, "uid": observed.uid}
         obj = {"metadata": metadata, "status": _without_none(msgspec.to_builtins(change.status))}
         try:
-            table.take(await self._kube.apply(resource, obj, "status"))
+            table.take_written(await self._kube.apply(resource, obj, "status"))
         except ApiError as error:
             if error.status in (404, 409):
                 return True  # gone, or another object of that name: the watch will tell

@@ -124,6 +124,23 @@ def test_second_listing_of_the_watch_shows_a_gap(cache: Cache, notices: Notices)
 events = st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1, max_size=12)
 
 
+def test_what_is_deleted_while_it_is_listed_or_written_stays_gone(cache: Cache) -> None:
+    """The event overtakes the page of a list, and the answer to a write of ours."""
+    cache.policies.observe("ADDED", policy("a", 1))
+    cache.policies.observe("DELETED", policy("a", 5))
+    cache.policies.take(policy("a", 3))
+    assert weights(cache) == {}
+    cache.policies.keep_only(["uid-a"], 4)
+    cache.policies.take_written(policy("a", 4))
+    assert weights(cache) == {}
+
+
+def test_answer_to_a_write_is_ahead_of_its_event(cache: Cache) -> None:
+    cache.policies.observe("ADDED", policy("a", 1))
+    cache.policies.take_written(policy("a", 2, weight=7))
+    assert weights(cache) == {"a": 7}
+
+
 @given(events, st.data())
 def test_list_after_any_loss_of_events_is_the_truth(happened: list[tuple[str, bool]], data: st.DataObject) -> None:
     cache, truth = Cache(Notices()), dict[str, int]()
