@@ -83,6 +83,7 @@ async def count_missed_changes(stage: PoolStage, shape: Shape, choose: random.Ra
         try:
             await stage.crowd.enforced_at(name, generation)
         except TimeoutError:
+            common.console.print(f"no engine came to enforce {name} at generation {generation}")
             num_missed += 1
     return num_missed
 

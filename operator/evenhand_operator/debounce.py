@@ -3,18 +3,26 @@
 import asyncio
 import contextlib
 
+_MANY = 8
+
 
 class Debounce:
-    """Wakes one waiter when signals have been quiet for `quiet` seconds, or `most` seconds after the first one."""
+    """Wakes one waiter when signals have been quiet for `quiet` seconds, or `most` seconds after the first one.
 
-    def __init__(self, quiet: float, most: float) -> None:
+    After many signals both are `patience` times as long: that is a large commit, and more of it is to come.
+    """
+
+    def __init__(self, quiet: float, most: float, patience: float = 1.0) -> None:
         self._quiet = quiet
         self._most = most
+        self._patience = patience
         self._signalled = asyncio.Event()
+        self._num_signals = 0  # since it was quiet
         self._first_at = 0.0
 
     def signal(self) -> None:
         """Something has changed."""
+        self._num_signals += 1
         if not self._signalled.is_set():
             self._first_at = self._first_at or asyncio.get_running_loop().time()
             self._signalled.set()
@@ -28,15 +36,19 @@ class Debounce:
         except TimeoutError:
             return None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._first_at + self._most):
-                await self._until_quiet()
+            async with asyncio.timeout_at(self._first_at + self._most) as limit:
+                await self._until_quiet(limit)
+        if not limit.expired():
+            self._num_signals = 0
         self._signalled.clear()
         first_at, self._first_at = self._first_at, 0.0
         return min(first_at, loop.time())
 
-    async def _until_quiet(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            while True:
-                self._signalled.clear()
-                async with asyncio.timeout(self._quiet):
-                    await self._signalled.wait()
+    async def _until_quiet(self, limit: asyncio.Timeout) -> None:
+        """Raises TimeoutError once it is quiet."""
+        while True:
+            self._signalled.clear()
+            patience = self._patience if self._num_signals > _MANY else 1.0
+            limit.reschedule(self._first_at + self._most * patience)
+            async with asyncio.timeout(self._quiet * patience):
+                await self._signalled.wait()

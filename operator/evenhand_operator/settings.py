@@ -17,7 +17,8 @@ class Settings:
         lease_namespace: where the Lease is; None: the operator's own namespace.
         identity: of this replica, unique among all that ever were.
         quiet_seconds: a change waits for others for so long after the latest one...
-        longest_wait_seconds: ... and for so long at most.
+        longest_wait_seconds: ... and for so long at most...
+        commit_patience: after many changes both are so many times as long, so that a large commit is few builds.
         settle_seconds: statuses wait so long for the answers of pods, so that the usual change is one write.
         new_pod_grace_seconds: a pod that has not answered yet counts as one that does not enforce after so long.
         relist_seconds: everything is listed again this often.
@@ -35,6 +36,7 @@ class Settings:
     identity: str = "evenhand-operator"
     quiet_seconds: float = 0.05
     longest_wait_seconds: float = 0.5
+    commit_patience: float = 4.0
     settle_seconds: float = 1.0
     new_pod_grace_seconds: float = 10.0
     relist_seconds: float = 300.0

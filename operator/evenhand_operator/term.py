@@ -37,7 +37,10 @@ _HEARTBEAT_SECONDS = 5.0
 
 
 class Surroundings(NamedTuple):
-    """What a term works with and does not own. `cluster` is the uid of the namespace kube-system."""
+    """What a term works with and does not own.
+
+    `cluster` is the uid of the namespace kube-system; `told` is set once pods have been told what to enforce.
+    """
 
     settings: Settings
     cluster: str
@@ -47,6 +50,7 @@ class Surroundings(NamedTuple):
     lister: Lister
     lease: Lease
     issuer: IssuerWatch
+    told: asyncio.Event
 
 
 class Term:
@@ -64,8 +68,8 @@ class Term:
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
         self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
-        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings)
-        self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds)
+        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings, surroundings.told)
+        self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
         self._num_changes = 0
         self._is_stale = True
         self._to_store = Debounce(_STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS)

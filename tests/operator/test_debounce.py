@@ -43,9 +43,9 @@ async def signal_at(debounce: Debounce, *times: float) -> None:
         debounce.signal()
 
 
-async def wake_ups(*times: float) -> list[tuple[float, float]]:
+async def wake_ups(debounce: Debounce, *times: float) -> list[tuple[float, float]]:
     """For each wake-up its time and that of the first signal that it stands for."""
-    debounce, loop, found = Debounce(0.05, 0.5), asyncio.get_running_loop(), []
+    loop, found = asyncio.get_running_loop(), []
     signals = asyncio.ensure_future(signal_at(debounce, *times))
     while (first_at := await debounce.wait(timeout=10)) is not None:
         found.append((round(loop.time(), 3), round(first_at, 3)))
@@ -66,7 +66,14 @@ async def wake_ups(*times: float) -> list[tuple[float, float]]:
 def test_signals_are_gathered(
     runner: asyncio.Runner, signals: list[float], expected: list[tuple[float, float]]
 ) -> None:
-    assert runner.run(wake_ups(*signals)) == expected
+    assert runner.run(wake_ups(Debounce(0.05, 0.5), *signals)) == expected
+
+
+def test_many_signals_are_waited_for_longer_until_it_is_quiet(runner: asyncio.Runner) -> None:
+    burst = [1.0 + index / 100 for index in range(9)]
+    more = [1.0 + index / 10 for index in range(1, 26)]  # to 3.5
+    debounce = Debounce(0.05, 0.5, 4.0)
+    assert runner.run(wake_ups(debounce, *sorted(burst + more), 9.0)) == [(3.0, 1.0), (3.7, 3.0), (9.05, 9.0)]
 
 
 def test_signal_while_nobody_waits_is_kept(runner: asyncio.Runner) -> None:
