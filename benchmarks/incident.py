@@ -56,6 +56,7 @@ CHAT_INTERVAL_SECONDS = 1.5
 NUM_BATCH_REQUESTS = 16
 BUDGETS = (64, 256, 512)
 MAX_SETTLE_SECONDS = 300.0
+SETTLED_AFTER = 4  # chat requests; the first come before the whole flood is there
 REPLAY_MARGIN = 1.3  # replayed, fcfs has smaller steps than its best, and may need longer to settle
 SWEEP_SECONDS = 10.0
 
@@ -99,7 +100,7 @@ class Incident:
     ) -> Outcome:
         """Serve under the scheduling policy, load the server, and measure for `seconds` after `settle` seconds.
 
-        `settle` None: after the first chat request is answered.
+        `settle` None: until a chat request that came after the whole flood is answered.
         """
         with serving.serve("--policies", str(self._policies), "--scheduling-policy", policy, *flags) as server:
             return asyncio.run(self._load(server, seconds, settle, chat=chat, flood=flood))
@@ -134,7 +135,7 @@ class Incident:
 
     async def _until_answered(self, timings: list[serving.Timing]) -> None:
         deadline = time.monotonic() + MAX_SETTLE_SECONDS
-        while time.monotonic() < deadline and not (timings and timings[0].token_times):
+        while time.monotonic() < deadline and not any(timing.token_times for timing in timings[SETTLED_AFTER:]):
             await asyncio.sleep(CHAT_INTERVAL_SECONDS)
 
     async def _chat(self, client: openai.AsyncOpenAI, timings: list[serving.Timing]) -> None:
