@@ -66,12 +66,12 @@ class Reporter:
             await self._settle()
             if is_told:
                 self._told.set()
-            changes = self.changes(time.time())
-            metrics.QUEUE_DEPTH.labels("statuses").set(len(changes))
-            failed = await self._writer.write(changes[:_MAX_BATCH])
+            changes, num_later = self.changes(time.time())
+            metrics.QUEUE_DEPTH.labels("statuses").set(len(changes) + num_later)
+            failed = await self._writer.write(changes)
             if failed:
                 await asyncio.sleep(_RETRY_SECONDS)
-            if failed or len(changes) > _MAX_BATCH:
+            if failed or num_later:
                 self._due.signal()
 
     async def _settle(self) -> None:
@@ -82,15 +82,21 @@ class Reporter:
                     self._answered.clear()
                     await self._answered.wait()
 
-    def changes(self, now: float) -> list[StatusChange]:
-        """All statuses that are not as they should be at Unix time `now`, the most urgent first."""
+    def changes(self, now: float) -> tuple[list[StatusChange], int]:
+        """The most urgent statuses that are not as they should be at Unix time `now`, and how many policies were not
+        looked at: with thousands at once, it would cost more to work out all of their statuses than to write some."""
         states = {key: self._pool_state(key, now) for key in self._documents.plan.pools}
-        pools = self._pool_changes(states, now)
-        policies = sorted(
-            self._policy_changes(states, now),
-            key=lambda change: change.observed.status.observed_generation == change.observed.generation,
-        )
-        return [*pools, *policies]
+        changes = list(self._pool_changes(states, now))
+        due = sorted(self._due_policies(states), key=lambda basis: _is_observed(basis[0]))
+        for index, basis in enumerate(due):
+            if len(changes) >= _MAX_BATCH:
+                return changes, len(due) - index
+            change = StatusChange(basis[0], policy_status(*basis, now))
+            if change.is_needed:
+                changes.append(change)
+            else:
+                self._right[basis[0].uid] = basis
+        return changes, 0
 
     def _pool_state(self, key: ObjectKey, now: float) -> PoolState:
         pods = ready_pods(self._documents.plan.pools[key].pool, self._cache.pods)
@@ -109,7 +115,8 @@ class Reporter:
             if (change := StatusChange(observed, status)).is_needed:
                 yield change
 
-    def _policy_changes(self, states: dict[ObjectKey, PoolState], now: float) -> Iterator[StatusChange]:
+    def _due_policies(self, states: dict[ObjectKey, PoolState]) -> Iterator[_Basis]:
+        """Policies whose statuses are based on something else than when they were last found right."""
         known, self._right = self._right, {}
         for observed in self._cache.policies:
             compiled = self._documents.policies.get(observed.uid)
@@ -118,12 +125,8 @@ class Reporter:
             basis = self._basis(observed, states)
             if (before := known.get(observed.uid)) and before[0] is observed and before[1:] == basis[1:]:
                 self._right[observed.uid] = before
-                continue
-            change = StatusChange(observed, policy_status(*basis, now))
-            if change.is_needed:
-                yield change
             else:
-                self._right[observed.uid] = basis
+                yield basis
 
     def _basis(self, observed: ObservedPolicy, states: dict[ObjectKey, PoolState]) -> _Basis:
         problems = self._documents.plan.problems.get(observed.reference, ())
@@ -132,6 +135,11 @@ class Reporter:
         if not problems and key in states:
             first, state = self._documents.rollout(key).first_version(observed), states[key]
         return observed, problems, first, policy_programmed(observed, problems, first, state)
+
+
+def _is_observed(policy: ObservedPolicy) -> bool:
+    """Whether its status tells of its present generation, if perhaps not the latest."""
+    return policy.status.observed_generation == policy.generation
 
 
 def _is_up_to_date(observed: ObservedPool, compiled: ObservedPool | None) -> bool:
