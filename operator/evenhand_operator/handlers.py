@@ -15,10 +15,8 @@ from evenhand_operator.settings import Settings
 _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
 
 
-def make_registry(
-    cache: Cache, settings: Settings, starting: Callable[[], Awaitable[None]], stopping: Callable[[], Awaitable[None]]
-) -> kopf.OperatorRegistry:
-    """All handlers; `starting` is awaited before Kopf watches anything, `stopping` when it was told to stop."""
+def make_registry(cache: Cache, settings: Settings, stopping: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
+    """All handlers; `stopping` is awaited when Kopf was told to stop."""
     registry = kopf.OperatorRegistry()
     tables: list[tuple[Resource, Any]] = [
         (TENANT_POLICIES, cache.policies),
@@ -34,10 +32,6 @@ def make_registry(
     @kopf.on.login(registry=registry)
     def _log_in(**_: Any) -> kopf.ConnectionInfo:
         return log_in()
-
-    @kopf.on.startup(registry=registry)
-    async def _start(**_: Any) -> None:
-        await starting()
 
     @kopf.on.cleanup(registry=registry)
     async def _stop(**_: Any) -> None:

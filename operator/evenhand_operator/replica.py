@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 _STUCK_SECONDS = 120.0
 _RETRY_SECONDS = 2.0
-_HEAD_START_SECONDS = 3.0
 
 
 class Replica:
@@ -43,7 +42,6 @@ class Replica:
         self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
         self._term: Term | None = None
         self._leading: asyncio.Task[None] | None = None
-        self._told = asyncio.Event()
         self._is_synced = False
 
     async def run(self, announce: Callable[[int], None]) -> None:
@@ -69,19 +67,12 @@ class Replica:
     async def _watch(self) -> None:
         """Kopf, until the process is told to stop."""
         await kopf.operator(
-            registry=make_registry(self._cache, self._settings, self._give_head_start, self._stop_leading),
+            registry=make_registry(self._cache, self._settings, self._stop_leading),
             settings=make_kopf_settings(self._settings),
             standalone=True,
             clusterwide=not self._settings.namespaces,
             namespaces=self._settings.namespaces,
         )
-
-    async def _give_head_start(self) -> None:
-        """Let a leader tell the pods first: Kopf lists everything once more, and with thousands of objects keeps the
-        loop busy for seconds. Its list has what changes meanwhile."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_HEAD_START_SECONDS):
-                await self._told.wait()
 
     async def _stop_leading(self) -> None:
         assert self._leading is not None
@@ -99,7 +90,6 @@ class Replica:
             self._lister,
             self._lease,
             self._issuer,
-            self._told,
         )
         while True:
             await self._lease.acquire()

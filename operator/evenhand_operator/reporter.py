@@ -31,21 +31,13 @@ class Reporter:
     """Remembers on what each policy's status was last based, so that only what has changed is looked at again."""
 
     def __init__(
-        self,
-        cache: Cache,
-        documents: Documents,
-        pusher: Pusher,
-        writer: StatusWriter,
-        settings: Settings,
-        told: asyncio.Event,
+        self, cache: Cache, documents: Documents, pusher: Pusher, writer: StatusWriter, settings: Settings
     ) -> None:
-        """`told` is set once pods have been told for the first time, whether or not they all obeyed."""
         self._cache = cache
         self._documents = documents
         self._pusher = pusher
         self._writer = writer
         self._settings = settings
-        self._told = told
         self._due = Debounce(_QUIET_SECONDS, _LONGEST_SECONDS)
         self._answered = asyncio.Event()
         self._right: dict[str, _Basis] = {}
@@ -62,10 +54,8 @@ class Reporter:
     async def run(self) -> None:
         """Keep all statuses right."""
         while True:
-            is_told = await self._due.wait(timeout=_LOOK_SECONDS) is not None
+            await self._due.wait(timeout=_LOOK_SECONDS)
             await self._settle()
-            if is_told:
-                self._told.set()
             changes, num_later = self.changes(time.time())
             metrics.QUEUE_DEPTH.labels("statuses").set(len(changes) + num_later)
             failed = await self._writer.write(changes)

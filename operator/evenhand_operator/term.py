@@ -37,10 +37,7 @@ _HEARTBEAT_SECONDS = 5.0
 
 
 class Surroundings(NamedTuple):
-    """What a term works with and does not own.
-
-    `cluster` is the uid of the namespace kube-system; `told` is set once pods have been told what to enforce.
-    """
+    """What a term works with and does not own. `cluster` is the uid of the namespace kube-system."""
 
     settings: Settings
     cluster: str
@@ -50,7 +47,6 @@ class Surroundings(NamedTuple):
     lister: Lister
     lease: Lease
     issuer: IssuerWatch
-    told: asyncio.Event
 
 
 class Term:
@@ -68,7 +64,7 @@ class Term:
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
         self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
-        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings, surroundings.told)
+        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings)
         self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
         self._num_changes = 0
         self._is_stale = True

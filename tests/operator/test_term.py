@@ -31,7 +31,6 @@ class Api:
         self.fail_writes = 0
         self.epoch = 1
         self.term: Term | None = None
-        self.told = asyncio.Event()
         self._versions = iter(range(1000, 10**6))
         self._changes = changes
 
@@ -142,7 +141,7 @@ class Api:
 @contextlib.asynccontextmanager
 async def term(api: Api, client: EngineClient | None = None) -> AsyncIterator[None]:
     settings = Settings(quiet_seconds=0.005, longest_wait_seconds=0.02, settle_seconds=0.01)
-    parts: Any = (settings, "c1", api.cache, api, client, api, api, SimpleNamespace(issuer=None), api.told)
+    parts: Any = (settings, "c1", api.cache, api, client, api, api, SimpleNamespace(issuer=None))
     around = Surroundings(*parts)
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -232,11 +231,9 @@ async def test_policy_is_programmed_once_the_pod_enforces_it(
     stand_in = await engine()
     store_push_key(api, stand_in)
     api.store_pod("pod-0", stand_in.url)
-    assert not api.told.is_set()
     async with term(api, client):
         api.store("TenantPolicy", "a", weight=5)
         await changes.until(lambda: api.accepted("a") and api.condition("a", "Ready")[0] == "True")
-        assert api.told.is_set()
         assert [tenant.weight for tenant in stand_in.receiver.in_force.config.tenants] == [5]
     assert api.condition("a", "Programmed") == ("True", "Programmed")
 
