@@ -103,7 +103,7 @@ def test_conflict_leaves_the_elder_its_tenant_and_its_key(installation: Installa
     assert installation.conditions("thief")["Accepted"] == ("False", "IdentityConflicted")
     before = [engine.service("seat") for engine in installation.engines()]
     assert installation.answers(elder) == ["ok"] * 2
-    assert all(engine.service("seat") > then for engine, then in zip(installation.engines(), before, strict=True))
+    until(lambda: all(e.service("seat") > then for e, then in zip(installation.engines(), before, strict=True)))
     assert installation.answers(key_of("younger")) == ["invalid_api_key"] * 2
 
     installation.dismiss("elder", "thief")
@@ -158,7 +158,7 @@ def test_keys_and_tokens_are_good_while_the_api_server_is_away(installation: Ins
             assert (engine.answer(key), engine.answer(stray)) == ("ok", "invalid_api_key")
             before = engine.service("workload")
             assert engine.answer(token) == "ok"
-            assert engine.service("workload") > before
+            until(lambda: engine.service("workload") > before)  # noqa: B023  # reported within 100 ms of the answer
     finally:
         cluster.start_api_server()
     installation.admit("steady", weight=2)
