@@ -137,6 +137,7 @@ class Trial:
         self.meter = Meter(self.engine)
         self._lightest = min(config.weight for config in self.configs.values())
         self._was_backlogged: set[str] = set()
+        self._worst_before = 0.0  # under earlier weights
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -146,11 +147,16 @@ class Trial:
             self._compare()
 
     def reconfigure(self, configs: dict[str, TenantConfig]) -> None:
-        """Another config: what was received is counted anew under its weights, the bound is that of the lightest."""
+        """Another config: what was received is counted anew under its weights, the bound is that of the lightest.
+
+        What was seen before is judged by the weights that it was seen under.
+        """
+        self._worst_before = self.worst
         self.configs = configs
         self.engine.scheduler.reconfigure(SchedulerConfig(tenants=tuple(configs.values())))
         self._lightest = min(self._lightest, *(config.weight for config in configs.values()))
-        for rise in (*self.rises.values(), *self.user_rises.values()):
+        self.rises.clear()
+        for rise in self.user_rises.values():
             rise.restart()
 
     def bound(self, *weights: int) -> float:
@@ -168,10 +174,11 @@ class Trial:
 
     @property
     def worst(self) -> float:
-        return max(
+        now = (
             rise.most / self.bound(self.configs[first].weight, self.configs[second].weight)
             for (first, second), rise in self.rises.items()
         )
+        return max(self._worst_before, *now, 0.0)
 
     @property
     def worst_of_users(self) -> float:
