@@ -86,10 +86,8 @@ class FairQueue:
     def open_step(self) -> None:
         """Set the limit of the step that begins: as far ahead as one may be of the least served who contends."""
         self.limit = None
-        if self._is_fair and self._is_congested:
-            for tenant in filter(self.contends, self.in_order()):
-                self.limit = self.service(tenant) + self.lead(tenant.weight)
-                break
+        if self._is_fair and self._is_congested and (tenant := self._least_served_contender()):
+            self.limit = self.service(tenant) + self.lead(tenant.weight)
 
     def contends(self, tenant: Tenant) -> bool:
         """Whether the tenant has a prompt that computes, or waits for others and not for its own limits."""
@@ -125,14 +123,16 @@ class FairQueue:
 
     def close_step(self, left_out: set[str]) -> None:
         """Advance the virtual time to the least of `left_out` and of the tenants that still contend."""
-        for tenant in filter(self.contends, self.in_order()):
+        if tenant := self._least_served_contender():
             left_out.add(tenant.tenant_id)
-            break
         self._is_congested = bool(left_out)
         self.shares.close_step(left_out)
-        for tenant in self._charged_per_user.values():
-            tenant.waiting.close_step(tenant.prefilling.values())
+        for charged in self._charged_per_user.values():
+            charged.waiting.close_step(charged.prefilling.values())
         self._charged_per_user.clear()
+
+    def _least_served_contender(self) -> Tenant | None:
+        return next(filter(self.contends, self.in_order()), None)
 
     def _eligible(self, blocked: Collection[str]) -> list[Iterator[Tenant]]:
         """By class, the tenants with a prompt that may compute now, least served first."""

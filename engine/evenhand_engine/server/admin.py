@@ -86,8 +86,7 @@ async def list_tenants(request: web.Request) -> web.Response:
     return json_response(
         {
             "tenants": [
-                _tenant(tenant_id, account, service.tenants.get(tenant_id), shares.get(tenant_id), now)
-                | {"bodyBytes": service.bodies.num_bytes(tenant_id)}
+                _tenant(service, tenant_id, account, shares.get(tenant_id), now)
                 for tenant_id, account in sorted(accounts.items())
             ],
             # served to the end of what they have begun, under the share of unknown tenants
@@ -101,9 +100,9 @@ async def list_tenants(request: web.Request) -> web.Response:
 
 
 def _tenant(
-    tenant_id: str, account: TenantAccount, stats: TenantStats | None, share: Share | None, now: float
+    service: Service, tenant_id: str, account: TenantAccount, share: Share | None, now: float
 ) -> dict[str, Any]:
-    config = account.config
+    config, stats = account.config, service.tenants.get(tenant_id)
     return {
         "tenantId": tenant_id,
         "weight": config.weight,
@@ -111,6 +110,7 @@ def _tenant(
         "enforcement": config.enforcement,
         "suspended": config.suspended,
         "inFlight": account.num_in_flight,
+        "bodyBytes": service.bodies.num_bytes(tenant_id),
         **(_work(stats) if stats is not None else {}),
         "attainedShare": None if share is None else round(share.attained, 4),
         "entitledShare": None if share is None else round(share.entitled, 4),
