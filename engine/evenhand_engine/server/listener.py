@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 
+_OPEN_MAX = 10_240  # what macOS takes, whose hard limit is infinite: man 2 setrlimit
+
 
 def listen(host: str, port: int, flag: str) -> socket.socket:
     """A listening socket; raises StartupError that names `flag`, which chose the port."""
@@ -24,8 +26,9 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
 
 def allow_many_connections() -> None:
     """Each connection is an open file, and the usual soft limit of 1,024 is a default for programs that use select."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(soft, _OPEN_MAX) if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
