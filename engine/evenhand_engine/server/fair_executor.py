@@ -1,6 +1,7 @@
 """FairExecutor: a few threads for long computations, which tenants use in turn."""
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +14,15 @@ _Job = tuple[asyncio.Future[Any], Callable[[], Any]]
 class FairExecutor:
     """Runs functions in threads. Each tenant's wait in a queue of their own, and the queues are served in turn.
 
-    So a tenant that sends a thousand huge prompts delays another's by those that are being tokenized, not by those
-    that wait.
+    A tenant uses one thread at a time, so that one that sends a thousand huge prompts does not delay another's at all
+    while there is more than one thread.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="fair-executor")
         self._num_idle = num_threads
         self._queues: dict[str, deque[_Job]] = {}  # in the order of their turns
+        self._running: set[str] = set()  # tenants
 
     async def run(self, tenant_id: str, function: Callable[[], T]) -> T:
         """The function's result; a caller that is cancelled while it waits gives up its place."""
@@ -30,19 +32,23 @@ class FairExecutor:
         return await future
 
     def _start_jobs(self) -> None:
-        while self._num_idle and self._queues:
-            tenant_id, jobs = next(iter(self._queues.items()))
-            del self._queues[tenant_id]
+        while self._num_idle and (tenant_id := self._next_tenant()) is not None:
+            jobs = self._queues.pop(tenant_id)
             future, function = jobs.popleft()
             if jobs:
                 self._queues[tenant_id] = jobs  # behind all others
             if not future.cancelled():
                 self._num_idle -= 1
+                self._running.add(tenant_id)
                 done = asyncio.get_running_loop().run_in_executor(self._threads, function)
-                done.add_done_callback(lambda done, future=future: self._finish(done, future))  # type: ignore[misc]
+                done.add_done_callback(functools.partial(self._finish, tenant_id, future))
 
-    def _finish(self, done: asyncio.Future[Any], future: asyncio.Future[Any]) -> None:
+    def _next_tenant(self) -> str | None:
+        return next((tenant_id for tenant_id in self._queues if tenant_id not in self._running), None)
+
+    def _finish(self, tenant_id: str, future: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:
         self._num_idle += 1
+        self._running.remove(tenant_id)
         if done.cancelled():
             future.cancel()
         elif not future.cancelled():
