@@ -39,7 +39,7 @@ class Tokenizer:
     """A model's vocabulary, chat template and end-of-sequence ids.
 
     Attributes:
-        vocab_size: token ids are in [0, vocab_size).
+        vocab_size: token ids that the model can take are in [0, vocab_size); the tokenizer may know fewer, or more.
         eos_token_ids: ids that end a generation, of the generation config, the config and the tokenizer.
         sampling_defaults: the model's recommendation.
         has_chat_template: False for base models.
@@ -68,7 +68,8 @@ class Tokenizer:
             if (content := _token_content(tokenizer_config.get(name))) is not None
         }
         self._template = _load_template(directory, tokenizer_config)
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = size if isinstance(size, int) else known
         self.eos_token_ids = frozenset(self._find_eos_ids(generation_config, model_config))
         self.sampling_defaults = _sampling_defaults(directory, generation_config)
 
@@ -78,7 +79,7 @@ class Tokenizer:
         for config in configs:
             ids = config.get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
-        return [token_id for token_id in found if isinstance(token_id, int)]
+        return [token_id for token_id in found if isinstance(token_id, int) and token_id < self.vocab_size]
 
     @property
     def has_chat_template(self) -> bool:
@@ -122,7 +123,7 @@ class Tokenizer:
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # a template is the model's program: whatever it raises is about these messages
             raise ChatTemplateError(str(error)) from error
         return _cut_after_final_message(text, messages) if continue_final_message else text
 

@@ -92,8 +92,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except Refusal as refusal:
         return refuse(request, refusal)
-    except EngineDeadError as error:
-        return refuse(request, refuse_dead_engine(error, draining=request.app[SERVICE].draining))
+    except EngineDeadError:
+        return refuse(request, refuse_dead_engine(draining=request.app[SERVICE].draining))
     except web.HTTPException as error:
         return refuse(request, refuse_http(error))
     except ConnectionResetError:

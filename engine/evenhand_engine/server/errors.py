@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.errors import Refusal
 from evenhand_engine.request import FinishReason
 
 _RESTART_SECONDS = 10.0  # what a supervisor needs to start another process, about
@@ -59,11 +59,14 @@ def refuse_draining() -> Refusal:
     return Refusal(503, "draining", "The server is shutting down.", retry_after=_RESTART_SECONDS)
 
 
-def refuse_dead_engine(error: EngineDeadError, *, draining: bool) -> Refusal:
-    """The process is about to exit: by itself, or because a drain took too long."""
+def refuse_dead_engine(*, draining: bool) -> Refusal:
+    """The process is about to exit: by itself, or because a drain took too long.
+
+    Why the engine died is in the log alone: it may tell of another tenant's request.
+    """
     if draining:
         return refuse_draining()
-    return Refusal(503, "engine_dead", f"The engine cannot answer: {error}.", retry_after=_RESTART_SECONDS)
+    return Refusal(503, "engine_dead", "The engine is gone; it is about to be restarted.", retry_after=_RESTART_SECONDS)
 
 
 def refuse_finished(reason: FinishReason, queue_delay: float) -> Refusal | None:

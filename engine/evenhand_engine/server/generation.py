@@ -20,6 +20,7 @@ from evenhand_engine.messages import AddRequest
 from evenhand_engine.metrics import RequestMetrics
 from evenhand_engine.request import FinishReason, SamplingParams
 from evenhand_engine.server.errors import refuse_finished
+from evenhand_engine.server.prompts import check_token_ids
 from evenhand_engine.server.schema import SamplingFields
 from evenhand_engine.server.service import Service
 
@@ -130,6 +131,7 @@ def begin(
 ) -> Iterator[list[Generation]]:
     """Reserve quota for all prompts, or raise Refusal; on leaving, whatever was not used is given back."""
     admission = service.admission
+    check_token_ids(service.tokenizer, body.stop_token_ids or (), "stop_token_ids")
     if any(not prompt for prompt in prompts):
         raise Refusal(400, "invalid_value", "A prompt has no tokens.", param="prompt")
     limits = [max_tokens or admission.max_output_tokens(tenant_id, len(prompt)) for prompt in prompts]

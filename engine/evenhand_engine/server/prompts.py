@@ -1,5 +1,6 @@
 """Prompts: from a request's text or messages to token ids. Pure, and slow for long prompts: run by `Service.compute`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from evenhand_engine.errors import Refusal
@@ -18,8 +19,8 @@ def completion_token_ids(tokenizer: Tokenizer, body: CompletionRequest) -> list[
     return token_ids
 
 
-def check_token_ids(tokenizer: Tokenizer, token_ids: list[int], param: str) -> None:
-    """Raises Refusal 400 for an id that is not in the vocabulary."""
+def check_token_ids(tokenizer: Tokenizer, token_ids: Sequence[int], param: str) -> None:
+    """Raises Refusal 400 for an id that is not in the vocabulary: it would end the engine, for all tenants."""
     largest = max(token_ids, default=0)
     if largest >= tokenizer.vocab_size:
         message = f"Token id {largest} is not in the vocabulary of {tokenizer.vocab_size}."
@@ -27,7 +28,7 @@ def check_token_ids(tokenizer: Tokenizer, token_ids: list[int], param: str) -> N
 
 
 def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, Any] | None = None) -> list[int]:
-    """Token ids of a conversation; raises Refusal 400 if the chat template does not accept it.
+    """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
 
     Templates write the special tokens themselves, so none are added unless the body asks for it.
     """
@@ -48,4 +49,6 @@ def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, 
     except ChatTemplateError as error:
         message = f"The chat template refuses the messages: {error}"
         raise Refusal(400, "invalid_value", message, param="messages") from error
-    return tokenizer.encode(text, bool(body.add_special_tokens))
+    token_ids = tokenizer.encode(text, bool(body.add_special_tokens))
+    check_token_ids(tokenizer, token_ids, "messages")
+    return token_ids

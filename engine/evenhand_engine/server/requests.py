@@ -14,18 +14,26 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body; raises Refusal 413 if it is too large, 408 if it comes too slowly."""
+    """The whole body; raises Refusal 413 if it is too large, 408 if it comes too slowly, 400 if it is garbled."""
+    if (request.content_length or 0) > request.client_max_size:
+        raise _too_large(request)
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
             raw = await request.read()
     except TimeoutError as error:
         raise Refusal(408, "request_timeout", "The body did not arrive in time.") from error
+    except web.RequestPayloadError as error:
+        message = f"The body is not what its headers say, such as its chunks or its Content-Encoding: {error}."
+        raise Refusal(400, "invalid_body", message) from error
     except web.HTTPRequestEntityTooLarge as error:
-        limit = request.client_max_size
-        raise Refusal(413, "request_too_large", f"The body is larger than {limit} bytes.") from error
+        raise _too_large(request) from error
     if (held := request.get(BODY)) is not None:
         held.resize(len(raw))
     return raw
+
+
+def _too_large(request: web.Request) -> Refusal:
+    return Refusal(413, "request_too_large", f"The body is larger than {request.client_max_size} bytes.")
 
 
 def request_id(request: web.Request) -> str:

@@ -197,13 +197,17 @@ def parse_body(body: bytes, kind: type[T]) -> T:
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
         _refuse_unsupported(fields)
-        return msgspec.convert(fields, kind)
+        request = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
     except RecursionError as error:
         raise Refusal(400, "invalid_json", "The body is nested too deeply.") from error
+    if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
+        message = "`stream_options` is for streams only: set `stream` too, or leave it out."
+        raise Refusal(400, "invalid_value", message, param="stream_options")
+    return request
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:

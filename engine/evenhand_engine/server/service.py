@@ -129,7 +129,9 @@ class Service:
         """Raises Refusal 404 unless `model` is one of ours; None is."""
         if model is not None and model not in self.model_names:
             names = ", ".join(self.model_names)
-            raise Refusal(404, "model_not_found", f"Model {model!r} is not served here, but {names}.", param="model")
+            raise Refusal(
+                404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
+            )
 
     async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
         """The result of `function`, which turns a body of `num_bytes` into tokens or back.
@@ -143,7 +145,7 @@ class Service:
     def health(self, now: float) -> str | None:
         """What is wrong with the engine; None while it makes progress or has nothing to do."""
         if self.engine.failure is not None:
-            return self.engine.failure
+            return "the engine is gone"  # why is in the log: it may tell of a tenant's request
         stalled = self.engine.seconds_without_progress(now)
         return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
 

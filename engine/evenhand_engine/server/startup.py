@@ -69,6 +69,7 @@ async def start_server(
 
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
+        from evenhand_engine.server.malformed import keep_out_of_logs
         from evenhand_engine.server.service import Service
         from evenhand_engine.tokenizer import Tokenizer
 
@@ -76,6 +77,7 @@ async def start_server(
         tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
         service = Service(settings, engine, await engine.start(), tokenizer, config_state)
         stack.callback(service.close)
+        keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
         await _serve_app(stack, build_app(service), public, tls)
         await stack.enter_async_context(_watch_policies(service))

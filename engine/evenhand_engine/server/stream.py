@@ -97,8 +97,8 @@ async def _answer_events(
                 await events.send({**envelope, "choices": [], "usage": usage(generations)})
         except Refusal as refusal:
             await _send_refusal(request, events, refusal)
-        except EngineDeadError as error:
-            await _send_refusal(request, events, refuse_dead_engine(error, draining=request.app[SERVICE].draining))
+        except EngineDeadError:
+            await _send_refusal(request, events, refuse_dead_engine(draining=request.app[SERVICE].draining))
         return await events.close()
 
 

@@ -17,7 +17,8 @@ import trustme
 
 import evenhand_engine.server.requests as server_requests
 from evenhand_engine.errors import StartupError
-from evenhand_engine.messages import AbortRequest, AddRequest, RequestOutput
+from evenhand_engine.logs import LineFormatter
+from evenhand_engine.messages import AbortRequest, AddRequest, EngineFailed, RequestOutput
 from evenhand_engine.request import FinishReason
 
 from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
@@ -116,6 +117,37 @@ def test_malformed_http_does_not_end_the_server(serve: Serve, say: Say) -> None:
             connection.sendall(garbage)
             connection.recv(4096)
     assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Authorization: Bearer the-secret\0x",
+        b"Authorization : Bearer the-secret",
+        b"Authorization: Bearer\r\n the-secret",
+        b"Authorization: Bearer the-secret" + b"x" * 9000,
+    ],
+)
+def test_malformed_http_is_logged_without_what_it_holds(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture, header: bytes
+) -> None:
+    caplog.set_level("DEBUG")
+    with connect(serve(say("ok"))) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
+        assert b" 400 " in connection.recv(4096).split(b"\r\n")[0]
+    [record] = (record for record in caplog.records if record.name == "aiohttp.server")
+    assert record.levelname == "INFO" and record.exc_info is None
+    assert "the-secret" not in caplog.text
+    assert "the-secret" not in LineFormatter().format(record)
+
+
+def test_why_the_engine_died_is_in_the_log_alone(serve: Serve) -> None:
+    server = serve()
+    server.core.send(EngineFailed(message="ValueError: of another tenant"))
+    health = until_healthy(server, False)
+    refusal = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+    assert (health.json()["error"]["code"], refusal.json()["error"]["code"]) == ("unhealthy", "engine_dead")
+    assert "tenant" not in health.text + refusal.text
 
 
 async def test_death_of_the_engine_in_mid_stream(serve: Serve) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +22,8 @@ from evenhand_engine.server.fair_executor import FairExecutor
 from evenhand_engine.server.listener import allow_many_connections
 from evenhand_engine.share_tracker import Share, ShareTracker
 from evenhand_engine.tokenizer import ChatTemplateError, Tokenizer
+
+from .conftest import WAIT_SECONDS
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -51,6 +54,20 @@ async def test_tenants_take_turns_in_the_threads() -> None:
     finally:
         executor.close()
     assert order == ["flood 0", "a", "b", "flood 1", "flood 2"]
+
+
+async def test_a_tenant_leaves_a_thread_to_the_others() -> None:
+    executor = FairExecutor(2)
+    release, ran = threading.Event(), list[str]()
+    try:
+        flood = [asyncio.ensure_future(executor.run("flood", release.wait)) for _ in range(3)]
+        await asyncio.wait_for(executor.run("other", lambda: ran.append("other")), WAIT_SECONDS)
+        release.set()
+        assert await asyncio.gather(*flood) == [True] * 3
+    finally:
+        release.set()
+        executor.close()
+    assert ran == ["other"]
 
 
 async def test_who_gives_up_waiting_takes_no_turn() -> None:
@@ -239,6 +256,12 @@ def test_template_errors_are_the_clients(model_dir: Path, tmp_path: Path) -> Non
         tokenizer.render_chat(MESSAGES)
     with pytest.raises(ChatTemplateError):
         tokenizer.render_chat(MESSAGES[1:])
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    tokenizer = with_config(model_dir, tmp_path, chat_template="{{ messages[0].tool_calls | tojson }}")
+    with pytest.raises(ChatTemplateError, match="recursion"):
+        tokenizer.render_chat([{"role": "user", "tool_calls": deep}])
 
 
 @pytest.mark.parametrize(
@@ -264,6 +287,15 @@ def test_end_of_sequence_ids_come_from_everywhere(model_dir: Path, tmp_path: Pat
     assert not tokenizer.has_chat_template
 
 
+def test_the_vocabulary_is_what_the_model_can_take(model_dir: Path, tmp_path: Path) -> None:
+    """Added tokens may lie beyond its embedding; an end of sequence that is there cannot be sampled."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 300, "eos_token_id": [7, 300]}')
+    tokenizer = with_config(model_dir, tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (300, {7})
+    (tmp_path / "config.json").write_text('{"vocab_size": "many"}')
+    assert with_config(model_dir, tmp_path).vocab_size > 256, "the engine core says what is wrong with it"
+
+
 def test_unusable_model_directories(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="save_pretrained"):
         Tokenizer(tmp_path)
@@ -277,11 +309,24 @@ def test_unusable_model_directories(model_dir: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-def test_as_many_connections_as_the_system_allows() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+@pytest.mark.parametrize(
+    ("soft", "hard", "most"),
+    [(1024, 524_288, 524_288), (256, resource.RLIM_INFINITY, 10_240), (20_000, resource.RLIM_INFINITY, 20_000)],
+)
+def test_as_many_connections_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, most: int
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    allow_many_connections()
+    assert limits[-1] == (most, hard), "macOS refuses an infinite soft limit, though its hard one is"
+
+
+def test_the_system_takes_the_limit() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         allow_many_connections()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -12,7 +12,7 @@ import pytest
 
 from evenhand_engine.messages import AddRequest
 
-from .conftest import Say, Serve, Server
+from .conftest import Say, Serve, Server, connect
 
 
 @pytest.fixture
@@ -81,9 +81,11 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": 7}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [1, 320], "min_tokens": 2}, "stop_token_ids"),
         ({"min_tokens": 20}, "min_tokens"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": 3}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"echo": 1}, "echo"),
         ({"user": 5}, "user"),
         ({"model": 5}, "model"),
@@ -189,6 +191,31 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_pass(server: Server) -> No
 def test_malformed_bodies(server: Server, path: str, body: bytes) -> None:
     assert error(server, path, body)[0] == 400
     assert post(server, "/v1/completions", COMPLETION)[0] == 200, "the server goes on"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_body_that_is_not_what_its_header_says(server: Server, encoding: str) -> None:
+    status, answer, _ = post(server, "/v1/completions", b"neither" * 9, {"Content-Encoding": encoding})
+    assert (status, answer["error"]["code"]) == (400, "invalid_body")
+
+
+def test_a_chat_that_the_model_has_no_token_for(server: Server) -> None:
+    """A tokenizer may know more than the model: a padding token that was added without an embedding."""
+    server.running.service.tokenizer.vocab_size = 10
+    assert error(server, "/v1/chat/completions", CHAT)[1]["param"] == "messages"
+    assert error(server, "/v1/completions", COMPLETION)[1]["param"] == "prompt"
+
+
+def test_a_declared_size_is_refused_before_it_comes(server: Server) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999999\r\n\r\n")
+        assert b" 413 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_long_model_name_is_not_sent_back(server: Server) -> None:
+    status, answer = error(server, "/v1/completions", COMPLETION | {"model": "m" * 90_000})
+    assert (status, answer["code"]) == (404, "model_not_found")
+    assert len(answer["message"]) < 400
 
 
 def test_huge_body_is_a_413(server: Server) -> None:
