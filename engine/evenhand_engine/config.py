@@ -66,7 +66,7 @@ class EngineConfig:
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
         seed: of dummy weights.
         record_steps: CSV file to write every step's shape and duration to, for fits and replays.
-        replay_steps: such a file, whose steps' token counts are the token budgets of this run's steps.
+        replay_steps: such a file, whose steps' token counts are the token budgets of this run's steps, over and over.
     """
 
     model: str | None = None

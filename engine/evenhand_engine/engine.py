@@ -52,7 +52,7 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
     try:
         from evenhand_engine.model_runner import load_model  # imports torch: only this process pays for it
 
-        token_budgets = iter(load_token_budgets(config.replay_steps)) if config.replay_steps else None
+        token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
         model = load_model(config)
         recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
@@ -98,7 +98,7 @@ class EngineCore:
         token_budgets: Iterator[int] | None = None,
         recorder: StepRecorder | None = None,
     ) -> None:
-        """`token_budgets`: budgets of the steps to come (a replay). `recorder` is told of every finished step."""
+        """`token_budgets`: budgets of the steps to come, without end (a replay). `recorder` is told of every finished step."""
         self._scheduler = Scheduler(settings, SchedulerConfig(), token_budgets=token_budgets)
         self._recorder = recorder
         self._runner = runner

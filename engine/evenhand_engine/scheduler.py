@@ -52,7 +52,7 @@ class Scheduler:
         num_replicas: int = 1,
         token_budgets: Iterator[int] | None = None,
     ) -> None:
-        """`token_budgets`: the token budget of each step to come, instead of max_num_batched_tokens (for replays)."""
+        """`token_budgets`: those of the steps to come, without end, instead of max_num_batched_tokens (for replays)."""
         self.settings = settings
         self.shares = FairShare()
         self.roster = Roster(settings, self.shares)

@@ -37,7 +37,9 @@ def quantity(value: str) -> int:
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
 @click.option("--scheduling-policy", type=click.Choice(["fair", "fcfs", "static"]), default="fair")
 @click.option("--record-steps", type=click.Path(path_type=Path), help="CSV file to write every step's time to.")
-@click.option("--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file.")
+@click.option(
+    "--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file, over and over."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
 @click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")

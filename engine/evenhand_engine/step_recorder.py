@@ -1,6 +1,8 @@
 """Recorded runs: what each step computed and how long it took, for the simulator's fits and for replays."""
 
 import csv
+import itertools
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
@@ -67,11 +69,14 @@ def load_steps(path: Path) -> tuple[list[StepShape], list[float]]:
     return shapes, [row.seconds for row in rows]
 
 
-def load_token_budgets(path: Path) -> list[int]:
-    """Tokens that each step of a recorded run computed.
+def load_token_budgets(path: Path) -> Iterator[int]:
+    """Tokens that each step of a recorded run computed, over and over.
 
     Raises:
-        StartupError: the file cannot be read as a recorded run.
+        StartupError: the file cannot be read as a recorded run, or has a step without tokens.
     """
     shapes, _ = load_steps(path)
-    return [shape.num_prefill_tokens + shape.num_decode_tokens for shape in shapes]
+    budgets = [shape.num_prefill_tokens + shape.num_decode_tokens for shape in shapes]
+    if 0 in budgets:
+        raise StartupError(f"{path}: step {budgets.index(0) + 1} has no tokens, so it cannot be replayed")
+    return itertools.cycle(budgets)

@@ -1,5 +1,6 @@
 """A recorded run survives whatever ends the engine, and is read back as it was."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,6 @@ def test_steps_come_back_as_they_were_recorded(tmp_path: Path) -> None:
     shapes, times = load_steps(tmp_path / "steps.csv")
     assert shapes == [StepShape(20, 2, 16, 78)] * 8
     assert times == [seconds / 8 for seconds in range(8)]
-    assert load_token_budgets(tmp_path / "steps.csv") == [22] * 8
 
 
 def test_a_killed_engine_leaves_every_finished_step(tmp_path: Path) -> None:
@@ -50,6 +50,19 @@ def test_a_row_that_was_never_finished_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
     path.write_text(HEADER + "1,2,3,4,0.5\n" * 9 + "1,2,3,4,0.1")  # of 0.123, perhaps
     assert load_steps(path)[1] == [0.5] * 9
+
+
+def test_a_replay_begins_anew_after_the_last_step(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text(HEADER + "".join(f"{prefill},1,3,4,0.5\n" for prefill in range(8)))
+    assert list(itertools.islice(load_token_budgets(path), 10)) == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
+
+
+def test_a_step_without_tokens_cannot_be_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text(HEADER + "1,2,3,4,0.5\n" * 8 + "0,0,0,0,0.5\n")
+    with pytest.raises(StartupError, match="step 9 has no tokens"):
+        load_token_budgets(path)
 
 
 @pytest.mark.parametrize(
