@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 _SCALES = (1.0, 1e-2, 1e-4, 1e-6)  # bring the four features to the order of one
 _FORGETTING = 0.99  # a sample's weight halves every 70 steps
-_MARGIN = 1.1  # plan for steps that take a little longer than predicted
 _FEWEST_SAMPLES = 8
 
 
@@ -106,7 +105,7 @@ class StepBudget:
         if not self._model.is_fitted:
             return min(most, max(0, 4 * self._min_prefill_tokens - self.load.num_tokens))
         _, per_token, _, per_pair = self._model.coefficients
-        seconds = self._max_seconds / _MARGIN - self._model.predict(self.load)
+        seconds = self._max_seconds - self._model.predict(self.load)
         # largest x with (per_token + per_pair * context) * x + per_pair / 2 * x^2 <= seconds
         slope, half = per_token + per_pair * num_computed_tokens, per_pair / 2
         if seconds <= 0:
