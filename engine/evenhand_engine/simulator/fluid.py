@@ -6,6 +6,7 @@ one token a step, which is the smallest unfairness that a machine of this speed 
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import numpy as np
@@ -13,14 +14,18 @@ import numpy as np
 from evenhand_engine.fairness import (
     INPUT_PRICE,
     OUTPUT_PRICE,
+    Delivery,
     FloatArray,
     RequestRecord,
     ServiceDifference,
     Windows,
     demand_in,
     difference_of,
+    service_difference,
     tenant_ids,
 )
+
+_NOTHING = 1e-6  # of a unit of price: what rounding leaves
 
 
 class FluidShare:
@@ -92,59 +97,91 @@ class FluidShare:
         self._virtual_times.append(virtual)
 
 
+@dataclass(slots=True)
+class _Owed:
+    """What a request has not been given yet, in units of price, and when it got its first token."""
+
+    record: RequestRecord
+    prompt: float
+    output: float
+    first_token_time: float | None = None
+
+    @classmethod
+    def of(cls, record: RequestRecord) -> "_Owed":
+        return cls(record, INPUT_PRICE * record.num_prompt_tokens, OUTPUT_PRICE * record.num_output_tokens)
+
+
 class StreamLimitedFluid:
     """Max-min sharing between tenants of equal weight, where a request's outputs come at most one a step.
 
     Time moves in ticks of `tick` seconds. Inside a tenant the oldest request is served first, each as fast as its
-    stream allows; its prompt has no limit but the capacity.
+    stream allows; its prompt has no limit but the capacity. A stream that its tenant's share no longer covers stops, at
+    no cost, and goes on when it does.
+
+    Attributes:
+        records: the requests as this ideal run serves them, with the times of their first and last tokens.
     """
 
     def __init__(
         self, records: Sequence[RequestRecord], capacity: float, step_seconds: float, tick: float = 0.1
     ) -> None:
+        """`capacity` in units of price per second."""
+        self.records: list[RequestRecord] = []
         self._tenants = tenant_ids(records)
         self._tick = tick
         self._budget = capacity * tick
         self._stream_limit = OUTPUT_PRICE * tick / step_seconds
         self._curve = self._serve(records)
 
-    def service_difference(self, records: Sequence[RequestRecord], windows: Windows | None = None) -> ServiceDifference:
-        """The published metric of this ideal run."""
+    def service_difference(
+        self, windows: Windows | None = None, delivery: Delivery = Delivery.SPREAD
+    ) -> ServiceDifference:
+        """The published metric of this ideal run; `Delivery.TOKENS`: by what each tenant truly got in each window."""
+        if delivery is Delivery.SPREAD:
+            return service_difference(self.records, windows)
         windows = windows or Windows()
         times = np.arange(len(self._curve)) * self._tick
         service = np.stack(
             [np.interp(windows.ends, times, row) - np.interp(windows.starts, times, row) for row in self._curve.T]
         )
-        return difference_of(service, demand_in(records, self._tenants, windows), windows)
+        return difference_of(service, demand_in(self.records, self._tenants, windows), windows)
 
     def _serve(self, records: Sequence[RequestRecord]) -> FloatArray:
         position = {tenant: i for i, tenant in enumerate(self._tenants)}
         arrivals = deque(sorted(records, key=lambda record: record.arrival_time))
-        outstanding: list[list[list[float]]] = [[] for _ in self._tenants]  # [prompt, output] service still owed
+        outstanding: list[list[_Owed]] = [[] for _ in self._tenants]
         curve = [np.zeros(len(self._tenants))]
         while arrivals or any(outstanding):
             now = (len(curve) - 1) * self._tick
             while arrivals and arrivals[0].arrival_time <= now:
                 record = arrivals.popleft()
-                owed = [float(INPUT_PRICE * record.num_prompt_tokens), float(OUTPUT_PRICE * record.num_output_tokens)]
-                outstanding[position[record.tenant_id]].append(owed)
+                outstanding[position[record.tenant_id]].append(_Owed.of(record))
             given = max_min_shares(np.array([self._demand(owed) for owed in outstanding]), self._budget)
             for i, amount in enumerate(given):
-                outstanding[i] = self._drain(outstanding[i], float(amount))
+                outstanding[i] = self._drain(outstanding[i], float(amount), now + self._tick)
             curve.append(curve[-1] + given)
         return np.array(curve)
 
-    def _demand(self, outstanding: list[list[float]]) -> float:
-        return sum(prompt + min(output, self._stream_limit) for prompt, output in outstanding)
+    def _demand(self, outstanding: list[_Owed]) -> float:
+        return sum(owed.prompt + min(owed.output, self._stream_limit) for owed in outstanding)
 
-    def _drain(self, outstanding: list[list[float]], amount: float) -> list[list[float]]:
+    def _drain(self, outstanding: list[_Owed], amount: float, until: float) -> list[_Owed]:
+        """Give `amount` to the oldest; returns those that are owed more."""
+        left = []
         for owed in outstanding:
-            prompt = min(owed[0], amount)
-            output = min(owed[1], self._stream_limit, amount - prompt)
-            owed[0] -= prompt
-            owed[1] -= output
+            prompt = min(owed.prompt, amount)
+            output = min(owed.output, self._stream_limit, amount - prompt)
+            owed.prompt -= prompt
+            owed.output -= output
             amount -= prompt + output
-        return [owed for owed in outstanding if sum(owed) > 1e-6]
+            if owed.first_token_time is None and output > 0:
+                owed.first_token_time = until
+            if owed.prompt + owed.output > _NOTHING:
+                left.append(owed)
+            else:
+                first = owed.first_token_time or until
+                self.records.append(replace(owed.record, first_token_time=first, finish_time=until, token_times=None))
+        return left
 
 
 def max_min_shares(demands: FloatArray, budget: float) -> FloatArray:

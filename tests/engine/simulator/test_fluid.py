@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evenhand_engine.fairness import RequestRecord, Windows
+from evenhand_engine.fairness import Delivery, RequestRecord, Windows
 from evenhand_engine.simulator.fluid import FluidShare, StreamLimitedFluid, max_min_shares
 
 
@@ -47,7 +47,9 @@ def test_without_a_stream_limit_both_floors_are_one() -> None:
     records = [request(f"t{i % 5}", float(rng.uniform(0, 100)), 50, int(rng.integers(10, 300))) for i in range(200)]
     windows = Windows(duration=100.0, warmup=5.0, width=10.0)
     exact = FluidShare(records, 500.0).service_difference(records, windows)
-    ticked = StreamLimitedFluid(records, 500.0, step_seconds=1e-6, tick=0.01).service_difference(records, windows)
+    ticked = StreamLimitedFluid(records, 500.0, step_seconds=1e-6, tick=0.01).service_difference(
+        windows, Delivery.TOKENS
+    )
     assert ticked.mean == pytest.approx(exact.mean, rel=0.02)
     assert ticked.maximum == pytest.approx(exact.maximum, rel=0.02)
 
@@ -56,9 +58,25 @@ def test_a_single_stream_gets_one_token_a_step_however_large_the_machine() -> No
     records = [request("a", 0.0, 100, 100), request("b", 200.0, 1, 1)]
     windows = Windows(duration=20.0, warmup=0.0, width=5.0, count=2)  # [10, 15]
     busy = StreamLimitedFluid([*records, request("b", 10.0, 1_000, 1)], 1e6, step_seconds=0.5)
-    difference = busy.service_difference([*records, request("b", 10.0, 1_000, 1)], windows)
+    difference = busy.service_difference(windows, Delivery.TOKENS)
     # b gets its 1,002 at once, 200.4 a second; a runs at 2 tokens a second: 4, and demands nothing new: |0 - 4|
     assert difference.maximum == pytest.approx(4.0, rel=0.05)
+
+
+def test_the_ideal_run_has_requests_whose_times_are_those_of_its_streams() -> None:
+    alone = request("a", 0.0, 100, 50)
+    (served,) = StreamLimitedFluid([alone], 1_000.0, step_seconds=0.1).records
+    assert served.first_token_time == pytest.approx(0.2)  # 100 of prompt in the first tick, 2 of output in the next
+    assert served.finish_time == pytest.approx(5.1)  # 50 tokens, one in each step of 0.1 s
+
+
+def test_the_published_measure_spreads_a_stream_that_true_times_show_slowed() -> None:
+    # a has 20 a second for 5 s, then 10 beside b until 15 s; spread evenly that is 13.3 throughout
+    records = [request("a", 0.0, 0, 100), request("b", 5.0, 0, 50)]
+    windows = Windows(duration=12.0, warmup=0.0, width=2.0, count=2)  # [6, 8], in which neither demands anything new
+    run = StreamLimitedFluid(records, 20.0, step_seconds=0.1)
+    assert run.service_difference(windows, Delivery.TOKENS).maximum == pytest.approx(0.0, abs=1e-6)
+    assert run.service_difference(windows).maximum == pytest.approx(10 / 3, rel=0.02)
 
 
 @pytest.mark.parametrize(
