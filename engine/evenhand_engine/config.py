@@ -29,7 +29,7 @@ class SchedulerSettings:
             of an over-served tenant is preempted for it: some seconds of one stream (theta in docs/fairness.md).
         min_run_seconds: a request that runs for less is not preempted for service.
         max_preemptions: a request that was preempted so often is not preempted for service again.
-        max_bypasses: requests admitted past one that lacks memory, before memory is held for it.
+        max_bypasses: requests admitted past a large one that lacks memory, before memory is held for it.
         growth_blocks: blocks that an admission leaves free for each running request, to grow into until one finishes.
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream

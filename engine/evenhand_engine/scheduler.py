@@ -33,6 +33,7 @@ from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
 _MAX_MISFITS = 4  # prompts without room that one step looks at before it stops admitting
+_LARGE_PROMPT = 8  # a prompt is large if it needs more than the cache divided by this
 
 
 class Scheduler:
@@ -208,7 +209,7 @@ class Scheduler:
     def _schedule_prompts(self, budget: StepBudget, scheduled: list[ScheduledRequest], now: float) -> None:
         """Chunks of prompts while the budget lasts.
 
-        A prompt without room is bypassed by the next tenant's, but only so often: then memory is held for it.
+        Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
         """
         misfits: dict[str, Tenant] = {}
         capped: set[str] = set()
@@ -229,8 +230,7 @@ class Scheduler:
                     capped.add(tenant.tenant_id)
                 elif fit is Fit.STARVED:
                     misfits[tenant.tenant_id] = tenant
-                    is_held_for = tenant.num_bypasses >= self.settings.max_bypasses
-                    may_admit = self._is_fair and not is_held_for and len(misfits) < _MAX_MISFITS
+                    may_admit = self._may_bypass(tenant, request) and len(misfits) < _MAX_MISFITS
                 else:
                     self.roster.admit(request, now)
                     for bypassed in misfits.values():
@@ -243,6 +243,12 @@ class Scheduler:
                 break
             self._schedule_chunk(tenant, request, num_tokens, budget, scheduled)
         self._is_starved = bool(misfits) or not may_admit
+
+    def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
+        """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
+        blocks = self.roster.blocks
+        is_large = blocks.num_missing_blocks(request) * _LARGE_PROMPT > blocks.num_blocks
+        return self._is_fair and is_large and tenant.num_bypasses < self.settings.max_bypasses
 
     def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]

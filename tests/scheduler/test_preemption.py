@@ -142,6 +142,22 @@ def test_a_large_head_is_bypassed_a_bounded_number_of_times() -> None:
     assert len(started_after) <= 5 + 12, "only those already running, and five that passed it"
 
 
+def test_nobody_starts_past_a_small_head() -> None:
+    """It waits for few blocks, so that holding these wastes little; whoever passed it would keep them for long."""
+    engine = PretendEngine(small(max_bypasses=5, preemption_lag=1 << 40, growth_blocks=0), [tenant("head")])
+    engine.add("others", 148, 60)
+    ends_soon = engine.add("others", 80, 12)
+    engine.run(5)
+    head = engine.add("head", 24, 2)
+    tiny = engine.add("others", 4, 2)
+    assert 3 < engine.scheduler.roster.blocks.num_free_blocks < 7, "room for the tiny one alone"
+    engine.run(5)
+    assert engine.finish_reason(ends_soon) is None
+    assert head.started_at is None and tiny.started_at is None
+    engine.drain()
+    assert engine.finish_reason(head) is engine.finish_reason(tiny) is FinishReason.STOP
+
+
 def test_a_full_house_gives_a_seat_to_who_is_far_behind() -> None:
     engine = PretendEngine(small(max_num_seqs=2, num_kv_blocks=400), [tenant("a"), tenant("b")])
     engine.add("a", 20, 900)
