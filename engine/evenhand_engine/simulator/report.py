@@ -228,8 +228,8 @@ def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{1_000 * value:.0f}"
 
 
-def plot_service(path: Path, runs: Mapping[str, Run], most: int = 8) -> None:
-    """Write a picture: for each policy, the service rate of the busiest tenants over time.
+def plot_service(path: Path, runs: Mapping[str, Run], most: int = 6) -> None:
+    """Write a picture: for each policy, the service rate of the busiest tenants over time, as a moving mean.
 
     Raises:
         StartupError: matplotlib is not installed, or the file cannot be written.
@@ -240,19 +240,20 @@ def plot_service(path: Path, runs: Mapping[str, Run], most: int = 8) -> None:
         raise StartupError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 3 * len(runs)), layout="constrained")
     axes = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    cost: Counter[str] = Counter()
+    for record in (record for run in runs.values() for record in run.records if record.token_times is not None):
+        cost[record.tenant_id] += record.cost
+    busiest = [tenant for tenant, _ in cost.most_common(most)]
+    end_time = max(run.end_time for run in runs.values())
+    times, width = np.linspace(0.0, end_time, 241), end_time / NUM_WINDOWS
+    starts, ends = np.maximum(times - width / 2, 0.0), times + width / 2
     for axis, (policy, run) in zip(axes, runs.items(), strict=True):
-        begun = [record for record in run.records if record.token_times is not None]
-        cost: Counter[str] = Counter()
-        for record in begun:
-            cost[record.tenant_id] += record.cost
-        busiest = [tenant for tenant, _ in cost.most_common(most)]
-        times = np.linspace(0.0, run.end_time, 121)
-        mine = [record for record in begun if record.tenant_id in busiest]
-        rates = np.diff(cumulative_service(mine, busiest, times, Delivery.TOKENS)) / np.diff(times)
-        for tenant, rate in zip(busiest, rates, strict=True):
-            axis.plot(times[1:], rate, label=tenant, linewidth=1.2)
+        mine = [r for r in run.records if r.token_times is not None and r.tenant_id in busiest]
+        service = [cumulative_service(mine, busiest, at, Delivery.TOKENS) for at in (starts, ends)]
+        for tenant, rate in zip(busiest, (service[1] - service[0]) / (ends - starts), strict=True):
+            axis.plot(times, rate, label=tenant, linewidth=1.5)
         axis.set_title(policy, loc="left")
-        axis.set_ylabel("service / s")
+        axis.set_ylabel(f"service / s, mean of {width:.0f} s")
         axis.grid(alpha=0.3)
     axes[0].legend(loc="upper right", ncols=4, fontsize="small")
     axes[-1].set_xlabel("seconds")
