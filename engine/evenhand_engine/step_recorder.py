@@ -19,11 +19,12 @@ from evenhand_engine.simulator.rows import read_rows
 TokenCount = Annotated[int, Meta(ge=0)]
 
 
-class _StepRow(msgspec.Struct, frozen=True):
+class _StepRow(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: TokenCount
     decode_tokens: TokenCount
     prefill_context: TokenCount
     decode_context: TokenCount
+    prefill_pairs: TokenCount = 0
     seconds: Annotated[float, Meta(ge=0, le=1e9)]  # refuses NaN and infinity too
 
 
@@ -65,7 +66,9 @@ def load_steps(path: Path) -> tuple[list[StepShape], list[float]]:
     rows = read_rows(path, _StepRow, complete_lines_only=True)
     if len(rows) < FEWEST_STEPS:
         raise StartupError(f"{path}: {len(rows)} steps are too few for a fit; record at least {FEWEST_STEPS}")
-    shapes = [StepShape(r.prefill_tokens, r.decode_tokens, r.prefill_context, r.decode_context) for r in rows]
+    shapes = [
+        StepShape(r.prefill_tokens, r.decode_tokens, r.prefill_context, r.decode_context, r.prefill_pairs) for r in rows
+    ]
     return shapes, [row.seconds for row in rows]
 
 

@@ -34,7 +34,7 @@ def test_steps_come_back_as_they_were_recorded(tmp_path: Path) -> None:
         for seconds in range(8):
             recorder.record(Batch(seconds, (decode, decode, chunk)), seconds / 8)
     shapes, times = load_steps(tmp_path / "steps.csv")
-    assert shapes == [StepShape(20, 2, 16, 78)] * 8
+    assert shapes == [StepShape(20, 2, 16, 78, 20 * 16 + 20 * 21 // 2)] * 8
     assert times == [seconds / 8 for seconds in range(8)]
 
 

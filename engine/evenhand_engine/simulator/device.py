@@ -12,7 +12,7 @@ import numpy as np
 from evenhand_engine.batch import Batch
 
 FEWEST_STEPS = 8
-"""A fit has five unknowns; fewer steps than this say nothing."""
+"""A fit has six unknowns; fewer steps than this say nothing."""
 
 _FIT_ROUNDS = 5
 _SHORTEST_STEP = 1e-6  # seconds; the clock shows no less
@@ -27,24 +27,28 @@ class StepShape:
         num_decode_tokens: one for each stream.
         prefill_context: tokens of the same requests that were computed before these chunks.
         decode_context: tokens in the KV cache of all streams.
+        prefill_pairs: query-key pairs of the chunks: each token with itself and all before it. What their attention costs.
     """
 
     num_prefill_tokens: int
     num_decode_tokens: int
     prefill_context: int
     decode_context: int
+    prefill_pairs: int = 0
 
 
 def shape_of(batch: Batch) -> StepShape:
-    prefill = decode = prefill_context = decode_context = 0
+    prefill = decode = prefill_context = decode_context = prefill_pairs = 0
     for item in batch.scheduled:
         if item.num_scheduled_tokens == 1 and item.samples and item.num_computed_tokens:
             decode += 1
             decode_context += item.num_computed_tokens
         else:
-            prefill += item.num_scheduled_tokens
-            prefill_context += item.num_computed_tokens
-    return StepShape(prefill, decode, prefill_context, decode_context)
+            num_tokens, context = item.num_scheduled_tokens, item.num_computed_tokens
+            prefill += num_tokens
+            prefill_context += context
+            prefill_pairs += num_tokens * (2 * context + num_tokens + 1) // 2
+    return StepShape(prefill, decode, prefill_context, decode_context, prefill_pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class LinearStepTime:
     per_decode_token: float = 0.0
     per_prefill_context: float = 0.0
     per_decode_context: float = 0.0
+    per_prefill_pair: float = 0.0
 
     def seconds(self, shape: StepShape) -> float:
         return (
@@ -66,6 +71,7 @@ class LinearStepTime:
             + self.per_decode_token * shape.num_decode_tokens
             + self.per_prefill_context * shape.prefill_context
             + self.per_decode_context * shape.decode_context
+            + self.per_prefill_pair * shape.prefill_pairs
         )
 
 
@@ -101,9 +107,9 @@ def perturbed(device: Device, seed: int, spread: float = 0.01) -> Device:
     A scheduler's run is chaotic: shift one admission and all later ones differ. What is claimed of a run should hold for
     the runs around it.
     """
-    factors = 1.0 + np.random.default_rng(seed).uniform(-spread, spread, 6) * (seed != 0)
-    coefficients = (float(value * factor) for value, factor in zip(astuple(device.small_step), factors, strict=True))
-    return replace(device, small_step=LinearStepTime(*coefficients))
+    coefficients = np.array(astuple(device.small_step))
+    factors = 1.0 + np.random.default_rng(seed).uniform(-spread, spread, len(coefficients)) * (seed != 0)
+    return replace(device, small_step=LinearStepTime(*(coefficients * factors).tolist()))
 
 
 def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> LinearStepTime:
@@ -119,24 +125,24 @@ def fit_step_time(shapes: Sequence[StepShape], seconds: Sequence[float]) -> Line
         raise ValueError(
             f"a fit needs at least {FEWEST_STEPS} steps with their times; got {len(shapes)} shapes, {len(seconds)} times"
         )
-    rows = [(1, x.num_prefill_tokens, x.num_decode_tokens, x.prefill_context, x.decode_context) for x in shapes]
-    matrix, measured = np.array(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    matrix, measured = np.array([_features(shape) for shape in shapes]), np.asarray(seconds, dtype=np.float64)
     expected = np.maximum(measured, _SHORTEST_STEP)
     for _ in range(_FIT_ROUNDS):
         solution = non_negative_least_squares(matrix / expected[:, None], measured / expected)
         expected = np.maximum(matrix @ np.array(solution), _SHORTEST_STEP)
-    return step_time_of(solution)
+    intercept, prefill, decode, prefill_context, decode_context, pair = solution
+    return LinearStepTime(intercept, 0.0, prefill, decode, prefill_context, decode_context, pair)
 
 
-def step_time_of(coefficients: Sequence[float]) -> LinearStepTime:
-    """From (intercept, per prefill token, per decode token, per prefill context, per decode context)."""
-    intercept, prefill, decode, prefill_context, decode_context = (float(value) for value in coefficients)
-    return LinearStepTime(
-        intercept=intercept,
-        per_prefill_token=prefill,
-        per_decode_token=decode,
-        per_prefill_context=prefill_context,
-        per_decode_context=decode_context,
+def _features(shape: StepShape) -> tuple[float, ...]:
+    """What the coefficients of a fit stand before; the number of all tokens is the sum of two others."""
+    return (
+        1.0,
+        shape.num_prefill_tokens,
+        shape.num_decode_tokens,
+        shape.prefill_context,
+        shape.decode_context,
+        shape.prefill_pairs,
     )
 
 

@@ -1,0 +1,36 @@
+"""Drift: the speed of the machine that steps were recorded on, which other work on it changes while they are.
+
+A step time has no time in it, so a fit takes such changes for noise. Here they are taken out: steps of any shape that end
+within a few seconds of each other are slowed alike.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evenhand_engine.fairness import FloatArray
+from evenhand_engine.simulator.device import LinearStepTime, StepShape, fit_step_time
+
+_ROUNDS = 5
+_SPAN = 1.0  # seconds
+
+
+def fit_with_drift(
+    shapes: Sequence[StepShape], seconds: FloatArray, ends: FloatArray
+) -> tuple[LinearStepTime, FloatArray]:
+    """The step time at the machine's middle speed, and its drift: how many times as long it took around each step.
+
+    `ends`: when the steps ended, in seconds, in order. Drift is the median over the steps that end within a second of
+    each, its own median is 1; drift and step time are found in turn.
+
+    Raises:
+        ValueError: as `fit_step_time` does.
+    """
+    first, last = np.searchsorted(ends, ends - _SPAN), np.searchsorted(ends, ends + _SPAN, side="right")
+    drift = np.ones_like(seconds)
+    for _ in range(_ROUNDS):
+        step_time = fit_step_time(shapes, (seconds / drift).tolist())
+        ratios = seconds / np.array([step_time.seconds(shape) for shape in shapes])
+        drift = np.array([np.median(ratios[i:j]) for i, j in zip(first, last, strict=True)])
+        drift /= np.median(drift)
+    return step_time, drift
