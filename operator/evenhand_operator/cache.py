@@ -5,7 +5,7 @@ listed at the start, after every sign of a gap, and from time to time; what a li
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -24,13 +24,9 @@ class Observed(Protocol):
 T = TypeVar("T", bound=Observed)
 
 
-class _Row(Generic[T]):
-    __slots__ = ("is_watched", "value", "version")
-
-    def __init__(self, value: T, version: int) -> None:
-        self.value = value
-        self.version = version
-        self.is_watched = False
+class _Row(NamedTuple, Generic[T]):
+    value: T
+    version: int
 
 
 class Table(Generic[T]):
@@ -39,7 +35,7 @@ class Table(Generic[T]):
     Args:
         read: makes a value of an object; None: the object does not count.
         changed: called with the value before and after, None where there is none; never for equal values.
-        gap: called when the watch shows that it was interrupted.
+        gap: called when the watch has begun anew, so that deletions may have been missed.
     """
 
     def __init__(
@@ -68,20 +64,18 @@ class Table(Generic[T]):
     def observe(self, event: str | None, obj: Json) -> None:
         """Take in an event of the watch; `event` is None for what Kopf has listed.
 
-        Kopf lists at its start and whenever it lost track, so an object that is listed a second time shows a gap.
+        Kopf lists at its start and whenever it lost track, and does not tell what is missing from its list.
         """
-        meta = read_meta(obj)
-        row = self._rows.get(meta.uid)
-        if event is None and row is not None and row.is_watched:
+        if event is None:
             self._gap()
-        if event == "DELETED":
-            if row is None or meta.version >= row.version:
-                self._gone[meta.uid] = meta.version
-                self._remove(meta.uid)
+        meta = read_meta(obj)
+        if event != "DELETED":
+            self._take(meta, obj)
             return
-        self._take(meta, obj)
-        if row := self._rows.get(meta.uid):
-            row.is_watched = True
+        row = self._rows.get(meta.uid)
+        if row is None or meta.version >= row.version:
+            self._gone[meta.uid] = meta.version
+            self._remove(meta.uid)
 
     def take(self, obj: Json) -> None:
         """Take in an object of a list."""
@@ -107,13 +101,11 @@ class Table(Generic[T]):
         value = self._read(obj)
         if value is None:
             self._remove(meta.uid)
-        elif row is None:
-            self._rows[meta.uid] = _Row(value, meta.version)
-            self._changed(None, value)
-        else:
-            before, row.value, row.version = row.value, value, meta.version
-            if value != before:
-                self._changed(before, value)
+            return
+        self._rows[meta.uid] = _Row(value, meta.version)
+        before = row.value if row else None
+        if value != before:
+            self._changed(before, value)
 
     def _remove(self, uid: str) -> None:
         if row := self._rows.pop(uid, None):
@@ -157,7 +149,7 @@ class Cache:
         self.pools = Table(read_pool, self._resource_changed, notices.gap_seen)
         self.pods = Table(read_pod, self._pod_changed, notices.gap_seen)
         self.namespaces = Table(_read_namespace, self._namespace_changed, notices.gap_seen)
-        self.secrets = SecretCache(notices.documents_changed)
+        self.secrets = SecretCache(notices.documents_changed, notices.gap_seen)
 
     def namespace_labels(self) -> dict[str, dict[str, str]]:
         """Labels of every namespace by name."""

@@ -37,7 +37,8 @@ _IGNORED_SECRET_TYPES = (
     "evenhand.dev/bootstrap",
 )
 SECRET_FIELD_SELECTOR = ",".join(f"type!={each}" for each in _IGNORED_SECRET_TYPES)
-_GAP_QUIET_SECONDS, _GAP_LONGEST_SECONDS = 0.5, 3.0
+_GAP_QUIET_SECONDS, _GAP_LONGEST_SECONDS = 0.5, 20.0  # thousands of objects take Kopf some seconds
+_SECOND_LOOK_SECONDS = 30.0
 _MAX_READS = 16
 
 
@@ -51,14 +52,17 @@ class Lister:
         self._gap = Debounce(_GAP_QUIET_SECONDS, _GAP_LONGEST_SECONDS)
 
     def gap_seen(self) -> None:
-        """The watch was interrupted: list as soon as it is quiet."""
+        """The watch has begun anew: list as soon as that is over."""
         self._gap.signal()
 
     async def run(self) -> None:
-        """List after every gap, and periodically."""
+        """List after every gap, and periodically; a while after the start and every gap once more, since Kopf says
+        nothing of a kind of which it finds no object any more."""
+        pause = _SECOND_LOOK_SECONDS
         while True:
-            await self._gap.wait(timeout=self._settings.relist_seconds)
+            is_gap = await self._gap.wait(timeout=pause) is not None
             await self.list_all()
+            pause = _SECOND_LOOK_SECONDS if is_gap else self._settings.relist_seconds
 
     async def list_all(self) -> None:
         """Returns once everything has been listed, however long the API server is away."""

@@ -9,10 +9,12 @@ from evenhand_policy.secret import Secret
 
 
 class SecretCache:
-    """Secrets by namespace and name. `changed` is called when one that is wanted appears, changes or goes."""
+    """Secrets by namespace and name. `changed` is called when one that is wanted appears, changes or goes, `gap` when
+    the watch has begun anew, so that deletions may have been missed."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], gap: Callable[[], None]) -> None:
         self._changed = changed
+        self._gap = gap
         self._wanted: frozenset[ObjectKey] = frozenset()
         self._secrets: dict[ObjectKey, Secret | None] = {}  # None: known not to be there
         self._versions: dict[ObjectKey, int] = {}
@@ -31,7 +33,9 @@ class SecretCache:
         return set(self._wanted - self._secrets.keys())
 
     def observe(self, event: str | None, obj: Json) -> None:
-        """Take in an event of the watch."""
+        """Take in an event of the watch; `event` is None for what Kopf has listed."""
+        if event is None:
+            self._gap()
         meta = read_meta(obj)
         if event == "DELETED" or meta.deletion_timestamp is not None:
             self.set_absent(meta.key, meta.version)

@@ -111,13 +111,17 @@ def test_list_drops_what_was_deleted_unseen_but_nothing_newer(cache: Cache) -> N
     assert set(weights(cache)) == {"kept", "newer"}
 
 
-def test_second_listing_of_the_watch_shows_a_gap(cache: Cache, notices: Notices) -> None:
+def test_every_listing_of_the_watch_may_hide_deletions(cache: Cache, notices: Notices) -> None:
     cache.policies.take(policy("a", 1))  # by our own list
-    cache.policies.observe(None, policy("a", 1))  # Kopf starts
-    cache.policies.observe(None, policy("b", 2))
-    cache.policies.observe("MODIFIED", policy("b", 3))
+    notices.take()
+    cache.policies.observe(None, policy("a", 1))  # Kopf starts; what was deleted since is not in its list
+    assert notices.take() == ["gap"]
+    cache.policies.observe("MODIFIED", policy("a", 3))
+    cache.policies.observe("DELETED", policy("a", 4))
     assert "gap" not in notices.take()
-    cache.policies.observe(None, policy("b", 3))  # Kopf has lost track
+    cache.secrets.observe("ADDED", secret("keys", 5))
+    assert notices.take() == []
+    cache.secrets.observe(None, secret("keys", 5))
     assert notices.take() == ["gap"]
 
 

@@ -1,8 +1,10 @@
 """The operator's own requests, against a server that answers as an API server may."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kopf
@@ -150,6 +152,49 @@ async def test_every_page_is_read_and_what_no_page_has_is_dropped(
     api.objects["tenantpolicies"] = [policy(f"p{index}", 10 + index) for index in range(5)]
     await Lister(kube, cache, Settings()).list_all()
     assert names(cache) == {f"p{index}" for index in range(5)} | {"newer-than-the-list"}
+
+
+async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
+    api: ApiServer, kube: KubeClient, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evenhand_operator.lister._GAP_QUIET_SECONDS", 0.01)
+    api.objects["tenantpolicies"] = [policy("kept", 1), policy("deleted-since", 2)]
+    lister, listed = Lister(kube, cache, Settings()), asyncio.Event()
+    await (list_all := lister.list_all)()
+    del api.objects["tenantpolicies"][1]
+
+    async def list_and_tell() -> None:
+        await list_all()
+        listed.set()
+
+    monkeypatch.setattr(lister, "list_all", list_and_tell)
+    running = asyncio.create_task(lister.run())
+    lister.gap_seen()  # Kopf tells what it has found
+    async with asyncio.timeout(5):
+        await listed.wait()
+    running.cancel()
+    assert names(cache) == {"kept"}
+
+
+async def test_a_while_after_every_gap_it_is_listed_once_more(
+    kube: KubeClient, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kopf says nothing of a kind of which it finds no object any more."""
+    lister, pauses = Lister(kube, cache, Settings(relist_seconds=300)), list[float]()
+
+    async def wait(timeout: float) -> float | None:
+        pauses.append(timeout)
+        return 1.0 if len(pauses) == 2 else None
+
+    async def list_all() -> None:
+        if len(pauses) == 4:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(lister, "_gap", SimpleNamespace(wait=wait))
+    monkeypatch.setattr(lister, "list_all", list_all)
+    with pytest.raises(asyncio.CancelledError):
+        await lister.run()
+    assert pauses == [30, 300, 30, 300], "the start is a gap too, and the second wait ends with one"
 
 
 async def test_named_secrets_are_listed_with_the_rest(api: ApiServer, kube: KubeClient, cache: Cache) -> None:
