@@ -93,7 +93,11 @@ class KubeClient:
             self._info.server,
             connector=aiohttp.TCPConnector(ssl=self._info.as_ssl_context(), limit=64),
             timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
-            headers={"User-Agent": FIELD_MANAGER, "Accept": "application/json, application/jwk-set+json"},
+            headers={
+                "User-Agent": FIELD_MANAGER,
+                "Accept": "application/json, application/jwk-set+json",
+                "Accept-Encoding": "identity",  # compressing takes the API server longer than sending within a cluster
+            },
             cookie_jar=aiohttp.DummyCookieJar(),
             proxy=self._info.proxy_url,
             trust_env=False,

@@ -4,6 +4,7 @@ A status may have been written by another version of the operator, so what is no
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -135,5 +136,10 @@ def _is_own(condition: Mapping[str, Any]) -> bool:
 
 
 def _known(value: Mapping[str, Any], struct_type: type[msgspec.Struct]) -> Json:
-    names = {field.encode_name for field in msgspec.structs.fields(struct_type)}
+    names = _names(struct_type)
     return {name: item for name, item in value.items() if name in names and item is not None}
+
+
+@cache
+def _names(struct_type: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(struct_type))
