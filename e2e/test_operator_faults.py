@@ -1,5 +1,6 @@
 """What the operator promises when things break: docs/reliability.md names the tests of this file."""
 
+import base64
 import json
 import os
 import signal
@@ -8,8 +9,9 @@ import time
 import pytest
 
 from cluster.control_plane import ControlPlane
+from evenhand_policy.bootstrap import unpack
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators
-from harness.objects import Object, policy, pool
+from harness.objects import PUSH_KEY, Object, policy, pool
 from harness.operator_process import OperatorProcess
 from harness.stage import Stage, conditions, until
 
@@ -87,6 +89,43 @@ def test_leader_that_is_told_to_stop_hands_over_at_once(stage: Stage, replicas: 
     apply(stage, "chat", weight=3)
     stage.wait_ready("chat")
     leader.start()
+
+
+def test_operator_that_is_told_to_stop_has_stored_what_is_in_force(
+    stage: Stage, replicas: list[OperatorProcess]
+) -> None:
+    leader, other = by_role(replicas)
+    other.stop()
+    for weight in (11, 12, 13):  # each is later than the last Secret that was written without being told to stop
+        apply(stage, "chat", weight=weight)
+        stage.wait_ready("chat")
+    leader.stop()
+    secret = stage.cluster.get("secret", "evenhand-bootstrap-default-0", stage.namespace)
+    files = {name: base64.b64decode(content) for name, content in secret["data"].items()}
+    _, document = unpack(files, (PUSH_KEY.encode(),))
+    stored = json.loads(document)
+    enforced = [document["config"] for document in stage.documents()]
+    assert [(each["epoch"], each["revision"]) for each in enforced] == [(stored["epoch"], stored["revision"])] * 2
+    for replica in replicas:
+        replica.start()
+
+
+def test_policies_that_are_deleted_while_the_operator_starts_are_dropped(
+    stage: Stage, replicas: list[OperatorProcess]
+) -> None:
+    """Between the operator's own list and the first one of its watch."""
+    leader, other = by_role(replicas)
+    other.stop()
+    for start in range(3):
+        names = [f"start-{start}-{index}" for index in range(8)]
+        stage.cluster.apply(*(policy(stage.namespace, name) for name in names))
+        stage.wait_ready(*names)
+        leader.stop()
+        leader.start()
+        for name in names:
+            stage.kubectl("delete", "tpol", name)
+        until(lambda names=names: [stage.enforced(name, "weight") for name in names] == [[None, None]] * 8)
+    other.start()
 
 
 def test_leader_that_slept_does_no_harm_when_it_wakes(stage: Stage, replicas: list[OperatorProcess]) -> None:

@@ -1,10 +1,12 @@
 """`evenhand-operator`: options, logging, exit code."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 
@@ -54,7 +56,8 @@ def main(
         identity=f"{os.environ.get('POD_NAME') or socket.gethostname()}-{secrets.token_hex(4)}",
     )
     try:
-        asyncio.run(_run(settings))
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(_run(settings))
     except (LoginError, OSError) as error:
         click.echo(f"evenhand-operator: {error}", err=True)
         sys.exit(EXIT_FAILURE)
@@ -66,6 +69,10 @@ async def _run(settings: Settings) -> None:
     def announce(port: int) -> None:
         logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", settings.host, port)
 
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
     await Replica(settings).run(announce)
 
 
@@ -75,3 +82,4 @@ def _set_up_logging(level: str) -> None:
     )
     for chatty in ("kopf.objects", "kopf.activities", "kopf._core.engines.activities"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # that it does not get signals is intended

@@ -1,6 +1,12 @@
-"""Kopf's part: it watches, and hands every event to the cache. It writes nothing: no annotations, no finalizers."""
+"""Kopf's part: it watches, and hands every event to the cache. It writes nothing: no annotations, no finalizers.
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+It has a thread and a loop of its own. For each object that is new to it, Kopf needs a turn of the loop, so in a loop that
+also writes thousands of statuses its first list takes minutes, and changes are not seen before it has ended.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import kopf
@@ -15,8 +21,34 @@ from evenhand_operator.settings import Settings
 _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
 
 
-def make_registry(cache: Cache, settings: Settings, stopping: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
-    """All handlers; `stopping` is awaited when Kopf was told to stop."""
+async def watch(cache: Cache, settings: Settings) -> None:
+    """Feeds the cache, in the loop of the caller, until cancelled. Raises whatever Kopf cannot cope with."""
+    registry = _make_registry(cache, settings, asyncio.get_running_loop())
+    stopping = threading.Event()
+
+    async def run() -> None:
+        try:
+            await kopf.operator(
+                registry=registry,
+                settings=_make_kopf_settings(settings),
+                standalone=True,
+                clusterwide=not settings.namespaces,
+                namespaces=settings.namespaces,
+                stop_flag=stopping,
+            )
+        finally:
+            stopping.set()  # else Kopf's thread that waits for it would wait for ever
+
+    thread = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(run())))
+    try:
+        await asyncio.shield(thread)
+    finally:
+        stopping.set()
+        await asyncio.wait([thread])
+    raise RuntimeError("Kopf has ended although nobody told it to")
+
+
+def _make_registry(cache: Cache, settings: Settings, loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
     tables: list[tuple[Resource, Any]] = [
         (TENANT_POLICIES, cache.policies),
@@ -27,28 +59,29 @@ def make_registry(cache: Cache, settings: Settings, stopping: Callable[[], Await
     if not settings.namespaces:
         tables.append((NAMESPACES, cache.namespaces))
     for resource, table in tables:
-        _watch(registry, resource, table.observe)
+        _hand_over(registry, resource, table.observe, loop)
 
     @kopf.on.login(registry=registry)
     def _log_in(**_: Any) -> kopf.ConnectionInfo:
         return log_in()
 
-    @kopf.on.cleanup(registry=registry)
-    async def _stop(**_: Any) -> None:
-        await stopping()
-
     return registry
 
 
-def _watch(registry: kopf.OperatorRegistry, resource: Resource, observe: Callable[[str | None, Json], None]) -> None:
+def _hand_over(
+    registry: kopf.OperatorRegistry,
+    resource: Resource,
+    observe: Callable[[str | None, Json], None],
+    loop: asyncio.AbstractEventLoop,
+) -> None:
     group, _, version = resource.api_version.rpartition("/")
 
     @kopf.on.event(group, version, resource.plural, registry=registry, id=f"observe-{resource.plural}")
     async def _observe(event: Any, **_: Any) -> None:
-        observe(event["type"], event["object"])
+        loop.call_soon_threadsafe(observe, event["type"], event["object"])
 
 
-def make_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
+def _make_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     """Kopf as a plain watcher that never gives up."""
     kopf_settings = kopf.OperatorSettings()
     kopf_settings.posting.enabled = False

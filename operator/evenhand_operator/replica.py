@@ -4,14 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-
-import kopf
+from collections.abc import Awaitable, Callable
 
 from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
 from evenhand_operator.engine_client import EngineClient
-from evenhand_operator.handlers import make_kopf_settings, make_registry
+from evenhand_operator.handlers import watch
 from evenhand_operator.issuer import IssuerWatch
 from evenhand_operator.kube import NAMESPACES, ApiError, KubeClient
 from evenhand_operator.lease import Lease, LeaseLostError
@@ -25,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _STUCK_SECONDS = 120.0
 _RETRY_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 2.0
 
 
 class Replica:
@@ -41,11 +40,10 @@ class Replica:
         namespace = settings.lease_namespace or own_namespace(self._info)
         self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
         self._term: Term | None = None
-        self._leading: asyncio.Task[None] | None = None
         self._is_synced = False
 
     async def run(self, announce: Callable[[int], None]) -> None:
-        """Returns after SIGTERM or SIGINT, with the Lease released. `announce` is told the metrics port.
+        """Runs until cancelled; then the Lease is released. `announce` is told the metrics port.
 
         Raises whatever the operator cannot cope with; then it is for the kubelet to start it again.
         """
@@ -58,26 +56,9 @@ class Replica:
             cluster, _, _ = await asyncio.gather(self._read_cluster(), self._issuer.read(), self._lister.list_all())
             self._is_synced = True
             async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(each) for each in (self._lister.run(), self._issuer.run())]
-                self._leading = tasks.create_task(self._lead(cluster))
-                await self._watch()
-                for task in background:
-                    task.cancel()
-
-    async def _watch(self) -> None:
-        """Kopf, until the process is told to stop."""
-        await kopf.operator(
-            registry=make_registry(self._cache, self._settings, self._stop_leading),
-            settings=make_kopf_settings(self._settings),
-            standalone=True,
-            clusterwide=not self._settings.namespaces,
-            namespaces=self._settings.namespaces,
-        )
-
-    async def _stop_leading(self) -> None:
-        assert self._leading is not None
-        self._leading.cancel()
-        await asyncio.wait([self._leading])
+                watching = watch(self._cache, self._settings)
+                for each in (self._lead(cluster), watching, self._lister.run(), self._issuer.run()):
+                    tasks.create_task(each)
 
     async def _lead(self, cluster: str) -> None:
         """One term after another, for ever."""
@@ -99,15 +80,17 @@ class Replica:
             finally:
                 self._term = None
                 metrics.IS_LEADER.set(0)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_RETRY_SECONDS):
-                        await self._lease.release()
+                await _briefly(self._lease.release())
 
     async def _serve_term(self, around: Surroundings) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._term = Term(around, tasks)
                 await self._lease.hold()
+        except asyncio.CancelledError:  # told to stop, and still the leader
+            if self._term is not None:
+                await _briefly(self._term.store())
+            raise
         except ExceptionGroup as group:
             lost, others = group.split(LeaseLostError)
             if others is not None:
@@ -152,3 +135,10 @@ class Replica:
             except ApiError as error:
                 log.warning("cannot read the namespace kube-system: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _briefly(last_words: Awaitable[object]) -> None:
+    """Await what is to be done before the end, if it does not take long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_SECONDS):
+            await last_words

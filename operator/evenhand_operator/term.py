@@ -175,14 +175,21 @@ class Term:
         self._documents.rollout(pool).raise_above(epoch, seen)
         self._changed.signal()
 
+    async def store(self) -> bool:
+        """Store the documents that are not stored yet; returns whether all of them are now."""
+        is_complete = True
+        for key, pool in self._documents.plan.pools.items():
+            pods = ready_pods(pool.pool, self._around.cache.pods)
+            try:
+                await self._bootstrap.write(pool.observed, self._documents.offer(key, max(1, len(pods)), 0.0))
+            except ApiError as error:
+                log.warning("cannot store the document of pool %s/%s: %s", *key, error)
+                is_complete = False
+        return is_complete
+
     async def _store(self) -> None:
         while True:
             await self._to_store.wait()
-            for key, pool in self._documents.plan.pools.items():
-                pods = ready_pods(pool.pool, self._around.cache.pods)
-                try:
-                    await self._bootstrap.write(pool.observed, self._documents.offer(key, max(1, len(pods)), 0.0))
-                except ApiError as error:
-                    log.warning("cannot store the document of pool %s/%s: %s", *key, error)
-                    self._to_store.signal()
-                    await asyncio.sleep(_RETRY_SECONDS)
+            if not await self.store():
+                await asyncio.sleep(_RETRY_SECONDS)
+                self._to_store.signal()

@@ -26,6 +26,7 @@ class Api:
         self.cache = Cache(self)
         self.secrets: dict[ObjectKey, Json] = {}
         self.written: list[Json] = []
+        self.stored: list[Json] = []  # bootstrap Secrets
         self._objects: dict[str, Json] = {}
         self.before_read: Callable[[], None] = lambda: None
         self.fail_writes = 0
@@ -39,6 +40,7 @@ class Api:
 
     async def apply(self, resource: Any, obj: Json, subresource: str | None = None) -> Json:
         if subresource != "status":
+            self.stored.append(obj)
             return obj
         if self.fail_writes:
             self.fail_writes -= 1
@@ -223,6 +225,18 @@ async def test_status_that_could_not_be_written_is_written_later(
     async with term(api):
         await changes.until(lambda: len(api.written) == 2)
     assert api.condition("a", "Ready") == ("True", "Ready")
+
+
+async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any) -> None:
+    api.store("TenantPolicy", "a")
+    async with term(api):
+        await changes.until(lambda: len(api.written) == 2)
+    assert api.stored == [], "that waits for more changes"
+    assert api.term is not None
+    assert await api.term.store()
+    assert [obj["metadata"]["name"] for obj in api.stored] == ["evenhand-bootstrap-default-0"]
+    assert await api.term.store()
+    assert len(api.stored) == 1, "what is stored is not stored again"
 
 
 async def test_policy_is_programmed_once_the_pod_enforces_it(
