@@ -12,7 +12,6 @@ import sys
 
 import click
 
-from evenhand_operator.login import LoginError
 from evenhand_operator.settings import Settings
 
 EXIT_FAILURE = 1
@@ -55,6 +54,8 @@ def main(
         lease_namespace=lease_namespace,
         identity=f"{os.environ.get('POD_NAME') or socket.gethostname()}-{secrets.token_hex(4)}",
     )
+    from evenhand_operator.login import LoginError  # here, so that --help is quick
+
     try:
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(_run(settings))
@@ -64,7 +65,7 @@ def main(
 
 
 async def _run(settings: Settings) -> None:
-    from evenhand_operator.replica import Replica  # here, so that --help is quick
+    from evenhand_operator.replica import Replica
 
     def announce(port: int) -> None:
         logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", settings.host, port)

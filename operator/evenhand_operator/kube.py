@@ -108,14 +108,26 @@ class KubeClient:
         await self._session.close()
 
     async def list_pages(self, resource: Resource, namespace: str | None, **parameters: str) -> AsyncIterator[Listing]:
-        """All objects, a page at a time, so that never all are in memory as JSON; every page is of the same moment."""
-        query = {"limit": str(PAGE_SIZE), **parameters}
-        while True:
-            page = msgspec.json.decode(await self._call("GET", resource.path(namespace), query=query), type=_Page)
-            yield Listing(page.items, int(page.metadata.resource_version))
-            if not page.metadata.next_page:
-                return
-            query["continue"] = page.metadata.next_page
+        """All objects, a page at a time, so that never all are in memory as JSON; every page is of the same moment.
+
+        The API server makes the next page while the caller looks at one.
+        """
+
+        async def fetch(**position: str) -> _Page:
+            query = {"limit": str(PAGE_SIZE), **parameters, **position}
+            return msgspec.json.decode(await self._call("GET", resource.path(namespace), query=query), type=_Page)
+
+        coming = asyncio.create_task(fetch())
+        try:
+            while True:
+                page = await coming
+                if page.metadata.next_page:
+                    coming = asyncio.create_task(fetch(**{"continue": page.metadata.next_page}))
+                yield Listing(page.items, int(page.metadata.resource_version))
+                if not page.metadata.next_page:
+                    return
+        finally:
+            coming.cancel()
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Json:
         """One object."""

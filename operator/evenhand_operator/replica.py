@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _STUCK_SECONDS = 120.0
 _RETRY_SECONDS = 2.0
+_HEAD_START_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -40,6 +41,7 @@ class Replica:
         namespace = settings.lease_namespace or own_namespace(self._info)
         self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
         self._term: Term | None = None
+        self._told = asyncio.Event()
         self._is_synced = False
 
     async def run(self, announce: Callable[[int], None]) -> None:
@@ -56,9 +58,15 @@ class Replica:
             cluster, _, _ = await asyncio.gather(self._read_cluster(), self._issuer.read(), self._lister.list_all())
             self._is_synced = True
             async with asyncio.TaskGroup() as tasks:
-                watching = watch(self._cache, self._settings)
-                for each in (self._lead(cluster), watching, self._lister.run(), self._issuer.run()):
+                for each in (self._lead(cluster), self._watch(), self._lister.run(), self._issuer.run()):
                     tasks.create_task(each)
+
+    async def _watch(self) -> None:
+        """Let a leader tell the pods first: with thousands of objects Kopf's own list takes seconds of computing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEAD_START_SECONDS):
+                await self._told.wait()
+        await watch(self._cache, self._settings)
 
     async def _lead(self, cluster: str) -> None:
         """One term after another, for ever."""
@@ -71,6 +79,7 @@ class Replica:
             self._lister,
             self._lease,
             self._issuer,
+            self._told,
         )
         while True:
             await self._lease.acquire()

@@ -37,7 +37,10 @@ _HEARTBEAT_SECONDS = 5.0
 
 
 class Surroundings(NamedTuple):
-    """What a term works with and does not own. `cluster` is the uid of the namespace kube-system."""
+    """What a term works with and does not own.
+
+    `cluster` is the uid of the namespace kube-system; `told` is set once pods were told what to enforce.
+    """
 
     settings: Settings
     cluster: str
@@ -47,6 +50,7 @@ class Surroundings(NamedTuple):
     lister: Lister
     lease: Lease
     issuer: IssuerWatch
+    told: asyncio.Event
 
 
 class Term:
@@ -139,15 +143,21 @@ class Term:
             self._pusher.drop(key)
             self._bootstrap.forget(key)
         metrics.QUEUE_DEPTH.labels("pods").set(self._pusher.num_pending)
+        self._look_whether_told()
         self._reporter.signal()
         self._to_store.signal()
 
     def _pod_answered(self, pool: ObjectKey, report: PodReport) -> None:
         metrics.QUEUE_DEPTH.labels("pods").set(self._pusher.num_pending)
+        self._look_whether_told()
         self._reporter.pod_answered()
         if report.reason == "outdated" and report.enforced is not None:
             self._overtaken[pool] = max(report.enforced, self._overtaken.get(pool, report.enforced))
             self._is_overtaken.set()
+
+    def _look_whether_told(self) -> None:
+        if all(map(self._pusher.is_settled, self._documents.plan.pools)):
+            self._around.told.set()
 
     async def _raise(self) -> None:
         """A pod has a document that is newer than ours, or another of the same version: start above it.

@@ -143,7 +143,7 @@ class Api:
 @contextlib.asynccontextmanager
 async def term(api: Api, client: EngineClient | None = None) -> AsyncIterator[None]:
     settings = Settings(quiet_seconds=0.005, longest_wait_seconds=0.02, settle_seconds=0.01)
-    parts: Any = (settings, "c1", api.cache, api, client, api, api, SimpleNamespace(issuer=None))
+    parts: Any = (settings, "c1", api.cache, api, client, api, api, SimpleNamespace(issuer=None), asyncio.Event())
     around = Surroundings(*parts)
     try:
         async with asyncio.TaskGroup() as tasks:
