@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import common
 import psutil
-from pool_stage import PoolStage, is_right, pool_stage
+from pool_stage import PoolStage, pool_stage
 
 NUM_PODS = 3
 LOST_SECONDS = 180.0  # a change that is not enforced by then counts as missed
@@ -53,12 +53,11 @@ async def measure_batch(stage: PoolStage, num_policies: int, num_changes: int, c
     common.console.print(f"changing {num_changes} of them")
     names = [f"team-{index}" for index in choose.sample(range(num_policies), num_changes)]
     before = _counters(stage)
-    generations = await stage.set_weights(dict.fromkeys(names, 2))
-    written_at = time.monotonic()
-    times = [max(await stage.crowd.enforced_at(name, generations[name])) for name in names]
-    while not all(is_right(each) for name, each in (await stage.policies()).items() if name in generations):
-        await asyncio.sleep(0.02)
-    right_at = time.monotonic()
+    async with stage.watching_until_right(names, 2) as right:
+        generations = await stage.set_weights(dict.fromkeys(names, 2))
+        written_at = time.monotonic()
+        times = [max(await stage.crowd.enforced_at(name, generations[name])) for name in names]
+        right_at = await right
     counted = [after - earlier for after, earlier in zip(_counters(stage), before, strict=True)]
     return Batch(max(times) - written_at, right_at - written_at, *counted)
 
