@@ -16,7 +16,10 @@ from harness.objects import ADMIN_PORT, Object, policy
 from harness.operator_process import OperatorProcess, read_json
 from harness.stage import Stage, until
 
-OUTAGE_SECONDS = 65.0  # longer than every timeout of the operator's but for the watch's, and than every delay
+OUTAGES = [
+    65.0,  # seconds: longer than every timeout of the operator's but for the watch's, and than every delay
+    pytest.param(200.0, marks=[pytest.mark.soak, pytest.mark.timeout(400)]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +80,9 @@ def enforced(stage: Stage, names: list[str]) -> list[dict[str, int | None]]:
     return [{name: tenants.get(name, {}).get("weight") for name in names} for tenants in stage.tenants()]
 
 
+@pytest.mark.parametrize("seconds", OUTAGES)
 def test_api_server_that_is_away_for_more_than_a_minute(
-    stage: Stage, operator: OperatorProcess, proxy: CuttingProxy
+    stage: Stage, operator: OperatorProcess, proxy: CuttingProxy, seconds: float
 ) -> None:
     names = [f"away-{index}" for index in range(6)]
     apply_weights(stage, dict.fromkeys(names, 1))
@@ -88,7 +92,7 @@ def test_api_server_that_is_away_for_more_than_a_minute(
     try:
         stage.kubectl("delete", "tpol", *names[:2])
         apply_weights(stage, {names[2]: 5, "born-meanwhile": 3})
-        time.sleep(OUTAGE_SECONDS)
+        time.sleep(seconds)
         assert operator.probe("healthz") == 200, "it waits, and is not restarted for it"
         assert operator.metric("evenhand_operator_is_leader") == 0, "another one may lead by now"
         assert enforced(stage, names) == [dict.fromkeys(names, 1)] * 2, "engines keep what they have"
