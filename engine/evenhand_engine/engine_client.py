@@ -149,14 +149,18 @@ class EngineClient:
         return now - self._progress_at if self._streams else 0.0
 
     async def close(self, timeout: float = 5.0) -> None:
-        """End the core: ask, then kill; returns when the process is gone. Every stream ends with EngineDeadError."""
+        """End the core: ask, then kill; returns when the process is gone. Every stream ends with EngineDeadError.
+
+        One that is still loading the model does not listen, and has nothing to lose.
+        """
         if self._closing:
             return
         self._closing = True
         self._outbox.put(Shutdown())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self.died.wait()
+        if self.ready is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self.died.wait()
         self._outbox.put(None)
         await self._loop.run_in_executor(None, self._end)
 

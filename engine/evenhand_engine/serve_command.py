@@ -1,5 +1,6 @@
 """`evenhand serve`: parses arguments and nothing else. What it needs is imported when it runs."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from evenhand_engine.push_receiver import PushSettings
     from evenhand_engine.server.startup import Running
 
+_API_KEY_VARIABLE = "EVENHAND_API_KEY"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -51,7 +53,7 @@ def quantity(value: str) -> int:
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
 @click.option("--ssl-certfile", type=click.Path(path_type=Path), help="PEM certificate chain of the public port.")
 @click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
-@click.option("--api-key", envvar="EVENHAND_API_KEY", help="Demand this key of requests that no policy's key proves.")
+@click.option("--api-key", envvar=_API_KEY_VARIABLE, help="Demand this key of requests that no policy's key proves.")
 @click.option("--max-request-bytes", type=quantity, default="4M", help="Largest body.")
 @click.option("--max-tenant-body-bytes", type=quantity, default="64M", help="Most of all bodies of one tenant.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
@@ -61,6 +63,8 @@ def serve(model: str | None, **options: Any) -> None:
 
     MODEL is a Hugging Face directory, a hub id or a GGUF file; without it SmolLM2-135M-Instruct is served.
     """
+    if options["api_key"] == "" or (options["api_key"] is None and os.environ.get(_API_KEY_VARIABLE) == ""):
+        raise click.UsageError(f"--api-key or {_API_KEY_VARIABLE} is empty: set a key, or neither.")
     import asyncio
 
     import uvloop

@@ -161,14 +161,12 @@ def _token_content(token: Any) -> str | None:
 
 def _load_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> jinja2.Template | None:
     path = directory / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):  # several named ones: [{"name": ..., "template": ...}]
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
     try:
-        return _environment().from_string(source)
-    except jinja2.TemplateError as error:
+        source = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
+        if isinstance(source, list):  # several named ones: [{"name": ..., "template": ...}]
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        return None if source is None else _environment().from_string(source)
+    except (jinja2.TemplateError, OSError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise StartupError(f"the chat template of {directory} is broken: {error}") from error
 
 

@@ -111,7 +111,7 @@ class _Json(msgspec.Struct, kw_only=True):
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float = 1.0
     original_max_position_embeddings: int | None = None
-    sliding_window: int | msgspec.UnsetType | None = msgspec.UNSET
+    sliding_window: Positive | msgspec.UnsetType | None = msgspec.UNSET
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: list[str] | None = None
@@ -202,9 +202,15 @@ def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
         )
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise StartupError(f"{origin}: dtype {config.dtype} is not supported; supported are float32, bfloat16, float16")
-    if config.rope.factor <= 0 or config.rope.theta <= 1:
+    rope = config.rope
+    if rope.theta <= 1 or min(rope.factor, rope.original_max_position_embeddings, rope.beta_slow) <= 0:
         raise StartupError(
-            f"{origin}: rope factor {config.rope.factor} and rope_theta {config.rope.theta} are not valid"
+            f"{origin}: rope_theta must be above 1, rope's factor, original_max_position_embeddings and beta_slow above 0"
+        )
+    if rope.beta_fast < rope.beta_slow or rope.high_freq_factor <= rope.low_freq_factor or rope.low_freq_factor <= 0:
+        raise StartupError(
+            f"{origin}: rope's beta_fast must not be below beta_slow, and high_freq_factor must be above "
+            "low_freq_factor, which must be above 0"
         )
     if config.rope.rope_type == "longrope":
         counts = {len(config.rope.short_factor), len(config.rope.long_factor)}

@@ -1,5 +1,6 @@
 """Listening sockets, bound before anything is loaded so that a port in use is found at once, and their TLS."""
 
+import errno
 import logging
 import resource
 import socket
@@ -12,15 +13,18 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 
+_NO_ADDRESS = {errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN}
 _OPEN_MAX = 10_240  # what macOS takes, whose hard limit is infinite: man 2 setrlimit
 
 
 def listen(host: str, port: int, flag: str) -> socket.socket:
-    """A listening socket; raises StartupError that names `flag`, which chose the port."""
+    """A listening socket; raises StartupError that names `flag`, which chose the port, or its address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
+        if error.errno in _NO_ADDRESS:
+            flag = flag.replace("port", "host")
         raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
 
 
@@ -34,6 +38,8 @@ def allow_many_connections() -> None:
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
     """What the public port speaks TLS with; None for plain HTTP. Raises StartupError if the files are no good."""
     if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise StartupError(f"--ssl-keyfile {settings.ssl_keyfile} needs its certificate: give --ssl-certfile too")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
+from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.server.listener import (
     BACKLOG,
@@ -64,6 +65,7 @@ async def start_server(
         public = stack.enter_context(listen(settings.host, settings.port, "--port"))
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
         directory = await _in_daemon_thread(lambda: resolve_model_dir(config.model))
+        load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
         engine = EngineClient(*spawn(config))
         stack.push_async_callback(engine.close)
 

@@ -18,9 +18,11 @@ import openai
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.serve_command import quantity, serve
 from evenhand_engine.tokenizer import Tokenizer
 
 START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
@@ -299,7 +301,8 @@ def failure(*args: str) -> str:
 def test_start_up_errors(model_dir: Path, tmp_path: Path) -> None:
     ports = ("--port", "0", "--admin-port", "0")
     assert "no such directory" in failure("/nowhere/model", *ports)
-    assert "bad.yaml" not in failure(str(model_dir), *ports), "without weights"
+    assert "model.safetensors" in failure(str(model_dir), *ports), "without weights"
+    assert "too little memory" in failure(str(model_dir), *ports, "--kv-cache-memory-bytes", "9000G")
     (tmp_path / "bad.yaml").write_text("kind: Nonsense")
     assert "bad.yaml" in failure(str(model_dir), *ports, "--policies", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -307,12 +310,19 @@ def test_start_up_errors(model_dir: Path, tmp_path: Path) -> None:
         assert f"port {port}" in failure("--host", "127.0.0.1", "--port", port, "--admin-port", "0")
 
 
+@pytest.mark.parametrize("arguments", [[], ["--api-key", ""]])
+def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """As a Secret's empty value would, in a Pod's environment."""
+    monkeypatch.setenv("EVENHAND_API_KEY", "" if not arguments else "a-key")
+    outcome = CliRunner().invoke(serve, ["/nowhere/model", "--port", "0", "--admin-port", "0", *arguments])
+    assert outcome.exit_code == 2
+    assert "EVENHAND_API_KEY is empty" in outcome.output
+
+
 @pytest.mark.parametrize(
     ("value", "number"), [("7", 7), ("2k", 2000), ("2K", 2048), ("1m", 10**6), ("1M", 2**20), ("1.5k", 1500)]
 )
 def test_quantities(value: str, number: int) -> None:
-    from evenhand_engine.serve_command import quantity
-
     assert quantity(value) == number
 
 

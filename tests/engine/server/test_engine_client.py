@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -23,7 +24,7 @@ from evenhand_engine.messages import (
 from evenhand_engine.request import FinishReason, SamplingParams
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
-from .conftest import ScriptedCore
+from .conftest import WAIT_SECONDS, ScriptedCore
 
 
 def add(request_id: str) -> AddRequest:
@@ -167,6 +168,22 @@ async def test_death_during_start_up() -> None:
     async with connected(Dying()) as client:
         with pytest.raises(StartupError, match="ended unexpectedly"):
             await client.start()
+
+
+async def test_a_core_that_loads_a_model_is_not_waited_for() -> None:
+    """It would answer once it is done; here that is never."""
+
+    class Loading(ScriptedCore):
+        def start(self) -> None: ...
+
+        def die(self) -> None: ...
+
+    core, killed = Loading(), threading.Event()
+    process, connection = core.spawn(EngineConfig())
+    process.kill = lambda: (killed.set(), ScriptedCore.die(core))  # type: ignore[assignment, method-assign]
+    async with asyncio.timeout(WAIT_SECONDS):
+        await EngineClient(process, connection).close(timeout=10 * WAIT_SECONDS)
+    assert killed.is_set()
 
 
 async def test_garbage_from_the_core_is_its_death() -> None:

@@ -16,10 +16,13 @@ import pytest
 import trustme
 
 import evenhand_engine.server.requests as server_requests
+from evenhand_engine.config import EngineConfig
 from evenhand_engine.errors import StartupError
 from evenhand_engine.logs import LineFormatter
 from evenhand_engine.messages import AbortRequest, AddRequest, EngineFailed, RequestOutput
 from evenhand_engine.request import FinishReason
+from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.server.startup import start_server
 
 from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
 
@@ -265,6 +268,8 @@ def test_unusable_tls_files(serve: Serve, say: Say, tmp_path: Path) -> None:
     (tmp_path / "garbage.pem").write_text("garbage")
     with pytest.raises(StartupError, match="certificate"):
         serve(say("ok"), ssl_certfile=tmp_path / "garbage.pem")
+    with pytest.raises(StartupError, match="--ssl-certfile"):
+        serve(say("ok"), ssl_keyfile=tmp_path / "garbage.pem")  # plain HTTP is not what was asked for
 
 
 @pytest.mark.parametrize("flag", ["port", "admin_port"])
@@ -276,3 +281,21 @@ def test_port_in_use(serve: Serve, say: Say, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(StartupError, match="use") as caught:
         serve(core=Unwanted(), **{flag: taken.getsockname()[1]})
     assert f"--{flag.replace('_', '-')}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("address", "flag"), [("no.such.host.invalid", "host"), ("192.0.2.1", "admin-host")])
+def test_an_address_that_is_not_this_machines(serve: Serve, say: Say, address: str, flag: str) -> None:
+    with pytest.raises(StartupError, match=rf"cannot listen on {address}, port 0: .* another --{flag}$"):
+        serve(say("ok"), **{flag.replace("-", "_"): address})
+
+
+async def test_a_model_that_is_not_supported_is_refused_before_the_engine_starts(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
+    settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0)
+    with pytest.raises(StartupError, match="GemmaForCausalLM is not supported"):
+        async with start_server(settings, EngineConfig(model=str(tmp_path)), spawn=lambda _: pytest.fail("started")):
+            pass

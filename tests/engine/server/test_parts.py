@@ -304,6 +304,12 @@ def test_unusable_model_directories(model_dir: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     with pytest.raises(StartupError, match="broken"):
         with_config(model_dir, tmp_path, chat_template="{% if %}")
+    for template in ([1], [{"name": "default"}], 7):
+        with pytest.raises(StartupError, match=r"the chat template of .* is broken"):
+            with_config(model_dir, tmp_path, chat_template=template)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(StartupError, match=r"the chat template of .* is broken"):
+        Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(StartupError, match="not a JSON object"):
         Tokenizer(tmp_path)
