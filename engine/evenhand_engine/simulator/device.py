@@ -185,14 +185,20 @@ DEVICES = {
             LinearStepTime(0.005004, 2.719050e-5, 6.863043e-5, -4.143993e-5, 2.727223e-6, 1.663409e-7),
             threshold=512,
         ),
-        # SmolLM2-135M in float32 on two cores of an AMD EPYC (AVX2): 440 steps of the real engine, recorded and fitted by
-        # `make bench-step-time`. Steps that were not fitted are off by -22, +9, +32 and +47 % (p10, p50, p90, p99) where
-        # they only decode, by -24, +9, +45 and +68 % with prompts, by -2 % in all: the machine's speed varied as much.
-        # Nearly all had 7 or 8 streams, so what a stream adds cannot be seen: with many more, steps are slower than this.
+        # SmolLM2-135M in float32 on two cores of an AMD EPYC (AVX2): 2,354 steps of the real engine with 1 to 30 clients,
+        # recorded and fitted by `make bench-step-time`. Steps that were not fitted, at the speed that the machine had around
+        # them: off by -14, +3, +16 and +26 % (p10, p50, p90, p99), by 0.0 % in all. That speed varied, so that steps took
+        # 0.82 to 1.48 times as long (p5, p95): without it they are off by -26, +10, +28 and +42 %, by -8 % in all.
         Device(
             "cpu-135m",
             23_296,
-            LinearStepTime(0.06914, per_prefill_token=2.477e-3),
+            LinearStepTime(
+                0.03172,
+                per_prefill_token=1.465e-3,
+                per_decode_token=6.285e-4,
+                per_decode_context=5.467e-6,
+                per_prefill_pair=8.503e-7,
+            ),
             max_num_batched_tokens=256,
             max_num_seqs=32,
         ),

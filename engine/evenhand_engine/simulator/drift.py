@@ -21,7 +21,7 @@ def fit_with_drift(
     """The step time at the machine's middle speed, and its drift: how many times as long it took around each step.
 
     `ends`: when the steps ended, in seconds, in order. Drift is the median over the steps that end within a second of
-    each, its own median is 1; drift and step time are found in turn.
+    each, and is 1 in the middle of the time recorded; drift and step time are found in turn.
 
     Raises:
         ValueError: as `fit_step_time` does.
@@ -32,5 +32,12 @@ def fit_with_drift(
         step_time = fit_step_time(shapes, (seconds / drift).tolist())
         ratios = seconds / np.array([step_time.seconds(shape) for shape in shapes])
         drift = np.array([np.median(ratios[i:j]) for i, j in zip(first, last, strict=True)])
-        drift /= np.median(drift)
+        drift /= _median_over_time(drift, seconds)
     return step_time, drift
+
+
+def _median_over_time(values: FloatArray, seconds: FloatArray) -> float:
+    """The median of `values` that held for so many seconds each."""
+    order = np.argsort(values)
+    elapsed = np.cumsum(seconds[order])
+    return float(values[order][np.searchsorted(elapsed, elapsed[-1] / 2)])

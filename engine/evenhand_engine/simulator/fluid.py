@@ -1,7 +1,7 @@
-"""Ideal fluid sharing: what each tenant would get if service were divisible. The floor that real schedulers approach.
+"""Ideal fluid sharing: what each tenant would get if service were divisible. What real schedulers approach.
 
 `FluidShare` knows only a capacity and is exact; `StreamLimitedFluid` also knows that a stream cannot run faster than
-one token a step, which is the smallest unfairness that a machine of this speed can have.
+one token a step.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""The fluid floors, against cases done by hand and against each other."""
+"""The fluid ideals, against cases done by hand and against each other."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_nothing_is_lost_or_made_up() -> None:
     assert middle[1] - middle[0] == pytest.approx(2_000.0)  # backlogged throughout
 
 
-def test_without_a_stream_limit_both_floors_are_one() -> None:
+def test_without_a_stream_limit_both_ideals_are_one() -> None:
     rng = np.random.default_rng(5)
     records = [request(f"t{i % 5}", float(rng.uniform(0, 100)), 50, int(rng.integers(10, 300))) for i in range(200)]
     windows = Windows(duration=100.0, warmup=5.0, width=10.0)
