@@ -100,6 +100,13 @@ def test_network_policies_open_ports_that_are_there(rendered: list[Object]) -> N
     assert [port["port"] for port in push["ports"]] == [ADMIN_PORT]
 
 
+def test_monitoring_reaches_the_metrics_by_tenant_and_the_operators(rendered: list[Object]) -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for name, port in (("evenhand-engine", "admin"), ("evenhand-operator", "metrics")):
+        rules = of_kind(rendered, "NetworkPolicy")[name]["spec"]["ingress"]
+        assert [rule["ports"] for rule in rules if monitoring in rule["from"]] == [[{"port": port}]]
+
+
 def test_pods_have_time_to_leave(rendered: list[Object]) -> None:
     pod = of_kind(rendered, "Deployment")["evenhand-engine"]["spec"]["template"]["spec"]
     [container] = pod["containers"]
