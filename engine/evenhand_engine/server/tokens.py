@@ -1,6 +1,7 @@
 """POST /tokenize and POST /detokenize. Each counts as one request of the tenant's quota, since each costs time."""
 
 import time
+from typing import Any
 
 from aiohttp import web
 
@@ -19,10 +20,14 @@ async def tokenize(request: web.Request) -> web.Response:
     raw = await read_body(request)
     body = parse_body(raw, TokenizeRequest)
     service.check_model(body.model)
-    token_ids = await service.compute(tenant_id, len(raw), lambda: _token_ids(service.tokenizer, body))
-    answer = {"count": len(token_ids), "max_model_len": service.ready.max_model_len, "tokens": token_ids}
-    strings = {"token_strs": [service.tokenizer.token(i) for i in token_ids]} if body.return_token_strs else {}
-    return json_response(answer | strings)
+    answer = await service.compute(tenant_id, len(raw), lambda: _tokens(service.tokenizer, body))
+    return json_response({"max_model_len": service.ready.max_model_len} | answer)
+
+
+def _tokens(tokenizer: Tokenizer, body: TokenizeRequest) -> dict[str, Any]:
+    token_ids = _token_ids(tokenizer, body)
+    strings = {"token_strs": [tokenizer.token(i) for i in token_ids]} if body.return_token_strs else {}
+    return {"count": len(token_ids), "tokens": token_ids} | strings
 
 
 def _token_ids(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:

@@ -215,6 +215,24 @@ def test_long_prompts_do_not_block_the_event_loop(serve: Serve, say: Say, monkey
         assert b" 400 " in connection.recv(4096).split(b"\r\n")[0]
 
 
+def test_the_spelling_of_many_tokens_does_not_block_the_event_loop(
+    serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(say("ok"))
+    tokenizer, threads = server.running.service.tokenizer, set[str]()
+    token = tokenizer.token
+
+    def spy(token_id: int) -> str:
+        threads.add(threading.current_thread().name)
+        return token(token_id)
+
+    monkeypatch.setattr(tokenizer, "token", spy)
+    body = {"prompt": "x " * 5000, "return_token_strs": True}
+    answer = httpx2.post(f"{server.url}/tokenize", json=body).json()
+    assert len(answer["token_strs"]) == answer["count"]
+    assert threads and "server" not in threads
+
+
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()

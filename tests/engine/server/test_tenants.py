@@ -299,6 +299,27 @@ def test_reload_is_live_and_loses_no_request(serve: Serve, policies: Path) -> No
     assert samples(server)["evenhand_config_reloads_total{result=applied}"] == 1
 
 
+def test_a_key_is_rotated_without_a_gap(serve: Serve, say: Say, policies: Path) -> None:
+    """Both are good for a while, then only the new one."""
+    server, new_key = serve(say("ok"), policies=policies), "the-next-key-0123456789-0123456789"
+    secret, chat = policy("chat", CHAT_KEY)
+
+    def keys_of_chat() -> int:
+        tenants = admin(server, "/v1/scheduler-config")["config"]["tenants"]
+        return sum(len(each["keyHashes"]) for each in tenants if each["tenantId"] == "chat")
+
+    write(policies, "chat", [secret | {"stringData": {"current": CHAT_KEY, "next": new_key}}, chat])
+    until(lambda: keys_of_chat() == 2, "the new key is known")
+    for key in (CHAT_KEY, new_key):
+        complete(server, key)
+        assert server.core.expect(AddRequest).tenant_id == "chat"
+    write(policies, "chat", [secret | {"stringData": {"next": new_key}}, chat])
+    until(lambda: keys_of_chat() == 1, "the old key is gone")
+    complete(server, new_key)
+    with pytest.raises(openai.AuthenticationError):
+        complete(server, CHAT_KEY)
+
+
 def test_a_bad_file_keeps_the_last_good_config_and_says_so(
     serve: Serve, say: Say, policies: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
