@@ -112,7 +112,7 @@ class Attender {
       mask(rows, num_heads, first_position, token, num_tokens);
       raise_maxima(rows, num_tokens);
       weigh(rows, num_tokens);
-      accumulate_values(rows, num_tokens);
+      accumulate_values(item, rows, token, num_tokens, end);
     }
     write_output(start + item.first, rows, first_head, num_heads);
   }
@@ -155,17 +155,14 @@ class Attender {
     }
   }
 
-  // Meanwhile asks for the keys and values of the same group of the next span.
+  // Meanwhile asks for the keys of the same group of the next span.
   void compute_scores(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
     const long key_stride = sizeof(T) == 4 ? layer_.block_size : GROUP;
     const long prefetch_stride = layer_.block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
     for (int group = 0; group * GROUP < num_tokens; group++) {
       Prefetch prefetch;
-      if (const int32_t next = token + SPAN + group * GROUP; next < end) {
-        const Place place = place_of(item, next);
-        for (int i = 0; i < GROUP * width_; i += 64 / sizeof(T)) __builtin_prefetch(place.values + i, 0, 2);
-        prefetch = {reinterpret_cast<const char*>(place.keys), prefetch_stride};
-      }
+      if (const int32_t next = token + SPAN + group * GROUP; next < end)
+        prefetch = {reinterpret_cast<const char*>(place_of(item, next).keys), prefetch_stride};
       multiply<GROUP_VECS, true>(rows, queries_, dim_, {key_groups_ + group, dim_, key_stride}, dim_,
                                  scores_ + group * GROUP, SPAN, prefetch);
     }
@@ -217,11 +214,17 @@ class Attender {
     }
   }
 
-  void accumulate_values(int rows, int num_tokens) {
+  // Meanwhile asks for the values of the next span, each column for as many as it reads itself.
+  void accumulate_values(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+    const long prefetch_stride = GROUP * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
     for (int column = 0; column < width_; column += GROUP) {
       const float* groups[SPAN / GROUP];
       for (int group = 0; group * GROUP < num_tokens; group++) groups[group] = value_groups_[group] + column;
-      multiply<GROUP_VECS>(rows, scores_, SPAN, {groups, GROUP, width_}, num_tokens, output_ + column, width_);
+      Prefetch prefetch;
+      const int first = column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
+      if (const int32_t next = token + SPAN + group * GROUP; next < end)
+        prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)), prefetch_stride};
+      multiply<GROUP_VECS>(rows, scores_, SPAN, {groups, GROUP, width_}, num_tokens, output_ + column, width_, prefetch);
     }
   }
 
