@@ -18,6 +18,7 @@ _MAX_PROMPTS = 256
 NonNegative = Annotated[int, Meta(ge=0, lt=2**31)]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+UserName = Annotated[str, Meta(max_length=512)]  # the scheduler remembers thousands of them
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
 
 # Known fields that cannot be honoured -> the values, besides null, that ask for nothing.
@@ -89,7 +90,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: NonNegative | None = None
     skip_special_tokens: bool | None = None
-    user: str | None = None
+    user: UserName | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"echo": 1}, "echo"),
         ({"user": 5}, "user"),
+        ({"user": "u" * 513}, "user"),
         ({"model": 5}, "model"),
     ],
 )
