@@ -7,7 +7,7 @@ import msgspec
 from evenhand_engine.request import Request
 
 
-class ScheduledRequest(msgspec.Struct, frozen=True):
+class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     """The part of one request that a step computes: tokens [num_computed_tokens, + num_scheduled_tokens).
 
     The runner reads `request.block_table`, which covers these tokens, before `Runner.submit` returns. A token at or

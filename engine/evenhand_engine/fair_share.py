@@ -45,16 +45,18 @@ class FairShare:
 
     def charge(self, account: str, cost: int, weight: int) -> None:
         """Add `cost` (negative: a refund) of an account whose share is `weight`."""
-        service = self.virtual_service(account)
-        if cost >= 0:
-            service += cost * VIRTUAL_UNIT // weight
-        else:
+        service = self._virtual_service.get(account, 0)
+        if service < self.virtual_time:
+            service = self.virtual_time
+        if cost < 0:
             service -= -cost * VIRTUAL_UNIT // weight
+            if account in self._places:
+                self._move(account, service)
+        else:
+            service += cost * VIRTUAL_UNIT // weight
+            if service > self._highest:
+                self._highest = service
         self._virtual_service[account] = service
-        if service > self._highest:
-            self._highest = service
-        if cost < 0 and account in self._places:
-            self._move(account, service)
 
     # -- the line
 

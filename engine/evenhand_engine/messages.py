@@ -59,7 +59,7 @@ class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """News of one request. The first has no tokens and tells that it was scheduled for the first time.
 
     `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a

@@ -1,8 +1,5 @@
 """Relief: makes room in memory or among the seats, by the choices of preemption.py."""
 
-from collections.abc import Sequence
-from itertools import takewhile
-
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.fair_share import VIRTUAL_UNIT
@@ -30,12 +27,10 @@ class Relief:
                 break
         self._serve_furthest_behind(now)
 
-    def pause(self, running: Sequence[Tenant], now: float) -> None:
-        """Nothing that could be preempted for service computes while its tenant is too far ahead.
-
-        `running`: the tenants with running requests, least served first.
-        """
-        self._paused = list(takewhile(self._queue.is_ahead, reversed(running)))
+    def pause(self, now: float) -> None:
+        """Nothing that could be preempted for service computes while its tenant is too far ahead."""
+        if self._queue.limit is not None:
+            self._paused = list(filter(self._queue.is_ahead, self._roster.running_tenants.values()))
         for tenant in self._paused:
             tenant.paused = {request.request_id: request for request in self._preemption.preemptible(tenant, now)}
 
@@ -43,21 +38,18 @@ class Relief:
         """End the pause."""
         for tenant in self._paused:
             tenant.paused = {}
+        self._paused = []
 
-    def grow_decodes(self) -> None:
-        """A block for every generating request whose next token needs one."""
-        block_size = self._settings.block_size
-        growing = [
-            request
-            for tenant in self._roster.running_tenants.values()
-            for request in tenant.decoding.values()
-            if len(request.block_table) * block_size <= request.num_computed_tokens
-            and not request.is_at_end
-            and request.request_id not in tenant.paused
-        ]
-        for request in growing:
+    def decodes(self) -> list[Request]:
+        """The requests that compute one token in this step, each with room for it in its last block or a new one."""
+        block_size, tenants = self._settings.block_size, self._roster.tenants
+        decodes = [request for request in self._roster.decoding.values() if not request.is_at_end]
+        if self._paused:
+            decodes = [r for r in decodes if r.request_id not in tenants[r.tenant_id].paused]
+        for request in [r for r in decodes if len(r.block_table) * block_size <= r.num_computed_tokens]:
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
+        return [request for request in decodes if request.block_table]
 
     def _reclaim(self, now: float) -> bool:
         """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""

@@ -34,6 +34,7 @@ class Roster:
         active: tenants with a prompt that waits or is in progress, by id.
         prefilling_tenants: tenants with a prompt in progress, by id.
         running_tenants: tenants with a running request, by id.
+        decoding: running requests past their prompt, by id.
         num_preemptions: since the start.
         outputs: news of requests that nobody has collected: first starts, tokens, ends.
         finished_request_ids: requests that left since somebody last took this list.
@@ -48,6 +49,7 @@ class Roster:
         self.active: dict[str, Tenant] = {}
         self.prefilling_tenants: dict[str, Tenant] = {}
         self.running_tenants: dict[str, Tenant] = {}
+        self.decoding: dict[str, Request] = {}
         self.requests: dict[str, Request] = {}
         self.num_running = 0
         self.num_preemptions = 0
@@ -175,7 +177,7 @@ class Roster:
         """Prefilling to decoding."""
         tenant = self.tenants[request.tenant_id]
         del tenant.prefilling[request.request_id]
-        tenant.decoding[request.request_id] = request
+        tenant.decoding[request.request_id] = self.decoding[request.request_id] = request
         self._deactivate(tenant)
 
     def preempt(self, request: Request) -> None:
@@ -225,6 +227,7 @@ class Roster:
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
         assert sorted(self.active) == sorted(tenant_id for _, _, tenant_id in self._shares.in_order())
         assert set(self.prefilling_tenants) == {t.tenant_id for t in tenants if t.prefilling}
+        assert set(self.decoding) == {request_id for t in tenants for request_id in t.decoding}
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
         assert len(table_blocks) == sum(self.blocks.num_held_blocks(t.tenant_id) for t in tenants)
@@ -236,7 +239,7 @@ class Roster:
     def _stop_running(self, tenant: Tenant, request: Request) -> None:
         self.blocks.release(request)
         if tenant.prefilling.pop(request.request_id, None) is None:
-            del tenant.decoding[request.request_id]
+            del tenant.decoding[request.request_id], self.decoding[request.request_id]
         self.num_running -= 1
         if not tenant.num_running:
             del self.running_tenants[tenant.tenant_id]

@@ -14,7 +14,7 @@ A step may be planned before the previous batch's results are known: an output i
 only the runner knows, and what a request computed past its end is discarded and not charged.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 from evenhand_engine.batch import Batch, ScheduledRequest
@@ -122,11 +122,10 @@ class Scheduler:
         self.queue.open_step()
         if self._is_fair and self._is_starved:
             self._relief.relieve(now)
-        running = sorted(self.roster.running_tenants.values(), key=self.queue.service)
-        self._relief.pause(running, now)
+        self._relief.pause(now)
         budget = self._pace.budget(now)
         scheduled: list[ScheduledRequest] = []
-        left_out = self._schedule_decodes(running, budget, scheduled)
+        left_out = self._schedule_decodes(budget, scheduled)
         self._schedule_prompts(budget, scheduled, now)
         self._relief.resume()
         self.queue.close_step(left_out)
@@ -181,27 +180,27 @@ class Scheduler:
 
     # -- 3. decode
 
-    def _schedule_decodes(
-        self, running: Sequence[Tenant], budget: StepBudget, scheduled: list[ScheduledRequest]
-    ) -> set[str]:
-        """One token for every request past its prompt of the `running` tenants, least served first; returns tenants
-        that the budget left out."""
-        self._relief.grow_decodes()
-        left_out = set()
-        for tenant in running:
-            decodes = tenant.generating()
-            if len(decodes) > budget.tokens:
-                del decodes[budget.tokens :]
-                left_out.add(tenant.tenant_id)
-            context = 0
-            for request in decodes:
-                start = request.num_computed_tokens
-                scheduled.append(ScheduledRequest(request, start, 1, True))
-                context += start
-                request.num_computed_tokens = start + 1
-                request.num_in_flight_tokens += 1
-            budget.spend_decodes(len(decodes), context)
-            self.queue.charge_outputs(tenant, decodes)
+    def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
+        """One token for every running request past its prompt, those of the least served first where the budget is
+        short; returns the tenants that it left out."""
+        tenants, left_out = self.roster.tenants, set[str]()
+        decodes = self._relief.decodes()
+        if len(decodes) > budget.tokens:
+            decodes.sort(key=lambda request: self.queue.service(tenants[request.tenant_id]))
+            left_out = {request.tenant_id for request in decodes[budget.tokens :]}
+            del decodes[budget.tokens :]
+        by_tenant: dict[str, list[Request]] = defaultdict(list)
+        context = 0
+        for request in decodes:
+            start = request.num_computed_tokens
+            scheduled.append(ScheduledRequest(request, start, 1, True))
+            context += start
+            request.num_computed_tokens = start + 1
+            request.num_in_flight_tokens += 1
+            by_tenant[request.tenant_id].append(request)
+        budget.spend_decodes(len(decodes), context)
+        for tenant_id, requests in by_tenant.items():
+            self.queue.charge_outputs(tenants[tenant_id], requests)
         return left_out
 
     # -- 4. prefill

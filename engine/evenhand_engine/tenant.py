@@ -74,15 +74,9 @@ class Tenant:
 
     def begun(self) -> Iterable[Request]:
         """Prompts in progress that may go on in this step, in order of admission."""
-        return self.prefilling.values() if not self.paused else self._not_paused(self.prefilling)
-
-    def generating(self) -> list[Request]:
-        """Running requests that may compute a token in this step, in order of admission."""
-        decodes = self.decoding.values() if not self.paused else self._not_paused(self.decoding)
-        return [request for request in decodes if not request.is_at_end]
-
-    def _not_paused(self, requests: dict[str, Request]) -> list[Request]:
-        return [request for request_id, request in requests.items() if request_id not in self.paused]
+        if not self.paused:
+            return self.prefilling.values()
+        return [request for request_id, request in self.prefilling.items() if request_id not in self.paused]
 
     @property
     def deadline(self) -> float:
