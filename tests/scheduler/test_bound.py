@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evenhand_engine.batch import Batch
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.fair_queue import FairQueue
 from evenhand_engine.fair_share import FairShare
@@ -83,7 +84,10 @@ class Rise:
 
 
 def is_backlogged(engine: PretendEngine, config: TenantConfig) -> bool:
-    """Whether the tenant has work that waits for others, and not for its own limits."""
+    """Whether the step just planned left out work of the tenant that its own limits would have let start.
+
+    Asked before the step's results are known: what ends with it still counts against a limit.
+    """
     roster = engine.scheduler.roster
     tenant = roster.tenants.get(config.tenant_id)
     if tenant is None or not len(tenant.waiting):
@@ -137,7 +141,16 @@ class Trial:
         self.meter = Meter(self.engine)
         self._lightest = min(config.weight for config in self.configs.values())
         self._was_backlogged: set[str] = set()
+        self._backlogged: set[str] = set()
         self._worst_before = 0.0  # under earlier weights
+        plan = self.engine.scheduler.step
+
+        def planned(now: float) -> Batch | None:
+            batch = plan(now)
+            self._backlogged = {name for name, config in self.configs.items() if is_backlogged(self.engine, config)}
+            return batch
+
+        self.engine.scheduler.step = planned  # type: ignore[method-assign]
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -195,7 +208,7 @@ class Trial:
                     self.engine.add(name, flood.num_prompt_tokens, flood.num_output_tokens, user=user)
 
     def _compare(self) -> None:
-        backlogged = {name for name, config in self.configs.items() if is_backlogged(self.engine, config)}
+        backlogged = self._backlogged
         for pair in permutations(self.configs, 2):
             rise = self.rises.setdefault(pair, Rise())
             if not self._was_backlogged.issuperset(pair):
