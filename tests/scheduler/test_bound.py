@@ -311,7 +311,7 @@ def test_what_may_not_be_preempted_adds_no_more_than_it_has_left(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.booleans().flatmap(lambda exemptions: trials(exemptions=exemptions)), disturbances, st.data())
 def test_whatever_comes_the_bound_holds_for_long(trial: Trial, changes: list[int | None], data: st.DataObject) -> None:
