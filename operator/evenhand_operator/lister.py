@@ -43,12 +43,17 @@ _MAX_READS = 16
 
 
 class Lister:
-    """Owns nothing but the time of the next list."""
+    """Owns the time of the next list.
+
+    Attributes:
+        caught_up: set once everything was listed after the watch had begun, or half a minute after the start.
+    """
 
     def __init__(self, kube: KubeClient, cache: Cache, settings: Settings) -> None:
         self._kube = kube
         self._cache = cache
         self._settings = settings
+        self.caught_up = asyncio.Event()
         self._gap = Debounce(_GAP_QUIET_SECONDS, _GAP_LONGEST_SECONDS)
 
     def gap_seen(self) -> None:
@@ -62,6 +67,7 @@ class Lister:
         while True:
             is_gap = await self._gap.wait(timeout=pause) is not None
             await self.list_all()
+            self.caught_up.set()
             pause = _SECOND_LOOK_SECONDS if is_gap else self._settings.relist_seconds
 
     async def list_all(self) -> None:

@@ -28,16 +28,28 @@ _Basis = tuple[ObservedPolicy, tuple[PolicyProblem, ...], Version | None, Verdic
 
 
 class Reporter:
-    """Remembers on what each policy's status was last based, so that only what has changed is looked at again."""
+    """Remembers on what each policy's status was last based, so that only what has changed is looked at again.
+
+    Args:
+        caught_up: until it is set only the most urgent statuses are written: changes are not seen before Kopf has
+            listed everything, and thousands of writes would keep it from that.
+    """
 
     def __init__(
-        self, cache: Cache, documents: Documents, pusher: Pusher, writer: StatusWriter, settings: Settings
+        self,
+        cache: Cache,
+        documents: Documents,
+        pusher: Pusher,
+        writer: StatusWriter,
+        settings: Settings,
+        caught_up: asyncio.Event,
     ) -> None:
         self._cache = cache
         self._documents = documents
         self._pusher = pusher
         self._writer = writer
         self._settings = settings
+        self._caught_up = caught_up
         self._due = Debounce(_QUIET_SECONDS, _LONGEST_SECONDS)
         self._answered = asyncio.Event()
         self._right: dict[str, _Basis] = {}
@@ -61,6 +73,8 @@ class Reporter:
             failed = await self._writer.write(changes)
             if failed:
                 await asyncio.sleep(_RETRY_SECONDS)
+            if num_later:
+                await self._caught_up.wait()
             if failed or num_later:
                 self._due.signal()
 

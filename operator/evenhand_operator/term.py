@@ -68,7 +68,8 @@ class Term:
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
         self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
-        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings)
+        caught_up = surroundings.lister.caught_up
+        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings, caught_up)
         self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
         self._num_changes = 0
         self._is_stale = True

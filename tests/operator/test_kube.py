@@ -162,6 +162,7 @@ async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
     lister, listed = Lister(kube, cache, Settings()), asyncio.Event()
     await (list_all := lister.list_all)()
     del api.objects["tenantpolicies"][1]
+    assert not lister.caught_up.is_set(), "the watch has not begun"
 
     async def list_and_tell() -> None:
         await list_all()
@@ -174,6 +175,7 @@ async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
         await listed.wait()
     running.cancel()
     assert names(cache) == {"kept"}
+    assert lister.caught_up.is_set()
 
 
 async def test_a_while_after_every_gap_it_is_listed_once_more(

@@ -40,8 +40,10 @@ class Stage:
         self.batches: list[list[str]] = []
         self.num_failing = 0
         self.wrote = asyncio.Event()
+        self.caught_up = asyncio.Event()
+        self.caught_up.set()
         pusher = SimpleNamespace(is_settled=lambda pool: True)
-        parts: Any = (self.cache, self.documents, pusher, self, Settings())
+        parts: Any = (self.cache, self.documents, pusher, self, Settings(), self.caught_up)
         self.reporter = Reporter(*parts)
 
     async def write(self, changes: list[StatusChange]) -> int:
@@ -128,6 +130,22 @@ async def test_next_batch_does_not_wait_for_a_change(stage: Stage) -> None:
     stage.compile()
     await stage.run(until=lambda: sum(map(len, stage.batches)) == 600)
     assert [len(batch) for batch in stage.batches] == [256, 256, 88]
+
+
+async def test_thousands_wait_until_the_watch_has_begun(stage: Stage) -> None:
+    for index in range(300):
+        stage.store(f"p{index}")
+    stage.compile()
+    stage.caught_up.clear()
+    running = asyncio.create_task(stage.reporter.run())
+    stage.reporter.signal()
+    await stage.wrote.wait()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(running), 0.3)
+    assert [len(batch) for batch in stage.batches] == [256], "the most urgent ones"
+    running.cancel()
+    stage.caught_up.set()
+    await stage.run(until=lambda: sum(map(len, stage.batches)) == 300)
 
 
 async def test_what_failed_is_written_again(stage: Stage) -> None:

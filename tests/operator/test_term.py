@@ -32,6 +32,7 @@ class Api:
         self.fail_writes = 0
         self.epoch = 1
         self.term: Term | None = None
+        self.caught_up = asyncio.Event()
         self._versions = iter(range(1000, 10**6))
         self._changes = changes
 
