@@ -192,3 +192,20 @@ def test_what_is_right_is_worked_out_once(stage: Stage, monkeypatch: pytest.Monk
     assert stage.due() == []
     monkeypatch.setattr("evenhand_operator.reporter.policy_status", None)
     assert stage.due() == stage.due() == []
+
+
+def test_nothing_is_said_of_a_pool_that_was_not_compiled(stage: Stage) -> None:
+    metadata = {
+        "name": "default",
+        "namespace": "n",
+        "uid": "uid-pool",
+        "generation": 1,
+        "resourceVersion": str(next(_versions)),
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+    }
+    kind = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "EnginePool"}
+    stage.cache.pools.take({**kind, "metadata": metadata, "spec": {"selector": {"matchLabels": {"app": "engine"}}}})
+    assert stage.due() == [], "it is about to be compiled"
+    metadata |= {"resourceVersion": str(next(_versions)), "generation": 2}
+    stage.cache.pools.take({**kind, "metadata": metadata, "spec": {"selector": 7}})
+    assert stage.due() == ["default"], "that it cannot be read is known without"
