@@ -103,6 +103,15 @@ def test_kubectl_get_shows_the_columns_people_need(cluster: ControlPlane, policy
     assert selected == ""
 
 
+def test_the_tenant_that_is_shown_is_the_policys_name_where_it_names_none(
+    cluster: ControlPlane, crds: None, namespace: str
+) -> None:
+    cluster.apply(resource("TenantPolicy", namespace, "unnamed", {}))
+    cluster.apply(resource("TenantPolicy", namespace, "named", {"tenant": "web"}))
+    rows = cluster.kubectl("get", "tpol", "-n", namespace, "--no-headers").splitlines()
+    assert [row.split()[:2] for row in rows] == [["named", "web"], ["unnamed", "unnamed"]]
+
+
 def test_kubectl_get_shows_how_far_a_pool_is(cluster: ControlPlane, crds: None, namespace: str) -> None:
     pool = resource("EnginePool", namespace, "gold", {"selector": {"matchLabels": {"app": "engine"}}})
     cluster.apply(pool)

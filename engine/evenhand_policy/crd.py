@@ -23,11 +23,14 @@ VERSION = "v1alpha1"
 
 Json = dict[str, Any]
 
+_TENANT_PATH = ".*['tenant','name']"
+"""A column shows the first that a JSONPath finds: here spec.tenant, else metadata.name. No other member has either."""
+
 
 def tenant_policy_crd() -> Json:
     """CustomResourceDefinition of TenantPolicy."""
     columns = [
-        _column("Tenant", "string", ".spec.tenant", "Name of the tenant; the policy's own where empty"),
+        _column("Tenant", "string", _TENANT_PATH, "Name of the tenant"),
         _column("Pool", "string", ".spec.poolRef.name", "EnginePool that the policy belongs to"),
         _column("Weight", "integer", ".spec.weight", "Relative share"),
         _column("Class", "string", ".spec.latencyClass", "Latency class"),
