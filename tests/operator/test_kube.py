@@ -38,6 +38,7 @@ class ApiServer:
 
     def __init__(self) -> None:
         self.version = 50
+        self.later = ""  # path of lists that are of version 60
         self.objects: dict[str, list[Json]] = {}
         self.refusals: list[tuple[int, Json, dict[str, str]]] = []
         self.requests: list[web.Request] = []
@@ -54,7 +55,8 @@ class ApiServer:
             return web.json_response(json.loads(await request.text()))
         found = self.objects.get(request.path.rpartition("/")[2], [])
         start = int(request.query.get("continue", "0"))
-        metadata = {"resourceVersion": str(self.version)}
+        is_later = self.later and self.later in request.path
+        metadata = {"resourceVersion": "60" if is_later else str(self.version)}
         if start + 2 < len(found):
             metadata["continue"] = str(start + 2)
         return web.json_response({"metadata": metadata, "items": found[start : start + 2]})
@@ -215,6 +217,15 @@ async def test_served_namespaces_are_listed_one_by_one(api: ApiServer, kube: Kub
     assert sum(path.endswith("/tenantpolicies") for path in paths) == 2
     pods = [request for request in api.requests if request.path.endswith("/pods")]
     assert {request.query["labelSelector"] for request in pods} == {"app=engine"}
+
+
+async def test_what_is_newer_than_the_first_of_several_lists_is_kept(
+    api: ApiServer, kube: KubeClient, cache: Cache
+) -> None:
+    cache.policies.observe("ADDED", policy("born-since", 55))
+    api.later = "/namespaces/y/"
+    await Lister(kube, cache, Settings(namespaces=("x", "y"))).list_all()
+    assert names(cache) == {"born-since"}
 
 
 async def test_list_is_tried_until_it_succeeds(
