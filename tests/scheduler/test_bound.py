@@ -367,7 +367,7 @@ def full_house() -> float:
     return worst_of(trial)
 
 
-def scarce_budget() -> float:
+def scarce_budget_trial() -> Trial:
     """Seats and memory are free, so that nothing is preempted; a heavy tenant's prompts compete with running decodes."""
     trial = pair({"first": Flood(30, 60, 2), "second": Flood(40, 20, 100)}, num_kv_blocks=2_000, max_num_seqs=64)
     trial.configs["first"] = TenantConfig(tenant_id="first", weight=100)
@@ -375,7 +375,11 @@ def scarce_budget() -> float:
     trial.floods, both = {"second": trial.floods["second"]}, trial.floods
     trial.run(12)
     trial.floods = both
-    return worst_of(trial)
+    return trial
+
+
+def scarce_budget() -> float:
+    return worst_of(scarce_budget_trial())
 
 
 def users() -> float:
@@ -444,6 +448,18 @@ def test_without_the_rule_the_bound_breaks(
     for owner, name, mutant in mutations:
         monkeypatch.setattr(owner, name, mutant)
     assert scenario() > 1.0
+
+
+def test_who_paused_goes_on_when_nobody_is_behind_any_more() -> None:
+    trial = scarce_budget_trial()
+    num_paused = 0
+    while not num_paused:
+        trial.run(1)
+        batch, tenant = trial.engine.batches[-1], trial.engine.scheduler.roster.tenants["second"]
+        num_paused = len(tenant.decoding) - sum(i.request.request_id in tenant.decoding for i in batch.scheduled)
+    for request in [r for r in trial.engine.scheduler.roster.requests.values() if r.tenant_id == "first"]:
+        trial.engine.scheduler.abort(request.request_id, FinishReason.ABORT)
+    trial.engine.drain(500)
 
 
 def test_stopping_at_the_first_misfit_wastes_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

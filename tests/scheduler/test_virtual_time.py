@@ -1,12 +1,15 @@
 """The four golden traces of the virtual time: nobody banks credit, nobody pays for what nobody wanted."""
 
+from itertools import chain, repeat
+
 import pytest
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
 from evenhand_engine.messages import TenantStats
+from evenhand_engine.scheduler import Scheduler
 from evenhand_engine.stats import StatsRecorder
-from evenhand_policy.config import TenantConfig
+from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 from .conftest import PretendEngine
 
@@ -69,6 +72,20 @@ def test_weights_divide_the_service(engine: PretendEngine) -> None:
     services = engine.services(3000, lambda: flood(engine, *weights))
     for tenant_id, weight in weights.items():
         assert services[tenant_id] / sum(services.values()) == pytest.approx(weight / 8, rel=0.02)
+
+
+def test_decodes_beyond_the_budget_take_turns_by_service() -> None:
+    """Three streams, replayed in steps of two tokens."""
+    settings = SchedulerSettings(num_kv_blocks=4096, block_size=4)
+    tenants = tuple(TenantConfig(tenant_id=tenant_id) for tenant_id in "abc")
+    engine = PretendEngine(settings, tenants)
+    engine.scheduler = Scheduler(settings, SchedulerConfig(tenants=tenants), token_budgets=chain([3], repeat(2)))
+    for tenant_id in "abc":
+        engine.add(tenant_id, 1, 1000)
+    engine.run(20)
+    services = engine.services(100, lambda: None)
+    assert sum(services.values()) == 400
+    assert max(services.values()) - min(services.values()) <= 4
 
 
 def test_the_lag_of_who_waits_is_shown_with_its_bound(engine: PretendEngine) -> None:
