@@ -7,7 +7,8 @@ device is fitted to that recording. Compared are:
     steps     what each step computes, one by one: this does not depend on how fast the machine is
     service   of each tenant in ten windows while all are backlogged: windows of equal service in all, and of equal
               seconds. In seconds, simulated steps take the time that the fit says; that and what the machine's speed was
-              around them (drift); or what each was recorded to take. So it shows where a difference comes from
+              around them (drift); or what each was recorded to take, which leaves out the moments between steps. So it shows
+              where a difference comes from
     TTFT      the order of the tenants, and of all requests by rank
 
     --model DIR   a model to serve with random weights, instead of the default one
@@ -136,14 +137,13 @@ def run_real(
         loader = Loader(server, num_requests, token_ids, seed)
         timings = asyncio.run(loader.serve())
     start = min(timing.token_times[0] for _, timing in timings)
-    return [_record(tenant, np.array(timing.token_times) - start) for tenant, timing in timings], loader.max_model_len
+    return [_record(tenant, timing, start) for tenant, timing in timings], loader.max_model_len
 
 
-def _record(tenant: Tenant, chunk_times: FloatArray) -> RequestRecord:
-    """A chunk of the stream is a token, but for tokens that end inside a character: those are spread between chunks."""
+def _record(tenant: Tenant, timing: serving.Timing, start: float) -> RequestRecord:
+    """Tokens that came together, since they were held back, are spread over the time since those before."""
     lengths = tenant.num_prompt_tokens, tenant.num_output_tokens
-    positions = np.linspace(0, len(chunk_times) - 1, tenant.num_output_tokens)
-    times = np.interp(positions, np.arange(len(chunk_times)), chunk_times)
+    times = np.interp(np.arange(1, tenant.num_output_tokens + 1), timing.token_counts, timing.token_times) - start
     return RequestRecord(tenant.name, 0.0, *lengths, float(times[0]), float(times[-1]), times)
 
 
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory-bytes", default="256M", help="must be less than the model's context takes")
     options = parser.parse_args()
     common.console.print(common.machine())
-    num_requests, num_windows = (6, 1) if options.quick else (48, 10)
+    num_requests, num_windows = (6, 1) if options.quick else (96, 10)
     token_ids = range(10, 250) if options.model else range(1_000, 40_000)  # any vocabulary has some; words are better
     flags = ["--kv-cache-memory-bytes", options.kv_cache_memory_bytes]
     flags += [options.model, "--load-format", "dummy"] if options.model else []

@@ -95,10 +95,15 @@ def _await_port(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
 
 @dataclass
 class Timing:
-    """When one streamed request was sent, and when each of its tokens came (monotonic seconds)."""
+    """When one streamed request was sent, and when text of it came (monotonic seconds).
+
+    A token that ends inside a character is held back until the character is whole, so `token_counts` says how many
+    tokens had been computed by each time.
+    """
 
     sent_at: float
     token_times: list[float] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)
     is_finished: bool = False
 
     def time_to_first_token(self, now: float) -> float:
@@ -119,11 +124,12 @@ async def stream(client: openai.AsyncOpenAI, timing: Timing, prompt: list[int], 
         max_tokens=max_tokens,
         temperature=0,
         stream=True,
-        extra_body={"ignore_eos": True, "stream_options": {"include_usage": False}},
+        extra_body={"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     )
     async for chunk in chunks:
-        if chunk.choices:
+        if chunk.choices and chunk.usage:
             timing.token_times.append(time.monotonic())
+            timing.token_counts.append(chunk.usage.completion_tokens)
     timing.is_finished = True
 
 
