@@ -17,7 +17,7 @@ $(UV):
 
 .venv/installed: requirements.lock pyproject.toml | $(UV)
 	test -x .venv/bin/python || $(UV) venv -q --python $(PYTHON) .venv
-	$(UV) pip sync -q --python .venv/bin/python --require-hashes requirements.lock
+	$(UV) pip sync -q --compile-bytecode --python .venv/bin/python --require-hashes requirements.lock
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
