@@ -87,7 +87,6 @@ class Loader:
         self._token_ids = token_ids
         self._num_requests = num_requests
         self._random = random.Random(seed)
-        self._timings: list[tuple[Tenant, serving.Timing]] = []
         with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as answer:
             self.max_model_len = int(json.load(answer)["data"][0]["max_model_len"])
 

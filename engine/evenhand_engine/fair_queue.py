@@ -79,14 +79,10 @@ class FairQueue:
 
     # -- order
 
-    def in_order(self) -> Iterator[Tenant]:
-        """Tenants with prompts, least served first. Nothing may be charged, begin or end meanwhile."""
-        return (self._roster.active[tenant_id] for _, _, tenant_id in self.shares.in_order())
-
     def open_step(self) -> None:
         """Set the limit of the step that begins: as far ahead as one may be of the least served who contends."""
         self.limit = None
-        if self._is_fair and self._is_congested and (tenant := self._least_served_contender()):
+        if self._is_fair and self._is_congested and (tenant := self.least_served_contender()):
             self.limit = self.service(tenant) + self.lead(tenant.weight)
 
     def contends(self, tenant: Tenant) -> bool:
@@ -95,6 +91,11 @@ class FairQueue:
             return True
         request = tenant.next_prompt()
         return request is not None and self._roster.fit(request) in (Fit.FITS, Fit.STARVED)
+
+    def least_served_contender(self) -> Tenant | None:
+        """Who is furthest behind, of those that contend."""
+        in_order = (self._roster.active[tenant_id] for _, _, tenant_id in self.shares.in_order())
+        return next(filter(self.contends, in_order), None)
 
     def next_tenant(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
         """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun.
@@ -123,16 +124,13 @@ class FairQueue:
 
     def close_step(self, left_out: set[str]) -> None:
         """Advance the virtual time to the least of `left_out` and of the tenants that still contend."""
-        if tenant := self._least_served_contender():
+        if tenant := self.least_served_contender():
             left_out.add(tenant.tenant_id)
         self._is_congested = bool(left_out)
         self.shares.close_step(left_out)
         for charged in self._charged_per_user.values():
             charged.waiting.close_step(charged.prefilling.values())
         self._charged_per_user.clear()
-
-    def _least_served_contender(self) -> Tenant | None:
-        return next(filter(self.contends, self.in_order()), None)
 
     def _eligible(self, blocked: Collection[str]) -> list[Iterator[Tenant]]:
         """By class, the tenants with a prompt that may compute now, least served first."""

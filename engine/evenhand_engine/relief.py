@@ -29,8 +29,8 @@ class Relief:
 
     def pause(self, now: float) -> None:
         """Nothing that could be preempted for service computes while its tenant is too far ahead."""
-        if self._queue.limit is not None:
-            self._paused = list(filter(self._queue.is_ahead, self._roster.running_tenants.values()))
+        has_limit = self._queue.limit is not None
+        self._paused = list(filter(self._queue.is_ahead, self._roster.running_tenants.values())) if has_limit else []
         for tenant in self._paused:
             tenant.paused = {request.request_id: request for request in self._preemption.preemptible(tenant, now)}
 
@@ -38,7 +38,6 @@ class Relief:
         """End the pause."""
         for tenant in self._paused:
             tenant.paused = {}
-        self._paused = []
 
     def decodes(self) -> list[Request]:
         """The requests that compute one token in this step, each with room for it in its last block or a new one."""
@@ -70,7 +69,7 @@ class Relief:
     def _serve_furthest_behind(self, now: float) -> None:
         """Preempt for the least served tenant while it is owed a place: once because it is far behind, and again while
         somebody that far ahead would still run more for its weight, so that the lead does not grow any more."""
-        tenant = next(filter(self._queue.contends, self._queue.in_order()), None)
+        tenant = self._queue.least_served_contender()
         if tenant is None or tenant.prefilling:
             return
         rivals = list(self._roster.running_tenants.values())
