@@ -1,7 +1,8 @@
 """From a decoded YAML or JSON object to a resource, or to the one problem that is in the way.
 
 Accepts what the API server accepts with strict field validation: null stands for a field that is not set, an integral
-number for an integer, an unknown field is an error.
+number for an integer, an unknown field is an error. Of an object that an API server has stored already, `decode_stored`
+ignores fields that are unknown: it knew them, so they are no mistakes but of a newer schema.
 """
 
 import contextlib
@@ -40,6 +41,20 @@ def decode(obj: object, resource_type: type[_Resource]) -> _Resource:
         reference = reference_to(obj, resource_type.__name__)
         problem = PolicyProblem(resource=reference, path=path, reason=Reason.INVALID, message=message)
         raise InvalidResourceError(problem) from None
+
+
+def decode_stored(obj: object, resource_type: type[_Resource]) -> tuple[_Resource, tuple[str, ...]]:
+    """An object of the API server as a resource, and the paths of the fields that were ignored.
+
+    Raises:
+        InvalidResourceError: what is known of it does not fit.
+    """
+    try:
+        return decode(obj, resource_type), ()
+    except InvalidResourceError:
+        ignored: list[str] = []
+        known = _drop_unknown(obj, _type_info(resource_type), "", ignored)
+        return decode(known, resource_type), tuple(ignored)
 
 
 _type_info = functools.cache(inspect.type_info)
@@ -94,6 +109,24 @@ def _normalise(value: Any, info: inspect.Type | None) -> Any:
             if item is not None or members[key] is None
         }
     return value
+
+
+def _drop_unknown(value: Any, info: inspect.Type | None, path: str, dropped: list[str]) -> Any:
+    """The value without fields that a strict struct does not have; their paths are added to `dropped`."""
+    bare = _bare(info)
+    if isinstance(value, list) and isinstance(bare, inspect.VarTupleType):
+        return [_drop_unknown(item, bare.item_type, f"{path}[{index}]", dropped) for index, item in enumerate(value)]
+    if not isinstance(value, dict) or not isinstance(bare, inspect.StructType):
+        return value
+    kept = {}
+    for key, item in value.items():
+        inner = f"{path}.{_shown(key)}".lstrip(".")
+        member = _member(bare, key)
+        if member is not None:
+            kept[key] = _drop_unknown(item, member, inner, dropped)
+        elif bare.cls.__struct_config__.forbid_unknown_fields:
+            dropped.append(inner)
+    return kept
 
 
 def _explain(text: str, info: inspect.Type) -> tuple[str, str]:

@@ -183,9 +183,12 @@ def _pod_row(report: PodReport) -> PodStatus:
     )
 
 
-def _accepted(problems: Sequence[PolicyProblem]) -> Verdict:
+def _accepted(observed: ObservedPolicy | ObservedPool, problems: Sequence[PolicyProblem]) -> Verdict:
     if not problems:
-        return Verdict(ConditionStatus.TRUE, "Accepted", "The object is valid and has what it claims")
+        message = "The object is valid and has what it claims"
+        if observed.ignored:
+            message += "; ignored, since only a newer operator knows it: " + ", ".join(observed.ignored)
+        return Verdict(ConditionStatus.TRUE, "Accepted", message[:_MAX_MESSAGE_CHARACTERS])
     texts = (f"{problem.path}: {problem.message}" if problem.path else problem.message for problem in problems)
     return Verdict(ConditionStatus.FALSE, str(problems[0].reason), "; ".join(texts)[:_MAX_MESSAGE_CHARACTERS])
 
@@ -198,7 +201,7 @@ def _conditions(
     now: float,
 ) -> tuple[Condition, ...]:
     """All four; a condition whose status stays the same keeps the time of its last transition."""
-    accepted = _accepted(problems)
+    accepted = _accepted(observed, problems)
     verdicts = {
         ConditionType.ACCEPTED: accepted,
         ConditionType.PROGRAMMED: programmed,

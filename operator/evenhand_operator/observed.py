@@ -1,6 +1,8 @@
 """TenantPolicies and EnginePools as the operator sees them: what is asked for, and what their status says.
 
-A status may have been written by another version of the operator, so what is not known there is ignored.
+An object may be of a newer schema than the operator's, since CRDs are upgraded first: what is not known of its spec is
+ignored and told in a condition. A status may have been written by another version of the operator, so what is not known
+there is ignored too.
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from evenhand_operator.objects import Json, ObjectKey, read_meta
-from evenhand_policy.decode import decode
+from evenhand_policy.decode import decode_stored
 from evenhand_policy.errors import InvalidResourceError, PolicyProblem, ResourceReference
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.schema import Model
@@ -31,7 +33,12 @@ _OWN_TYPES = frozenset(map(str, ConditionType))
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
-    """What policies and pools have in common. `problem` says why the object cannot be read, where it cannot."""
+    """What policies and pools have in common.
+
+    Attributes:
+        problem: why the object cannot be read; None where it can.
+        ignored: paths of the fields that only a newer operator knows.
+    """
 
     kind: ClassVar[str]
 
@@ -39,6 +46,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     uid: str
     generation: int
     problem: PolicyProblem | None
+    ignored: tuple[str, ...] = ()
 
     @property
     def reference(self) -> ResourceReference:
@@ -87,10 +95,15 @@ def read_policy(obj: Json) -> ObservedPolicy | None:
     meta = read_meta(obj)
     if meta.deletion_timestamp is not None:
         return None
-    policy, problem = _read_resource(obj, TenantPolicy)
-    status = _read_status(obj, TenantPolicyStatus)
+    policy, problem, ignored = _read_resource(obj, TenantPolicy)
     return ObservedPolicy(
-        key=meta.key, uid=meta.uid, generation=meta.generation, policy=policy, problem=problem, status=status
+        key=meta.key,
+        uid=meta.uid,
+        generation=meta.generation,
+        policy=policy,
+        problem=problem,
+        ignored=ignored,
+        status=_read_status(obj, TenantPolicyStatus),
     )
 
 
@@ -99,19 +112,27 @@ def read_pool(obj: Json) -> ObservedPool | None:
     meta = read_meta(obj)
     if meta.deletion_timestamp is not None:
         return None
-    pool, problem = _read_resource(obj, EnginePool)
-    status = _read_status(obj, EnginePoolStatus)
+    pool, problem, ignored = _read_resource(obj, EnginePool)
     return ObservedPool(
-        key=meta.key, uid=meta.uid, generation=meta.generation, pool=pool, problem=problem, status=status
+        key=meta.key,
+        uid=meta.uid,
+        generation=meta.generation,
+        pool=pool,
+        problem=problem,
+        ignored=ignored,
+        status=_read_status(obj, EnginePoolStatus),
     )
 
 
-def _read_resource(obj: Json, resource_type: type[_Resource]) -> tuple[_Resource | None, PolicyProblem | None]:
+def _read_resource(
+    obj: Json, resource_type: type[_Resource]
+) -> tuple[_Resource | None, PolicyProblem | None, tuple[str, ...]]:
     spec = {key: value for key, value in obj.items() if key != "status"}
     try:
-        return decode(spec, resource_type), None
+        resource, ignored = decode_stored(spec, resource_type)
     except InvalidResourceError as error:
-        return None, error.problem
+        return None, error.problem, ()
+    return resource, None, ignored
 
 
 def _read_status(obj: Json, status_type: type[_Status]) -> _Status:

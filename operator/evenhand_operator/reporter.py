@@ -20,8 +20,7 @@ from evenhand_operator.status_writer import StatusChange, StatusWriter
 from evenhand_policy.errors import PolicyProblem
 
 _QUIET_SECONDS, _LONGEST_SECONDS = 0.02, 0.2
-_LOOK_SECONDS = 2.0  # what depends on time alone, such as the grace of new pods
-_RETRY_SECONDS = 2.0
+_LOOK_SECONDS = 2.0  # what depends on time alone, such as the grace of new pods and writes that failed
 _MAX_BATCH = 256  # then it is looked again at what is most urgent
 
 _Basis = tuple[ObservedPolicy, tuple[PolicyProblem, ...], Version | None, Verdict]
@@ -70,12 +69,9 @@ class Reporter:
             await self._settle()
             changes, num_later = self.changes(time.time())
             metrics.QUEUE_DEPTH.labels("statuses").set(len(changes) + num_later)
-            failed = await self._writer.write(changes)
-            if failed:
-                await asyncio.sleep(_RETRY_SECONDS)
+            await self._writer.write(changes)
             if num_later:
                 await self._caught_up.wait()
-            if failed or num_later:
                 self._due.signal()
 
     async def _settle(self) -> None:
@@ -96,9 +92,9 @@ class Reporter:
             if len(changes) >= _MAX_BATCH:
                 return changes, len(due) - index
             change = StatusChange(basis[0], policy_status(*basis, now))
-            if change.is_needed:
+            if self._writer.is_due(change):
                 changes.append(change)
-            else:
+            elif not change.is_needed:
                 self._right[basis[0].uid] = basis
         return changes, 0
 
@@ -116,7 +112,7 @@ class Reporter:
             problems = plan.problems.get(observed.reference, ())
             num_tenants = len(planned.config.tenants) if planned else 0
             status = pool_status(observed, problems, num_tenants, states.get(observed.key), now)
-            if (change := StatusChange(observed, status)).is_needed:
+            if self._writer.is_due(change := StatusChange(observed, status)):
                 yield change
 
     def _due_policies(self, states: dict[ObjectKey, PoolState]) -> Iterator[_Basis]:

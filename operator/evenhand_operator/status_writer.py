@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,13 +18,16 @@ from evenhand_policy.status import EnginePoolStatus, TenantPolicyStatus
 log = logging.getLogger(__name__)
 
 _MAX_WRITES = 24  # in flight; more do not go faster
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 300.0
+
+_Status = TenantPolicyStatus | EnginePoolStatus
 
 
 class StatusChange(NamedTuple):
     """A status that should become another one."""
 
     observed: ObservedPolicy | ObservedPool
-    status: TenantPolicyStatus | EnginePoolStatus
+    status: _Status
 
     @property
     def is_needed(self) -> bool:
@@ -31,16 +35,40 @@ class StatusChange(NamedTuple):
         return self.status != self.observed.status
 
 
-class StatusWriter:
-    """Owns no state: what is there is in the cache, which takes in the answer to every write."""
+class _Setback(NamedTuple):
+    """A write that failed: of which generation, the monotonic time of the next try, and how long that is to wait."""
 
-    def __init__(self, kube: KubeClient, cache: Cache, events: EventRecorder) -> None:
+    generation: int
+    until: float
+    pause: float
+
+
+class StatusWriter:
+    """Remembers which writes failed, each of which waits by itself, and what became of those that an older CRD cut.
+
+    What is there is in the cache, which takes in the answer to every write.
+    """
+
+    def __init__(
+        self, kube: KubeClient, cache: Cache, events: EventRecorder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._kube = kube
         self._cache = cache
         self._events = events
+        self._clock = clock
+        self._setbacks: dict[str, _Setback] = {}
+        self._cut: dict[str, tuple[_Status, _Status]] = {}
+
+    def is_due(self, change: StatusChange) -> bool:
+        """Whether it is worth a write now: not what has just failed, nor what the API server would store as it is."""
+        observed = change.observed
+        if not change.is_needed or self._cut.get(observed.uid) == (change.status, observed.status):
+            return False
+        setback = self._setbacks.get(observed.uid)
+        return setback is None or setback.generation != observed.generation or setback.until <= self._clock()
 
     async def write(self, changes: list[StatusChange]) -> int:
-        """Write all; returns how many failed and should be tried again."""
+        """Write all; returns how many failed. Each of those is due again after a pause of its own."""
         slots = asyncio.Semaphore(_MAX_WRITES)
 
         async def write(change: StatusChange) -> bool:
@@ -60,12 +88,34 @@ class StatusWriter:
             table.take_written(await self._kube.apply(resource, obj, "status"))
         except ApiError as error:
             if error.status in (404, 409):
+                self._forget(observed.uid)
                 return True  # gone, or another object of that name: the watch will tell
             log.warning("cannot write the status of %s: %s", observed.reference, error)
+            self._put_off(observed, error)
             return False
+        self._forget(observed.uid)
+        self._remember_cut(change, table.get(observed.uid))
         for transition in transitions(observed.status.conditions, change.status.conditions):
             self._events.record(observed, transition)
         return True
+
+    def _forget(self, uid: str) -> None:
+        self._setbacks.pop(uid, None)
+        self._cut.pop(uid, None)
+
+    def _put_off(self, observed: ObservedPolicy | ObservedPool, error: ApiError) -> None:
+        """What may pass is soon tried again, what another try does not heal ever later."""
+        before = self._setbacks.get(observed.uid)
+        pause = _FIRST_PAUSE_SECONDS
+        if not error.is_transient and before is not None and before.generation == observed.generation:
+            pause = min(2 * before.pause, _LONGEST_PAUSE_SECONDS)
+        pause = max(pause, error.retry_after)
+        self._setbacks[observed.uid] = _Setback(observed.generation, self._clock() + pause, pause)
+
+    def _remember_cut(self, change: StatusChange, stored: ObservedPolicy | ObservedPool | None) -> None:
+        """A CRD that is older than the operator drops what it does not know; writing it again would change nothing."""
+        if stored is not None and stored.status != change.status and stored.generation == change.observed.generation:
+            self._cut[stored.uid] = (change.status, stored.status)
 
 
 def _without_none(value: Any) -> Json | Any:

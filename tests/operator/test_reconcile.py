@@ -92,6 +92,20 @@ def reasons(made: Plan, observed: ObservedPolicy | ObservedPool) -> list[Reason]
 # ---- documents
 
 
+def test_field_that_only_a_newer_operator_knows_is_ignored_and_named() -> None:
+    newer = policy("chat", spec={"weight": 4, "limits": {"requestsPerDay": 9}, "colour": "red"})
+    made = plan([newer], [pool(spec={"region": "eu"})])
+    [tenant] = made.pools["inference", "default"].config.tenants
+    assert tenant.weight == 4
+    accepted = policy_status(newer, (), None, policy_programmed(newer, (), None, None), NOW).conditions[0]
+    assert accepted.status is ConditionStatus.TRUE
+    assert accepted.message.endswith(
+        "ignored, since only a newer operator knows it: spec.limits.requestsPerDay, spec.colour"
+    )
+    [observed] = [each.observed for each in made.pools.values()]
+    assert observed.ignored == ("spec.region",)
+
+
 def test_document_holds_every_accepted_policy_and_what_surrounds_them() -> None:
     made = plan([policy("b"), policy("a", spec={"weight": 4})])
     config = made.pools["inference", "default"].config
@@ -109,10 +123,10 @@ def test_policy_without_its_pool_waits_for_it() -> None:
 
 
 def test_object_that_cannot_be_read_is_told_so_and_the_others_go_on() -> None:
-    bad = policy("bad", spec={"wieght": 3})
+    bad = policy("bad", spec={"weight": 3.5})
     made = plan([bad, policy("fine")])
     [problem] = made.problems[bad.reference]
-    assert (problem.reason, problem.path) == (Reason.INVALID, "spec.wieght")
+    assert (problem.reason, problem.path) == (Reason.INVALID, "spec.weight")
     assert [tenant.tenant_id for tenant in made.pools["inference", "default"].config.tenants] == ["fine"]
 
 
@@ -345,7 +359,7 @@ def test_status_of_an_enforced_policy(make: Any) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason", "stalled"),
     [
-        ({"wieght": 1}, "Invalid", "True"),
+        ({"weight": 1.5}, "Invalid", "True"),
         ({"tenant": "taken"}, "Conflicted", "True"),
         ({"poolRef": {"name": "missing"}}, "PoolNotFound", "False"),
         (

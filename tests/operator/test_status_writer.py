@@ -1,8 +1,10 @@
 """What a status write sends, and which failures are worth another try."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from evenhand_operator.cache import Cache
@@ -21,6 +23,8 @@ class Api:
     def __init__(self) -> None:
         self.sent: list[Json] = []
         self.refusal: ApiError | None = None
+        self.now = 100.0
+        self.stores: Callable[[Json], Json] = lambda status: status
         self.told: list[str] = []
         self.cache = Cache(self)
 
@@ -31,7 +35,7 @@ class Api:
             raise self.refusal
         metadata = obj["metadata"] | {"resourceVersion": "9", "creationTimestamp": "2026-01-01T00:00:00Z"}
         kind = {"apiVersion": resource.api_version, "kind": resource.kind}
-        return {**kind, "metadata": metadata, "spec": {}, "status": obj["status"]}
+        return {**kind, "metadata": metadata, "spec": {}, "status": self.stores(obj["status"])}
 
     def record(self, _: ObservedPolicy, transition: Any) -> None:
         self.told.append(transition.reason)
@@ -69,7 +73,7 @@ def change(api: Api) -> StatusChange:
 @pytest.fixture
 def writer(api: Api) -> StatusWriter:
     parts: Any = (api, api.cache, SimpleNamespace(record=api.record))
-    return StatusWriter(*parts)
+    return StatusWriter(*parts, clock=lambda: api.now)
 
 
 async def test_answer_to_a_write_is_what_is_there(api: Api, change: StatusChange, writer: StatusWriter) -> None:
@@ -89,3 +93,50 @@ async def test_what_is_gone_is_not_tried_again(
     api.refusal = ApiError(status, "no")
     assert await writer.write([change, change]) == 2 * num_failed
     assert api.told == [], "of what was not written no Event tells"
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "pauses"),
+    [(503, 0, [2, 2, 2]), (429, 7, [7, 7]), (0, 0, [2, 2]), (422, 0, [2, 4, 8, 16]), (403, 0, [2, 4, 8])],
+)
+async def test_what_failed_is_due_again_after_a_pause(
+    api: Api, change: StatusChange, writer: StatusWriter, status: int, retry_after: float, pauses: list[float]
+) -> None:
+    """As long as the server asks for; ever longer where another try heals nothing."""
+    api.refusal = ApiError(status, "no", retry_after)
+    for pause in pauses:
+        assert writer.is_due(change)
+        assert await writer.write([change]) == 1
+        api.now += pause - 0.01
+        assert not writer.is_due(change)
+        api.now += 0.01
+
+
+async def test_pause_has_an_end(api: Api, change: StatusChange, writer: StatusWriter) -> None:
+    api.refusal = ApiError(422, "no")
+    for _ in range(20):
+        await writer.write([change])
+    api.now += 300
+    assert writer.is_due(change)
+
+
+async def test_edit_of_what_failed_is_due_at_once(api: Api, change: StatusChange, writer: StatusWriter) -> None:
+    api.refusal = ApiError(422, "no")
+    await writer.write([change])
+    edited = msgspec.structs.replace(change.observed, generation=2)
+    assert writer.is_due(change._replace(observed=edited))
+
+
+async def test_what_an_older_crd_drops_is_not_written_for_ever(
+    api: Api, change: StatusChange, writer: StatusWriter
+) -> None:
+    def cut(status: Json) -> Json:
+        return {name: value for name, value in status.items() if name != "observedGeneration"}
+
+    api.stores = cut
+    assert await writer.write([change]) == 0
+    [observed] = api.cache.policies
+    again = change._replace(observed=observed)
+    assert again.is_needed and not writer.is_due(again)
+    other = msgspec.structs.replace(change.status, conditions=())
+    assert writer.is_due(again._replace(status=other)), "what is to be said is another"

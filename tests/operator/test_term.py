@@ -220,7 +220,8 @@ async def test_next_leader_writes_nothing_that_is_right(api: Api, changes: Any) 
 async def test_status_that_could_not_be_written_is_written_later(
     api: Api, changes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evenhand_operator.reporter._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("evenhand_operator.reporter._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("evenhand_operator.status_writer._FIRST_PAUSE_SECONDS", 0.01)
     api.store("TenantPolicy", "a")
     api.fail_writes = 3
     async with term(api):

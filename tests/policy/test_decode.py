@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evenhand_policy.decode import decode
+from evenhand_policy.decode import decode, decode_stored
 from evenhand_policy.errors import InvalidResourceError
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.schema import Model
@@ -157,3 +157,25 @@ def test_a_secret_never_shows_what_it_holds(secret: Build) -> None:
     path, message = refusal({**secret("keys"), "data": {"a": "hunter2!"}}, Secret)
     assert message == "data.a is not base64; write plain text under stringData"
     assert path == ""
+
+
+def test_stored_object_of_a_newer_schema_is_read_but_for_what_only_that_knows(policy: Build) -> None:
+    """CRDs are upgraded first, and a new default is in every object at once."""
+    limits = {"requestsPerMinute": 5, "requestsPerDay": 9}
+    identities = [API_KEY | {"expires": {"after": "1h"}}]
+    obj = policy(weight=4, limits=limits, identities=identities, colour="red", priority=None)
+    assert refusal(obj, TenantPolicy)[1].startswith("unknown field"), "of a file it is a mistake"
+    decoded, ignored = decode_stored(obj, TenantPolicy)
+    assert ignored == ("spec.limits.requestsPerDay", "spec.identities[0].expires", "spec.colour", "spec.priority")
+    known = policy(weight=4, limits={"requestsPerMinute": 5}, identities=[API_KEY])
+    assert decoded == decode(known, TenantPolicy)
+
+
+def test_stored_object_of_our_schema_is_read_whole(policy: Build) -> None:
+    assert decode_stored(policy(weight=4), TenantPolicy) == (decode(policy(weight=4), TenantPolicy), ())
+
+
+def test_what_is_known_of_a_stored_object_has_to_fit(policy: Build) -> None:
+    with pytest.raises(InvalidResourceError) as caught:
+        decode_stored(policy(weight=0, colour="red"), TenantPolicy)
+    assert caught.value.problem.path == "spec.weight"

@@ -1,0 +1,103 @@
+"""CustomResourceDefinitions of another version than the operator's, under an operator that runs."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import yaml
+
+from cluster.control_plane import ControlPlane
+from cluster.fixtures import CRDS, install_crds
+from harness.fixtures import Operators
+from harness.objects import Object, policy
+from harness.operator_process import OperatorProcess
+from harness.stage import Stage, until
+
+FIELD = {"type": "string", "default": "blue"}
+
+
+@pytest.fixture(scope="module")
+def operator(operators: Operators, stage: Stage) -> OperatorProcess:
+    return operators.start(stage.namespace)
+
+
+@pytest.fixture
+def change_crds(cluster: ControlPlane, crds: None) -> Iterator[Callable[[Callable[[Object], None]], None]]:
+    """Replaces both schemas by changed ones; the test's end brings them back."""
+
+    def change(edit: Callable[[Object], None]) -> None:
+        for path in sorted(CRDS.glob("evenhand.dev_*.yaml")):
+            crd = yaml.safe_load(path.read_text())
+            edit(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"])
+            cluster.kubectl("replace", "-f", "-", stdin=json.dumps(versioned(cluster, crd)))
+
+    yield change
+    install_crds(cluster)
+
+
+def versioned(cluster: ControlPlane, crd: Object) -> Object:
+    stored = cluster.get("crd", crd["metadata"]["name"])
+    return crd | {"metadata": crd["metadata"] | {"resourceVersion": stored["metadata"]["resourceVersion"]}}
+
+
+def apply(stage: Stage, name: str, **spec: object) -> None:
+    stage.cluster.apply(policy(stage.namespace, name, **spec))
+
+
+def accepted_message(obj: Object) -> str:
+    return next(each["message"] for each in obj["status"]["conditions"] if each["type"] == "Accepted")
+
+
+def test_newer_crd_stops_nobody_and_what_is_ignored_is_told(
+    stage: Stage, operator: OperatorProcess, change_crds: Callable[..., None]
+) -> None:
+    apply(stage, "chat", weight=4)
+    stage.wait_ready("chat")
+
+    def add_field(schema: Object) -> None:
+        schema["spec"]["properties"]["colour"] = FIELD
+
+    change_crds(add_field)
+    until(lambda: stage.policy("chat")["spec"].get("colour") == "blue")
+    operator.stop()
+    operator.start()  # everything is read anew
+    apply(stage, "research", weight=7, colour="red")
+    stage.wait_ready("research")
+    assert stage.enforced("chat", "weight") == [4, 4]
+    assert stage.enforced("research", "weight") == [7, 7]
+    for obj in (stage.policy("chat"), stage.policy("research"), stage.pool()):
+        until(
+            lambda obj=obj: accepted_message(refreshed(stage, obj)).endswith(
+                "only a newer operator knows it: spec.colour"
+            )
+        )
+
+
+def refreshed(stage: Stage, obj: Object) -> Object:
+    return stage.cluster.get(obj["kind"], obj["metadata"]["name"], stage.namespace)
+
+
+def test_older_crd_loses_what_it_does_not_know_and_is_not_written_to_for_ever(
+    stage: Stage, operator: OperatorProcess, change_crds: Callable[..., None]
+) -> None:
+    def drop_fields(schema: Object) -> None:
+        for name in ("fairness", "prices"):
+            schema["spec"]["properties"].pop(name, None)
+        for name in ("programmedRevision", "applied"):
+            schema["status"]["properties"].pop(name, None)
+
+    change_crds(drop_fields)
+    apply(stage, "chat", weight=5)
+    until(lambda: stage.enforced("chat", "weight") == [5, 5])
+    stage.wait_ready("chat")
+    assert "fairness" not in stage.policy("chat")["spec"]
+    assert "applied" not in stage.pool()["status"]
+    before = writes(operator)
+    time.sleep(5)  # statuses are looked at every two seconds
+    assert writes(operator) == before
+
+
+def writes(operator: OperatorProcess) -> float:
+    kinds = ("tenantpolicies/status", "enginepools/status")
+    return sum(operator.metric("evenhand_operator_api_writes_total", resource=kind) for kind in kinds)
