@@ -103,7 +103,7 @@ def sound(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             entries = st.lists(sound(item), max_size=3)
             return entries.map(lambda items: [{**each, "name": f"n{index}"} for index, each in enumerate(items)])
         case {"type": "array", "items": item}:
-            return st.lists(sound(item), max_size=3)
+            return st.lists(sound(item), min_size=schema.get("minItems", 0), max_size=3)
         case {"additionalProperties": value}:
             return st.dictionaries(st.sampled_from(["a", "example.org/app", "B_c"]), sound(value), max_size=3)
         case {"properties": properties}:
@@ -123,6 +123,8 @@ def consistent(obj: Object, properties: dict[str, Any]) -> Object:
             return {"name": name, "type": "APIKey", "apiKey": {"secretRef": {"name": "keys"}}}
         case {"type": "ServiceAccount" as kind, "name": name}:
             return {"name": name, "type": kind, "serviceAccount": obj.get("serviceAccount", {"name": "web"})}
+        case {"type": "ServiceAccountNamespace" as kind, "name": name}:
+            return {"name": name, "type": kind, "serviceAccountNamespace": obj.get("serviceAccountNamespace", {})}
         case {"type": "Header" as kind, "name": name}:
             return {"name": name, "type": kind, "header": obj.get("header", {"value": "v"})}
         case {"operator": "In" | "NotIn"}:
@@ -254,6 +256,11 @@ BROKEN_RULES: list[tuple[str, Any, str]] = [
     ("TenantPolicy", {"tenant": "default"}, "the tenant name default is that of all requests without a policy"),
     ("EnginePool", {"selector": {}}, "selector must not be empty"),
     ("EnginePool", {"selector": SELECTOR, "allowedNamespaces": {"from": "Selector"}}, "set selector if and only if"),
+    (
+        "EnginePool",
+        {"selector": SELECTOR, "grants": [{"namespaces": {}, "minInterTokenLatency": "61s"}]},
+        "minInterTokenLatency must be between 1ms and 1m",
+    ),
     (
         "EnginePool",
         {"selector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}},

@@ -201,8 +201,43 @@ def test_policy_of_a_namespace_that_the_pool_does_not_admit(stage: Stage, other_
     assert other.conditions("guest")["Accepted"] == ("False", "NotAllowed")
     stage.kubectl("patch", "epool", "default", "--type=merge", "-p", '{"spec": {"allowedNamespaces": {"from": "All"}}}')
     other.wait_ready("guest")
-    assert stage.enforced("guest", "weight") == [1, 1]
+    assert stage.enforced(f"{other_namespace}/guest", "weight") == [1, 1]
     other.kubectl("delete", "tpol", "guest")
+
+
+def test_guest_has_what_the_pool_grants_its_namespace(stage: Stage, other_namespace: str) -> None:
+    grants = json.dumps(
+        {
+            "spec": {
+                "allowedNamespaces": {"from": "All"},
+                "grants": [
+                    {
+                        "namespaces": {"matchLabels": {"kubernetes.io/metadata.name": other_namespace}},
+                        "maxWeight": 10,
+                        "latencyClasses": ["Interactive"],
+                        "tenantPrefix": "gold-",
+                    }
+                ],
+            }
+        }
+    )
+    other = Stage(stage.cluster, other_namespace)
+    reference = {"name": "default", "namespace": stage.namespace}
+    claimed = {"poolRef": reference, "weight": 10, "latencyClass": "Interactive", "suspend": True}
+    stage.kubectl("patch", "epool", "default", "--type=merge", "-p", '{"spec": {"allowedNamespaces": {"from": "All"}}}')
+    other.cluster.apply(policy(other_namespace, "gold-chat", **claimed), policy(other_namespace, "resident", **claimed))
+    other.wait("Stalled=true", "gold-chat", "resident")
+    assert other.conditions("gold-chat")["Accepted"] == ("False", "ExceedsGrant")
+    stage.kubectl("patch", "epool", "default", "--type=merge", "-p", grants)
+    other.wait_ready("gold-chat")
+    assert stage.enforced("gold-chat", "weight") == [10, 10]
+    [accepted] = [each for each in other.policy("resident")["status"]["conditions"] if each["type"] == "Accepted"]
+    assert accepted["reason"] == "ExceedsGrant"
+    assert "metadata.name: tenant resident does not begin with the tenantPrefix gold-" in accepted["message"]
+    assert stage.enforced("resident", "suspended") == [False, False], "the victim is served"
+    other.kubectl("delete", "tpol", "gold-chat", "resident")
+    restore = '{"spec": {"allowedNamespaces": {"from": "Same"}, "grants": null}}'
+    stage.kubectl("patch", "epool", "default", "--type=merge", "-p", restore)
 
 
 def test_policy_gets_in_when_the_older_one_leaves(stage: Stage) -> None:

@@ -4,6 +4,7 @@ Built anew from each SchedulerConfig and immutable. Pure but for the time at whi
 It never keeps, logs or returns a credential.
 """
 
+import re
 from collections.abc import Iterable
 
 import jwt
@@ -17,9 +18,11 @@ from evenhand_policy.config import (
     UnknownTenantAction,
 )
 from evenhand_policy.credentials import key_hash
+from evenhand_policy.identities import service_account_group
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"]  # asymmetric only: no key confusion
 _CLOCK_SKEW_SECONDS = 30
+_SERVICE_ACCOUNT = re.compile(r"system:serviceaccount:([^:]+):[^:]+")
 
 
 class Authenticator:
@@ -63,8 +66,15 @@ class Authenticator:
         if (tenant_id := self._tenants_by_key.get(hashed)) is not None:
             return tenant_id
         if self._tokens is not None and credential.count(".") == 2:
-            return self._known_or_shared(self._tenants_by_subject.get(self._tokens.subject(credential)))
+            return self._known_or_shared(self._tenant_of_account(self._tokens.subject(credential)))
         raise _unauthorized("The API key is not valid here.")
+
+    def _tenant_of_account(self, subject: str) -> str | None:
+        """Whoever claims the ServiceAccount, else whoever claims every one of its namespace."""
+        if (tenant_id := self._tenants_by_subject.get(subject)) is not None:
+            return tenant_id
+        account = _SERVICE_ACCOUNT.fullmatch(subject)
+        return self._tenants_by_subject.get(service_account_group(account[1])) if account else None
 
     def _anonymous_tenant(self) -> str:
         if self._anonymous and self._shares_with_unknown:

@@ -5,22 +5,22 @@ problem, the others still compile. Where two policies claim the same thing, the 
 out claims nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
 
+from evenhand_policy.admission import NamespaceLabels, admit, exceeds_grant
 from evenhand_policy.config import Gateway, PoolReference, Prices, SchedulerConfig, TenantConfig, UnknownTenants
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of, reference
+from evenhand_policy.grants import Grant
 from evenhand_policy.identities import Claim, ClaimKind, ObjectKey, read_claims, read_keys
-from evenhand_policy.pool import EnginePool, NamespacesFrom
-from evenhand_policy.resolve import resolve_tenant
+from evenhand_policy.pool import EnginePool
+from evenhand_policy.resolve import resolve_limits, resolve_tenant
 from evenhand_policy.secret import Secret
-from evenhand_policy.spec import TenantPolicy
-
-NamespaceLabels = Mapping[str, Mapping[str, str]]
-"""Labels of each namespace."""
+from evenhand_policy.spec import LimitsSpec, TenantPolicy
 
 _NO_LABELS: NamespaceLabels = MappingProxyType({})
 
@@ -45,22 +45,23 @@ def compile_policies(
         policies: in any order. One that refers to another pool gets `PoolNotFound`.
         pool: None (policy files): defaults for everything, and policies may refer to whatever they like.
         secrets: those that the policies and the pool name; others are ignored.
-        namespace_labels: a pool that selects namespaces needs them.
+        namespace_labels: a pool that selects namespaces needs them; one that is missing matches no selector.
 
     Returns:
         The config with epoch and revision 0, which are the caller's to set, and the problems of policies and pool.
     """
-    ledger = _Ledger()
+    ledger = _Ledger(pool)
     gateway, problems = _compile_gateway(pool, secrets, ledger)
     tenants: list[TenantConfig] = []
     for policy in sorted(policies, key=_age):
-        claims, found = read_claims(policy, secrets)
-        if pool is not None:
-            found += _check_admission(policy, pool, namespace_labels)
+        admission = admit(policy, pool, namespace_labels)
+        claims, found = read_claims(policy, admission.tenant_id, secrets)
+        limits, contradictions = _resolve_limits(policy, pool)
+        found += [*admission.problems, *contradictions]
         if not found:
-            found += ledger.claim(policy, claims)
+            found += ledger.claim(policy, claims, admission.grant)
         if not found:
-            tenants.append(resolve_tenant(policy, claims))
+            tenants.append(resolve_tenant(policy, admission.tenant_id, claims, limits))
         problems += found
     config = SchedulerConfig(
         pool=PoolReference(namespace=pool.metadata.namespace, name=pool.metadata.name) if pool else None,
@@ -73,13 +74,6 @@ def compile_policies(
     return Compilation(config, tuple(problems))
 
 
-def pool_not_found(policy: TenantPolicy) -> PolicyProblem:
-    """The problem of a policy that refers to a pool which does not exist."""
-    namespace, name = policy.pool_key
-    advice = f"there is no EnginePool {namespace}/{name}; correct the reference or create the pool"
-    return problem_of(policy, Reason.POOL_NOT_FOUND, "spec.poolRef", advice)
-
-
 def _age(policy: TenantPolicy) -> tuple[str, str, str, bytes]:
     """Oldest first, then by namespace and name; an object without a creation time (from a file) is the youngest."""
     metadata = policy.metadata
@@ -87,66 +81,64 @@ def _age(policy: TenantPolicy) -> tuple[str, str, str, bytes]:
 
 
 class _Ledger:
-    """Who has claimed what, filled from the oldest policy to the youngest."""
+    """Who has claimed what in a pool, filled from the oldest policy to the youngest."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: EnginePool | None) -> None:
+        self._pool = pool
         self._claimants: dict[tuple[ClaimKind, str], ResourceReference] = {}
-        self._guaranteed_percent = 0
+        self._guaranteed_percents: Counter[str] = Counter()  # by namespace
+        self._weights: Counter[str] = Counter()  # by namespace
 
-    def claim(self, policy: TenantPolicy, claims: list[Claim]) -> list[PolicyProblem]:
-        """Book everything for the policy, or nothing and return what is in the way."""
+    def claim(self, policy: TenantPolicy, claims: list[Claim], grant: Grant | None) -> list[PolicyProblem]:
+        """Book everything for the policy, or nothing and return what is in the way.
+
+        `grant` bounds what the policies of its namespace claim together; None: nothing does.
+        """
         guarantee = policy.spec.kv_cache.guaranteed_percent if policy.spec.kv_cache else 0
-        problems = list(self._conflicts(policy, claims, guarantee))
+        problems = [*self._conflicts(policy, claims), *self._shortages(policy, guarantee, grant)]
         if not problems:
             self.book(reference(policy), claims)
-            self._guaranteed_percent += guarantee
+            self._guaranteed_percents[policy.metadata.namespace] += guarantee
+            self._weights[policy.metadata.namespace] += policy.spec.weight
         return problems
 
     def book(self, claimant: ResourceReference, claims: Iterable[Claim]) -> None:
         self._claimants.update(((claim.kind, claim.value), claimant) for claim in claims)
 
-    def _conflicts(self, policy: TenantPolicy, claims: Iterable[Claim], guarantee: int) -> Iterator[PolicyProblem]:
+    def _conflicts(self, policy: TenantPolicy, claims: Iterable[Claim]) -> Iterator[PolicyProblem]:
         for claim in claims:
             if claimant := self._claimants.get((claim.kind, claim.value)):
                 advice = f"{claim.what} is already claimed by {claimant}; change or delete one of the two"
                 yield problem_of(policy, claim.conflict, claim.path, advice, claimant)
-        left = 100 - self._guaranteed_percent
+
+    def _shortages(self, policy: TenantPolicy, guarantee: int, grant: Grant | None) -> Iterator[PolicyProblem]:
+        """What is left of the guarantees of the pool, and of what a guest's namespace is granted."""
+        namespace, path = policy.metadata.namespace, "spec.kvCache.guaranteedPercent"
+        if grant is not None and self._pool is not None:
+            percent, weight = (
+                self._guaranteed_percents[namespace] + guarantee,
+                self._weights[namespace] + policy.spec.weight,
+            )
+            if guarantee and percent > grant.max_guaranteed_percent:
+                excess = f"with this policy guarantees of {percent} percent are above the maxGuaranteedPercent of"
+                yield exceeds_grant(policy, self._pool, path, f"{excess} {grant.max_guaranteed_percent}")
+            if weight > grant.total_weight:
+                excess = f"with this policy a total weight of {weight} is above the maxTotalWeight of"
+                yield exceeds_grant(policy, self._pool, "spec.weight", f"{excess} {grant.total_weight}")
+        left = 100 - self._guaranteed_percents.total()
         if guarantee > left:
             advice = f"{guarantee} percent are more than the {left} that the pool's other guarantees leave; lower one"
-            yield problem_of(policy, Reason.GUARANTEE_OVERCOMMITTED, "spec.kvCache.guaranteedPercent", advice)
+            yield problem_of(policy, Reason.GUARANTEE_OVERCOMMITTED, path, advice)
 
 
-def _check_admission(policy: TenantPolicy, pool: EnginePool, namespace_labels: NamespaceLabels) -> list[PolicyProblem]:
-    """Whether the policy is the pool's, and what it may claim there."""
-    home = pool.metadata.namespace
-    namespace = policy.metadata.namespace
-    if policy.pool_key != (home, pool.metadata.name):
-        return [pool_not_found(policy)]
-    if namespace == home:
-        return []
-    if not _admits(pool, namespace, namespace_labels.get(namespace, {})):
-        advice = f"{reference(pool)} admits no policies of namespace {namespace}; its allowedNamespaces decide"
-        return [problem_of(policy, Reason.NOT_ALLOWED, "spec.poolRef", advice)]
-    return list(_foreign_service_accounts(policy))
-
-
-def _admits(pool: EnginePool, namespace: str, labels: Mapping[str, str]) -> bool:
-    allowed = pool.spec.allowed_namespaces
-    if allowed.from_ is NamespacesFrom.ALL:
-        return True
-    known = {**labels, "kubernetes.io/metadata.name": namespace}
-    return allowed.selector is not None and allowed.selector.matches(known)
-
-
-def _foreign_service_accounts(policy: TenantPolicy) -> Iterator[PolicyProblem]:
-    """A guest of a pool may not take over the traffic of another namespace's ServiceAccount."""
-    own = policy.metadata.namespace
-    for index, identity in enumerate(policy.spec.identities):
-        account = identity.service_account
-        if account is not None and account.namespace not in (None, own):
-            path = f"spec.identities[{index}].serviceAccount.namespace"
-            advice = f"a policy outside the pool's namespace may claim ServiceAccounts of its own namespace {own} only"
-            yield problem_of(policy, Reason.NOT_ALLOWED, path, advice)
+def _resolve_limits(policy: TenantPolicy, pool: EnginePool | None) -> tuple[LimitsSpec, list[PolicyProblem]]:
+    """The limits that hold, the pool's defaults included."""
+    defaults = pool.spec.defaults.limits if pool is not None and pool.spec.defaults is not None else None
+    try:
+        return resolve_limits(policy.spec.limits, defaults), []
+    except ValueError as error:
+        advice = f"with the default limits of the pool: {error}; set both in the policy"
+        return LimitsSpec(), [problem_of(policy, Reason.INVALID, "spec.limits", advice)]
 
 
 def _compile_gateway(

@@ -138,8 +138,8 @@ def _schema(info: inspect.Type) -> Json:
             return _schema(inner)
         case inspect.StructType():
             return _struct_schema(info)
-        case inspect.VarTupleType(item_type=item, max_length=most):
-            return _bounded({"type": "array", "items": _schema(item)}, maxItems=most)
+        case inspect.VarTupleType(item_type=item, min_length=least, max_length=most):
+            return _bounded({"type": "array", "items": _schema(item)}, minItems=least, maxItems=most)
         case inspect.DictType(value_type=value, max_length=most):
             return _bounded({"type": "object", "additionalProperties": _schema(value)}, maxProperties=most)
         case inspect.EnumType(cls=enum):

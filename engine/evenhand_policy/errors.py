@@ -14,6 +14,8 @@ class Reason(StrEnum):
     INVALID = "Invalid"  # the object itself is wrong, whatever else exists
     POOL_NOT_FOUND = "PoolNotFound"
     NOT_ALLOWED = "NotAllowed"  # the pool does not admit this namespace, or the policy claims what is not its own
+    NAMESPACE_UNKNOWN = "NamespaceUnknown"  # the labels that decide whether it is admitted are not known
+    EXCEEDS_GRANT = "ExceedsGrant"  # a guest claims more than the pool grants its namespace
     SECRET_NOT_FOUND = "SecretNotFound"
     WEAK_KEY = "WeakKey"  # an API key that could be guessed from its hash
     CONFLICTED = "Conflicted"  # an older policy has this tenant

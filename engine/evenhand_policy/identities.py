@@ -44,10 +44,12 @@ class Claim(NamedTuple):
         return Reason.CONFLICTED if self.kind is ClaimKind.TENANT else Reason.IDENTITY_CONFLICTED
 
 
-def read_claims(policy: TenantPolicy, secrets: Mapping[ObjectKey, Secret]) -> tuple[list[Claim], list[PolicyProblem]]:
-    """Everything the policy claims, and what is wrong with the Secrets that it names."""
+def read_claims(
+    policy: TenantPolicy, tenant_id: str, secrets: Mapping[ObjectKey, Secret]
+) -> tuple[list[Claim], list[PolicyProblem]]:
+    """Everything the policy claims as that tenant, and what is wrong with the Secrets that it names."""
     tenant_path = "spec.tenant" if policy.spec.tenant else "metadata.name"
-    claims = [Claim(ClaimKind.TENANT, policy.tenant_id, f"tenant {policy.tenant_id}", tenant_path)]
+    claims = [Claim(ClaimKind.TENANT, tenant_id, f"tenant {tenant_id}", tenant_path)]
     problems: list[PolicyProblem] = []
     for index, identity in enumerate(policy.spec.identities):
         path = f"spec.identities[{index}]"
@@ -59,10 +61,19 @@ def read_claims(policy: TenantPolicy, secrets: Mapping[ObjectKey, Secret]) -> tu
             account = identity.service_account
             user = f"system:serviceaccount:{account.namespace or policy.metadata.namespace}:{account.name}"
             claims.append(Claim(ClaimKind.SERVICE_ACCOUNT, user, f"ServiceAccount {user}", f"{path}.serviceAccount"))
+        elif identity.service_account_namespace is not None:
+            namespace = identity.service_account_namespace.namespace or policy.metadata.namespace
+            group, what = service_account_group(namespace), f"every ServiceAccount of namespace {namespace}"
+            claims.append(Claim(ClaimKind.SERVICE_ACCOUNT, group, what, f"{path}.serviceAccountNamespace"))
         elif identity.header is not None:
             value = identity.header.value
             claims.append(Claim(ClaimKind.HEADER_VALUE, value, f"header value {value}", f"{path}.header.value"))
     return claims, problems
+
+
+def service_account_group(namespace: str) -> str:
+    """The group to which Kubernetes counts every ServiceAccount of a namespace."""
+    return f"system:serviceaccounts:{namespace}"
 
 
 def read_keys(

@@ -1,6 +1,6 @@
 """Label selectors of Kubernetes (meta/v1 LabelSelector) and how they match."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
@@ -87,6 +87,18 @@ class LabelSelector(Model, frozen=True, kw_only=True):
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Whether an object with these labels is selected."""
-        return all(labels.get(key) == value for key, value in self.match_labels.items()) and all(
-            expression.matches(labels) for expression in self.match_expressions
-        )
+        return all(holds for _, holds in self._conditions(labels))
+
+    def matches_known(self, labels: Mapping[str, str]) -> bool | None:
+        """Whether an object is selected of which no more than these labels is known; None where others decide."""
+        conditions = list(self._conditions(labels))
+        if any(key in labels and not holds for key, holds in conditions):
+            return False
+        return True if all(key in labels for key, _ in conditions) else None
+
+    def _conditions(self, labels: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+        """Key of each condition, and whether it holds."""
+        for key, value in self.match_labels.items():
+            yield key, labels.get(key) == value
+        for expression in self.match_expressions:
+            yield expression.key, expression.matches(labels)

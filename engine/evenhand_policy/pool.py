@@ -6,9 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, field
 
 from evenhand_policy.config import UnknownTenantAction
+from evenhand_policy.grants import Grant
 from evenhand_policy.labels import LabelSelector
 from evenhand_policy.schema import Metadata, Model, Rule
 from evenhand_policy.secret import SecretKeys, SecretReference
+from evenhand_policy.spec import LimitsSpec
 
 
 class NamespacesFrom(StrEnum):
@@ -71,6 +73,14 @@ class GatewaySpec(Model, frozen=True, kw_only=True):
     ] = "x-evenhand-tenant"
 
 
+class PoolDefaults(Model, frozen=True, kw_only=True):
+    """What holds for a policy that does not say otherwise."""
+
+    limits: Annotated[
+        LimitsSpec | None, Meta(description="Limits of every policy, one by one where the policy does not set them.")
+    ] = None
+
+
 class EnginePoolSpec(Model, frozen=True, kw_only=True):
     """Which engines form the pool, and what holds for all of them."""
 
@@ -80,6 +90,18 @@ class EnginePoolSpec(Model, frozen=True, kw_only=True):
     allowed_namespaces: Annotated[
         AllowedNamespaces, Meta(description="Namespaces whose TenantPolicies may refer to this pool.")
     ] = AllowedNamespaces()
+    grants: Annotated[
+        tuple[Grant, ...],
+        Meta(
+            max_length=64,
+            description="What policies of other namespaces than the pool's may claim; the first that selects a "
+            "namespace holds for it. A namespace without one has what the defaults of a grant say.",
+            extra_json_schema={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = ()
+    defaults: Annotated[
+        PoolDefaults | None, Meta(description="What holds for a policy that does not say otherwise.")
+    ] = None
     prices: Annotated[PricesSpec, Meta(description="Cost of tokens, by which service is measured.")] = PricesSpec()
     unknown_tenants: Annotated[
         UnknownTenantsSpec, Meta(description="What happens to requests that no policy claims.")

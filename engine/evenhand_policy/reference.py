@@ -56,6 +56,8 @@ def _default(schema: Json) -> str:
     if "default" not in schema or isinstance(schema["default"], dict):
         return ""
     value = schema["default"]
+    if isinstance(value, list):
+        return ", ".join(f"`{item}`" for item in value)
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -69,6 +71,8 @@ def _values(schema: Json) -> str:
             return "duration"
         case {"type": "string", "maxLength": most}:
             return f"text, at most {most} characters"
+        case {"type": "array", "items": {"enum": members}}:
+            return "list of " + ", ".join(f"`{member}`" for member in members)
         case {"type": "array", "maxItems": most}:
             return f"list, at most {most}"
         case {"additionalProperties": _, "maxProperties": most}:

@@ -2,20 +2,34 @@
 
 from collections.abc import Iterable
 
+from msgspec.structs import asdict
+
 from evenhand_policy.config import KvCacheShare, Limits, Slo, TenantConfig
 from evenhand_policy.identities import Claim, ClaimKind
 from evenhand_policy.schema import milliseconds
 from evenhand_policy.spec import KvCacheSpec, LimitsSpec, SloSpec, TenantPolicy
 
 
-def resolve_tenant(policy: TenantPolicy, claims: Iterable[Claim]) -> TenantConfig:
+def resolve_limits(own: LimitsSpec | None, defaults: LimitsSpec | None) -> LimitsSpec:
+    """The policy's limits, and the pool's where it has none.
+
+    Raises:
+        ValueError: each is sound, but not both together; the message is that of the rule.
+    """
+    if own is None or defaults is None:
+        return own or defaults or LimitsSpec()
+    given = {name: value for name, value in asdict(own).items() if value is not None}
+    return LimitsSpec(**(asdict(defaults) | given))
+
+
+def resolve_tenant(policy: TenantPolicy, tenant_id: str, claims: Iterable[Claim], limits: LimitsSpec) -> TenantConfig:
     """The tenant of a policy whose claims nobody contests."""
     claimed: dict[ClaimKind, set[str]] = {kind: set() for kind in ClaimKind}
     for claim in claims:
         claimed[claim.kind].add(claim.value)
     spec = policy.spec
     return TenantConfig(
-        tenant_id=policy.tenant_id,
+        tenant_id=tenant_id,
         uid=policy.metadata.uid,
         generation=policy.metadata.generation,
         weight=spec.weight,
@@ -24,7 +38,7 @@ def resolve_tenant(policy: TenantPolicy, claims: Iterable[Claim]) -> TenantConfi
         key_hashes=tuple(sorted(claimed[ClaimKind.KEY_HASH])),
         service_accounts=tuple(sorted(claimed[ClaimKind.SERVICE_ACCOUNT])),
         header_values=tuple(sorted(claimed[ClaimKind.HEADER_VALUE])),
-        limits=_resolve_limits(spec.limits or LimitsSpec()),
+        limits=_limits_in_milliseconds(limits),
         kv_cache=_resolve_kv_cache(spec.kv_cache or KvCacheSpec(), policy.metadata.namespace),
         fairness=spec.fairness,
         enforcement=spec.enforcement,
@@ -39,7 +53,7 @@ def _resolve_slo(slo: SloSpec) -> Slo:
     )
 
 
-def _resolve_limits(limits: LimitsSpec) -> Limits:
+def _limits_in_milliseconds(limits: LimitsSpec) -> Limits:
     return Limits(
         requests_per_minute=limits.requests_per_minute,
         tokens_per_minute=limits.tokens_per_minute,

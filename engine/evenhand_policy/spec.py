@@ -52,6 +52,7 @@ class IdentityType(StrEnum):
 
     API_KEY = "APIKey"
     SERVICE_ACCOUNT = "ServiceAccount"
+    SERVICE_ACCOUNT_NAMESPACE = "ServiceAccountNamespace"
     HEADER = "Header"
 
 
@@ -64,6 +65,18 @@ class ServiceAccountIdentity(Model, frozen=True, kw_only=True):
         Meta(
             description="Namespace of the ServiceAccount; the policy's own where not set. A policy outside the pool's "
             "namespace may claim ServiceAccounts of its own namespace only."
+        ),
+    ] = None
+
+
+class ServiceAccountNamespaceIdentity(Model, frozen=True, kw_only=True):
+    """Every ServiceAccount of a namespace, but for those that a policy claims by name."""
+
+    namespace: Annotated[
+        DnsLabel | None,
+        Meta(
+            description="The namespace; the policy's own where not set. A policy outside the pool's namespace may claim "
+            "its own namespace only."
         ),
     ] = None
 
@@ -82,6 +95,14 @@ class HeaderIdentity(Model, frozen=True, kw_only=True):
     ]
 
 
+_MEMBERS = (  # type, and the member that it asks for, as it is named in YAML and here
+    (IdentityType.API_KEY, "apiKey", "api_key"),
+    (IdentityType.SERVICE_ACCOUNT, "serviceAccount", "service_account"),
+    (IdentityType.SERVICE_ACCOUNT_NAMESPACE, "serviceAccountNamespace", "service_account_namespace"),
+    (IdentityType.HEADER, "header", "header"),
+)
+
+
 class Identity(Model, frozen=True, kw_only=True):
     """One way to prove that a request is this tenant's. Exactly the member that `type` names is set."""
 
@@ -89,8 +110,8 @@ class Identity(Model, frozen=True, kw_only=True):
     type: Annotated[
         IdentityType,
         Meta(
-            description="APIKey: a bearer key. ServiceAccount: a projected Kubernetes token. Header: a header that a "
-            "trusted gateway sets."
+            description="APIKey: a bearer key. ServiceAccount: a projected Kubernetes token. ServiceAccountNamespace: "
+            "such a token of any account of a namespace. Header: a header that a trusted gateway sets."
         ),
     ]
     api_key: Annotated[SecretKeys | None, Meta(description="The keys; set if and only if type is APIKey.")] = None
@@ -98,18 +119,22 @@ class Identity(Model, frozen=True, kw_only=True):
         ServiceAccountIdentity | None,
         Meta(description="The ServiceAccount; set if and only if type is ServiceAccount."),
     ] = None
+    service_account_namespace: Annotated[
+        ServiceAccountNamespaceIdentity | None,
+        Meta(
+            description="The namespace of the ServiceAccounts, may be empty; set if and only if type is "
+            "ServiceAccountNamespace."
+        ),
+    ] = None
     header: Annotated[HeaderIdentity | None, Meta(description="The header; set if and only if type is Header.")] = None
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "set exactly the member that type names: apiKey for APIKey, serviceAccount for ServiceAccount, "
-            "header for Header",
-            "has(self.apiKey) == (self.type == 'APIKey') && has(self.serviceAccount) == (self.type == 'ServiceAccount')"
-            " && has(self.header) == (self.type == 'Header')",
-            lambda identity: (
-                (identity.api_key is not None) == (identity.type is IdentityType.API_KEY)
-                and (identity.service_account is not None) == (identity.type is IdentityType.SERVICE_ACCOUNT)
-                and (identity.header is not None) == (identity.type is IdentityType.HEADER)
+            "serviceAccountNamespace for ServiceAccountNamespace, header for Header",
+            " && ".join(f"has(self.{member}) == (self.type == '{kind}')" for kind, member, _ in _MEMBERS),
+            lambda identity: all(
+                (getattr(identity, name) is not None) == (identity.type is kind) for kind, _, name in _MEMBERS
             ),
         ),
     )

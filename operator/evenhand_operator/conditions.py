@@ -24,7 +24,7 @@ from evenhand_policy.status import (
 MAX_POD_ROWS = 1000
 _MAX_MESSAGE_CHARACTERS = 4096
 _MAX_POD_MESSAGE_CHARACTERS = 512
-_WAITS = frozenset({Reason.POOL_NOT_FOUND, Reason.SECRET_NOT_FOUND})
+_WAITS = frozenset({Reason.POOL_NOT_FOUND, Reason.NAMESPACE_UNKNOWN, Reason.SECRET_NOT_FOUND})
 _FAILING = frozenset({PodState.REJECTED, PodState.UNREACHABLE})
 
 

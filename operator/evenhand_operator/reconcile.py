@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from evenhand_operator.objects import EnginePod, ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
-from evenhand_policy.compile import NamespaceLabels, compile_policies, pool_not_found
+from evenhand_policy.admission import NamespaceLabels, pool_not_found
+from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import SchedulerConfig, ServiceAccountIssuer
 from evenhand_policy.credentials import MIN_KEY_CHARACTERS
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of

@@ -148,7 +148,7 @@ def test_of_the_same_age_the_first_by_namespace_and_name_wins(policy: Build, poo
     guest = policy("a", namespace="zoo", tenant="x", age=1, poolRef={"namespace": "inference"})
     result = compiled(
         [guest, policy("b", tenant="x", age=1), policy("c", tenant="x", age=1)],
-        pool(allowedNamespaces={"from": "All"}),
+        pool(allowedNamespaces={"from": "All"}, grants=[{"namespaces": {}, "tenantPrefix": ""}]),
     )
     assert refusals(result) == [("c", "Conflicted", "spec.tenant"), ("a", "Conflicted", "spec.tenant")]
 
@@ -298,7 +298,11 @@ def test_a_guest_cannot_claim_another_namespaces_service_account(policy: Build, 
     home = policy("home", identities=[service_account("worker", "victim")])
     result = compiled([own, foreign, home], engines)
     assert refusals(result) == [("foreign", "NotAllowed", "spec.identities[0].serviceAccount.namespace")]
-    assert result.config.tenants[1].service_accounts == ("system:serviceaccount:guest:frontend",)
+    accounts = {tenant.tenant_id: tenant.service_accounts for tenant in result.config.tenants}
+    assert accounts == {
+        "home": ("system:serviceaccount:victim:worker",),
+        "guest/own": ("system:serviceaccount:guest:frontend",),
+    }
 
 
 def test_a_gateway_without_its_secret_is_not_believed(policy: Build, pool: Build) -> None:

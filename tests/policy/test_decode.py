@@ -16,7 +16,8 @@ Build = Callable[..., dict[str, Any]]
 
 API_KEY = {"name": "k", "type": "APIKey", "apiKey": {"secretRef": {"name": "keys"}}}
 TYPE_RULE = (
-    "set exactly the member that type names: apiKey for APIKey, serviceAccount for ServiceAccount, header for Header"
+    "set exactly the member that type names: apiKey for APIKey, serviceAccount for ServiceAccount, "
+    "serviceAccountNamespace for ServiceAccountNamespace, header for Header"
 )
 TOKEN_RULE = (
     "maxPromptTokens and maxOutputTokens together must not exceed tokensPerMinute: the largest request that they permit "

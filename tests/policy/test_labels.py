@@ -35,3 +35,19 @@ def test_all_conditions_must_hold() -> None:
     assert selector.matches({"zone": "a", "team": "x"})
     assert not selector.matches({"zone": "a"})
     assert not selector.matches({"team": "x"})
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (LabelSelector(), True),
+        (LabelSelector(match_labels={"team": "chat"}), True),
+        (LabelSelector(match_labels={"team": "web", "zone": "a"}), False),
+        (LabelSelector(match_labels={"team": "chat", "zone": "a"}), None),
+        (expression(LabelOperator.NOT_IN, "chat"), False),
+        (expression(LabelOperator.DOES_NOT_EXIST), False),
+        (LabelSelector(match_expressions=(LabelExpression(key="zone", operator=LabelOperator.DOES_NOT_EXIST),)), None),
+    ],
+)
+def test_labels_that_are_not_known_decide_nothing(selector: LabelSelector, expected: bool | None) -> None:
+    assert selector.matches_known({"team": "chat"}) is expected

@@ -11,6 +11,7 @@ from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.decode import decode
 from evenhand_policy.errors import InvalidResourceError
+from evenhand_policy.grants import NO_GRANT
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.secret import Secret
 from evenhand_policy.spec import TenantPolicy
@@ -63,6 +64,14 @@ POLICIES = st.builds(
         },
     ),
 )
+GENEROUS = {
+    "namespaces": {},
+    "maxWeight": 500,
+    "maxTotalWeight": 700,
+    "maxGuaranteedPercent": 50,
+    "identityTypes": ["APIKey", "Header"],
+    "tenantPrefix": "a",
+}
 POOLS = st.sampled_from(
     [
         {
@@ -75,6 +84,8 @@ POOLS = st.sampled_from(
             {},
             {"allowedNamespaces": {"from": "All"}},
             {"allowedNamespaces": {"from": "All"}, "gateway": {"apiKeys": {"secretRef": {"name": "a"}}}},
+            {"allowedNamespaces": {"from": "All"}, "grants": [{"namespaces": {}, "tenantPrefix": ""}]},
+            {"allowedNamespaces": {"from": "All"}, "grants": [GENEROUS]},
         )
     ]
 )
@@ -128,6 +139,20 @@ def test_every_claim_has_one_claimant_and_every_loser_a_reason(
     refused = {problem.resource for problem in problems if problem.resource.kind == "TenantPolicy"}
     assert len(refused) + len(config.tenants) == len(decoded)
     assert all("k" * 24 not in str(problem) and "short" not in str(problem) for problem in problems)
+
+
+@settings(max_examples=200, deadline=None)
+@given(policies=st.lists(POLICIES, max_size=8), pool=POOLS)
+def test_guests_have_no_more_together_than_they_are_granted(policies: list[Any], pool: Any) -> None:
+    engines = decode(pool, EnginePool)
+    decoded = {each.metadata.uid: each for each in (decode(item, TenantPolicy) for item in policies)}
+    grant = engines.spec.grants[0] if engines.spec.grants else NO_GRANT
+    config, _ = compile_policies(decoded.values(), engines, {})
+    guests = [tenant for tenant in config.tenants if decoded[tenant.uid].metadata.namespace == "guest"]
+    assert sum(tenant.weight for tenant in guests) <= grant.total_weight
+    assert sum(tenant.kv_cache.guaranteed_percent for tenant in guests) <= grant.max_guaranteed_percent
+    prefix = "guest/" if grant.tenant_prefix is None else grant.tenant_prefix
+    assert all(name.startswith(prefix) for tenant in guests for name in (tenant.tenant_id, *tenant.header_values))
 
 
 @settings(max_examples=200, deadline=None)

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -91,6 +92,17 @@ def test_no_credential(authenticator: Authenticator) -> None:
     assert authenticator.authenticate(headers()) == DEFAULT_TENANT_ID
     assert refused(Authenticator(config(), anonymous=False), headers()).status == 401
     assert refused(Authenticator(config(reject=True)), headers()).status == 401
+
+
+def test_every_account_of_a_namespace_but_those_that_are_claimed_by_name() -> None:
+    whole = TenantConfig(tenant_id="whole-chat", service_accounts=("system:serviceaccounts:chat",))
+    known = config(reject=True)
+    authenticator = Authenticator(msgspec.structs.replace(known, tenants=(*known.tenants, whole)))
+    account = "system:serviceaccount:{}:{}".format
+    assert authenticator.authenticate(headers(bearer=token(sub=account("chat", "worker")))) == "whole-chat"
+    assert authenticator.authenticate(headers(bearer=token())) == "chat"
+    for other in (account("chats", "worker"), account("other", "chat"), "system:serviceaccounts:chat:x", "chat"):
+        assert refused(authenticator, headers(bearer=token(sub=other))).code == "unknown_tenant", other
 
 
 def test_header_counts_only_with_the_gateways_key(authenticator: Authenticator) -> None:
