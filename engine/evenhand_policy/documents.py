@@ -4,6 +4,7 @@ Refused with the line: duplicate keys, keys that are not text, tags, recursion, 
 (a small file whose aliases stand for billions of values). No message quotes what the file holds, since it may be a key.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -59,15 +60,20 @@ def read_documents(content: bytes) -> list[Document]:
 
 
 class _Loader(yaml.CSafeLoader):
-    """Plain JSON values only: a time stays text, as it does for kubectl."""
+    """Plain JSON values only, numbers as kubectl reads them: a time stays text, and so does 1:30."""
 
 
+_YAML = "tag:yaml.org,2002:"
+_INTEGER = re.compile(r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)\Z")
+_NUMBER = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9_]+)?\Z|[-+]?\.inf\Z|\.nan\Z", re.I)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [resolver for resolver in resolvers if resolver[0].removeprefix(_YAML) not in ("timestamp", "int", "float")]
     for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(f"{_YAML}int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_YAML}float", _NUMBER, list("-+.0123456789"))
 
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
+_PLAIN_TAGS = frozenset(f"{_YAML}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
 
 
 def _line(mark: Any) -> int:
@@ -124,7 +130,7 @@ def _examine_mapping(node: yaml.MappingNode, path: str, depth: int, lines: dict[
     seen: set[str] = set()
     for key, value in node.value:
         line = _line(key.start_mark)
-        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+        if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_YAML}str":
             raise DocumentError("a key that is not text, or a merge key; write each field out, quoted if need be", line)
         if key.value in seen:
             raise DocumentError(f"the field {key.value[:80]} is set twice", line)

@@ -203,3 +203,34 @@ def test_the_text_of_an_error_is_bounded(directory: Write) -> None:
         load_policy_directory(path)
     assert len(caught.value.problems) == 50
     assert str(caught.value).splitlines()[-1] == "and 30 more"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(
+            (text, 1_000_000)
+            for text in ("1e+06", "1e6", "1E6", "1.0e6", "1_000_000", "0xF4240", "0o3641100", "+1000000.")
+        ),
+        ("0100", 64),
+        ("0b11", 3),
+        ("09", 9),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_numbers_are_read_as_kubectl_reads_them(directory: Write, text: str, expected: int, suffix: str) -> None:
+    content = (
+        '{"apiVersion": "evenhand.dev/v1alpha1", "kind": "TenantPolicy", "metadata": {"name": "a"}, '
+        f'"spec": {{"limits": {{"tokensPerMinute": {text}}}}}}}'
+    )
+    config = load_policy_directory(directory(**{f"a.{suffix}": content}))
+    assert config.tenants[0].limits.tokens_per_minute == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "1:30:15", "190:20:30.15", "1e400", "1.5", "-1", ".inf", ".nan", "'4'", "1e", "0x"]
+)
+def test_what_is_no_integer_for_kubectl_is_refused(directory: Write, text: str) -> None:
+    policy = f"apiVersion: evenhand.dev/v1alpha1\nkind: TenantPolicy\nmetadata: {{name: a}}\nspec:\n  weight: {text}\n"
+    with pytest.raises(PolicyFileError, match=r"a.yaml:5: spec.weight: expected an integer from 1 to 1000"):
+        load_policy_directory(directory(**{"a.yaml": policy}))
