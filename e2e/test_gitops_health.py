@@ -69,6 +69,16 @@ def test_object_without_status_is_waited_for() -> None:
     assert health(bare) == {"status": "Progressing", "message": "waiting for the operator"}
 
 
+def test_what_is_true_of_no_or_an_older_generation_is_waited_for() -> None:
+    """kstatus has the defaults of our schema to go by; a status from elsewhere may lack what they tell."""
+    assert health(policy(1, None, Ready="True")) == {"status": "Progressing", "message": "waiting for the operator"}
+    older = policy(2, 2, Ready="True")
+    older["status"]["conditions"][0]["observedGeneration"] = 1
+    assert health(older)["status"] == "Progressing"
+    older["status"]["conditions"][0]["observedGeneration"] = 2
+    assert health(older)["status"] == "Healthy"
+
+
 def test_component_adds_the_script_to_argo_cds_own_settings(cluster: ControlPlane, tmp_path: Path) -> None:
     settings = {
         "apiVersion": "v1",

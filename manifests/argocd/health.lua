@@ -7,7 +7,10 @@ if obj.metadata.deletionTimestamp ~= nil then
 end
 
 local status = obj.status or {}
-if status.observedGeneration ~= nil and status.observedGeneration ~= obj.metadata.generation then
+if status.observedGeneration == nil then
+  return health
+end
+if status.observedGeneration ~= obj.metadata.generation then
   health.message = "the operator has not seen this generation yet"
   return health
 end
@@ -20,6 +23,8 @@ end
 local stalled, ready = conditions.Stalled, conditions.Ready
 if stalled ~= nil and stalled.status == "True" then
   health.status, health.message = "Degraded", stalled.message
+elseif ready ~= nil and (ready.observedGeneration or obj.metadata.generation) ~= obj.metadata.generation then
+  health.message = "the condition Ready is that of an older generation"
 elseif ready ~= nil and ready.status == "True" then
   health.status, health.message = "Healthy", ready.message
 elseif ready ~= nil then
