@@ -301,8 +301,22 @@ def rules_of(crd: Any) -> list[str]:
 
 
 def test_every_rule_is_broken_by_some_test() -> None:
-    told = {rule for rule in rules_of([tenant_policy_crd(), engine_pool_crd()]) if "immutable" not in rule}
+    elsewhere = ("immutable", "the name of an EnginePool")  # tests of their own
+    rules = rules_of([tenant_policy_crd(), engine_pool_crd()])
+    told = {rule for rule in rules if not any(message in rule for message in elsewhere)}
     assert {rule for rule in told if any(message in rule for _, _, message in BROKEN_RULES)} == told
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 63, "a-1"])
+def test_the_name_of_a_pool_fits_into_labels_and_names_of_secrets(resources: Resources, name: str) -> None:
+    assert check_agreement(resources, "EnginePool", resource("EnginePool", {"selector": SELECTOR}, name=name))
+
+
+@pytest.mark.parametrize("name", ["a" * 64, "a.b", "a" * 62 + ".b", "a" * 253])
+def test_a_pool_whose_secrets_could_not_be_named_is_refused(resources: Resources, name: str) -> None:
+    obj = resource("EnginePool", {"selector": SELECTOR}, name=name)
+    assert not check_agreement(resources, "EnginePool", obj)
+    assert "at most 63 lower-case letters" in resources.create("enginepools", obj)[1]["message"]
 
 
 def test_the_default_tenant_cannot_be_taken_by_the_name_of_a_policy(resources: Resources) -> None:

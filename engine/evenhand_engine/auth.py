@@ -29,7 +29,7 @@ class Authenticator:
     """Who may use the engine, as one config says.
 
     A credential is an API key or a Kubernetes ServiceAccount token, in `Authorization: Bearer`. On a request with a
-    gateway's key the config's tenant header names the tenant; on any other request that header means nothing. Where
+    gateway's key the config's tenant headers name the tenant; on any other request they mean nothing. Where
     neither config nor command line knows any credential, and requests without one are served, one is not looked at:
     OpenAI's clients cannot leave it out.
 
@@ -48,7 +48,7 @@ class Authenticator:
         self._tenants_by_subject = {s: tenant.tenant_id for tenant in config.tenants for s in tenant.service_accounts}
         self._tenants_by_header = {v: tenant.tenant_id for tenant in config.tenants for v in tenant.header_values}
         self._gateway_keys = frozenset(config.gateway.key_hashes)
-        self._tenant_header = config.gateway.tenant_header
+        self._tenant_headers = config.gateway.headers
         self._is_open = anonymous and not (self._tenants_by_key or self._gateway_keys or config.service_accounts)
         self._tokens = None if config.service_accounts is None else _TokenVerifier(config.service_accounts)
 
@@ -62,12 +62,16 @@ class Authenticator:
             raise _unauthorized("The Authorization header must be `Bearer` and an API key.")
         hashed = key_hash(credential)
         if hashed in self._gateway_keys:
-            return self._known_or_shared(self._tenants_by_header.get(_single(headers, self._tenant_header)))
+            return self._known_or_shared(self._tenants_by_header.get(self._named(headers)))
         if (tenant_id := self._tenants_by_key.get(hashed)) is not None:
             return tenant_id
         if self._tokens is not None and credential.count(".") == 2:
             return self._known_or_shared(self._tenant_of_account(self._tokens.subject(credential)))
         raise _unauthorized("The API key is not valid here.")
+
+    def _named(self, headers: CIMultiDictProxy[str]) -> str:
+        """What the gateway says, in the first of its headers that is there; empty where it says nothing."""
+        return next(filter(None, (_single(headers, name) for name in self._tenant_headers)), "")
 
     def _tenant_of_account(self, subject: str) -> str | None:
         """Whoever claims the ServiceAccount, else whoever claims every one of its namespace."""

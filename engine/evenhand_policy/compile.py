@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from evenhand_policy.admission import NamespaceLabels, admit, exceeds_grant
 from evenhand_policy.config import Gateway, PoolReference, Prices, SchedulerConfig, TenantConfig, UnknownTenants
@@ -148,11 +149,12 @@ def _compile_gateway(
     if pool is None or pool.spec.gateway is None:
         return Gateway(), []
     spec = pool.spec.gateway
+    gateway = Gateway(tenant_header=spec.headers[0], tenant_headers=spec.headers if len(spec.headers) > 1 else ())
     keys, problems = read_keys(pool, spec.api_keys.secret_ref.name, "spec.gateway.apiKeys.secretRef.name", secrets)
     if problems:
-        return Gateway(tenant_header=spec.tenant_header), problems
+        return gateway, problems
     ledger.book(reference(pool), keys)
-    return Gateway(key_hashes=tuple(sorted({key.value for key in keys})), tenant_header=spec.tenant_header), []
+    return replace(gateway, key_hashes=tuple(sorted({key.value for key in keys}))), []
 
 
 def _compile_prices(pool: EnginePool | None) -> Prices:

@@ -75,10 +75,19 @@ class UnknownTenants(_Document, frozen=True, kw_only=True):
 
 
 class Gateway(_Document, frozen=True, kw_only=True):
-    """A trusted gateway: `tenant_header` counts only on requests that carry one of its keys."""
+    """A trusted gateway: the headers count only on requests that carry one of its keys.
+
+    `tenant_headers` is set where there are several; an engine that knows one looks at `tenant_header`, the first.
+    """
 
     key_hashes: tuple[KeyHash, ...] = ()
     tenant_header: Name = "x-evenhand-tenant"
+    tenant_headers: tuple[Name, ...] = ()
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """In which a tenant is named, the first that a request has."""
+        return self.tenant_headers or (self.tenant_header,)
 
 
 class ServiceAccountIssuer(_Document, frozen=True, kw_only=True):

@@ -58,19 +58,35 @@ class UnknownTenantsSpec(Model, frozen=True, kw_only=True):
     weight: Annotated[int, Meta(ge=1, le=1000, description="Weight of all of them together.")] = 1
 
 
+HeaderName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z",
+        max_length=63,
+        extra={"expected": "the name of an HTTP header in lower case"},
+    ),
+]
+
+
 class GatewaySpec(Model, frozen=True, kw_only=True):
     """A trusted gateway in front of the engines."""
 
     api_keys: Annotated[SecretKeys, Meta(description="The keys by which the gateway proves itself.")]
-    tenant_header: Annotated[
-        str,
+    tenant_headers: Annotated[
+        tuple[HeaderName, ...],
         Meta(
-            pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z",
-            max_length=63,
-            description="Header, in lower case, in which the gateway names the tenant.",
-            extra={"expected": "the name of an HTTP header in lower case"},
+            max_length=8,
+            description="Headers, in lower case, in which the gateway names the tenant: the first that a request has "
+            "counts; tenantHeader alone where not set.",
+            extra_json_schema={"x-kubernetes-list-type": "atomic"},
         ),
-    ] = "x-evenhand-tenant"
+    ] = ()
+    tenant_header: Annotated[HeaderName, Meta(description="The same where it is one header.")] = "x-evenhand-tenant"
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """Headers in which the gateway names the tenant, in the order in which they count."""
+        return self.tenant_headers or (self.tenant_header,)
 
 
 class PoolDefaults(Model, frozen=True, kw_only=True):
@@ -132,3 +148,12 @@ class EnginePool(Model, frozen=True, kw_only=True):
     metadata: Metadata
     spec: Annotated[EnginePoolSpec, Meta(description="What the pool is.")]
     status: dict[str, Any] | None = None
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "the name of an EnginePool has at most 63 lower-case letters, digits and inner dashes: it becomes part of "
+            "the names of Secrets, and a label",
+            "self.metadata.name.size() <= 63 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+            lambda pool: len(pool.metadata.name) <= 63 and "." not in pool.metadata.name,
+        ),
+    )

@@ -89,7 +89,7 @@ def test_a_full_policy_becomes_the_document_of_the_design(policy: Build, pool: B
         "revision": 0,
         "prices": {"inputToken": 3, "outputToken": 5},
         "unknownTenants": {"action": "Reject", "weight": 1},
-        "gateway": {"keyHashes": (sha256(KEY_B),), "tenantHeader": "x-tenant"},
+        "gateway": {"keyHashes": (sha256(KEY_B),), "tenantHeader": "x-tenant", "tenantHeaders": ()},
         "serviceAccounts": None,
         "tenants": (
             {
@@ -310,3 +310,19 @@ def test_a_gateway_without_its_secret_is_not_believed(policy: Build, pool: Build
     assert refusals(result) == [("default", "SecretNotFound", "spec.gateway.apiKeys.secretRef.name")]
     assert result.config.gateway.key_hashes == ()
     assert tenant_ids(result) == ["chatbot"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "headers"),
+    [
+        ({}, ("x-evenhand-tenant",)),
+        ({"tenantHeader": "x-a"}, ("x-a",)),
+        ({"tenantHeaders": ["x-a"]}, ("x-a",)),
+        ({"tenantHeaders": ["x-b", "x-a"]}, ("x-b", "x-a")),
+        ({"tenantHeaders": ["x-b", "x-a"], "tenantHeader": "x-evenhand-tenant"}, ("x-b", "x-a")),
+    ],
+)
+def test_headers_of_the_gateway(pool: Build, spec: dict[str, Any], headers: tuple[str, ...]) -> None:
+    gateway = compiled([], pool(gateway={"apiKeys": {"secretRef": {"name": "gateway-key"}}} | spec)).config.gateway
+    assert gateway.headers == headers
+    assert gateway.tenant_header == headers[0], "what an engine looks at that knows one header only"

@@ -127,6 +127,19 @@ def test_two_tenant_headers_are_refused(authenticator: Authenticator) -> None:
     assert refused(authenticator, twice).status == 400
 
 
+def test_first_header_that_is_there_names_the_tenant() -> None:
+    known = config()
+    gateway = msgspec.structs.replace(known.gateway, tenant_headers=("x-new-name", "x-team"))
+    authenticator = Authenticator(msgspec.structs.replace(known, gateway=gateway))
+    new, old = ("X-New-Name", "batch"), ("x-team", "batch")
+    assert authenticator.authenticate(headers(old, bearer=GATEWAY_KEY)) == "batch"
+    assert authenticator.authenticate(headers(new, bearer=GATEWAY_KEY)) == "batch"
+    assert authenticator.authenticate(headers(("x-new-name", ""), old, bearer=GATEWAY_KEY)) == "batch"
+    assert authenticator.authenticate(headers(("x-new-name", "nobody"), old, bearer=GATEWAY_KEY)) == DEFAULT_TENANT_ID
+    assert authenticator.authenticate(headers(new, old)) == DEFAULT_TENANT_ID, "from nobody but the gateway"
+    assert refused(authenticator, headers(new, new, bearer=GATEWAY_KEY)).status == 400
+
+
 def test_shared_key() -> None:
     authenticator = Authenticator(SchedulerConfig(), anonymous=False, shared_keys=["secret"])
     assert authenticator.authenticate(headers(bearer="secret")) == DEFAULT_TENANT_ID
