@@ -30,13 +30,14 @@ import common
 import numpy as np
 import serving
 
-from evenhand_engine.fairness import Delivery, FloatArray, RequestRecord, cumulative_service
-from evenhand_engine.simulator.device import Device, StepShape, fit_step_time
+from evenhand_engine.core.step_recorder import load_steps
+from evenhand_engine.scheduler.step_time import StepShape
+from evenhand_engine.simulator.device import Device, fit_step_time
 from evenhand_engine.simulator.drift import fit_with_drift
+from evenhand_engine.simulator.measures import Delivery, FloatArray, RequestRecord, cumulative_service
 from evenhand_engine.simulator.scenario import Scenario
 from evenhand_engine.simulator.simulation import Run
 from evenhand_engine.simulator.traces import TraceRequest
-from evenhand_engine.step_recorder import load_steps
 from evenhand_policy.files import load_policy_directory
 
 

@@ -17,7 +17,10 @@ from statistics import fmean, median
 import numpy as np
 from common import DATA, arguments, console, finish, machine, print_table
 
-from evenhand_engine.fairness import (
+from evenhand_engine.simulator.calibration import calibrate, mean_finish_error
+from evenhand_engine.simulator.device import DEVICES, perturbed
+from evenhand_engine.simulator.fluid import FluidShare, StreamLimitedFluid
+from evenhand_engine.simulator.measures import (
     Delivery,
     RequestRecord,
     ServiceDifference,
@@ -26,9 +29,6 @@ from evenhand_engine.fairness import (
     tenant_ids,
     throughput,
 )
-from evenhand_engine.simulator.calibration import calibrate, mean_finish_error
-from evenhand_engine.simulator.device import DEVICES, perturbed
-from evenhand_engine.simulator.fluid import FluidShare, StreamLimitedFluid
 from evenhand_engine.simulator.report import plot_service
 from evenhand_engine.simulator.scenario import Scenario
 from evenhand_engine.simulator.simulation import Run

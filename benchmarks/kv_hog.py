@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from common import arguments, console, finish, machine, print_table
 
-from evenhand_engine.fairness import RequestRecord
 from evenhand_engine.simulator.device import DEVICES
+from evenhand_engine.simulator.measures import RequestRecord
 from evenhand_engine.simulator.report import percentile
 from evenhand_engine.simulator.scenario import Scenario
 from evenhand_engine.simulator.simulation import Run

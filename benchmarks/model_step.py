@@ -17,16 +17,16 @@ import common
 import torch
 from torch import Tensor
 
-from evenhand_engine.batch import Batch, ScheduledRequest
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.model_runner import DTYPES, ModelRunner
+from evenhand_engine.core.sampler import SamplingRow, sample
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import load_weights
-from evenhand_engine.model_runner import DTYPES, ModelRunner
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.sampler import SamplingRow, sample
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Attention, AttentionLayer, Kernels, KvCacheShape, Linear

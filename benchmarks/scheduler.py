@@ -11,8 +11,8 @@ import time
 import common
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.scheduler import Scheduler
+from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 

@@ -22,10 +22,10 @@ import common
 import numpy as np
 import serving
 
-from evenhand_engine.fairness import FloatArray
-from evenhand_engine.simulator.device import StepShape
+from evenhand_engine.core.step_recorder import load_steps
+from evenhand_engine.scheduler.step_time import StepShape
 from evenhand_engine.simulator.drift import fit_with_drift
-from evenhand_engine.step_recorder import load_steps
+from evenhand_engine.simulator.measures import FloatArray
 
 CLIENTS = (1, 2, 4, 8, 16, 30)  # at once, each number for a phase
 LONGEST_PROMPTS = (16, 100, 400, 1_500)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cluster import build
-from evenhand_engine.cli import main as engine_main
+from evenhand_engine.commands.cli import main as engine_main
 from evenhand_operator.cli import main as operator_main
 from evenhand_policy.bootstrap import MAX_PARTS, secret_name
 from harness.installation import PORT, REPOSITORY, Installation

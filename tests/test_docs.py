@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import pytest
 
-from evenhand_engine.cli import main
+from evenhand_engine.commands.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("manifests/**/*.md")])

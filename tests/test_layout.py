@@ -55,11 +55,17 @@ def test_the_policy_contract_is_light() -> None:
 
 
 def test_the_command_line_answers_without_loading_a_model() -> None:
-    assert not loaded_by("import evenhand_engine.cli") & {"torch", "transformers", "numpy", "aiohttp"}
+    assert not loaded_by("import evenhand_engine.commands.cli") & {"torch", "transformers", "numpy", "aiohttp"}
 
 
 def test_the_scheduler_knows_no_device() -> None:
-    assert not loaded_by("import evenhand_engine.scheduler") & {"torch", "numpy", "cupy", "asyncio", "aiohttp"}
+    assert not loaded_by("import evenhand_engine.scheduler.scheduler") & {
+        "torch",
+        "numpy",
+        "cupy",
+        "asyncio",
+        "aiohttp",
+    }
 
 
 def test_the_operator_loads_no_model() -> None:

@@ -21,8 +21,8 @@ from cluster.container import now
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import NODE, condition, loopback_addresses
 from cluster.programs import Program
-from evenhand_engine.config_store import StoredConfig
-from evenhand_engine.push_receiver import Apply, PushSettings
+from evenhand_engine.frontend.config_store import StoredConfig
+from evenhand_engine.frontend.push_receiver import Apply, PushSettings
 from evenhand_policy.config import PoolReference
 from harness.light_engine import build_app
 from harness.objects import ADMIN_PORT, ENGINE_LABELS, PUSH_KEY

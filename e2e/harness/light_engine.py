@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from evenhand_engine.push_receiver import Apply, PushReceiver, PushSettings
+from evenhand_engine.frontend.push_receiver import Apply, PushReceiver, PushSettings
 from evenhand_policy.config import PoolReference
 
 

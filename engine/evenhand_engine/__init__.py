@@ -1,1 +1,14 @@
-"""The inference engine: OpenAI-compatible server, fair scheduler, model runner and command line."""
+"""The inference engine: OpenAI-compatible server, fair scheduler, model runner, simulator and command line.
+
+A room is a folder, and imports only rooms below it (import contracts in pyproject.toml):
+
+    commands    the command line, a file a command
+    server      the HTTP process: applications, listeners, start-up, drain, admin port
+    openai      the wire format: requests in, answers and streams out
+    frontend    what happens at the door: identity, quotas, the config in force, metrics
+    backends    whoever generates, behind one protocol: the engine core in its own process
+    core        the engine core process: its loop, the runner, sampling, statistics
+    simulator   virtual time, beside `messages`: what crosses the pipe between the two processes
+    scheduler   pure: who computes what, every step; beside `model` (checkpoints, decoder) and `text` (tokenizer)
+    config, errors, logs, csv_rows
+"""

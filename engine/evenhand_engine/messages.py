@@ -5,7 +5,7 @@ Times are `time.monotonic()` seconds, which on Linux and macOS is one clock for 
 
 import msgspec
 
-from evenhand_engine.request import FinishReason, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams
 from evenhand_policy.config import SchedulerConfig
 
 
@@ -57,20 +57,6 @@ class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The core could not start; `message` is what the user should read. Sent instead of EngineReady."""
 
     message: str
-
-
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """News of one request. The first has no tokens and tells that it was scheduled for the first time.
-
-    `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
-    prefix hit spared; `num_preemptions`: how often it lost its blocks so far.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
 
 
 class TenantStats(msgspec.Struct, frozen=True, kw_only=True):

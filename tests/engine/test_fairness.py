@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evenhand_engine.fairness import (
+from evenhand_engine.simulator.measures import (
     Delivery,
     RequestRecord,
     Windows,

@@ -10,12 +10,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from evenhand_engine.batch import Batch
 from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.model_runner import LoadedModel, load_model
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.model_runner import LoadedModel, load_model
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.scheduler import Scheduler
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig
 
 NUM_OUTPUTS = 24

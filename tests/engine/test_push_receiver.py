@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
-from evenhand_engine.config_store import StoredConfig
-from evenhand_engine.push_receiver import PushReceiver, PushSettings, is_local
+from evenhand_engine.frontend.config_store import StoredConfig
+from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings, is_local
 from evenhand_policy.bootstrap import pack
 from evenhand_policy.config import KvCacheShare, PoolReference, SchedulerConfig, TenantConfig
 from evenhand_policy.push_document import DocumentRejectedError
@@ -289,7 +289,7 @@ async def test_engine_that_cannot_enforce_keeps_what_it_has(tmp_path: Path) -> N
 
 
 async def test_body_beyond_the_bound_is_not_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evenhand_engine.push_receiver.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("evenhand_engine.frontend.push_receiver.MAX_DOCUMENT_BYTES", 1000)
     status, report = await engine.put(b"x" * 1001)
     assert (status, report.problem) == (422, "a document has 0 MiB at most")
 
@@ -418,7 +418,7 @@ async def test_stranger_reads_nothing_unsigned(engine: Engine, monkeypatch: pyte
             return response.status
 
     assert await get(REPORT_PATH) == await get("/debug") == 200
-    monkeypatch.setattr("evenhand_engine.push_receiver.is_local", lambda _: False)
+    monkeypatch.setattr("evenhand_engine.frontend.push_receiver.is_local", lambda _: False)
     assert await get(REPORT_PATH) == await get("/debug") == 401
     assert await get(REPORT_PATH, sign_request(KEY, "GET", engine.now, path=REPORT_PATH)) == 200
     assert await get("/debug", sign_request(KEY, "GET", engine.now, path="/debug")) == 200

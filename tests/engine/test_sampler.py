@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evenhand_engine.request import SamplingParams
-from evenhand_engine.sampler import SamplingRow, sample
+from evenhand_engine.core.sampler import SamplingRow, sample
+from evenhand_engine.scheduler.request import SamplingParams
 
 PROBABILITIES = (0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.7  # any constant

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from evenhand_engine.batch import Batch, ScheduledRequest
+from evenhand_engine.core.step_recorder import StepRecorder, load_steps, load_token_budgets
 from evenhand_engine.errors import StartupError
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.simulator.device import StepShape
-from evenhand_engine.step_recorder import StepRecorder, load_steps, load_token_budgets
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.step_time import StepShape
 
 HEADER = "prefill_tokens,decode_tokens,prefill_context,decode_context,seconds\n"
 RECORD_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from evenhand_engine.batch import Batch
-from evenhand_engine.step_recorder import StepRecorder
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.core.step_recorder import StepRecorder
 
 with StepRecorder(Path(sys.argv[1])) as recorder:
     for step in range(100):

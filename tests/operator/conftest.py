@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
-from evenhand_engine.config_store import StoredConfig
-from evenhand_engine.push_receiver import PushReceiver, PushSettings
+from evenhand_engine.frontend.config_store import StoredConfig
+from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings
 from evenhand_operator.engine_client import EngineClient, Offer
 from evenhand_operator.objects import EnginePod
 from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig

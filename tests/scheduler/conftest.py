@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from evenhand_engine.batch import Batch
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.messages import RequestOutput
-from evenhand_engine.request import FinishReason, Request, SamplingParams
-from evenhand_engine.scheduler import Scheduler
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 EOS = 2

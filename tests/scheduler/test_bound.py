@@ -14,16 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evenhand_engine.batch import Batch
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.fair_queue import FairQueue
-from evenhand_engine.fair_share import FairShare
-from evenhand_engine.relief import Relief
-from evenhand_engine.request import FinishReason, Request
-from evenhand_engine.request_queue import RequestQueue
-from evenhand_engine.roster import Fit, Roster
-from evenhand_engine.scheduler import Scheduler
-from evenhand_engine.tenant import Tenant
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.fair_queue import FairQueue
+from evenhand_engine.scheduler.fair_share import FairShare
+from evenhand_engine.scheduler.relief import Relief
+from evenhand_engine.scheduler.request import FinishReason, Request
+from evenhand_engine.scheduler.request_queue import RequestQueue
+from evenhand_engine.scheduler.roster import Fit, Roster
+from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import Fairness, KvCacheShare, LatencyClass, Limits, SchedulerConfig, TenantConfig
 
 from .conftest import PretendEngine

@@ -3,7 +3,7 @@
 import pytest
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.step_time import StepBudget, StepLoad, StepTimeModel
+from evenhand_engine.scheduler.step_time import StepBudget, StepLoad, StepTimeModel
 from evenhand_policy.config import Fairness, LatencyClass, Slo, TenantConfig
 
 from .conftest import PretendEngine

@@ -1,7 +1,7 @@
 """Memory and seats: guarantees are reclaimed, those far behind are served, and nobody preempts in turn."""
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.request import FinishReason
+from evenhand_engine.scheduler.request import FinishReason
 from evenhand_policy.config import KvCacheShare, Limits, SchedulerConfig, TenantConfig
 
 from .conftest import PretendEngine

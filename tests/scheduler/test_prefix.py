@@ -2,9 +2,9 @@
 
 import pytest
 
-from evenhand_engine.block_manager import BlockManager
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.request import FinishReason
+from evenhand_engine.scheduler.block_manager import BlockManager
+from evenhand_engine.scheduler.request import FinishReason
 from evenhand_policy.config import TenantConfig
 
 from .conftest import PretendEngine

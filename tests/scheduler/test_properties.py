@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.request import FinishReason, Request
+from evenhand_engine.scheduler.request import FinishReason, Request
 from evenhand_policy.config import (
     Fairness,
     KvCacheShare,

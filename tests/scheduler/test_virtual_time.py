@@ -5,10 +5,10 @@ from itertools import chain, repeat
 import pytest
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.messages import TenantStats
-from evenhand_engine.scheduler import Scheduler
-from evenhand_engine.stats import StatsRecorder
+from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT, FairShare
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 from .conftest import PretendEngine

@@ -12,15 +12,15 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from evenhand_engine.admission import TenantAccount
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.admission import TenantAccount
+from evenhand_engine.frontend.push_receiver import PushReceiver, is_local
+from evenhand_engine.frontend.quota import TokenBucket
+from evenhand_engine.frontend.service import SERVICE, Service
+from evenhand_engine.frontend.share_tracker import Share
 from evenhand_engine.messages import TenantStats
-from evenhand_engine.push_receiver import PushReceiver, is_local
-from evenhand_engine.quota import TokenBucket
+from evenhand_engine.openai.responses import json_response, metrics_response
 from evenhand_engine.server.app import Handler, answer_errors, log_access, show_health, show_ready
-from evenhand_engine.server.responses import json_response, metrics_response
-from evenhand_engine.server.service import SERVICE, Service
-from evenhand_engine.share_tracker import Share
 
 
 def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> web.Application:

@@ -14,14 +14,14 @@ from typing import Any
 from aiohttp import web
 
 from evenhand_engine.errors import EngineDeadError, Refusal
-from evenhand_engine.quota import TokenBucket
-from evenhand_engine.server.chat import create_chat_completion
-from evenhand_engine.server.completions import create_completion
-from evenhand_engine.server.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
-from evenhand_engine.server.requests import request_id
-from evenhand_engine.server.responses import json_response, metrics_response
-from evenhand_engine.server.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
-from evenhand_engine.server.tokens import detokenize, tokenize
+from evenhand_engine.frontend.quota import TokenBucket
+from evenhand_engine.frontend.requests import request_id
+from evenhand_engine.frontend.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.openai.chat import create_chat_completion
+from evenhand_engine.openai.completions import create_completion
+from evenhand_engine.openai.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
+from evenhand_engine.openai.responses import json_response, metrics_response
+from evenhand_engine.openai.tokens import detokenize, tokenize
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -7,7 +7,7 @@ import socket
 import ssl
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.frontend.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
 
 async def watch_certificate(settings: ServerSettings, context: ssl.SSLContext) -> None:
     """Until cancelled, let new connections use the certificate as it is renewed; one that is no good is not used."""
-    from evenhand_engine.directory_watch import watch_directory
+    from evenhand_engine.frontend.directory_watch import watch_directory
 
     assert settings.ssl_certfile is not None
 

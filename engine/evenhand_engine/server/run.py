@@ -6,13 +6,13 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from evenhand_engine.backends.engine_client import spawn_core
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.engine_client import spawn_core
-from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.startup import Running, SpawnCore, start_server
 
 if TYPE_CHECKING:
-    from evenhand_engine.server.service import Service
+    from evenhand_engine.frontend.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from evenhand_engine.backends.engine_client import CoreProcess, EngineClient, spawn_core
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.engine_client import CoreProcess, EngineClient, spawn_core
+from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.server.listener import (
@@ -28,15 +29,14 @@ from evenhand_engine.server.listener import (
     url_of,
     watch_certificate,
 )
-from evenhand_engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from evenhand_engine.config_store import StoredConfig
-    from evenhand_engine.push_receiver import PushReceiver
-    from evenhand_engine.server.config_state import ConfigState
-    from evenhand_engine.server.service import Service
+    from evenhand_engine.frontend.config_state import ConfigState
+    from evenhand_engine.frontend.config_store import StoredConfig
+    from evenhand_engine.frontend.push_receiver import PushReceiver
+    from evenhand_engine.frontend.service import Service
 
 SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
 T = TypeVar("T")
@@ -69,11 +69,11 @@ async def start_server(
         engine = EngineClient(*spawn(config))
         stack.push_async_callback(engine.close)
 
+        from evenhand_engine.frontend.service import Service
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
         from evenhand_engine.server.malformed import keep_out_of_logs
-        from evenhand_engine.server.service import Service
-        from evenhand_engine.tokenizer import Tokenizer
+        from evenhand_engine.text.tokenizer import Tokenizer
 
         config_state = await _in_daemon_thread(lambda: _initial_config(settings))
         tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
@@ -91,8 +91,8 @@ async def start_server(
 
 
 def _initial_config(settings: ServerSettings) -> "ConfigState":
-    from evenhand_engine.policy_source import load_initial
-    from evenhand_engine.server.config_state import ConfigState
+    from evenhand_engine.frontend.config_state import ConfigState
+    from evenhand_engine.frontend.policy_source import load_initial
     from evenhand_policy.config import SchedulerConfig
     from evenhand_policy.push_protocol import ConfigSource
 
@@ -104,7 +104,7 @@ def _initial_config(settings: ServerSettings) -> "ConfigState":
 def _push_receiver(service: "Service") -> "PushReceiver | None":
     if service.settings.push is None:
         return None
-    from evenhand_engine.push_receiver import PushReceiver
+    from evenhand_engine.frontend.push_receiver import PushReceiver
 
     def apply(offered: "StoredConfig") -> None:
         service.apply_config(offered.config, offered.source, offered.num_replicas)
@@ -129,7 +129,7 @@ async def _watch_policies(service: "Service") -> AsyncIterator[None]:
     if service.settings.policies is None:
         yield
         return
-    from evenhand_engine.policy_source import PolicySource
+    from evenhand_engine.frontend.policy_source import PolicySource
     from evenhand_policy.push_protocol import ConfigSource
 
     apply = functools.partial(service.apply_config, source=ConfigSource.FILES)

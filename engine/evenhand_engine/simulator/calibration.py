@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from evenhand_engine.fairness import RequestRecord
 from evenhand_engine.simulator.device import Device, LinearStepTime, non_negative_least_squares
+from evenhand_engine.simulator.measures import RequestRecord
 from evenhand_engine.simulator.simulation import Run
 
 

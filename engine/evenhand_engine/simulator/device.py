@@ -9,46 +9,10 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from evenhand_engine.batch import Batch
-
-FEWEST_STEPS = 8
-"""A fit has six unknowns; fewer steps than this say nothing."""
+from evenhand_engine.scheduler.step_time import FEWEST_STEPS, StepShape
 
 _FIT_ROUNDS = 5
 _SHORTEST_STEP = 1e-6  # seconds; the clock shows no less
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What a step computes.
-
-    Attributes:
-        num_prefill_tokens: of prompts, and of outputs that are computed again after a preemption.
-        num_decode_tokens: one for each stream.
-        prefill_context: tokens of the same requests that were computed before these chunks.
-        decode_context: tokens in the KV cache of all streams.
-        prefill_pairs: query-key pairs of the chunks: each token with itself and all before it. What their attention costs.
-    """
-
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    prefill_context: int
-    decode_context: int
-    prefill_pairs: int = 0
-
-
-def shape_of(batch: Batch) -> StepShape:
-    prefill = decode = prefill_context = decode_context = prefill_pairs = 0
-    for item in batch.scheduled:
-        if item.num_scheduled_tokens == 1 and item.samples and item.num_computed_tokens:
-            decode += 1
-            decode_context += item.num_computed_tokens
-        else:
-            num_tokens, context = item.num_scheduled_tokens, item.num_computed_tokens
-            prefill += num_tokens
-            prefill_context += context
-            prefill_pairs += num_tokens * (2 * context + num_tokens + 1) // 2
-    return StepShape(prefill, decode, prefill_context, decode_context, prefill_pairs)
 
 
 @dataclass(frozen=True, slots=True)

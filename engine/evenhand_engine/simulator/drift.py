@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evenhand_engine.fairness import FloatArray
-from evenhand_engine.simulator.device import LinearStepTime, StepShape, fit_step_time
+from evenhand_engine.scheduler.step_time import StepShape
+from evenhand_engine.simulator.device import LinearStepTime, fit_step_time
+from evenhand_engine.simulator.measures import FloatArray
 
 _ROUNDS = 5
 _SPAN = 1.0  # seconds

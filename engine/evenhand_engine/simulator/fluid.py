@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from evenhand_engine.fairness import (
+from evenhand_engine.simulator.measures import (
     INPUT_PRICE,
     OUTPUT_PRICE,
     Delivery,

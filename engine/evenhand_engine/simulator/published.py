@@ -12,10 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from evenhand_engine.batch import Batch, ScheduledRequest
-from evenhand_engine.fairness import INPUT_PRICE, OUTPUT_PRICE
-from evenhand_engine.messages import RequestOutput
-from evenhand_engine.request import FinishReason, Request
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput
+from evenhand_engine.simulator.measures import INPUT_PRICE, OUTPUT_PRICE
 from evenhand_engine.simulator.traces import TraceRequest
 
 DECODE_STEPS_BETWEEN_ADMISSIONS = 10

@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.fairness import (
+from evenhand_engine.simulator.fluid import FluidShare
+from evenhand_engine.simulator.measures import (
     Delivery,
     FloatArray,
     RequestRecord,
@@ -24,7 +25,6 @@ from evenhand_engine.fairness import (
     tenant_ids,
     throughput,
 )
-from evenhand_engine.simulator.fluid import FluidShare
 from evenhand_engine.simulator.simulation import Run
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, Slo
 

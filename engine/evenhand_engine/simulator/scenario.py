@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.errors import StartupError
-from evenhand_engine.scheduler import Scheduler
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_engine.simulator.device import Device
 from evenhand_engine.simulator.published import (
     AdmissionOrder,

@@ -11,12 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
-from evenhand_engine.batch import Batch
 from evenhand_engine.errors import EvenhandError
-from evenhand_engine.fairness import RequestRecord
-from evenhand_engine.messages import RequestOutput
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.simulator.device import Device, StepShape, shape_of
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Request, RequestOutput, SamplingParams
+from evenhand_engine.scheduler.step_time import StepShape, shape_of
+from evenhand_engine.simulator.device import Device
+from evenhand_engine.simulator.measures import RequestRecord
 from evenhand_engine.simulator.traces import TraceRequest
 
 STOP_TOKEN_ID = 1

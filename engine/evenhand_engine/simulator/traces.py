@@ -7,9 +7,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from evenhand_engine.csv_rows import R, read_rows
 from evenhand_engine.errors import StartupError
-from evenhand_engine.fairness import RequestRecord
-from evenhand_engine.simulator.rows import R, read_rows
+from evenhand_engine.simulator.measures import RequestRecord
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]  # refuses NaN and infinity too
 TokenCount = Annotated[int, Meta(ge=1, le=2**24)]  # no context is longer

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from evenhand_engine.batch import ScheduledRequest
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.staging import Staging
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import build_decoder, forward
 from evenhand_engine.model.weights import load_weights
-from evenhand_engine.request import Request, SamplingParams
-from evenhand_engine.staging import Staging
+from evenhand_engine.scheduler.batch import ScheduledRequest
+from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.library import CompileError
 from evenhand_kernels.kernels import Kernels, KvCacheShape

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.model_runner import load_model
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import memory
-from evenhand_engine.model_runner import load_model
 
 Checkpoint = Callable[..., tuple[Path, PreTrainedModel]]
 Edit = Callable[[dict[str, Tensor]], object]

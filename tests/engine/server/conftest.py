@@ -23,19 +23,18 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from evenhand_engine.config import EngineConfig
+from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import (
     AddRequest,
     EngineReady,
     FromCore,
-    RequestOutput,
     Shutdown,
     StepOutputs,
     ToCore,
 )
-from evenhand_engine.request import FinishReason
-from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 from evenhand_engine.server.startup import Running, start_server
-from evenhand_engine.tokenizer import Tokenizer
+from evenhand_engine.text.tokenizer import Tokenizer
 
 WAIT_SECONDS = 20.0
 CHAT_TEMPLATE = """\

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenhand_engine.admission import Admission, Cost, Reservation
 from evenhand_engine.errors import Refusal
-from evenhand_engine.quota import TokenBucket
+from evenhand_engine.frontend.admission import Admission, Cost, Reservation
+from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_policy.config import DEFAULT_TENANT_ID, Enforcement, Limits, SchedulerConfig, TenantConfig
 
 CONTEXT = 1000

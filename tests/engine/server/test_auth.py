@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from evenhand_engine.auth import Authenticator
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.auth import Authenticator
 from evenhand_policy.config import (
     DEFAULT_TENANT_ID,
     Gateway,

@@ -9,9 +9,9 @@ import httpx2
 import openai
 import pytest
 
-from evenhand_engine.messages import AbortRequest, AddRequest, RequestOutput
-from evenhand_engine.request import FinishReason
-from evenhand_engine.tokenizer import Tokenizer
+from evenhand_engine.messages import AbortRequest, AddRequest
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
+from evenhand_engine.text.tokenizer import Tokenizer
 
 from .conftest import Say, Serve, Server
 

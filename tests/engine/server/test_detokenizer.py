@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenhand_engine.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
-from evenhand_engine.tokenizer import Tokenizer
+from evenhand_engine.text.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
+from evenhand_engine.text.tokenizer import Tokenizer
 
 
 def decode_bytes(token_ids: Sequence[int]) -> str:

@@ -20,10 +20,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from evenhand_engine.commands.serve import quantity, serve
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.serve_command import quantity, serve
-from evenhand_engine.tokenizer import Tokenizer
+from evenhand_engine.text.tokenizer import Tokenizer
 
 START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
 STOP_SECONDS = 60.0

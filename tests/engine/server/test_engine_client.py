@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from evenhand_engine.backends.engine_client import EngineClient
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.engine_client import EngineClient
 from evenhand_engine.errors import EngineDeadError, StartupError
 from evenhand_engine.messages import (
     AbortRequest,
@@ -17,11 +17,10 @@ from evenhand_engine.messages import (
     EngineFailed,
     EngineStats,
     Reconfigure,
-    RequestOutput,
     StartupFailed,
     StepOutputs,
 )
-from evenhand_engine.request import FinishReason, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 from .conftest import WAIT_SECONDS, ScriptedCore

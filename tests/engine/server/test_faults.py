@@ -15,13 +15,13 @@ import openai
 import pytest
 import trustme
 
-import evenhand_engine.server.requests as server_requests
+import evenhand_engine.frontend.requests as server_requests
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.logs import LineFormatter
-from evenhand_engine.messages import AbortRequest, AddRequest, EngineFailed, RequestOutput
-from evenhand_engine.request import FinishReason
-from evenhand_engine.server.settings import ServerSettings
+from evenhand_engine.messages import AbortRequest, AddRequest, EngineFailed
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 from evenhand_engine.server.startup import start_server
 
 from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect

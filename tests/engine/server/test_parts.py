@@ -14,14 +14,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.fair_executor import FairExecutor
+from evenhand_engine.frontend.metrics import Metrics, RequestMetrics
+from evenhand_engine.frontend.metrics_collector import OTHER, Snapshot, TenantLabels
+from evenhand_engine.frontend.share_tracker import Share, ShareTracker
 from evenhand_engine.logs import LineFormatter
 from evenhand_engine.messages import EngineReady, TenantStats
-from evenhand_engine.metrics import Metrics, RequestMetrics
-from evenhand_engine.metrics_collector import OTHER, Snapshot, TenantLabels
-from evenhand_engine.server.fair_executor import FairExecutor
 from evenhand_engine.server.listener import allow_many_connections
-from evenhand_engine.share_tracker import Share, ShareTracker
-from evenhand_engine.tokenizer import ChatTemplateError, Tokenizer
+from evenhand_engine.text.tokenizer import ChatTemplateError, Tokenizer
 
 from .conftest import WAIT_SECONDS
 

@@ -8,9 +8,9 @@ import openai
 import pytest
 from click.testing import CliRunner
 
-from evenhand_engine.cli import main
+from evenhand_engine.commands.cli import main
+from evenhand_engine.frontend.push_receiver import PushSettings
 from evenhand_engine.messages import Reconfigure
-from evenhand_engine.push_receiver import PushSettings
 from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
 from evenhand_policy.credentials import key_hash
 from evenhand_policy.push_protocol import CONFIG_PATH, body_digest, sign_request

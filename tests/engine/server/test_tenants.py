@@ -17,8 +17,14 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.messages import AddRequest, EngineStats, Reconfigure, RequestOutput, StepOutputs, TenantStats
-from evenhand_engine.request import FinishReason
+from evenhand_engine.messages import (
+    AddRequest,
+    EngineStats,
+    Reconfigure,
+    StepOutputs,
+    TenantStats,
+)
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
 from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
 

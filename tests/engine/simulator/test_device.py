@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from evenhand_engine.scheduler.step_time import StepShape
 from evenhand_engine.simulator.calibration import calibrate
-from evenhand_engine.simulator.device import DEVICES, Device, LinearStepTime, StepShape, fit_step_time
+from evenhand_engine.simulator.device import DEVICES, Device, LinearStepTime, fit_step_time
 from evenhand_engine.simulator.published import FirstComeFirstServed, PublishedServer
 from evenhand_engine.simulator.simulation import Run, Simulation
 from evenhand_engine.simulator.traces import TraceRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from evenhand_engine.simulate_command import simulate
+from evenhand_engine.commands.simulate import simulate
 from evenhand_engine.simulator.report import RunReport, TenantReport
 from evenhand_engine.simulator.workloads import WORKLOADS
 

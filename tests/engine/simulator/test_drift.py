@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evenhand_engine.simulator.device import LinearStepTime, StepShape, fit_step_time
+from evenhand_engine.scheduler.step_time import StepShape
+from evenhand_engine.simulator.device import LinearStepTime, fit_step_time
 from evenhand_engine.simulator.drift import fit_with_drift
 
 TRUTH = LinearStepTime(0.02, per_prefill_token=2e-3, per_decode_token=1e-3, per_prefill_pair=1e-6)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evenhand_engine.fairness import Delivery, RequestRecord, Windows
 from evenhand_engine.simulator.fluid import FluidShare, StreamLimitedFluid, max_min_shares
+from evenhand_engine.simulator.measures import Delivery, RequestRecord, Windows
 
 
 def request(tenant: str, arrival: float, prompt: int, output: int) -> RequestRecord:

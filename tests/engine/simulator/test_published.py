@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evenhand_engine.batch import Batch
-from evenhand_engine.fairness import Delivery, Windows, accumulated_gap, service_difference, throughput
+from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.simulator.device import DEVICES
+from evenhand_engine.simulator.measures import Delivery, Windows, accumulated_gap, service_difference, throughput
 from evenhand_engine.simulator.published import (
     AdmissionOrder,
     DeficitRoundRobin,

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.fairness import RequestRecord
+from evenhand_engine.simulator.measures import RequestRecord
 from evenhand_engine.simulator.report import plot_service, report_of, summary_table, tenant_table
 from evenhand_engine.simulator.simulation import Run, StepLog
 from evenhand_policy.config import SchedulerConfig, Slo, TenantConfig, UnknownTenants

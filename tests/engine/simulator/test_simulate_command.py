@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from evenhand_engine.simulate_command import simulate
+from evenhand_engine.commands.simulate import simulate
 
 TRACE = "tenant,arrival_s,prompt_tokens,output_tokens\n" + "".join(
     f"{tenant},{0.05 * i:.2f},100,50\n" for i in range(60) for tenant in ("big", "big", "small")

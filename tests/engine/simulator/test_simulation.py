@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from evenhand_engine.batch import Batch
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.request import Request
-from evenhand_engine.scheduler import Scheduler
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Request
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_engine.simulator.device import Device, LinearStepTime
 from evenhand_engine.simulator.simulation import Run, Simulation, StuckError
 from evenhand_engine.simulator.traces import TraceRequest

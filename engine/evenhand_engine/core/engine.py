@@ -1,0 +1,181 @@
+"""The engine core: one process, one loop, one thread that decides; it alone touches scheduler and runner.
+
+    HTTP process ──commands──▶ receiver thread ──▶ queue ──▶ EngineCore.run ──StepOutputs──▶ HTTP process
+
+The receiver only drains the pipe, so that the HTTP side never blocks on a core that is busy computing.
+"""
+
+import contextlib
+import gc
+import logging
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from evenhand_engine.config import EngineConfig, SchedulerSettings
+from evenhand_engine.core.stats import StatsRecorder
+from evenhand_engine.core.step_recorder import StepRecorder, load_token_budgets
+from evenhand_engine.errors import StartupError
+from evenhand_engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromCore,
+    Reconfigure,
+    Shutdown,
+    StartupFailed,
+    StepOutputs,
+    ToCore,
+)
+from evenhand_engine.scheduler.batch import Batch, Runner
+from evenhand_engine.scheduler.request import Request, RequestOutput
+from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_policy.config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_SECONDS = 0.05  # while requests wait but nothing can be computed: queue timeouts need the clock
+
+
+def run_core(config: EngineConfig, connection: Connection) -> None:
+    """Entry point of the engine core process: load the model, say so, serve until told to stop or the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
+    try:
+        from evenhand_engine.core.model_runner import load_model  # imports torch: only this process pays for it
+
+        token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
+        model = load_model(config)
+        recorder = StepRecorder(config.record_steps) if config.record_steps else None
+    except StartupError as error:
+        _send(connection, StartupFailed(message=str(error)))
+        return
+    _send(
+        connection,
+        EngineReady(
+            model_name=model.model_name,
+            max_model_len=model.settings.max_model_len,
+            num_kv_blocks=model.settings.num_kv_blocks,
+            block_size=model.settings.block_size,
+            dtype=model.dtype,
+            device=model.device,
+        ),
+    )
+    gc.collect()
+    gc.freeze()
+    try:
+        with recorder or contextlib.nullcontext():
+            EngineCore(model.settings, model.runner, connection, token_budgets=token_budgets, recorder=recorder).run()
+    except (BrokenPipeError, ConnectionResetError):
+        logger.info("the HTTP process is gone; the engine core ends")
+    except Exception as error:
+        logger.exception("the engine core failed")
+        _send(connection, EngineFailed(message=f"{type(error).__name__}: {error}"))
+        raise SystemExit(1) from error
+
+
+def _send(connection: Connection, message: FromCore) -> None:
+    connection.send_bytes(msgspec.msgpack.encode(message))
+
+
+class EngineCore:
+    """The actor: drain commands, plan a step, run it, publish what came of it."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        runner: Runner,
+        connection: Connection,
+        *,
+        token_budgets: Iterator[int] | None = None,
+        recorder: StepRecorder | None = None,
+    ) -> None:
+        """`token_budgets`: budgets of the steps to come, without end (a replay). `recorder` is told of every finished step."""
+        self._scheduler = Scheduler(settings, SchedulerConfig(), token_budgets=token_budgets)
+        self._recorder = recorder
+        self._runner = runner
+        self._connection = connection
+        self._commands: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._stats = StatsRecorder(self._scheduler)
+        self._in_flight: deque[Batch] = deque()
+        self._step_ended_at = 0.0
+        self._is_stuck = True  # nothing can be computed before something comes in, or a queue timeout passes
+        self._is_stopping = False
+
+    def run(self) -> None:
+        """Serve until Shutdown or until the other side is gone. Raises what runner or scheduler raise."""
+        threading.Thread(target=self._receive, name="receiver", daemon=True).start()
+        while True:
+            self._execute_commands()
+            if self._is_stopping:
+                return
+            self._advance()
+
+    def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ToCore)
+        try:
+            while True:
+                self._commands.put(decoder.decode(self._connection.recv_bytes()))
+        except (EOFError, OSError):
+            self._commands.put(Shutdown())
+
+    def _execute_commands(self) -> None:
+        """Execute all commands that came in; wait for one when there is nothing else to do."""
+        if self._is_stuck:
+            timeout = _IDLE_WAIT_SECONDS if self._scheduler.roster.requests else None
+            with contextlib.suppress(queue.Empty):
+                self._execute(self._commands.get(timeout=timeout))
+        while not self._commands.empty():
+            self._execute(self._commands.get())
+
+    def _execute(self, command: ToCore) -> None:
+        match command:
+            case AddRequest():
+                request = Request(
+                    command.request_id,
+                    command.tenant_id,
+                    command.prompt_token_ids,
+                    command.sampling_params,
+                    command.arrival_time,
+                    user=command.user,
+                )
+                self._scheduler.add(request, time.monotonic())
+            case AbortRequest():
+                self._scheduler.abort(command.request_id, command.reason, command.num_output_tokens)
+            case Reconfigure():
+                self._scheduler.reconfigure(command.config, num_replicas=command.num_replicas)
+            case Shutdown():
+                self._is_stopping = True
+
+    def _advance(self) -> None:
+        """Submit one batch; take in the oldest when the pipeline is full or there is nothing to submit."""
+        started_at = time.monotonic()
+        batch = self._scheduler.step(started_at)
+        self._publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
+        if batch is not None:
+            self._runner.submit(batch)
+            self._in_flight.append(batch)
+        if self._in_flight and (batch is None or len(self._in_flight) >= self._runner.pipeline_depth):
+            oldest = self._in_flight.popleft()
+            token_ids = self._runner.collect()
+            now = time.monotonic()
+            outputs = self._scheduler.update(oldest, token_ids, now)
+            seconds = now - max(started_at, self._step_ended_at)
+            self._step_ended_at = now
+            self._stats.record_step(oldest.num_tokens, seconds)
+            if self._recorder is not None:
+                self._recorder.record(oldest, seconds)
+            self._publish(outputs)
+        self._is_stuck = batch is None and not self._in_flight
+        self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
+
+    def _publish(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
+        if outputs or stats is not None:
+            _send(self._connection, StepOutputs(outputs=tuple(outputs), stats=stats))

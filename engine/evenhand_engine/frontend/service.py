@@ -1,0 +1,189 @@
+"""Service: what every handler needs, and the one place where a new config takes effect."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from evenhand_engine.backends.engine_client import EngineClient
+from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.admission import Admission
+from evenhand_engine.frontend.auth import Authenticator
+from evenhand_engine.frontend.body_memory import BodyMemory, HeldBody
+from evenhand_engine.frontend.config_state import ConfigState
+from evenhand_engine.frontend.fair_executor import FairExecutor
+from evenhand_engine.frontend.metrics import Metrics
+from evenhand_engine.frontend.metrics_collector import Snapshot
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.frontend.share_tracker import ShareTracker
+from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
+from evenhand_engine.text.tokenizer import Tokenizer
+from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
+from evenhand_policy.push_protocol import ConfigSource
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_THREADS = 2
+_INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
+
+T = TypeVar("T")
+
+
+class ActiveRequests:
+    """Counts requests between entering and leaving; a drain waits until there are none."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self._idle.set()
+
+    async def wait_until_none(self) -> None:
+        await self._idle.wait()
+
+
+class Service:
+    """The running server: engine, tokenizer, and what the current config makes of authentication and admission.
+
+    Attributes:
+        config_state: the config in force.
+        draining: True once the server has been told to stop; new requests are refused.
+        active: the requests that are being answered, probes aside.
+        bodies: the memory that their bodies take.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        engine: EngineClient,
+        ready: EngineReady,
+        tokenizer: Tokenizer,
+        config_state: ConfigState,
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.ready = ready
+        self.tokenizer = tokenizer
+        self.config_state = config_state
+        self.created = int(time.time())
+        self.draining = False
+        config = config_state.config
+        self.admission = Admission(config, max_model_len=ready.max_model_len, now=time.monotonic())
+        self.authenticator = self._authenticator(config)
+        self.active = ActiveRequests()
+        self.bodies = BodyMemory(settings.max_tenant_body_bytes)
+        self.tenants: dict[str, TenantStats] = {}
+        self.shares = ShareTracker()
+        self.metrics = Metrics(self.model_names[0], ready.max_model_len, self._snapshot)
+        self._executor = FairExecutor(_TOKENIZER_THREADS)
+        engine.on_stats(self._take_stats)
+        engine.reconfigure(config)
+
+    def _authenticator(self, config: SchedulerConfig) -> Authenticator:
+        key = self.settings.api_key
+        return Authenticator(
+            config, anonymous=self.settings.anonymous and key is None, shared_keys=[] if key is None else [key]
+        )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.settings.served_model_names or (self.ready.model_name,)
+
+    def apply_config(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int = 1) -> None:
+        """Enforce `config` from now on, here and in the engine; requests in flight go on.
+
+        `num_replicas` engines share its limits.
+        """
+        if not self.config_state.apply(config, source, num_replicas):
+            return
+        self.authenticator = self._authenticator(config)
+        self.admission.reconfigure(config, time.monotonic(), num_replicas)
+        self.engine.reconfigure(config, num_replicas)
+        accounts = self.admission.accounts
+        self.tenants = {i: t for i, t in self.tenants.items() if i in accounts or t.num_running or t.num_waiting}
+        fields = {
+            "source": source,
+            "replicas": num_replicas,
+            "digest": self.config_state.digest,
+            "tenants": len(config.tenants),
+        }
+        log.info("config applied", extra={"fields": fields})
+
+    def reject_config(self, error: str) -> None:
+        """Say that a newer config cannot be used; the one in force stays."""
+        self.config_state.reject(error)
+        log.error("config rejected, the last good one stays in force", extra={"fields": {"error": error}})
+
+    def check_model(self, model: str | None) -> None:
+        """Raises Refusal 404 unless `model` is one of ours; None is."""
+        if model is not None and model not in self.model_names:
+            names = ", ".join(self.model_names)
+            raise Refusal(
+                404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
+            )
+
+    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
+        """The result of `function`, which turns a body of `num_bytes` into tokens or back.
+
+        A large one is worked on off the event loop and in the tenant's turn.
+        """
+        if num_bytes <= _INLINE_BYTES:
+            return function()
+        return await self._executor.run(tenant_id, function)
+
+    def health(self, now: float) -> str | None:
+        """What is wrong with the engine; None while it makes progress or has nothing to do."""
+        if self.engine.failure is not None:
+            return "the engine is gone"  # why is in the log: it may tell of a tenant's request
+        stalled = self.engine.seconds_without_progress(now)
+        return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
+
+    def _take_stats(self, stats: EngineStats) -> None:
+        self.metrics.observe_stats(stats)
+        self.tenants |= {tenant.tenant_id: tenant for tenant in stats.tenants}
+        busy = {t.tenant_id for t in stats.tenants}
+        busy |= {t.tenant_id for t in self.tenants.values() if t.num_running or t.num_waiting}
+        services = {tenant.tenant_id: tenant.service for tenant in stats.tenants}
+        self.shares.observe(services, {tenant_id: self._weight(tenant_id) for tenant_id in busy}, stats.time)
+
+    def _weight(self, tenant_id: str) -> int:
+        account = self.admission.accounts.get(tenant_id)
+        if account is None or tenant_id == DEFAULT_TENANT_ID:
+            return self.config_state.config.unknown_tenants.weight
+        return account.config.weight
+
+    def _snapshot(self) -> Snapshot:
+        state = self.config_state
+        return Snapshot(
+            ready=self.ready,
+            stats=self.engine.stats,
+            tenants=list(self.tenants.values()),
+            shares=self.shares.shares(),
+            config_digest=state.digest,
+            config_source=state.source,
+            config_is_current=state.error is None,
+            num_config_reloads=state.results,
+            audited={tenant_id: account.audited for tenant_id, account in self.admission.accounts.items()},
+        )
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+SERVICE = web.AppKey("service", Service)
+TENANT_ID = web.RequestKey("tenant_id", str)
+REQUEST_ID = web.RequestKey("request_id", str)
+BODY = web.RequestKey("body", HeldBody)
+LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
+"""What a handler adds to its line in the access log."""

@@ -1,0 +1,47 @@
+"""ServerSettings: settings of the HTTP process, read once at start and frozen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenhand_engine.frontend.push_receiver import PushSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the HTTP process is started with.
+
+    Attributes:
+        host: address of the public port; None: all.
+        port: public port; 0: any free one.
+        admin_host: address of the admin port, which tenants must not reach.
+        admin_port: admin port; 0: any free one.
+        served_model_names: names under which clients may ask for the model; the first is the one that answers carry.
+        policies: directory of TenantPolicy files, watched; None: everybody is the default tenant.
+        push: how an operator pushes the config instead; never together with `policies`.
+        anonymous: serve requests without credential as the default tenant.
+        api_key: a key that admits to the default tenant; requests without credential are then refused.
+        ssl_certfile: PEM certificate chain of the public port; None: plain HTTP.
+        ssl_keyfile: its private key; None: it is in the certificate file.
+        max_request_bytes: largest body.
+        max_tenant_body_bytes: most bytes that the bodies of one tenant's requests in flight take together.
+        drain_timeout: seconds that running requests get to finish after SIGTERM.
+        stall_timeout: seconds without progress, with work to do, after which the engine counts as unhealthy.
+    """
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 9000
+    served_model_names: tuple[str, ...] = ()
+    policies: Path | None = None
+    push: "PushSettings | None" = None
+    anonymous: bool = True
+    api_key: str | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    max_request_bytes: int = 4 * 2**20
+    max_tenant_body_bytes: int = 64 * 2**20
+    drain_timeout: float = 30.0
+    stall_timeout: float = 60.0

@@ -1,0 +1,61 @@
+"""POST /v1/completions."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from evenhand_engine.frontend.requests import read_body
+from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID
+from evenhand_engine.openai.generation import begin
+from evenhand_engine.openai.prompts import completion_token_ids
+from evenhand_engine.openai.schema import CompletionRequest, parse_body
+from evenhand_engine.openai.stream import answer
+
+
+@dataclass(frozen=True, slots=True)
+class _CompletionFormat:
+    completion_id: str
+    model: str
+    created: int
+    echoes: list[str] | None  # the prompts' texts, to be written before the outputs
+
+    def envelope(self, *, streamed: bool) -> dict[str, Any]:
+        return {
+            "id": self.completion_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None if self.echoes is None else self._choice(index, self.echoes[index], None)
+
+    def choice(self, index: int, text: str, finish_reason: str | None, *, streamed: bool) -> dict[str, Any]:
+        echo = "" if streamed or self.echoes is None else self.echoes[index]
+        return self._choice(index, echo + text, finish_reason)
+
+    def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
+    service.admission.check(tenant_id, 1, time.monotonic())
+    raw = await read_body(request)
+    body = parse_body(raw, CompletionRequest)
+    service.check_model(body.model)
+    tokenizer = service.tokenizer
+    prompts = await service.compute(tenant_id, len(raw), lambda: completion_token_ids(tokenizer, body))
+    echoes = None
+    if body.echo:
+        echoes = await service.compute(tenant_id, len(raw), lambda: [tokenizer.decode(prompt) for prompt in prompts])
+    form = _CompletionFormat(
+        completion_id=f"cmpl-{request[REQUEST_ID]}",
+        model=body.model or service.model_names[0],
+        created=int(time.time()),
+        echoes=echoes,
+    )
+    with begin(service, tenant_id, body, prompts, body.max_tokens) as generations:
+        return await answer(request, body, generations, form)

@@ -1,0 +1,135 @@
+"""Request: one prompt and what the scheduler knows of it. Owned and mutated by the scheduler alone."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request left the engine. Every request leaves exactly once, with exactly one of these."""
+
+    STOP = "stop"  # an end-of-sequence or stop token, or (from the server) a stop string
+    LENGTH = "length"  # max_tokens or the model's context is reached
+    ABORT = "abort"  # the client is gone
+    QUEUE_TIMEOUT = "queue_timeout"  # not started within the tenant's queueTimeout
+    TENANT_SUSPENDED = "tenant_suspended"  # the tenant was suspended while the request was queued
+    OVERLOADED = "overloaded"  # it can never fit: the tenant's KV ceiling or the cache is too small for it
+    ERROR = "error"  # the engine failed
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen and when generation ends.
+
+    temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
+    batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """News of one request. The first has no tokens and tells that it was scheduled for the first time.
+
+    `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
+    prefix hit spared; `num_preemptions`: how often it lost its blocks so far.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class Request:
+    """One prompt on its way through the engine.
+
+    Counts of tokens: `num_tokens` = prompt + confirmed outputs + outputs in flight (sampled on the device, not yet
+    reported); `num_computed_tokens` of these have their keys and values in `block_table`, or are in a batch in flight.
+    Prompt, chunk, decode and recompute are one case: a step schedules part of `num_pending_tokens`.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_hashes",
+        "block_table",
+        "cache_salt",
+        "finish_reason",
+        "max_num_tokens",
+        "num_cached_tokens",
+        "num_charged_tokens",
+        "num_computed_tokens",
+        "num_in_flight_tokens",
+        "num_preemptions",
+        "num_prefix_blocks",
+        "num_prompt_tokens",
+        "position",
+        "request_id",
+        "sampling_params",
+        "started_at",
+        "tenant_id",
+        "token_ids",
+        "user",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        tenant_id: str,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        arrival_time: float,
+        *,
+        user: str = "",
+        cache_salt: str = "",
+    ) -> None:
+        self.request_id = request_id
+        self.tenant_id = tenant_id
+        self.user = user
+        self.cache_salt = cache_salt
+        self.sampling_params = sampling_params
+        self.arrival_time = arrival_time
+        self.max_num_tokens = len(prompt_token_ids) + sampling_params.max_tokens  # the roster cuts it to the model's
+        self.position = 0  # in the order of arrival over all requests; the roster counts
+        self.token_ids = list(prompt_token_ids)  # prompt, then confirmed outputs
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of the first admission: what a prefix hit spared
+        self.num_charged_tokens = 0  # high-water mark: tokens below it are never charged again
+        self.num_in_flight_tokens = 0  # outputs sampled by batches that are not yet updated
+        self.num_preemptions = 0
+        self.started_at: float | None = None  # when it last began to run; None: waiting
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # of its full blocks, as far as they were computed
+        self.num_prefix_blocks = 0  # first blocks that were cached when somebody last asked
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the output in flight is the last, so that there is nothing more to compute."""
+        return self.num_computed_tokens + 1 >= self.max_num_tokens
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id}, {self.tenant_id}, {self.num_computed_tokens}/{self.num_tokens} tokens)"

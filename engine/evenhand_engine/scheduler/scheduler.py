@@ -1,0 +1,277 @@
+"""Scheduler: decides, every iteration, whose tokens run.
+
+Pure: no clock, no I/O, no randomness; time comes in as an argument, so that simulator and tests drive the very code
+that serves. A step, in order:
+
+    1. expire     queued requests past their tenant's queue timeout leave
+    2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py); what
+                  runs for a tenant too far ahead pauses
+    3. decode     every running request that generates computes one token
+    4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
+    5. close      the virtual time advances to the least virtual service of those left out (fair_queue.py)
+
+A step may be planned before the previous batch's results are known: an output in flight counts as a token whose value
+only the runner knows, and what a request computed past its end is discarded and not charged.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+
+from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.fair_queue import FairQueue
+from evenhand_engine.scheduler.fair_share import FairShare
+from evenhand_engine.scheduler.pace import Pace
+from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
+from evenhand_engine.scheduler.relief import Relief
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput
+from evenhand_engine.scheduler.roster import Fit, Roster
+from evenhand_engine.scheduler.step_time import StepBudget, StepLoad
+from evenhand_engine.scheduler.tenant import Tenant
+from evenhand_policy.config import SchedulerConfig
+
+_NEVER = float("inf")
+_MAX_MISFITS = 4  # prompts without room that one step looks at before it stops admitting
+_LARGE_PROMPT = 8  # a prompt is large if it needs more than the cache divided by this
+
+
+class Scheduler:
+    """Fair-share iteration scheduler with continuous batching, chunked prefill and paged KV.
+
+    Attributes:
+        roster: the requests' places and the KV blocks.
+        queue: the order of tenants by service.
+        shares: the tenants' virtual service.
+    """
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        config: SchedulerConfig,
+        *,
+        num_replicas: int = 1,
+        token_budgets: Iterator[int] | None = None,
+    ) -> None:
+        """`token_budgets`: those of the steps to come, without end, instead of max_num_batched_tokens (for replays)."""
+        self.settings = settings
+        self.shares = FairShare()
+        self.roster = Roster(settings, self.shares)
+        self.queue = FairQueue(settings, self.shares, self.roster)
+        self.step_id = 0
+        self._relief = Relief(settings, self.roster, self.queue)
+        self._pace = Pace(settings, self.roster, token_budgets)
+        self._timeouts = QueueTimeouts(self.roster)
+        self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
+        self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
+        self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
+        self._in_flight: deque[tuple[int, float, StepLoad]] = deque()  # (step_id, time, load) of batches without update
+        self._last_update = -_NEVER
+        self.reconfigure(config, num_replicas=num_replicas)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start."""
+        return self.roster.num_preemptions
+
+    # -- commands
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request, whose id must be new. It is rejected at once if it can never fit or may not queue."""
+        self.roster.add(request)
+        if self.roster.tenants[request.tenant_id].is_suspended:
+            self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+        elif self.roster.fit(request) is Fit.NEVER:
+            self.roster.finish(request, FinishReason.OVERLOADED)
+        else:
+            self._timeouts.watch(request)
+
+    def abort(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+        """End a request; an unknown or finished one is ignored.
+
+        `num_output_tokens`: how many of its outputs count; the rest, past a stop string, is given back to its tenant.
+        """
+        request = self.roster.requests.get(request_id)
+        if request is None:
+            return
+        if num_output_tokens is not None:
+            surplus = max(0, request.num_output_tokens - num_output_tokens)
+            self.queue.charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
+        self.roster.finish(request, reason)
+
+    def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
+        """Enforce another config from the next step on. Running requests go on; what a deleted tenant has left is
+        served under the share of unknown tenants; queued requests of a suspended tenant end."""
+        self.config = config
+        self.queue.prices = config.prices
+        self.roster.configure(config, num_replicas)
+        for request in list(self.roster.requests.values()):
+            is_queued = request.started_at is None and request.num_preemptions == 0
+            if is_queued and self.roster.tenants[request.tenant_id].is_suspended:
+                self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+        self._timeouts.reset()
+
+    # -- the loop
+
+    def step(self, now: float) -> Batch | None:
+        """Plan the next batch; None if there is nothing to compute now."""
+        for request in self._timeouts.overdue(now):
+            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
+        if self._is_static:
+            self._form_static_batch(now)
+        self.queue.open_step()
+        if self._is_fair and self._is_starved:
+            self._relief.relieve(now)
+        self._relief.pause(now)
+        budget = self._pace.budget(now)
+        scheduled: list[ScheduledRequest] = []
+        left_out = self._schedule_decodes(budget, scheduled)
+        self._schedule_prompts(budget, scheduled, now)
+        self._relief.resume()
+        self.queue.close_step(left_out)
+        if not scheduled:
+            return None
+        self.step_id += 1
+        self._in_flight.append((self.step_id, now, budget.load))
+        finished, self.roster.finished_request_ids = self.roster.finished_request_ids, []
+        return Batch(self.step_id, tuple(scheduled), tuple(finished))
+
+    def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]:
+        """Take in the results of the oldest batch without one: a token id for each of its items with `samples`."""
+        step_id, started_at, load = self._in_flight.popleft()
+        assert step_id == batch.step_id, "batches must be updated in the order of their steps"
+        self._pace.step_time.observe(load, now - max(started_at, self._last_update))
+        self._last_update = now
+        sampled = iter(token_ids)
+        block_size = self.settings.block_size
+        for item in batch.scheduled:
+            request, start = item.request, item.num_computed_tokens
+            token_id = next(sampled) if item.samples else None
+            if request.finish_reason is not None:
+                if item.samples and request.finish_reason is FinishReason.STOP:
+                    self.queue.charge_outputs(self.roster.tenant(request.tenant_id), (request,), -1)
+                continue
+            end = start + item.num_scheduled_tokens
+            if end % block_size == 0 or item.num_scheduled_tokens > 1:
+                self.roster.blocks.commit(request, start, min(end, request.num_computed_tokens))
+            if token_id is not None:
+                self._take_token(request, token_id)
+        return self.collect()
+
+    def collect(self) -> list[RequestOutput]:
+        """News of requests since the last call: first starts, tokens, ends."""
+        outputs, self.roster.outputs = self.roster.outputs, []
+        return outputs
+
+    # -- the static baseline
+
+    def _form_static_batch(self, now: float) -> None:
+        """The baseline: whoever fits starts together, and the next batch waits for the last of them."""
+        if self.roster.num_running:
+            return
+        for request in sorted(self.roster.requests.values(), key=lambda request: request.position):
+            fit = self.roster.fit(request)
+            if fit is Fit.NEVER:
+                self.roster.finish_oversized(request)
+            elif fit is Fit.FITS and self.roster.tenants[request.tenant_id].may_start:
+                self.roster.admit(request, now)
+            else:
+                break
+
+    # -- 3. decode
+
+    def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
+        """One token for every running request past its prompt, those of the least served first where the budget is
+        short; returns the tenants that it left out."""
+        tenants, left_out = self.roster.tenants, set[str]()
+        decodes = self._relief.decodes()
+        if len(decodes) > budget.tokens:
+            decodes.sort(key=lambda request: self.queue.service(tenants[request.tenant_id]))
+            left_out = {request.tenant_id for request in decodes[budget.tokens :]}
+            del decodes[budget.tokens :]
+        by_tenant: dict[str, list[Request]] = defaultdict(list)
+        context = 0
+        for request in decodes:
+            start = request.num_computed_tokens
+            scheduled.append(ScheduledRequest(request, start, 1, True))
+            context += start
+            request.num_computed_tokens = start + 1
+            request.num_in_flight_tokens += 1
+            by_tenant[request.tenant_id].append(request)
+        budget.spend_decodes(len(decodes), context)
+        for tenant_id, requests in by_tenant.items():
+            self.queue.charge_outputs(tenants[tenant_id], requests)
+        return left_out
+
+    # -- 4. prefill
+
+    def _schedule_prompts(self, budget: StepBudget, scheduled: list[ScheduledRequest], now: float) -> None:
+        """Chunks of prompts while the budget lasts.
+
+        Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
+        """
+        misfits: dict[str, Tenant] = {}
+        capped: set[str] = set()
+        may_admit = not self._is_static and self.roster.num_missing_seats <= 0
+        while budget.fit(0, 1) > 0:
+            blocked = misfits.keys() | capped
+            tenant = self.queue.next_tenant(blocked, may_admit=may_admit)
+            if tenant is None:
+                break
+            may_start = may_admit and tenant.tenant_id not in blocked and not self.queue.is_ahead(tenant)
+            request = tenant.next_prompt(may_start=may_start)
+            assert request is not None
+            if request.started_at is None:
+                fit = self.roster.fit(request)
+                if fit is Fit.NEVER:
+                    self.roster.finish_oversized(request)
+                elif fit is Fit.CAPPED:
+                    capped.add(tenant.tenant_id)
+                elif fit is Fit.STARVED:
+                    misfits[tenant.tenant_id] = tenant
+                    may_admit = self._may_bypass(tenant, request) and len(misfits) < _MAX_MISFITS
+                else:
+                    self.roster.admit(request, now)
+                    for bypassed in misfits.values():
+                        bypassed.num_bypasses += 1
+                    may_admit = self.roster.num_missing_seats <= 0
+                if fit is not Fit.FITS:
+                    continue
+            num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
+            if num_tokens == 0:
+                break
+            self._schedule_chunk(tenant, request, num_tokens, budget, scheduled)
+        self._is_starved = bool(misfits) or not may_admit
+
+    def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
+        """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
+        blocks = self.roster.blocks
+        is_large = blocks.num_missing_blocks(request) * _LARGE_PROMPT > blocks.num_blocks
+        return self._is_fair and is_large and tenant.num_bypasses < self.settings.max_bypasses
+
+    def _schedule_chunk(
+        self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
+    ) -> None:
+        """Put the next tokens of a prompt into the batch; the last chunk gives the first output token."""
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
+        samples = end == request.num_tokens
+        scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
+        budget.spend(start, num_tokens)
+        self.queue.charge_prompt(tenant, request, start, end)
+        request.num_computed_tokens = end
+        if samples:
+            request.num_in_flight_tokens += 1
+            self.queue.charge_outputs(tenant, (request,))
+            self.roster.end_prefill(request)
+
+    # -- update
+
+    def _take_token(self, request: Request, token_id: int) -> None:
+        params = request.sampling_params
+        request.num_in_flight_tokens -= 1
+        request.token_ids.append(token_id)
+        if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
+            self.roster.finish(request, FinishReason.STOP, (token_id,))
+        elif len(request.token_ids) >= request.max_num_tokens:
+            self.roster.finish(request, FinishReason.LENGTH, (token_id,))
+        else:
+            self.roster.outputs.append(RequestOutput(request_id=request.request_id, token_ids=(token_id,)))
