@@ -7,6 +7,9 @@ from msgspec import Meta, field
 
 from evenhand_policy.schema import DnsName, Metadata, Model
 
+API_KEYS_TYPE = "evenhand.dev/api-keys"
+"""Type of Secrets that hold API keys and nothing else."""
+
 
 class SecretReference(Model, frozen=True, kw_only=True):
     """A Secret in the namespace of the object that names it."""

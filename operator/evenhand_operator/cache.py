@@ -1,9 +1,10 @@
-"""What the operator knows of the cluster: fed by Kopf's events and by lists of its own, read by everybody else.
+"""What the operator knows of the cluster: fed by Reflectors, and for policies and pools by Kopf; read by everybody else.
 
-A watch alone is not enough: after a gap, objects that were deleted meanwhile would stay for ever. So everything is
-listed at the start, after every sign of a gap, and from time to time; what a list lacks is dropped.
+Kopf's watch alone is not enough: after a gap, objects that were deleted meanwhile would stay for ever. So policies and
+pools are listed after every sign of a gap, and from time to time; what a list lacks is dropped.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -12,6 +13,8 @@ import msgspec
 from evenhand_operator.objects import EnginePod, Json, Meta, ObjectKey, read_meta, read_pod
 from evenhand_operator.observed import ObservedPolicy, ObservedPool, read_policy, read_pool
 from evenhand_operator.secret_cache import SecretCache
+from evenhand_operator.tombstones import Tombstones
+from evenhand_policy.pool import EnginePoolSpec
 
 
 class Observed(Protocol):
@@ -36,6 +39,7 @@ class Table(Generic[T]):
         read: makes a value of an object; None: the object does not count.
         changed: called with the value before and after, None where there is none; never for equal values.
         gap: called when the watch has begun anew, so that deletions may have been missed.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -43,12 +47,14 @@ class Table(Generic[T]):
         read: Callable[[Json], T | None],
         changed: Callable[[T | None, T | None], None],
         gap: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read = read
         self._changed = changed
         self._gap = gap
         self._rows: dict[str, _Row[T]] = {}
-        self._gone: dict[str, int] = {}  # when deleted; a list that is being read may still have them
+        self._gone = Tombstones[str](clock)
+        self._listed: dict[str | None, int] = {}  # version of the latest list of each namespace, or of all (None)
 
     def __iter__(self) -> Iterator[T]:
         return (row.value for row in self._rows.values())
@@ -74,12 +80,14 @@ class Table(Generic[T]):
             return
         row = self._rows.get(meta.uid)
         if row is None or meta.version >= row.version:
-            self._gone[meta.uid] = meta.version
+            self._gone.bury(meta.uid, meta.version)
             self._remove(meta.uid)
 
-    def take(self, obj: Json) -> None:
+    def take(self, obj: Json) -> Meta:
         """Take in an object of a list."""
-        self._take(read_meta(obj), obj)
+        meta = read_meta(obj)
+        self._take(meta, obj)
+        return meta
 
     def take_written(self, obj: Json) -> None:
         """Take in the answer to a write of our own, ahead of its event; the object may be gone by now."""
@@ -87,25 +95,32 @@ class Table(Generic[T]):
         if meta.uid in self._rows:
             self._take(meta, obj)
 
-    def keep_only(self, uids: Iterable[str], version: int) -> None:
-        """Drop what a list of that version lacks, unless it is newer than the list."""
-        for uid in self._rows.keys() - set(uids):
-            if self._rows[uid].version <= version:
+    def keep_only(self, present: Iterable[Meta], version: int, namespace: str | None = None) -> None:
+        """Drop what a list of that version, of all namespaces or of one, lacks, unless it is newer than the list."""
+        for uid in self._rows.keys() - {meta.uid for meta in present}:
+            row = self._rows[uid]
+            if row.version <= version and namespace in (None, row.value.key[0]):
                 self._remove(uid)
-        self._gone.clear()
+        self._listed[namespace] = max(version, self._listed.get(namespace, -1))
 
     def _take(self, meta: Meta, obj: Json) -> None:
         row = self._rows.get(meta.uid)
-        if meta.version <= (self._gone.get(meta.uid, -1) if row is None else row.version):
+        if meta.version <= (self._last_seen_gone(meta) if row is None else row.version):
             return
         value = self._read(obj)
         if value is None:
+            self._gone.bury(meta.uid, meta.version)
             self._remove(meta.uid)
             return
         self._rows[meta.uid] = _Row(value, meta.version)
         before = row.value if row else None
         if value != before:
             self._changed(before, value)
+
+    def _last_seen_gone(self, meta: Meta) -> int:
+        """The latest version at which an object that is not known was gone: what a list lacked is gone since then."""
+        lists = (self._listed.get(namespace, -1) for namespace in (None, meta.namespace))
+        return max(self._gone.version(meta.uid), *lists)
 
     def _remove(self, uid: str) -> None:
         if row := self._rows.pop(uid, None):
@@ -140,16 +155,32 @@ class Cache:
 
     Attributes:
         policies, pools, pods, namespaces: by uid.
-        secrets: those that a policy or a pool names.
+        secrets: of our own type, and those that a policy or a pool names.
+        unreadable: served namespaces that we may not read; what is known of them counts for nothing.
     """
 
     def __init__(self, notices: Notices) -> None:
         self._notices = notices
+        self.unreadable: frozenset[str] = frozenset()
         self.policies = Table(read_policy, self._resource_changed, notices.gap_seen)
         self.pools = Table(read_pool, self._resource_changed, notices.gap_seen)
         self.pods = Table(read_pod, self._pod_changed, notices.gap_seen)
         self.namespaces = Table(_read_namespace, self._namespace_changed, notices.gap_seen)
-        self.secrets = SecretCache(notices.documents_changed, notices.gap_seen)
+        self.secrets = SecretCache(notices.documents_changed)
+
+    def set_unreadable(self, namespaces: Iterable[str]) -> None:
+        """These namespaces cannot be read, all others can."""
+        if self.unreadable != (now := frozenset(namespaces)):
+            self.unreadable = now
+            self._notices.documents_changed()
+
+    def readable_policies(self) -> tuple[ObservedPolicy, ...]:
+        """Policies of namespaces that can be read."""
+        return tuple(policy for policy in self.policies if policy.key[0] not in self.unreadable)
+
+    def readable_pools(self) -> tuple[ObservedPool, ...]:
+        """Pools of namespaces that can be read: of another one it is not known which policies it has."""
+        return tuple(pool for pool in self.pools if pool.key[0] not in self.unreadable)
 
     def namespace_labels(self) -> dict[str, dict[str, str]]:
         """Labels of every namespace by name."""
@@ -167,8 +198,12 @@ class Cache:
         self._notices.pods_changed()
 
     def _namespace_changed(self, before: NamespaceLabels | None, after: NamespaceLabels | None) -> None:
-        if any(pool.pool is not None and pool.pool.spec.allowed_namespaces.selector for pool in self.pools):
+        if any(pool.pool is not None and _selects_namespaces(pool.pool.spec) for pool in self.pools):
             self._notices.documents_changed()
+
+
+def _selects_namespaces(spec: EnginePoolSpec) -> bool:
+    return bool(spec.allowed_namespaces.selector or spec.grants)
 
 
 def _read_namespace(obj: Json) -> NamespaceLabels:

@@ -1,39 +1,62 @@
-"""Kopf's part: it watches, and hands every event to the cache. It writes nothing: no annotations, no finalizers.
+"""Kopf's part: it watches policies and pools, and hands every event to the cache. It writes nothing: no annotations, no finalizers.
 
 It has a thread and a loop of its own. For each object that is new to it, Kopf needs a turn of the loop, so in a loop that
 also writes thousands of statuses its first list takes minutes, and changes are not seen before it has ended.
 """
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import kopf
 
 from evenhand_operator.cache import Cache
-from evenhand_operator.kube import ENGINE_POOLS, NAMESPACES, PAGE_SIZE, PODS, SECRETS, TENANT_POLICIES, Resource
-from evenhand_operator.lister import SECRET_FIELD_SELECTOR
+from evenhand_operator.kube import ENGINE_POOLS, PAGE_SIZE, TENANT_POLICIES, Resource
 from evenhand_operator.login import log_in
 from evenhand_operator.objects import Json
 from evenhand_operator.settings import Settings
 
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 10.0
+_LOOK_SECONDS = 1.0
 _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
 
 
-async def watch(cache: Cache, settings: Settings) -> None:
-    """Feeds the cache, in the loop of the caller, until cancelled. Raises whatever Kopf cannot cope with."""
-    registry = _make_registry(cache, settings, asyncio.get_running_loop())
+async def watch(cache: Cache, settings: Settings, readable_namespaces: Callable[[], tuple[str, ...]]) -> None:
+    """Feeds the cache, in the loop of the caller, until cancelled.
+
+    Kopf ends where one of its requests is refused: a namespace that was deleted (403), a list that took so long that the
+    API server has forgotten its version (410). Then it is started anew, with the namespaces that can be read.
+    """
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        namespaces, started_at = readable_namespaces(), time.monotonic()
+        if namespaces or not settings.namespaces:
+            await _run_kopf(cache, settings, namespaces, lambda: readable_namespaces() != namespaces)  # noqa: B023
+        await asyncio.sleep(pause)
+        is_stable = time.monotonic() - started_at > _LONGEST_PAUSE_SECONDS
+        pause = _FIRST_PAUSE_SECONDS if is_stable else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+async def _run_kopf(
+    cache: Cache, settings: Settings, namespaces: Collection[str], is_outdated: Callable[[], bool]
+) -> None:
+    """Returns when Kopf has ended, by itself or because it should look elsewhere."""
+    registry = _make_registry(cache, asyncio.get_running_loop())
     stopping = threading.Event()
 
     async def run() -> None:
         try:
             await kopf.operator(
                 registry=registry,
-                settings=_make_kopf_settings(settings),
+                settings=_make_kopf_settings(),
                 standalone=True,
                 clusterwide=not settings.namespaces,
-                namespaces=settings.namespaces,
+                namespaces=namespaces,
                 stop_flag=stopping,
             )
         finally:
@@ -41,25 +64,19 @@ async def watch(cache: Cache, settings: Settings) -> None:
 
     thread = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(run())))
     try:
-        await asyncio.shield(thread)
+        while not thread.done() and not is_outdated():
+            await asyncio.wait([thread], timeout=_LOOK_SECONDS)
     finally:
         stopping.set()
         await asyncio.wait([thread])
-    raise RuntimeError("Kopf has ended although nobody told it to")
+    if (error := thread.exception()) is not None:
+        log.warning("Kopf has ended, and is started anew: %s: %s", type(error).__name__, error)
 
 
-def _make_registry(cache: Cache, settings: Settings, loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
+def _make_registry(cache: Cache, loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
-    tables: list[tuple[Resource, Any]] = [
-        (TENANT_POLICIES, cache.policies),
-        (ENGINE_POOLS, cache.pools),
-        (PODS, cache.pods),
-        (SECRETS, cache.secrets),
-    ]
-    if not settings.namespaces:
-        tables.append((NAMESPACES, cache.namespaces))
-    for resource, table in tables:
-        _hand_over(registry, resource, table.observe, loop)
+    _hand_over(registry, TENANT_POLICIES, cache.policies.observe, loop)
+    _hand_over(registry, ENGINE_POOLS, cache.pools.observe, loop)
 
     @kopf.on.login(registry=registry)
     def _log_in(**_: Any) -> kopf.ConnectionInfo:
@@ -81,7 +98,7 @@ def _hand_over(
         loop.call_soon_threadsafe(observe, event["type"], event["object"])
 
 
-def _make_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
+def _make_kopf_settings() -> kopf.OperatorSettings:
     """Kopf as a plain watcher that never gives up."""
     kopf_settings = kopf.OperatorSettings()
     kopf_settings.posting.enabled = False
@@ -94,9 +111,6 @@ def _make_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     kopf_settings.networking.connect_timeout = _CONNECT_SECONDS
     kopf_settings.watching.connect_timeout = _CONNECT_SECONDS
     kopf_settings.watching.chunk_size = PAGE_SIZE
-    kopf_settings.watching.field_selectors["v1", "secrets"] = SECRET_FIELD_SELECTOR
-    if settings.pod_selector:
-        kopf_settings.watching.label_selectors["v1", "pods"] = settings.pod_selector
     return kopf_settings
 
 

@@ -1,6 +1,7 @@
-"""KubeClient: the requests that the operator itself sends to the API server. Watching is Kopf's."""
+"""KubeClient: the requests that the operator sends to the API server, but for those of Kopf."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from evenhand_operator.objects import Json
 FIELD_MANAGER = "evenhand-operator"
 PAGE_SIZE = 500
 REQUEST_SECONDS = 15.0
+_CONNECT_SECONDS = 5.0
+_SILENCE_SECONDS = 120.0  # a bookmark comes about once a minute
 _SHOWN_CHARACTERS = 500
 
 
@@ -77,6 +80,11 @@ class _Page(msgspec.Struct):
     items: list[Json]
 
 
+class _WatchEvent(msgspec.Struct):
+    type: str
+    object: Json
+
+
 class KubeClient:
     """One connection pool, reused. Use within one event loop.
 
@@ -91,7 +99,7 @@ class KubeClient:
     def _connect(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             self._info.server,
-            connector=aiohttp.TCPConnector(ssl=self._info.as_ssl_context(), limit=64),
+            connector=aiohttp.TCPConnector(ssl=self._info.as_ssl_context(), limit=0),
             timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
             headers={
                 "User-Agent": FIELD_MANAGER,
@@ -128,6 +136,46 @@ class KubeClient:
                     return
         finally:
             coming.cancel()
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, version: int, **parameters: str
+    ) -> AsyncIterator[tuple[str, Json]]:
+        """Events after that version, bookmarks among them, until the API server ends it; 410: it has forgotten it."""
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": str(version),
+            "timeoutSeconds": str(random.randint(240, 300)),
+            **parameters,
+        }
+        async for line in self._stream(resource.path(namespace), query):
+            try:
+                event = msgspec.json.decode(line, type=_WatchEvent)
+            except msgspec.DecodeError as error:
+                raise ApiError(0, f"watch: {error}") from None
+            if event.type == "ERROR":
+                raise ApiError(int(event.object.get("code", 500)), f"watch: {event.object.get('message', '')}")
+            yield event.type, event.object
+
+    async def _stream(self, path: str, query: dict[str, str]) -> AsyncIterator[bytes]:
+        """Lines of an answer without end."""
+        timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+        headers, line = self._info.as_http_headers(), bytearray()
+        try:
+            async with self._session.get(path, headers=headers, params=query, timeout=timeout) as response:
+                if response.status >= 400:
+                    message = f"GET {path}: {_message(await response.read())}"
+                    raise ApiError(response.status, message)
+                async for chunk in response.content.iter_any():
+                    *lines, rest = chunk.split(b"\n")
+                    for each in lines:
+                        yield bytes(line + each)
+                        line.clear()
+                    line += rest
+        except TimeoutError:
+            raise ApiError(0, f"GET {path}: silent for {_SILENCE_SECONDS:.0f} s") from None
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise ApiError(0, f"GET {path}: {error}") from None
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Json:
         """One object."""

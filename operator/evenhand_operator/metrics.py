@@ -48,3 +48,8 @@ LAST_LIST = Gauge(
     "Unix time at which everything was last listed",
     registry=REGISTRY,
 )
+UNREADABLE_NAMESPACES = Gauge(
+    "evenhand_operator_unreadable_namespaces",
+    "Served namespaces that the API server refuses to tell of; their policies and pools are left out",
+    registry=REGISTRY,
+)

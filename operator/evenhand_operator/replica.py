@@ -55,9 +55,10 @@ class Replica:
             stack.push_async_callback(self._engines.close)
             server = serving(self._settings.host, self._settings.metrics_port, self._cache, health)
             announce(await stack.enter_async_context(server))
-            cluster, _, _ = await asyncio.gather(self._read_cluster(), self._issuer.read(), self._lister.list_all())
-            self._is_synced = True
             async with asyncio.TaskGroup() as tasks:
+                reading = self._read_cluster(), self._issuer.read(), self._lister.start(tasks)
+                cluster, _, _ = await asyncio.gather(*reading)
+                self._is_synced = True
                 for each in (self._lead(cluster), self._watch(), self._lister.run(), self._issuer.run()):
                     tasks.create_task(each)
 
@@ -66,7 +67,7 @@ class Replica:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HEAD_START_SECONDS):
                 await self._told.wait()
-        await watch(self._cache, self._settings)
+        await watch(self._cache, self._settings, lambda: self._lister.readable_namespaces)
 
     async def _lead(self, cluster: str) -> None:
         """One term after another, for ever."""

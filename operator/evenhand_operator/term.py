@@ -118,9 +118,8 @@ class Term:
         cache = self._around.cache
         self._is_stale, self._num_changes = False, 0
         metrics.QUEUE_DEPTH.labels("changes").set(0)
-        policies, pools = tuple(cache.policies), tuple(cache.pools)
-        if unknown := cache.secrets.want(referenced_secrets(policies, pools)):
-            await self._around.lister.read_secrets(unknown)
+        policies, pools = cache.readable_policies(), cache.readable_pools()
+        await self._around.lister.provide_secrets(referenced_secrets(policies, pools))
         metrics.BUILDS.inc()
         await self._documents.rebuild(
             World(

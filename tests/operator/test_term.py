@@ -58,10 +58,11 @@ class Api:
     async def create(self, resource: Any, obj: Json) -> Json:
         return obj
 
-    async def read_secrets(self, keys: Iterable[ObjectKey]) -> None:
+    async def provide_secrets(self, keys: Iterable[ObjectKey]) -> None:
+        unknown = self.cache.secrets.want(keys)
         self.before_read()
         await asyncio.sleep(0)
-        for key in keys:
+        for key in unknown:
             if key in self.secrets:
                 self.cache.secrets.take(self.secrets[key])
             else:
