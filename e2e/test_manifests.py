@@ -83,7 +83,7 @@ def test_pool_selects_the_engines_and_the_service_hides_their_admin_port(install
         ("patch", "tenantpolicies.evenhand.dev", "status"),
         ("patch", "enginepools.evenhand.dev", "status"),
         ("list watch", "pods", ""),
-        ("get list watch create patch", "secrets", ""),
+        ("get list watch", "secrets", ""),
         ("create", "events", ""),
     ],
 )
@@ -94,6 +94,14 @@ def test_operator_may_do_its_work_where_it_serves(
     for verb in verbs.split():
         assert operator_may(verb, resource, ENGINE_NAMESPACE, subresource)
         assert operator_may(verb, resource, "default", subresource) is everywhere
+
+
+def test_operator_writes_secrets_where_pools_are(operator_may: Callable[..., bool]) -> None:
+    for verb in ("create", "patch"):
+        assert operator_may(verb, "secrets", ENGINE_NAMESPACE)
+        assert not operator_may(verb, "secrets", "default")
+    for verb in ("update", "delete"):
+        assert not operator_may(verb, "secrets", ENGINE_NAMESPACE)
 
 
 def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bool], overlay: str) -> None:
@@ -126,23 +134,31 @@ def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bo
 def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None:
     kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
 
-    def write(name: str) -> None:
-        metadata = {"name": name, "namespace": ENGINE_NAMESPACE}
-        document = json.dumps({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {"part": "AA=="}})
-        installed.kubectl("apply", "--server-side", "-f", "-", stdin=document, kubeconfig=kubeconfig)
+    def write(name: str, kind: str = "evenhand.dev/bootstrap", **annotations: str) -> None:
+        metadata = {"name": name, "namespace": ENGINE_NAMESPACE, "annotations": annotations}
+        document = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": {"part": "AA=="}}
+        arguments = ["apply", "--server-side", "-f", "-"]
+        installed.kubectl(*arguments, stdin=json.dumps(document), kubeconfig=kubeconfig)
 
     write("evenhand-bootstrap-default-0")
     installed.kubectl(
         "create", "secret", "generic", "evenhand-push", "-n", ENGINE_NAMESPACE, "--from-literal=current=theirs"
     )
+    anybody = {"kubernetes.io/service-account.name": "evenhand-engine"}
 
     @eventually  # an admission policy is in force a moment after it was applied
     def refused() -> None:
         for name in ("planted", "evenhand-push"):
             with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
                 write(name)
+        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+            write("evenhand-bootstrap-x", "kubernetes.io/service-account-token", **anybody)
+        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+            write("evenhand-bootstrap-x", "Opaque")
 
     refused()
+    names = [each["metadata"]["name"] for each in installed.find("secrets", ENGINE_NAMESPACE, "")]
+    assert "evenhand-bootstrap-x" not in names, "no token was made"
 
 
 def test_editors_of_a_namespace_edit_policies_but_no_pools(installed: ControlPlane) -> None:

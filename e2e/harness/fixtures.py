@@ -96,7 +96,8 @@ def _served_namespace(cluster: ControlPlane) -> Iterator[str]:
     name = f"test-{secrets.token_hex(4)}"
     cluster.create_namespace(name)
     account = f"--serviceaccount={OPERATOR_NAMESPACE}:{OPERATOR}"
-    cluster.kubectl("create", "rolebinding", OPERATOR, f"--clusterrole={OPERATOR}", account, "-n", name)
+    for role in (OPERATOR, f"{OPERATOR}-pools"):
+        cluster.kubectl("create", "rolebinding", role, f"--clusterrole={role}", account, "-n", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
     cluster.kubectl("delete", "pods", "--all", "-n", name, "--force", "--wait=false")
