@@ -84,7 +84,7 @@ def test_programs_listen_where_the_manifests_say(rendered: list[Object]) -> None
     operator, engine = sorted((options(each) | ports(each) for each in containers(rendered)), key=len)
     assert operator["metrics_port"] == operator["metrics"]
     assert (engine["port"], engine["admin_port"]) == (engine["http"], engine["admin"]) == (PORT, ADMIN_PORT)
-    assert engine["host"] == engine["admin_host"] == operator["host"] == "0.0.0.0"
+    assert engine["host"] == engine["admin_host"] == operator["host"] == "::"
 
 
 def test_network_policies_open_ports_that_are_there(rendered: list[Object]) -> None:

@@ -58,7 +58,7 @@ class Sandbox:
     def own_command(self) -> Launch:
         """The container's own command, arguments and environment, as a manifest has them, made to fit this machine.
 
-        Mounted folders are those of the volumes, all addresses (0.0.0.0) is the Pod's, programs come from the PATH.
+        Mounted folders are those of the volumes, all addresses (0.0.0.0, ::) is the Pod's, programs come from the PATH.
         """
         spec = self.container
         environment = {each["name"]: self._here(each["value"]) for each in spec.get("env", []) if "value" in each}
@@ -73,7 +73,7 @@ class Sandbox:
         return Launch(command, os.environ | environment)
 
     def _here(self, text: str) -> str:
-        here = {"0.0.0.0": self.address}
+        here = {"0.0.0.0": self.address, "::": self.address}
         here |= {each["mountPath"]: str(self.volume(each["name"])) for each in self.container.get("volumeMounts", [])}
         longest_first = "|".join(map(re.escape, sorted(here, key=len, reverse=True)))
         # all at once: what one replacement brings in, perhaps below /tmp, is not for the next

@@ -22,7 +22,7 @@ EXIT_FAILURE = 1
     "-n", "--namespace", "namespaces", multiple=True, help="Namespace to look at; may be repeated. All, if not given."
 )
 @click.option("--pod-selector", default="", help="Label selector of the pods to watch; pools select among these.")
-@click.option("--host", default="0.0.0.0", help="Address of the metrics port.")
+@click.option("--host", default="::", help="Address of the metrics port; ::, which is all, has both families.")
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=8080, help="For /metrics, /healthz and /readyz; 0: any."
 )

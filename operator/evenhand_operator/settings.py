@@ -11,7 +11,7 @@ class Settings:
         namespaces: those whose policies, pools, pods and Secrets it looks at; empty: all.
         pod_selector: label selector of the pods that it watches, such as `app=evenhand-engine`; pools select among
             these. Empty: all pods, which costs memory and traffic in a large cluster.
-        host: address of the metrics port.
+        host: address of the metrics port; `::`: all, of both families.
         metrics_port: for /metrics, /healthz and /readyz; 0: any free one.
         lease_name: of the Lease by which replicas agree on a leader.
         lease_namespace: where the Lease is; None: the operator's own namespace.
@@ -29,7 +29,7 @@ class Settings:
 
     namespaces: tuple[str, ...] = ()
     pod_selector: str = ""
-    host: str = "0.0.0.0"
+    host: str = "::"
     metrics_port: int = 8080
     lease_name: str = "evenhand-operator"
     lease_namespace: str | None = None

@@ -1,6 +1,8 @@
 """The operator's own port: `/metrics` for Prometheus, `/healthz` and `/readyz` for the kubelet."""
 
 import contextlib
+import errno
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -39,10 +41,22 @@ async def serving(host: str, port: int, cache: Cache, health: Health) -> AsyncIt
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.SockSite(runner, listen(host, port)).start()
         yield int(runner.addresses[0][1])
     finally:
         await runner.cleanup()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; `::` is every address of both families, where the machine has IPv6. Raises OSError."""
+    if host != "::":
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+    except OSError as error:
+        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        return socket.create_server(("0.0.0.0", port))
 
 
 async def _probe(check: Callable[[], str | None]) -> web.Response:

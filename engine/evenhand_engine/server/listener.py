@@ -18,11 +18,16 @@ _OPEN_MAX = 10_240  # what macOS takes, whose hard limit is infinite: man 2 setr
 
 
 def listen(host: str, port: int, flag: str) -> socket.socket:
-    """A listening socket; raises StartupError that names `flag`, which chose the port, or its address."""
+    """A listening socket; raises StartupError that names `flag`, which chose the port, or its address.
+
+    `::` is every address of both families, or of IPv4 where the machine has no IPv6: what a Pod has is its cluster's choice.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
     except OSError as error:
+        if host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return listen("0.0.0.0", port, flag)
         if error.errno in _NO_ADDRESS:
             flag = flag.replace("port", "host")
         raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
