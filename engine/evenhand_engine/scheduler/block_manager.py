@@ -4,7 +4,8 @@ A block is in exactly one of three states:
 
     free        in `_free`; content worthless
     referenced  in the block table of one request or more (`_references` > 0)
-    cached      unreferenced, but its content is a known prefix; evicted when no free block is left
+    cached      unreferenced, but its content is a known prefix; evicted, least recently used first, when no free block is
+                left, and those that a tenant's guarantee keeps after all others
 
 Full blocks are known by a hash chained over the salt and all tokens up to their end, so that equal prompts with equal
 salts share blocks, and nobody learns by timing what a tenant with another salt has asked. A block counts to the tenant
@@ -36,8 +37,9 @@ class BlockManager:
         self._hash: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
         self._held: Counter[str] = Counter()  # referenced blocks by owner
-        self._cached: dict[str, OrderedDict[int, None]] = {_SHARED: OrderedDict()}  # least recently used first
+        self._cached: dict[str, OrderedDict[int, int]] = {_SHARED: OrderedDict()}  # block: when it was last used
         self._num_cached = 0
+        self._num_uses = 0
         self._guarantees: dict[str, int] = {}
 
     @property
@@ -59,24 +61,16 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def set_guarantees(self, guarantees: Mapping[str, int]) -> None:
-        """Blocks guaranteed to each tenant that has a guarantee: its cached blocks are evicted after others' while
-        it holds no more than that."""
-        cached = [block for line in self._cached.values() for block in line]
+        """Blocks guaranteed to each tenant that has a guarantee: its cached blocks are evicted after all others while
+        those that it holds and those cached for it are together no more than that."""
         self._guarantees = {tenant_id: blocks for tenant_id, blocks in guarantees.items() if blocks > 0}
-        self._cached = {line: OrderedDict() for line in (_SHARED, *self._guarantees)}
-        for block in cached:
-            self._cached[self._line_of(block)][block] = None
+        self._sort_into_lines()
 
     def transfer(self, tenant_id: str, heir_id: str) -> None:
         """All blocks of a tenant count to another from now on."""
-        for block, owner in enumerate(self._owner):
-            if owner == tenant_id:
-                line = self._cached[self._line_of(block)]
-                self._owner[block] = heir_id
-                if block in line:
-                    del line[block]
-                    self._cached[self._line_of(block)][block] = None
+        self._owner = [heir_id if owner == tenant_id else owner for owner in self._owner]
         self._held[heir_id] += self._held.pop(tenant_id, 0)
+        self._sort_into_lines()
 
     # -- allocation
 
@@ -174,7 +168,8 @@ class BlockManager:
                 if self._hash[block] is None:
                     self._free.append(block)
                 else:
-                    self._cached[self._line_of(block)][block] = None
+                    self._num_uses += 1
+                    self._cached[self._line_of(block)][block] = self._num_uses
                     self._num_cached += 1
         request.block_table = []
         request.num_computed_tokens = 0
@@ -185,6 +180,8 @@ class BlockManager:
         referenced = [block for block, count in enumerate(self._references) if count > 0]
         assert sorted((*self._free, *cached, *referenced)) == list(range(self.num_blocks))
         assert self._num_cached == len(cached)
+        assert all(line == self._line_of(block) for line, blocks in self._cached.items() for block in blocks)
+        assert all(list(blocks.values()) == sorted(blocks.values()) for blocks in self._cached.values())
         assert +self._held == Counter(self._owner[block] for block in referenced)
         assert all(self._hash[block] is not None for block in cached)
         assert all(self._hash[block] is None for block in self._free)
@@ -201,11 +198,10 @@ class BlockManager:
         self._references[block] += 1
 
     def _evict(self) -> int:
-        """Free the least recently used cached block, of a tenant beyond its guarantee if there is one."""
-        line = max(
-            (line for line, blocks in self._cached.items() if blocks),
-            key=lambda line: self._held[line] + len(self._cached[line]) - self._guarantees[line] if line else 1 << 60,
-        )
+        """Free the least recently used of the cached blocks that no guarantee keeps; if all are kept, of all."""
+        lines = [line for line, blocks in self._cached.items() if blocks]
+        unkept = [line for line in lines if self._is_beyond_guarantee(line)]
+        line = min(unkept or lines, key=lambda line: next(iter(self._cached[line].values())))
         block, _ = self._cached[line].popitem(last=False)
         self._num_cached -= 1
         digest = self._hash[block]
@@ -214,7 +210,19 @@ class BlockManager:
         self._hash[block] = None
         return block
 
+    def _is_beyond_guarantee(self, line: str) -> bool:
+        """Whether the line's tenant keeps more than it is guaranteed, in use and cached; nothing keeps the shared line."""
+        return line == _SHARED or self._held[line] + len(self._cached[line]) > self._guarantees[line]
+
+    def _sort_into_lines(self) -> None:
+        """Put every cached block into its line anew, least recently used first."""
+        used = sorted((used, block) for line in self._cached.values() for block, used in line.items())
+        self._cached = {line: OrderedDict() for line in (_SHARED, *self._guarantees)}
+        for when, block in used:
+            self._cached[self._line_of(block)][block] = when
+
     def _line_of(self, block: int) -> str:
+        """Eviction line of a cached block: its tenant's, if that has a guarantee."""
         owner = self._owner[block]
         return owner if owner in self._guarantees else _SHARED
 
