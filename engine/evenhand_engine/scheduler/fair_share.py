@@ -11,12 +11,13 @@ is ever worth less than the virtual time, so silence earns nothing, and using wh
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from heapq import merge
+from heapq import heappop, heappush, merge
 
 VIRTUAL_UNIT = 1 << 20
 """Virtual service is an integer: cost * VIRTUAL_UNIT / weight, so a charge is rounded by less than a millionth."""
 
-_PRUNE_AT = 4096
+_FEW_ACCOUNTS = 1024  # so many are kept without a thought
+_PRUNED_PER_STEP = 1024  # so many are looked at in one step, so that no step is late for it
 
 
 Place = tuple[int, int, str]
@@ -33,6 +34,7 @@ class FairShare:
     def __init__(self) -> None:
         self.virtual_time = 0
         self._virtual_service: dict[str, int] = {}
+        self._by_service: list[tuple[int, str]] = []  # heap of (what it was served when last looked at, account)
         self._highest = 0
         self._lines: list[list[Place]] = []  # by rank
         self._places: dict[str, tuple[int, Place]] = {}  # rank and place of each account in line
@@ -45,8 +47,11 @@ class FairShare:
 
     def charge(self, account: str, cost: int, weight: int) -> None:
         """Add `cost` (negative: a refund) of an account whose share is `weight`."""
-        service = self._virtual_service.get(account, 0)
-        if service < self.virtual_time:
+        service = self._virtual_service.get(account)
+        if service is None:
+            service = self.virtual_time
+            heappush(self._by_service, (service, account))
+        elif service < self.virtual_time:
             service = self.virtual_time
         if cost < 0:
             service -= -cost * VIRTUAL_UNIT // weight
@@ -125,7 +130,20 @@ class FairShare:
         if least is None:
             self.virtual_time = self._highest
             self._virtual_service.clear()
-            return
-        self.virtual_time = least
-        if len(self._virtual_service) > _PRUNE_AT:
-            self._virtual_service = {a: s for a, s in self._virtual_service.items() if s > self.virtual_time}
+            self._by_service.clear()
+        else:
+            self.virtual_time = least
+            self._prune()
+
+    def _prune(self) -> None:
+        """Forget accounts that the virtual time has passed: they are worth no more than one that was never charged."""
+        heap = self._by_service
+        for _ in range(_PRUNED_PER_STEP):
+            if len(heap) <= _FEW_ACCOUNTS or heap[0][0] > self.virtual_time:
+                return
+            _, account = heappop(heap)
+            service = self._virtual_service[account]
+            if service > self.virtual_time:
+                heappush(heap, (service, account))
+            else:
+                del self._virtual_service[account]

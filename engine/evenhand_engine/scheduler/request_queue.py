@@ -1,9 +1,8 @@
 """RequestQueue: the requests of one tenant that wait to run, in order of arrival, or by user with equal shares."""
 
-from bisect import insort
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from operator import attrgetter
 
 from evenhand_engine.scheduler.fair_share import FairShare
@@ -22,7 +21,7 @@ class RequestQueue:
     def __init__(self, *, per_user: bool) -> None:
         self.per_user = per_user
         self.users = FairShare()
-        self._lines: dict[str, deque[Request]] = {}
+        self._lines: dict[str, OrderedDict[str, Request]] = {}  # of each user, by request id
         self._size = 0
 
     def __len__(self) -> int:
@@ -30,31 +29,37 @@ class RequestQueue:
 
     def __iter__(self) -> Iterator[Request]:
         for line in self._lines.values():
-            yield from line
+            yield from line.values()
 
     def push(self, request: Request) -> None:
-        """Add by position: at the end for a new request, further ahead for one that was preempted."""
+        """Add by position: at the end for a new request; O(1). One that was preempted goes before those that never
+        ran, in O(number of those that were preempted too)."""
         key = self._line_of(request)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = deque()
+            line = self._lines[key] = OrderedDict()
             self.users.enter(key)
-        if not line or line[-1].position < request.position:
-            line.append(request)
-        elif request.position < line[0].position:
-            line.appendleft(request)
-        else:
-            insort(line, request, key=_position)
+        is_last = not line or line[next(reversed(line))].position < request.position
+        ahead = [] if is_last else list(takewhile(lambda r: r.position < request.position, line.values()))
+        line[request.request_id] = request
+        if not is_last:
+            for other in (request, *reversed(ahead)):
+                line.move_to_end(other.request_id, last=False)
         self._size += 1
 
+    def extend(self, requests: Iterable[Request]) -> None:
+        """Add many at once, whatever their positions; O(n log n) with those that wait."""
+        merged = sorted((*self, *requests), key=_position)
+        for request in list(self):
+            self.remove(request)
+        for request in merged:
+            self.push(request)
+
     def remove(self, request: Request) -> None:
-        """Take out a request, which must be in the queue; O(1) for a head."""
+        """Take out a request, which must be in the queue; O(1) wherever it stands."""
         key = self._line_of(request)
         line = self._lines[key]
-        if line[0] is request:
-            line.popleft()
-        else:
-            line.remove(request)
+        del line[request.request_id]
         if not line:
             del self._lines[key]
             self.users.leave(key)
@@ -70,7 +75,7 @@ class RequestQueue:
             return self._first_of_users(started, may_start=may_start)
         for request in started:
             return request
-        return self._lines[""][0] if may_start and self._size else None
+        return self._head("") if may_start and self._size else None
 
     def close_step(self, started: Iterable[Request]) -> None:
         """Advance the users' virtual time; `started`: prompts in progress that the step left unfinished."""
@@ -80,8 +85,11 @@ class RequestQueue:
     def _first_of_users(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
         prompts = list(started)
         if may_start:
-            prompts += [self._lines[user][0] for _, _, user in islice(self.users.in_order(), 1)]
+            prompts += [self._head(user) for _, _, user in islice(self.users.in_order(), 1)]
         return min(prompts, key=lambda r: (self.users.virtual_service(r.user), r.position), default=None)
+
+    def _head(self, key: str) -> Request:
+        return next(iter(self._lines[key].values()))
 
     def _line_of(self, request: Request) -> str:
         return request.user if self.per_user else ""

@@ -264,8 +264,7 @@ class Roster:
         self.blocks.transfer(tenant.tenant_id, heir.tenant_id)
         for request in (*tenant.running(), *tenant.waiting):
             request.tenant_id = heir.tenant_id
-        for request in tenant.waiting:
-            self._wait(heir, request)
+        heir.waiting.extend(tenant.waiting)
         heir.prefilling |= tenant.prefilling
         heir.decoding |= tenant.decoding
         if heir.prefilling:

@@ -54,8 +54,7 @@ class Tenant:
         per_user = config.fairness is Fairness.PER_USER
         if per_user != self.waiting.per_user:
             queue = RequestQueue(per_user=per_user)
-            for request in sorted(self.waiting, key=lambda request: request.position):
-                queue.push(request)
+            queue.extend(self.waiting)
             self.waiting = queue
 
     @property
