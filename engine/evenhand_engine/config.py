@@ -32,6 +32,8 @@ class SchedulerSettings:
         max_bypasses: requests admitted past a large one that lacks memory, before memory is held for it.
         growth_blocks: blocks that an admission leaves free for each running request, to grow into until one finishes.
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
+        max_refunded_tokens: outputs past a stop string that are given back to a request's tenant: what can be computed
+            while one message goes to the HTTP process and back.
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
     """
@@ -49,6 +51,7 @@ class SchedulerSettings:
     max_bypasses: int = 4
     growth_blocks: float = 1.5
     min_prefill_tokens: int = 16
+    max_refunded_tokens: int = 8
     objective_hold_seconds: float = 1.0
 
 

@@ -68,6 +68,7 @@ scheduler_settings = st.builds(
     max_bypasses=st.integers(0, 3),
     growth_blocks=st.sampled_from((0.0, 1.5)),
     min_prefill_tokens=st.integers(1, 4),
+    max_refunded_tokens=st.integers(0, 4),
 )
 
 operations = st.lists(
@@ -125,7 +126,10 @@ def run_operation(engine: PretendEngine, operation: tuple, kept: dict[str, int])
                 reason = FinishReason.ABORT if num_output_tokens is None else FinishReason.STOP
                 engine.scheduler.abort(request.request_id, reason, num_output_tokens)
                 if num_output_tokens is not None:
-                    kept[request.request_id] = min(num_output_tokens, request.num_output_tokens)
+                    most = engine.settings.max_refunded_tokens
+                    kept[request.request_id] = max(
+                        min(num_output_tokens, request.num_output_tokens), request.num_output_tokens - most
+                    )
         case ("reconfigure", tenants):
             engine.scheduler.reconfigure(SchedulerConfig(tenants=tenants))
         case ("step", count):

@@ -23,7 +23,7 @@ class Pace:
         """The room of the step that begins now."""
         max_tokens = self._settings.max_num_batched_tokens
         if self._token_budgets is not None:
-            max_tokens = next(self._token_budgets)
+            max_tokens = min(max_tokens, next(self._token_budgets))
         return StepBudget(max_tokens, self.step_time, self._objective(now), self._settings.min_prefill_tokens)
 
     def _objective(self, now: float) -> float | None:

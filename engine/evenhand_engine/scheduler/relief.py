@@ -48,7 +48,7 @@ class Relief:
         for request in [r for r in decodes if len(r.block_table) * block_size <= r.num_computed_tokens]:
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
-        return [request for request in decodes if request.block_table]
+        return [request for request in decodes if len(request.block_table) * block_size > request.num_computed_tokens]
 
     def _reclaim(self, now: float) -> bool:
         """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""
@@ -103,7 +103,8 @@ class Relief:
         while (at_ceiling := roster.is_at_ceiling(tenant)) or not roster.blocks.grow(request, request.num_tokens):
             num_rivals = tenant.num_running if at_ceiling else roster.num_running
             if num_rivals == 1:
-                roster.finish(request, FinishReason.LENGTH)
+                if request.num_in_flight_tokens == 0:  # else it ends when its last token has been told
+                    roster.finish(request, FinishReason.LENGTH)
                 return
             if at_ceiling:
                 victim = self._preemption.ceiling(tenant)

@@ -88,13 +88,15 @@ class Scheduler:
     def abort(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
         """End a request; an unknown or finished one is ignored.
 
-        `num_output_tokens`: how many of its outputs count; the rest, past a stop string, is given back to its tenant.
+        `num_output_tokens`: how many of its outputs count. The rest, past a stop string, is given back to its tenant, but
+        no more than was computed before this side could hear of it: who reads late has used the machine.
         """
         request = self.roster.requests.get(request_id)
         if request is None:
             return
         if num_output_tokens is not None:
             surplus = max(0, request.num_output_tokens - num_output_tokens)
+            surplus = min(surplus, self.settings.max_refunded_tokens)
             self.queue.charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
         self.roster.finish(request, reason)
 
