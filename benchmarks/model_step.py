@@ -25,11 +25,19 @@ from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import load_weights
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.kernels import CpuKernels
-from evenhand_kernels.kernels import Attention, AttentionLayer, Kernels, KvCacheShape, Linear
+from evenhand_kernels.kernels import (
+    Attention,
+    AttentionBatch,
+    AttentionLayer,
+    AttentionPlan,
+    Kernels,
+    KvCacheShape,
+    Linear,
+)
 from evenhand_kernels.reference import ReferenceKernels
 
 DECODE_CONTEXT, CHUNK_CONTEXT = 250, 1000
@@ -75,10 +83,10 @@ class Floor:
         for item in items:
             num_computed, num_scheduled = item.num_computed_tokens, item.num_scheduled_tokens
             seen = num_scheduled * num_computed + num_scheduled * (num_scheduled + 1) // 2
-            operations += 2 * (layers * num_scheduled + head * item.samples)
+            operations += 2 * (layers * num_scheduled + head * item.num_samples)
             operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
             read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.itemsize
-        read += head * self.itemsize * any(item.samples for item in items)
+        read += head * self.itemsize * any(item.num_samples for item in items)
         return 1e3 * max(operations / self.flops, read / self.bandwidth)
 
 
@@ -100,6 +108,12 @@ class TimedKernels:
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._timed("gated_linear", self._kernels.gated_linear(weight, bias))
+
+    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
+        return self._kernels.embed(embedding, input_ids)
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        return self._kernels.plan(batch)
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
         return self._timed("attention", self._kernels.attention(layer, cache))
@@ -168,21 +182,26 @@ def _runner(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> ModelR
     return ModelRunner(build_decoder(config, weights, kernels, cache, settings.max_model_len), settings)
 
 
-def _item(number: int, num_computed: int, num_scheduled: int, first_block: int) -> ScheduledRequest:
+def _request(seat: int, num_computed: int, num_scheduled: int, first_block: int) -> Request:
     num_tokens = num_computed + num_scheduled
     prompt = [(7 * position) % 40000 + 100 for position in range(num_tokens)]
-    request = Request(f"r{number}", "t", prompt, SamplingParams(max_tokens=9, temperature=0), 0.0)
+    request = Request(f"r{seat}", "t", prompt, SamplingParams(max_tokens=9, temperature=0), 0.0)
+    request.seat, request.num_computed_tokens = seat, num_computed
     request.block_table = list(range(first_block, first_block + num_tokens // 16 + 1))
-    return ScheduledRequest(request, num_computed, num_scheduled, samples=True)
+    return request
 
 
-def _decodes(size: int) -> tuple[ScheduledRequest, ...]:
-    per_request = DECODE_CONTEXT // 16 + 1
-    return tuple(_item(number, DECODE_CONTEXT - 1, 1, number * per_request) for number in range(size))
+def _decodes(size: int) -> Batch:
+    plan, per_request = BatchPlan(), DECODE_CONTEXT // 16 + 1
+    for seat in range(size):
+        plan.add_decode(_request(seat, DECODE_CONTEXT - 1, 1, seat * per_request))
+    return plan.build(0, ())
 
 
-def _chunk(size: int) -> tuple[ScheduledRequest, ...]:
-    return (_item(0, CHUNK_CONTEXT, size, MAX_DECODES * (DECODE_CONTEXT // 16 + 1)),)
+def _chunk(size: int) -> Batch:
+    plan = BatchPlan()
+    plan.add_chunk(_request(0, CHUNK_CONTEXT, size, MAX_DECODES * (DECODE_CONTEXT // 16 + 1)), size)
+    return plan.build(0, ())
 
 
 def _sampling_ms(num_rows: int, vocab_size: int, params: dict[str, Any]) -> float:
@@ -196,7 +215,7 @@ def _measure(
     runner: ModelRunner,
     kernels: TimedKernels,
     floor: Floor,
-    items: tuple[ScheduledRequest, ...],
+    batch: Batch,
     seconds: float,
 ) -> dict[str, float]:
     """Medians in ms: of the whole step, and of each kind of operation in it."""
@@ -205,14 +224,14 @@ def _measure(
     while len(samples) < 4 or time.perf_counter() - started_at < seconds:
         kernels.seconds.clear()
         step_at = time.perf_counter()
-        runner.submit(Batch(0, items))
+        runner.submit(batch)
         runner.collect()
         samples.append({"step": time.perf_counter() - step_at} | kernels.seconds)
     samples = samples[1:]
     row = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in ("step", *OPERATIONS)}
     row["least"] = 1e3 * min(sample["step"] for sample in samples)
-    row["floor"] = floor.milliseconds(items)
-    row["tokens_per_s"] = 1e3 * sum(item.num_scheduled_tokens for item in items) / row["step"]
+    row["floor"] = floor.milliseconds(batch.scheduled)
+    row["tokens_per_s"] = 1e3 * batch.num_tokens / row["step"]
     return row
 
 

@@ -11,9 +11,11 @@ import time
 import common
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig, TenantConfig
+
+_TEXT = Sampled((5,))
 
 
 class ClosedLoop:
@@ -41,9 +43,9 @@ class ClosedLoop:
         batch = self.scheduler.step(self._now)
         seconds = time.perf_counter() - started_at
         assert batch is not None
-        token_ids = [5] * sum(item.samples for item in batch.scheduled)
+        sampled = [_TEXT for item in batch.scheduled if item.num_samples]
         started_at = time.perf_counter()
-        outputs = self.scheduler.update(batch, token_ids, self._now + 0.04)
+        outputs = self.scheduler.update(sampled, self._now + 0.04)
         seconds += time.perf_counter() - started_at
         for _ in range(sum(output.finish_reason is not None for output in outputs)):
             self._add()

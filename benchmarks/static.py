@@ -87,7 +87,7 @@ def serve(policy: SchedulingPolicy, seconds: float, seed: int) -> Outcome:
         batch = scheduler.step(now)
         assert batch is not None
         model.runner.submit(batch)
-        outputs = scheduler.update(batch, model.runner.collect(), time.monotonic())
+        outputs = scheduler.update(model.runner.collect(), time.monotonic())
         num_outputs += sum(len(output.token_ids) for output in outputs)
         num_scheduled += len(batch.scheduled)
         num_steps += 1

@@ -54,6 +54,7 @@ class AttentionBatch:
         block_table: int32 [num_requests, max_blocks], the block ids of each request; the rest of a row is undefined.
         seq_lens: int32 [num_requests], tokens of each request up to and including this step's.
         cu_seqlens_q: int32 [num_requests + 1].
+        num_decodes: the first requests of the batch, which have few rows each: those past their prompt.
     """
 
     positions: Tensor
@@ -61,10 +62,18 @@ class AttentionBatch:
     block_table: Tensor
     seq_lens: Tensor
     cu_seqlens_q: Tensor
+    num_decodes: int = 0
 
 
-Attention = Callable[[Tensor, AttentionBatch], Tensor]
-"""Attention of one layer over its paged KV cache, which it owns.
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How one step's attention is computed, the same for all layers. Kernels extend it with what theirs need."""
+
+    batch: AttentionBatch
+
+
+Attention = Callable[[Tensor, AttentionPlan], Tensor]
+"""Attention of one layer over its paged KV cache, which it owns, by the plan that the same kernels made of the step.
 
 Takes [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: query heads, then keys, then values. Norms and
 rotates queries and keys in place, stores keys and values at `slot_mapping`, and returns the causal attention of the
@@ -89,8 +98,16 @@ class Kernels(Protocol):
         """silu(gate) * up, with gate and up being the halves of x @ weight.T + bias (arXiv 2002.05202)."""
         ...
 
+    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
+        """Rows of `embedding`, [vocab_size, hidden_size], in the dtype that these kernels keep the residual in."""
+        ...
+
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
         """Attention of one layer, with memory of its own for keys and values."""
+        ...
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        """What all layers' attention needs of a step, once. Valid as long as the batch's tensors are."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, KvCacheShape, Linear
+from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, AttentionPlan, KvCacheShape, Linear
 
 PACKING_ROWS = 32
 """How many rows oneDNN should expect when it chooses a weight's layout; any number of rows works."""
@@ -38,6 +38,12 @@ class ReferenceKernels:
 
         return gated
 
+    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
+        return embedding[input_ids].float()
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        return AttentionPlan(batch)
+
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
         return _Attention(layer, cache)
 
@@ -58,8 +64,8 @@ class _Attention:
         self._keys = torch.zeros(shape, dtype=cache.dtype)
         self._values = torch.zeros(shape, dtype=cache.dtype)
 
-    def __call__(self, qkv: Tensor, batch: AttentionBatch) -> Tensor:
-        layer = self._layer
+    def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
+        layer, batch = self._layer, plan.batch
         heads = qkv.view(len(qkv), layer.num_heads + 2 * layer.num_kv_heads, layer.head_dim)
         sizes = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
         queries, keys, values = torch.split(heads, sizes, dim=1)

@@ -81,11 +81,11 @@ class Generation:
             self._runner.submit(batch)
             now += 1
             planned = self._scheduler.step(now) if ahead else None
-            self._scheduler.update(batch, self._runner.collect(), now)
+            self._scheduler.update(self._runner.collect(), now)
             self.batches.append(batch)
             batch = planned or self._scheduler.step(now)
         assert all(request.finish_reason is not None for request in added)
-        return [request.output_token_ids for request in added]
+        return [list(request.token_ids[request.num_prompt_tokens :]) for request in added]
 
 
 def _greedy() -> SamplingParams:

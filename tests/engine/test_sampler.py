@@ -1,6 +1,8 @@
 """The sampler draws from exactly the distribution that its parameters define, and reproducibly."""
 
 import math
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evenhand_engine.core.sampler import SamplingRow, sample
-from evenhand_engine.scheduler.request import SamplingParams
+from evenhand_engine.core.sampler import SamplingRow, Seats, Token, accept, sample
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
+from evenhand_engine.scheduler.request import Sampled, SamplingParams
 
 PROBABILITIES = (0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.7  # any constant
@@ -19,10 +22,14 @@ def row(index: int = 0, **params: Any) -> SamplingRow:
     return SamplingRow(SamplingParams(max_tokens=10_000, **params), index)
 
 
+def ids(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    return [None if token is None else token.token_id for token in sample(logits, rows)]
+
+
 def draw(logits: Tensor, num_draws: int, **params: Any) -> Tensor:
     """How often each token is drawn by the first output tokens of one request."""
     rows = [row(index, seed=5, **params) for index in range(num_draws)]
-    token_ids = sample(logits.expand(num_draws, -1).clone(), rows)
+    token_ids = ids(logits.expand(num_draws, -1).clone(), rows)
     return torch.bincount(torch.tensor(token_ids), minlength=len(logits)).double()
 
 
@@ -86,7 +93,7 @@ def test_every_token_is_drawn_by_its_own_share(vocab_size: int, top_k: int) -> N
     cumulative = (probabilities / probabilities.sum()).cumsum(0)
 
     for index in range(200):
-        drawn = sample(logits[None].clone(), [row(index=index, seed=9, top_k=top_k)])[0]
+        drawn = ids(logits[None].clone(), [row(index=index, seed=9, top_k=top_k)])[0]
         number = (np.random.Philox(key=9, counter=index).random_raw() >> 11) * 2.0**-53
         assert cumulative[drawn] > number - 1e-6
         assert drawn == 0 or cumulative[drawn - 1] < number + 1e-6
@@ -95,7 +102,7 @@ def test_every_token_is_drawn_by_its_own_share(vocab_size: int, top_k: int) -> N
 
 def test_temperature_zero_takes_the_best_token_and_the_first_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    assert sample(logits, [row(temperature=0), row(temperature=0, top_p=0.1, seed=3)]) == [1, 0]
+    assert ids(logits, [row(temperature=0), row(temperature=0, top_p=0.1, seed=3)]) == [1, 0]
 
 
 @pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}, {"temperature": 1e-30}])
@@ -106,25 +113,96 @@ def test_the_narrowest_settings_are_greedy(params: dict[str, Any]) -> None:
 def test_a_token_depends_on_seed_and_index_alone() -> None:
     logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1))
     rows = [row(index=7, seed=1), row(temperature=0), row(index=2, seed=3, top_p=0.8), row(seed=-5, top_k=40)]
-    alone = [sample(logits[number : number + 1].clone(), [rows[number]])[0] for number in range(4)]
+    alone = [ids(logits[number : number + 1].clone(), [rows[number]])[0] for number in range(4)]
 
-    assert sample(logits[:4].clone(), rows) == alone
-    assert sample(logits[[3, 2, 1, 0]].clone(), rows[::-1]) == alone[::-1]
-    assert sample(logits[:4].clone(), rows) == alone, "no hidden state"
+    assert ids(logits[:4].clone(), rows) == alone
+    assert ids(logits[[3, 2, 1, 0]].clone(), rows[::-1]) == alone[::-1]
+    assert ids(logits[:4].clone(), rows) == alone, "no hidden state"
 
 
 def test_seeds_and_positions_give_independent_numbers() -> None:
     logits = torch.zeros(1, 1000)
-    by_index = {sample(logits.clone(), [row(index=index, seed=1)])[0] for index in range(300)}
-    by_seed = {sample(logits.clone(), [row(seed=seed)])[0] for seed in range(300)}
+    by_index = {ids(logits.clone(), [row(index=index, seed=1)])[0] for index in range(300)}
+    by_seed = {ids(logits.clone(), [row(seed=seed)])[0] for seed in range(300)}
     assert min(len(by_index), len(by_seed)) > 230  # 259 of 1,000 are expected
 
 
 def test_no_stop_token_before_min_tokens() -> None:
     logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]])
     params = {"min_tokens": 3, "stop_token_ids": frozenset({1, 2}), "temperature": 0}
-    assert [sample(logits.clone(), [row(index=index, **params)])[0] for index in range(5)] == [3, 3, 3, 1, 1]
+    assert [ids(logits.clone(), [row(index=index, **params)])[0] for index in range(5)] == [3, 3, 3, 1, 1]
 
 
 def test_no_rows_no_tokens() -> None:
-    assert sample(torch.empty(0, 10), []) == []
+    assert ids(torch.empty(0, 10), []) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_row_that_is_not_finite_has_no_token_and_spoils_no_other(bad: float, params: dict[str, Any]) -> None:
+    logits = torch.stack([LOGITS, LOGITS.clone(), LOGITS])
+    logits[1, 3 if bad > 0 or math.isnan(bad) else slice(None)] = bad
+    rows = [row(seed=4, **params)] * 3
+    good = ids(LOGITS[None].clone(), rows[:1])[0]
+    assert ids(logits, rows) == [good, None, good]
+
+
+def test_a_row_whose_every_token_is_forbidden_has_none() -> None:
+    assert ids(torch.zeros(1, 3), [row(min_tokens=1, stop_token_ids=frozenset(range(3)))]) == [None]
+
+
+def test_log_probabilities_are_those_of_the_model_itself() -> None:
+    params = {"temperature": 0, "min_tokens": 1, "stop_token_ids": frozenset({1}), "num_logprobs": 3}
+    (token,) = sample(LOGITS[None].clone(), [row(**params)])
+    assert token is not None and token.logprobs is not None
+    assert token.token_id == 3, "token 1, the likeliest, may not come yet"
+    assert token.logprobs.logprob == pytest.approx(math.log(0.25), abs=1e-6)
+    assert token.logprobs.rank == 2
+    assert token.logprobs.top_token_ids == (1, 3, 5)
+    assert token.logprobs.top_logprobs == pytest.approx([math.log(p) for p in (0.3, 0.25, 0.15)], abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_logprobs", "num_told"), [(0, 0), (8, 8), (20, 8)])
+def test_as_many_log_probabilities_as_asked_for_and_there_are(num_logprobs: int, num_told: int) -> None:
+    (token,) = sample(LOGITS[None].clone(), [row(num_logprobs=num_logprobs)])
+    assert token is not None and token.logprobs is not None
+    assert len(token.logprobs.top_token_ids) == len(token.logprobs.top_logprobs) == num_told
+    assert sample(LOGITS[None].clone(), [row()]) == [Token(token.token_id)]
+
+
+def test_each_seat_is_sampled_as_who_has_it_asked() -> None:
+    first, second = SamplingParams(max_tokens=9, seed=1), SamplingParams(max_tokens=9, seed=2)
+    seats = Seats()
+    chunks = (ScheduledRequest(5, 0, 4, 0), ScheduledRequest(2, 0, 3, 1))
+    started = (
+        StartedRequest(5, "a", array("I", range(6)), 6, first),
+        StartedRequest(2, "b", array("I", range(3)), 3, second),
+    )
+    assert seats.prepare(Batch(1, chunks, started=started)) == [SamplingRow(second, 0)]
+    mixed = (ScheduledRequest(2, 3, 1, 1), ScheduledRequest(5, 4, 2, 1))
+    assert seats.prepare(Batch(2, mixed, num_decodes=1)) == [SamplingRow(second, 1), SamplingRow(first, 0)]
+    again = (StartedRequest(2, "a", array("I", range(8)), 6, first),)
+    drafted = (ScheduledRequest(2, 8, 3, 3, draft_token_ids=(7, 7)),)
+    assert seats.prepare(Batch(3, drafted, 1, again)) == [SamplingRow(first, index) for index in (3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("sampled", "accepted"),
+    [
+        ((8, 9, 4), (8, 9, 4)),  # both drafts were right: one more token is free
+        ((8, 1, 4), (8, 1)),
+        ((1, 9, 4), (1,)),  # what follows a wrong draft was computed from it
+        ((8, None, 4), (8,)),
+        ((None, 9, 4), ()),
+    ],
+)
+def test_drafts_count_as_far_as_they_are_what_was_sampled(
+    sampled: tuple[int | None, ...], accepted: tuple[int, ...]
+) -> None:
+    items = (
+        ScheduledRequest(0, 6, 1, 1),
+        ScheduledRequest(1, 3, 3, 3, draft_token_ids=(8, 9)),
+        ScheduledRequest(2, 0, 9, 0),
+    )
+    tokens = [Token(5), *(None if token is None else Token(token) for token in sampled)]
+    assert accept(Batch(1, items, num_decodes=2), tokens) == [Sampled((5,)), Sampled(accepted)]

@@ -10,7 +10,6 @@ import pytest
 from evenhand_engine.core.step_recorder import StepRecorder, load_steps, load_token_budgets
 from evenhand_engine.errors import StartupError
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
-from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.step_time import StepShape
 
 HEADER = "prefill_tokens,decode_tokens,prefill_context,decode_context,seconds\n"
@@ -28,11 +27,10 @@ with StepRecorder(Path(sys.argv[1])) as recorder:
 
 
 def test_steps_come_back_as_they_were_recorded(tmp_path: Path) -> None:
-    request = Request("r", "a", [0] * 40, SamplingParams(max_tokens=9), 0.0)
-    chunk, decode = ScheduledRequest(request, 16, 20, False), ScheduledRequest(request, 39, 1, True)
+    chunk, decode = ScheduledRequest(1, 16, 20, 0), ScheduledRequest(0, 39, 1, 1)
     with StepRecorder(tmp_path / "steps.csv") as recorder:
         for seconds in range(8):
-            recorder.record(Batch(seconds, (decode, decode, chunk)), seconds / 8)
+            recorder.record(Batch(seconds, (decode, decode, chunk), num_decodes=2), seconds / 8)
     shapes, times = load_steps(tmp_path / "steps.csv")
     assert shapes == [StepShape(20, 2, 16, 78, 20 * 16 + 20 * 21 // 2)] * 8
     assert times == [seconds / 8 for seconds in range(8)]

@@ -136,15 +136,15 @@ def check_attention(kernels: CpuKernels, layer: AttentionLayer, cache_dtype: tor
             cu_seqlens_q=torch.tensor([0, 800], dtype=torch.int32),
             seq_lens=torch.tensor([800], dtype=torch.int32),
         )
-        attend(torch.full((800, width), torch.nan), poison)
+        attend(torch.full((800, width), torch.nan), kernels.plan(poison))
 
     for seed, parts in enumerate(STEPS):
         batch = batch_of(parts, block_size)
         qkv = randn(len(batch.positions), width, seed=seed)
-        expected = expect(qkv.double(), batch)
+        expected = expect(qkv.double(), REFERENCE.plan(batch))
         # A rotated key that lies between two 16-bit numbers may be rounded to either.
         rounds_apart = layer.cos_sin is not None and cache_dtype != torch.float32
-        assert_close(attend(qkv, batch), expected, 2e-2 if rounds_apart else 5e-5)
+        assert_close(attend(qkv, kernels.plan(batch)), expected, 2e-2 if rounds_apart else 5e-5)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 40])

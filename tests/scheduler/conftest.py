@@ -7,7 +7,7 @@ import pytest
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
@@ -40,8 +40,11 @@ class PretendEngine:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
         self.batches: list[Batch] = []
+        self.owners: list[list[Request]] = []  # whose the items of each batch were
         self._num_output_tokens: dict[str, int] = {}  # where a request says EOS
-        self._in_flight: deque[tuple[Batch, list[int]]] = deque()
+        self._in_flight: deque[list[Sampled]] = deque()
+        self._seats: dict[int, Request] = {}
+        self._block_tables: dict[int, list[int]] = {}  # by seat, as a runner knows them: from batches alone
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot: (salt, all tokens up to its own)
 
     def add(
@@ -82,21 +85,26 @@ class PretendEngine:
         """Submit one batch, and take in the oldest one when the pipeline is full or there is nothing to submit."""
         batch = self.scheduler.step(self.now)
         if batch is not None:
-            token_ids = [
-                self.token(i.request, i.num_computed_tokens + i.num_scheduled_tokens - i.request.num_prompt_tokens)
-                for i in batch.scheduled
-                if i.samples
-            ]
             self.batches.append(batch)
+            self._take_seats(batch)
+            self.owners.append([self._seats[item.seat] for item in batch.scheduled])
             if self.check_kv:
                 self._compute(batch)
-            self._in_flight.append((batch, token_ids))
+            self._in_flight.append(self.sample(batch))
         self.now += self.step_seconds
         if len(self._in_flight) >= self.depth or (batch is None and self._in_flight):
-            oldest, ids = self._in_flight.popleft()
-            self._record(self.scheduler.update(oldest, ids, self.now))
+            self._record(self.scheduler.update(self._in_flight.popleft(), self.now))
         self._record(self.scheduler.collect())
         return batch
+
+    def sample(self, batch: Batch) -> list[Sampled]:
+        """What the pretended model gives the last batch."""
+        results = []
+        for item in batch.scheduled:
+            if item.num_samples:
+                request, end = self._seats[item.seat], item.num_computed_tokens + item.num_scheduled_tokens
+                results.append(Sampled((self.token(request, end - request.num_prompt_tokens),)))
+        return results
 
     def run(self, num_steps: int, before_step: Callable[[], None] = lambda: None) -> None:
         for _ in range(num_steps):
@@ -136,16 +144,26 @@ class PretendEngine:
         self.charged += cost
         self._charge(account, cost, weight)
 
+    def _take_seats(self, batch: Batch) -> None:
+        for started in batch.started:
+            request = self._seats[started.seat] = self.requests[started.request_id]
+            assert started.token_ids == request.token_ids and started.num_prompt_tokens == request.num_prompt_tokens
+            self._block_tables[started.seat] = []
+        for number, item in enumerate(batch.scheduled):
+            self._block_tables[item.seat] += item.new_block_ids
+            is_decode = item.num_computed_tokens >= self._seats[item.seat].num_prompt_tokens
+            assert is_decode or number >= batch.num_decodes, "a prompt's chunk is among the decodes"
+
     def _compute(self, batch: Batch) -> None:
         """Write the batch's keys and values, then let every item read its context, as a runner does layer by layer."""
         size = self.settings.block_size
         for reads in (False, True):
             for item in batch.scheduled:
-                request, end = item.request, item.num_computed_tokens + item.num_scheduled_tokens
+                request, end = self._seats[item.seat], item.num_computed_tokens + item.num_scheduled_tokens
                 outputs = (self.token(request, index) for index in range(end - request.num_prompt_tokens))
                 token_ids = (*request.token_ids[: request.num_prompt_tokens], *outputs)[:end]
                 for position in range(0 if reads else item.num_computed_tokens, end):
-                    slot = request.block_table[position // size] * size + position % size
+                    slot = self._block_tables[item.seat][position // size] * size + position % size
                     content = (request.cache_salt, token_ids[: position + 1])
                     if reads:
                         assert self._kv.get(slot) == content, f"{request}: wrong keys and values at {position}"

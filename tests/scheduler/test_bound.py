@@ -19,7 +19,7 @@ from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.fair_queue import FairQueue
 from evenhand_engine.scheduler.fair_share import FairShare
 from evenhand_engine.scheduler.relief import Relief
-from evenhand_engine.scheduler.request import FinishReason, Request
+from evenhand_engine.scheduler.request import FinishReason, Request, Sampled
 from evenhand_engine.scheduler.request_queue import RequestQueue
 from evenhand_engine.scheduler.roster import Fit, Roster
 from evenhand_engine.scheduler.scheduler import Scheduler
@@ -56,13 +56,13 @@ class Meter:
         self._num_batches = 0
 
     def read(self) -> None:
-        for batch in self._engine.batches[self._num_batches :]:
-            for item in batch.scheduled:
-                request = item.request
+        first = self._num_batches
+        for batch, owners in zip(self._engine.batches[first:], self._engine.owners[first:], strict=True):
+            for item, request in zip(batch.scheduled, owners, strict=True):
                 known = self._computed.get(request.request_id, request.num_cached_tokens)
                 end = min(item.num_computed_tokens + item.num_scheduled_tokens, request.num_prompt_tokens)
                 self._computed[request.request_id] = max(known, end)
-                service = max(0, end - known) * INPUT_PRICE + item.samples * OUTPUT_PRICE
+                service = max(0, end - known) * INPUT_PRICE + item.num_samples * OUTPUT_PRICE
                 self.by_tenant[request.tenant_id] += service
                 self.by_user[request.tenant_id, request.user] += service
         self._num_batches = len(self._engine.batches)
@@ -405,8 +405,8 @@ def charged_at_the_end(self: FairQueue, tenant: Tenant, requests: Sequence[Reque
     """Outputs are charged when a request ends."""
 
 
-def finished_and_charged(self: Scheduler, request: Request, token_id: int) -> None:
-    TAKE_TOKEN(self, request, token_id)
+def finished_and_charged(self: Scheduler, request: Request, result: Sampled) -> None:
+    TAKE(self, request, result)
     if request.finish_reason is not None:
         tenant = self.roster.tenants[request.tenant_id]
         self.queue._charge(tenant, (request,), OUTPUT_PRICE * request.num_output_tokens)
@@ -416,7 +416,7 @@ def never(*_: object) -> None:
     """The rule is dropped."""
 
 
-CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
+CHARGE_PROMPT, TAKE = FairQueue.charge_prompt, Scheduler._take
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ CHARGE_PROMPT, TAKE_TOKEN = FairQueue.charge_prompt, Scheduler._take_token
         pytest.param(recompute, [(FairQueue, "charge_prompt", charged_again)], id="recompute charged"),
         pytest.param(
             late_charge,
-            [(FairQueue, "charge_outputs", charged_at_the_end), (Scheduler, "_take_token", finished_and_charged)],
+            [(FairQueue, "charge_outputs", charged_at_the_end), (Scheduler, "_take", finished_and_charged)],
             id="charged at the end",
         ),
         pytest.param(
@@ -455,8 +455,8 @@ def test_who_paused_goes_on_when_nobody_is_behind_any_more() -> None:
     num_paused = 0
     while not num_paused:
         trial.run(1)
-        batch, tenant = trial.engine.batches[-1], trial.engine.scheduler.roster.tenants["second"]
-        num_paused = len(tenant.decoding) - sum(i.request.request_id in tenant.decoding for i in batch.scheduled)
+        tenant = trial.engine.scheduler.roster.tenants["second"]
+        num_paused = len(tenant.decoding) - sum(r.request_id in tenant.decoding for r in trial.engine.owners[-1])
     for request in [r for r in trial.engine.scheduler.roster.requests.values() if r.tenant_id == "first"]:
         trial.engine.scheduler.abort(request.request_id, FinishReason.ABORT)
     trial.engine.drain(500)

@@ -97,16 +97,16 @@ class Ledger:
     num_batches: int = 0
 
     def read(self, engine: PretendEngine) -> None:
-        for batch in engine.batches[self.num_batches :]:
+        first = self.num_batches
+        for batch, owners in zip(engine.batches[first:], engine.owners[first:], strict=True):
             assert 0 < batch.num_tokens <= engine.settings.max_num_batched_tokens
             assert len(batch.scheduled) <= engine.settings.max_num_seqs
-            assert len({item.request.request_id for item in batch.scheduled}) == len(batch.scheduled)
-            for item in batch.scheduled:
-                request = item.request
+            assert len({item.seat for item in batch.scheduled}) == len(batch.scheduled)
+            for item, request in zip(batch.scheduled, owners, strict=True):
                 end = item.num_computed_tokens + item.num_scheduled_tokens
                 computed = self.computed.setdefault(request.request_id, set(range(request.num_cached_tokens)))
                 computed |= set(range(item.num_computed_tokens, min(end, request.num_prompt_tokens)))
-                self.num_samples[request.request_id] += item.samples
+                self.num_samples[request.request_id] += item.num_samples
         self.num_batches = len(engine.batches)
 
     def service(self, request: Request, num_counted_outputs: int) -> int:

@@ -4,6 +4,7 @@ import ctypes
 import math
 import weakref
 from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.library import load_library
-from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, KvCacheShape, Linear
+from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, AttentionPlan, KvCacheShape, Linear
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that `kernels.cpp` dispatches on."""
@@ -34,6 +35,21 @@ class CpuKernels:
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return _Linear(self._native, weight, bias, gated=True)
+
+    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
+        return embedding[input_ids].float()
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        structure = _Batch(
+            num_tokens=len(batch.positions),
+            num_requests=len(batch.seq_lens),
+            table_stride=batch.block_table.stride(0),
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            block_table=batch.block_table.data_ptr(),
+            cu_seqlens_q=batch.cu_seqlens_q.data_ptr(),
+        )
+        return _Plan(batch, structure)
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
         return _Attention(self._native, layer, cache)
@@ -122,20 +138,12 @@ class _Attention:
         )
         self._native, self._dtype = native, DTYPES[cache.dtype]
 
-    def __call__(self, qkv: Tensor, batch: AttentionBatch) -> Tensor:
+    def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
         _check(qkv)
+        assert isinstance(plan, _Plan), "the plan was made by other kernels"
         result = qkv.new_empty(len(qkv), self._layer.num_heads * self._layer.head_dim)
-        structure = _Batch(
-            num_tokens=len(qkv),
-            num_requests=len(batch.seq_lens),
-            table_stride=batch.block_table.stride(0),
-            positions=batch.positions.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
-            block_table=batch.block_table.data_ptr(),
-            cu_seqlens_q=batch.cu_seqlens_q.data_ptr(),
-        )
         self._native.library.evenhand_attention(
-            self._native.pool, self._structure, structure, qkv.data_ptr(), result.data_ptr(), self._dtype
+            self._native.pool, self._structure, plan.structure, qkv.data_ptr(), result.data_ptr(), self._dtype
         )
         return result
 
@@ -157,6 +165,11 @@ class _Batch(ctypes.Structure):
         *((name, c_int64) for name in ("num_tokens", "num_requests", "table_stride")),
         *((name, c_void_p) for name in ("positions", "slots", "block_table", "cu_seqlens_q")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan(AttentionPlan):
+    structure: _Batch
 
 
 _SIGNATURES = {

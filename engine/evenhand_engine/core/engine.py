@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import msgspec
 
@@ -36,7 +37,7 @@ from evenhand_engine.messages import (
     ToCore,
 )
 from evenhand_engine.scheduler.batch import Batch, Runner
-from evenhand_engine.scheduler.request import Request, RequestOutput
+from evenhand_engine.scheduler.request import Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig
 
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _COMMAND_SECONDS = 0.005  # of each step for commands: what comes in a flood is taken in over several steps
 _REST_SECONDS = 60.0  # between two idle moments in which the books are checked and garbage is collected
+_MAX_FAILED_STEPS = 3  # in a row, before it is the engine that is broken and not a request
 _IDLE_WAIT_SECONDS = 0.05  # while requests wait but nothing can be computed: queue timeouts need the clock
 
 
@@ -57,23 +59,24 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
         model = load_model(config)
         recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
-        _send(connection, StartupFailed(message=str(error)))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the HTTP process did not wait
+            _send(connection, StartupFailed(message=str(error)))
         return
-    _send(
-        connection,
-        EngineReady(
-            model_name=model.model_name,
-            max_model_len=model.settings.max_model_len,
-            num_kv_blocks=model.settings.num_kv_blocks,
-            block_size=model.settings.block_size,
-            dtype=model.dtype,
-            device=model.device,
-        ),
-    )
     gc.collect()
     gc.freeze()
     gc.disable()  # no request is part of a cycle, and a look at 60,000 that are queued takes 200 ms: see _rest
     try:
+        _send(
+            connection,
+            EngineReady(
+                model_name=model.model_name,
+                max_model_len=model.settings.max_model_len,
+                num_kv_blocks=model.settings.num_kv_blocks,
+                block_size=model.settings.block_size,
+                dtype=model.dtype,
+                device=model.device,
+            ),
+        )
         with recorder or contextlib.nullcontext():
             EngineCore(model.settings, model.runner, connection, token_budgets=token_budgets, recorder=recorder).run()
     except (BrokenPipeError, ConnectionResetError):
@@ -86,6 +89,11 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
 
 def _send(connection: Connection, message: FromCore) -> None:
     connection.send_bytes(msgspec.msgpack.encode(message))
+
+
+class _Submitted(NamedTuple):
+    batch: Batch
+    error: Exception | None  # why it could not be submitted
 
 
 class EngineCore:
@@ -105,16 +113,21 @@ class EngineCore:
         self._recorder = recorder
         self._runner = runner
         self._connection = connection
-        self._commands: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[ToCore | Exception] = queue.SimpleQueue()
         self._stats = StatsRecorder(self._scheduler)
-        self._in_flight: deque[Batch] = deque()
+        self._in_flight: deque[_Submitted] = deque()
+        self._num_failed_steps = 0  # in a row
         self._step_ended_at = 0.0
         self._rested_at = 0.0
         self._is_stuck = True  # nothing can be computed before something comes in, or a queue timeout passes
         self._is_stopping = False
 
     def run(self) -> None:
-        """Serve until Shutdown or until the other side is gone. Raises what runner or scheduler raise."""
+        """Serve until Shutdown or until the other side is gone.
+
+        Raises what the scheduler raises, what the runner raises several steps in a row, and what makes a command
+        unreadable.
+        """
         threading.Thread(target=self._receive, name="receiver", daemon=True).start()
         while True:
             self._execute_commands()
@@ -129,6 +142,8 @@ class EngineCore:
                 self._commands.put(decoder.decode(self._connection.recv_bytes()))
         except (EOFError, OSError):
             self._commands.put(Shutdown())
+        except Exception as error:  # deaf, the core would live on: the loop must end and say why
+            self._commands.put(error)
 
     def _execute_commands(self) -> None:
         """Execute what came in, as far as a step has time for it; wait for a command when there is nothing else to do.
@@ -153,8 +168,10 @@ class EngineCore:
             self._scheduler.roster.check_integrity()
             gc.collect()
 
-    def _execute(self, command: ToCore) -> None:
+    def _execute(self, command: ToCore | Exception) -> None:
         match command:
+            case Exception():
+                raise command
             case AddRequest():
                 request = Request(
                     command.request_id,
@@ -178,21 +195,44 @@ class EngineCore:
         batch = self._scheduler.step(started_at)
         self._publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
         if batch is not None:
-            self._runner.submit(batch)
-            self._in_flight.append(batch)
+            self._in_flight.append(_Submitted(batch, self._submit(batch)))
         if self._in_flight and (batch is None or len(self._in_flight) >= self._runner.pipeline_depth):
-            oldest = self._in_flight.popleft()
-            token_ids = self._runner.collect()
+            oldest, error = self._in_flight.popleft()
+            sampled = self._collect() if error is None else error
             now = time.monotonic()
-            outputs = self._scheduler.update(oldest, token_ids, now)
             seconds = now - max(started_at, self._step_ended_at)
             self._step_ended_at = now
-            self._stats.record_step(oldest.num_tokens, seconds)
-            if self._recorder is not None:
-                self._recorder.record(oldest, seconds)
-            self._publish(outputs)
+            if isinstance(sampled, Exception):
+                self._publish(self._scheduler.fail(now))
+                self._count_failure(sampled)
+            else:
+                self._publish(self._scheduler.update(sampled, now))
+                self._num_failed_steps = 0
+                self._stats.record_step(oldest.num_tokens, seconds)
+                if self._recorder is not None:
+                    self._recorder.record(oldest, seconds)
         self._is_stuck = batch is None and not self._in_flight
         self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
+
+    def _submit(self, batch: Batch) -> Exception | None:
+        try:
+            self._runner.submit(batch)
+        except Exception as error:
+            return error
+        return None
+
+    def _collect(self) -> list[Sampled] | Exception:
+        try:
+            return self._runner.collect()
+        except Exception as error:
+            return error
+
+    def _count_failure(self, error: Exception) -> None:
+        """Raises it if steps keep failing: then no request is to blame."""
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= _MAX_FAILED_STEPS:
+            raise error
+        logger.error("a step failed, and its requests with it", exc_info=error)
 
     def _publish(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
         if outputs or stats is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
-from evenhand_engine.core.sampler import SamplingRow, sample
+from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
@@ -18,8 +18,8 @@ from evenhand_engine.model.decoder import Decoder, build_decoder, forward
 from evenhand_engine.model.memory import require_memory
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import RandomTensors, Weights, assemble, load_weights
-from evenhand_engine.scheduler.batch import Batch, Runner, ScheduledRequest
-from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.batch import Batch, BatchPlan, Runner
+from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.library import CompileError
 from evenhand_kernels.kernels import Kernels, KvCacheShape
@@ -36,14 +36,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelRunner:
     """Implements `Runner` on the CPU: `submit` computes, `collect` returns what it sampled.
 
-    Its own state is the content of the KV cache, and the tokens in flight: sampled, but not yet known to the requests.
+    Its own state is the content of the KV cache, and by seat the tokens and block table of who runs.
     """
 
     def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
         self._decoder = decoder
         self._staging = Staging(settings)
-        self._in_flight: dict[str, dict[int, int]] = {}  # request id -> position -> token id
-        self._results: deque[list[int]] = deque()
+        self._seats = Seats()
+        self._results: deque[list[Sampled]] = deque()
 
     @property
     def pipeline_depth(self) -> int:
@@ -51,51 +51,29 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
-        for request_id in batch.finished_request_ids:
-            self._in_flight.pop(request_id, None)
-        model_input = self._staging.fill(batch.scheduled, [self._token_ids(item) for item in batch.scheduled])
+        model_input = self._staging.fill(batch)
+        rows = self._seats.prepare(batch)
         logits = forward(self._decoder, model_input)
-        samples = [item for item in batch.scheduled if item.samples]
-        token_ids = sample(logits, [_sampling_row(item) for item in samples])
-        for item, token_id in zip(samples, token_ids, strict=True):
-            self._keep(item, token_id)
-        self._results.append(token_ids)
+        results = accept(batch, sample(logits, rows))
+        for item, result in zip((item for item in batch.scheduled if item.num_samples), results, strict=True):
+            first = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1
+            self._staging.append(item.seat, first, result.token_ids)
+        self._results.append(results)
 
-    def collect(self) -> list[int]:
+    def collect(self) -> list[Sampled]:
         return self._results.popleft()
 
     def warm_up(self, settings: SchedulerSettings) -> None:
         """Run a full step and a decode, so that no user waits for what happens at first use."""
         num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
         request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2, temperature=0), arrival_time=0.0)
+        request.seat = 0
         request.block_table = list(range(num_tokens // settings.block_size + 1))
-        for step_id, (start, size) in enumerate(((0, num_tokens), (num_tokens, 1))):
-            self.submit(Batch(step_id, (ScheduledRequest(request, start, size, samples=True),)))
+        for step_id in range(2):
+            plan = BatchPlan()
+            plan.add_chunk(request, request.num_pending_tokens)
+            self.submit(plan.build(step_id, ()))
             self.collect()
-        self._in_flight.clear()
-
-    def _token_ids(self, item: ScheduledRequest) -> list[int]:
-        """The item's tokens: those that its request knows, then those in flight."""
-        known = item.request.token_ids
-        start, end = item.num_computed_tokens, _end(item)
-        if end <= len(known):
-            return known[start:end]
-        in_flight = self._in_flight[item.request.request_id]
-        return known[start:] + [in_flight[position] for position in range(max(start, len(known)), end)]
-
-    def _keep(self, item: ScheduledRequest, token_id: int) -> None:
-        request = item.request
-        sampled = self._in_flight.get(request.request_id, {}) | {_end(item): token_id}
-        known = len(request.token_ids)
-        self._in_flight[request.request_id] = {position: sampled[position] for position in sampled if position >= known}
-
-
-def _end(item: ScheduledRequest) -> int:
-    return item.num_computed_tokens + item.num_scheduled_tokens
-
-
-def _sampling_row(item: ScheduledRequest) -> SamplingRow:
-    return SamplingRow(item.request.sampling_params, _end(item) - item.request.num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ little as itself, while two nearly equal tokens would swap places in a sorted or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evenhand_engine.scheduler.request import SamplingParams
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Sampled, SamplingParams, TokenLogprobs
 
 MIN_TEMPERATURE = 1e-5
 """Below it sampling is greedy: the quotients would overflow, and the best token has all the probability anyway."""
@@ -35,14 +37,70 @@ class SamplingRow:
     index: int
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """One token id for each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten."""
+class Token(NamedTuple):
+    """What one row of logits gave."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Seats:
+    """How the request in each seat is sampled."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, tuple[SamplingParams, int]] = {}  # by seat, with the length of the prompt
+
+    def prepare(self, batch: Batch) -> list[SamplingRow]:
+        """Take in who sits where, and tell how each row of the batch's logits is sampled."""
+        for started in batch.started:
+            self._requests[started.seat] = (started.sampling_params, started.num_prompt_tokens)
+        rows = []
+        for item in batch.scheduled:
+            params, num_prompt_tokens = self._requests[item.seat]
+            end = item.num_computed_tokens + item.num_scheduled_tokens - num_prompt_tokens
+            rows += [SamplingRow(params, index) for index in range(end - item.num_samples + 1, end + 1)]
+        return rows
+
+
+def accept(batch: Batch, tokens: Sequence[Token | None]) -> list[Sampled]:
+    """The tokens of each item with samples, up to the first one whose successor was computed from a wrong draft.
+
+    A row's token depends on its logits and the row's number alone, so a draft is right if it equals what was sampled:
+    the outputs are those without drafts, for any temperature.
+    """
+    results, end = [], 0
+    for item in batch.scheduled:
+        start, end = end, end + item.num_samples
+        taken: list[Token] = []
+        for number, token in enumerate(tokens[start:end]):
+            if token is None or (number > 0 and taken[-1].token_id != item.draft_token_ids[number - 1]):
+                break
+            taken.append(token)
+        if item.num_samples:
+            logprobs = tuple(token.logprobs for token in taken if token.logprobs is not None)
+            results.append(Sampled(tuple(token.token_id for token in taken), logprobs))
+    return results
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Token | None]:
+    """A token for each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten.
+
+    None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
+    """
+    told = {
+        number: torch.log_softmax(logits[number], dim=-1).numpy()
+        for number, row in enumerate(rows)
+        if row.params.num_logprobs is not None
+    }
     for number, row in enumerate(rows):
         if row.index < row.params.min_tokens and row.params.stop_token_ids:
             logits[number, list(row.params.stop_token_ids)] = -torch.inf
+    is_valid = logits.amax(dim=-1).isfinite().tolist() if rows else []
     token_ids = [0] * len(rows)
     drawn = []
     for number, row in enumerate(rows):
+        if not is_valid[number]:
+            continue
         if row.params.temperature < MIN_TEMPERATURE:
             token_ids[number] = int(logits[number].numpy().argmax())  # torch's takes six times as long
         else:
@@ -52,7 +110,24 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         probabilities = logits[drawn].div_(temperatures[:, None]).softmax(dim=-1).numpy()
         for number, row_probabilities in zip(drawn, probabilities, strict=True):
             token_ids[number] = _draw(row_probabilities, rows[number])
-    return token_ids
+    return [
+        Token(token_ids[number], _logprobs(told.get(number), token_ids[number], row.params)) if valid else None
+        for number, (row, valid) in enumerate(zip(rows, is_valid, strict=True))
+    ]
+
+
+def _logprobs(logprobs: NDArray[np.float32] | None, token_id: int, params: SamplingParams) -> TokenLogprobs | None:
+    if logprobs is None:
+        return None
+    num_top = min(params.num_logprobs or 0, len(logprobs))
+    top = np.argpartition(-logprobs, num_top - 1)[:num_top] if num_top else np.empty(0, np.intp)
+    top = top[np.lexsort((top, -logprobs[top]))]
+    return TokenLogprobs(
+        logprob=float(logprobs[token_id]),
+        rank=int((logprobs > logprobs[token_id]).sum()) + 1,
+        top_token_ids=tuple(top.tolist()),
+        top_logprobs=tuple(logprobs[top].tolist()),
+    )
 
 
 def _draw(probabilities: NDArray[np.float32], row: SamplingRow) -> int:

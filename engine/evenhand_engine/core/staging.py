@@ -1,53 +1,87 @@
-"""Staging: turns a Batch into a ModelInput through host arrays that live as long as the runner."""
-
-from collections.abc import Sequence
+"""Staging: what the runner knows of each seat, and each batch laid out for the model, in arrays that live as long as it."""
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.model.decoder import ModelInput
-from evenhand_engine.scheduler.batch import ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch
 from evenhand_kernels.kernels import AttentionBatch
 
 
 class Staging:
-    """Owns the arrays; a ModelInput shares their memory and is valid until the next `fill`."""
+    """Tokens and block table of each seat, and the arrays of one step.
+
+    A ModelInput shares memory with these arrays and is valid until the next `fill`.
+    """
 
     def __init__(self, settings: SchedulerSettings) -> None:
-        num_tokens, num_seqs = settings.max_num_batched_tokens, settings.max_num_seqs
+        num_tokens, num_seats = settings.max_num_batched_tokens, settings.max_num_seqs
+        max_num_blocks = -(-settings.max_model_len // settings.block_size)
         self._block_size = settings.block_size
+        self._token_ids = np.zeros((num_seats, settings.max_model_len + 1), np.int32)
+        self._block_tables = np.zeros((num_seats, max_num_blocks), np.int32)
+        self._num_blocks = [0] * num_seats
         self._input_ids = np.zeros(num_tokens, np.int32)
         self._positions = np.zeros(num_tokens, np.int32)
         self._slot_mapping = np.zeros(num_tokens, np.int32)
-        self._block_table = np.zeros((num_seqs, -(-settings.max_model_len // settings.block_size)), np.int32)
-        self._seq_lens = np.zeros(num_seqs, np.int32)
-        self._cu_seqlens_q = np.zeros(num_seqs + 1, np.int32)
+        self._seq_lens = np.zeros(num_seats, np.int32)
+        self._cu_seqlens_q = np.zeros(num_seats + 1, np.int32)
 
-    def fill(self, scheduled: Sequence[ScheduledRequest], token_ids: Sequence[Sequence[int]]) -> ModelInput:
-        """Lay out the step; `token_ids` are the scheduled tokens of each item."""
-        end = 0
-        for index, item in enumerate(scheduled):
-            start, end = end, end + item.num_scheduled_tokens
-            seq_len = item.num_computed_tokens + item.num_scheduled_tokens
-            num_blocks = -(-seq_len // self._block_size)
-            self._input_ids[start:end] = token_ids[index]
-            self._positions[start:end] = np.arange(item.num_computed_tokens, seq_len)
-            self._block_table[index, :num_blocks] = item.request.block_table[:num_blocks]
-            self._seq_lens[index] = seq_len
-            self._cu_seqlens_q[index + 1] = end
-        positions, lens = self._positions[:end], np.diff(self._cu_seqlens_q[: len(scheduled) + 1])
-        blocks = self._block_table[np.repeat(np.arange(len(scheduled)), lens), positions // self._block_size]
-        self._slot_mapping[:end] = blocks * self._block_size + positions % self._block_size
-        samples = [index for index, item in enumerate(scheduled) if item.samples]
+    def fill(self, batch: Batch) -> ModelInput:
+        """Take in what the batch tells of its seats, and lay out its step."""
+        self._take_in(batch)
+        items = batch.scheduled
+        seats = np.array([item.seat for item in items])
+        starts = np.array([item.num_computed_tokens for item in items])
+        counts = np.array([item.num_scheduled_tokens for item in items])
+        num_samples = np.array([item.num_samples for item in items])
+
+        ends = np.cumsum(counts, out=self._cu_seqlens_q[1 : len(items) + 1])
+        rows = np.arange(ends[-1])
+        owners = np.repeat(np.arange(len(items)), counts)
+        positions = self._positions[: len(rows)]
+        positions[:] = rows - np.repeat(ends - counts, counts) + starts[owners]
+        input_ids, slot_mapping = self._input_ids[: len(rows)], self._slot_mapping[: len(rows)]
+        input_ids[:] = self._token_ids[seats[owners], positions]
+        blocks = self._block_tables[seats[owners], positions // self._block_size]
+        slot_mapping[:] = blocks * self._block_size + positions % self._block_size
+        seq_lens = np.add(starts, counts, out=self._seq_lens[: len(items)])
+        max_num_blocks = -(-int(seq_lens.max()) // self._block_size)
         return ModelInput(
-            input_ids=torch.from_numpy(self._input_ids[:end]),
+            input_ids=torch.from_numpy(input_ids),
             attention=AttentionBatch(
                 positions=torch.from_numpy(positions),
-                slot_mapping=torch.from_numpy(self._slot_mapping[:end]),
-                block_table=torch.from_numpy(self._block_table[: len(scheduled)]),
-                seq_lens=torch.from_numpy(self._seq_lens[: len(scheduled)]),
-                cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: len(scheduled) + 1]),
+                slot_mapping=torch.from_numpy(slot_mapping),
+                block_table=torch.from_numpy(self._block_tables[seats, :max_num_blocks]),
+                seq_lens=torch.from_numpy(seq_lens),
+                cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: len(items) + 1]),
+                num_decodes=batch.num_decodes,
             ),
-            logits_indices=torch.from_numpy(self._cu_seqlens_q[1:][samples] - 1),
+            logits_indices=torch.from_numpy(_last_of_each(ends, num_samples)),
         )
+
+    def append(self, seat: int, position: int, token_ids: tuple[int, ...]) -> None:
+        """Note what was sampled for the seat at `position` and after it."""
+        self._token_ids[seat, position : position + len(token_ids)] = token_ids
+
+    def _take_in(self, batch: Batch) -> None:
+        for started in batch.started:
+            self._token_ids[started.seat, : len(started.token_ids)] = started.token_ids
+            self._num_blocks[started.seat] = 0
+        for item in batch.scheduled:
+            seat = item.seat
+            if item.new_block_ids:
+                start, end = self._num_blocks[seat], self._num_blocks[seat] + len(item.new_block_ids)
+                self._block_tables[seat, start:end] = item.new_block_ids
+                self._num_blocks[seat] = end
+            if item.draft_token_ids:
+                end = item.num_computed_tokens + item.num_scheduled_tokens
+                self._token_ids[seat, end - len(item.draft_token_ids) : end] = item.draft_token_ids
+
+
+def _last_of_each(ends: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The last `counts[i]` rows before `ends[i]`, for each i."""
+    firsts = np.repeat(ends - np.cumsum(counts), counts)
+    return (firsts + np.arange(len(firsts))).astype(np.int32)

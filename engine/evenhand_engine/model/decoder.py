@@ -60,15 +60,15 @@ def build_decoder(
 def forward(decoder: Decoder, model_input: ModelInput) -> Tensor:
     """Compute one step and store its keys and values. Returns the logits, float32 [num_samples, vocab_size]."""
     kernels, weights, eps = decoder.kernels, decoder.weights, decoder.eps
-    residual = weights.embedding[model_input.input_ids].float()
+    plan = kernels.plan(model_input.attention)
+    residual = kernels.embed(weights.embedding, model_input.input_ids)
     x = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
     for index, (layer, attention) in enumerate(zip(weights.layers, decoder.attention, strict=True)):
         if index > 0:
             x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
-        x = attention(layer.qkv(x), model_input.attention)
-        if (
-            layer is weights.layers[-1]
-        ):  # no row reads another from here on: go on with those whose next token is wanted
+        x = attention(layer.qkv(x), plan)
+        if layer is weights.layers[-1]:
+            # No row reads another from here on: go on with those whose next token is wanted.
             x, residual = x[model_input.logits_indices], residual[model_input.logits_indices]
         x = layer.output(x)
         x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, eps)

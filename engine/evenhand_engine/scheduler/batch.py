@@ -1,35 +1,114 @@
-"""Batch: what one step computes, the only thing that the scheduler hands to a runner."""
+"""Batch: what one step computes, as data: the only thing that the scheduler hands to a runner.
 
+A running request has a seat, a small number that nobody else has while it runs. The runner keeps what it knows of a
+request by seat (its tokens, its block table, how it is sampled), so a batch tells only what is new:
+
+    started            ──▶ all tokens, sampling         once, in the first batch after each admission
+    new_block_ids      ──▶ appended to the seat's table with each of its items
+    what it sampled    ──▶ appended to the seat's tokens by the runner itself, before anybody else knows them
+
+Batches are computed in the order of their steps, so a seat may have another request in the next batch already.
+"""
+
+from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
-from evenhand_engine.scheduler.request import Request
+from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
+
+
+class StartedRequest(msgspec.Struct, frozen=True):
+    """A request that took a seat: what the runner must know of it.
+
+    `token_ids`: all that are known, prompt and, after a preemption, outputs. The array is the runner's own.
+    """
+
+    seat: int
+    request_id: str
+    token_ids: "array[int]"
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
-    """The part of one request that a step computes: tokens [num_computed_tokens, + num_scheduled_tokens).
+    """The part of one request that a step computes: tokens [num_computed_tokens, + num_scheduled_tokens) of its seat.
 
-    The runner reads `request.block_table`, which covers these tokens, before `Runner.submit` returns. A token at or
-    past `len(request.token_ids)` is in flight: only the runner knows it, since it sampled it.
+    The last `len(draft_token_ids)` of these are guesses, which `draft_token_ids` holds; all others the seat has. The
+    last `num_samples` of these tokens' logits are sampled: 0 for a chunk that does not end its prompt, else one for the
+    next output and one more for each draft. `new_block_ids` go to the end of the seat's block table, which then covers
+    all scheduled tokens.
     """
 
-    request: Request
+    seat: int
     num_computed_tokens: int
     num_scheduled_tokens: int
-    samples: bool  # True when the last scheduled token is the request's last: its logits give the next output token
+    num_samples: int
+    new_block_ids: tuple[int, ...] = ()
+    draft_token_ids: tuple[int, ...] = ()
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """One step. `scheduled` lists decodes first; `finished_request_ids` left since the previous batch."""
+    """One step. The first `num_decodes` of `scheduled` are requests past their prompt, one token each (and its drafts).
+
+    `freed_seats` were left since the previous batch; a runner may forget what it knows of them before it takes in
+    `started`, which may have the same seats.
+    """
 
     step_id: int
     scheduled: tuple[ScheduledRequest, ...]
-    finished_request_ids: tuple[str, ...] = ()
+    num_decodes: int = 0
+    started: tuple[StartedRequest, ...] = ()
+    freed_seats: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(item.num_scheduled_tokens for item in self.scheduled)
+
+
+class BatchPlan:
+    """The batch that a step is putting together, and whose its items are."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._scheduled: list[ScheduledRequest] = []
+        self._started: list[StartedRequest] = []
+        self._num_decodes = 0
+
+    def add_decode(self, request: Request) -> None:
+        """The next token of a request past its prompt. Decodes come before chunks."""
+        self._num_decodes += 1
+        self._add(request, 1, 1)
+
+    def add_chunk(self, request: Request, num_tokens: int) -> None:
+        """The next tokens of a prompt; the last chunk gives an output."""
+        self._add(request, num_tokens, int(num_tokens == request.num_pending_tokens))
+
+    def build(self, step_id: int, freed_seats: Sequence[int]) -> Batch:
+        return Batch(step_id, tuple(self._scheduled), self._num_decodes, tuple(self._started), tuple(freed_seats))
+
+    def _add(self, request: Request, num_tokens: int, num_samples: int) -> None:
+        if request.num_sent_blocks == 0:
+            self._started.append(
+                StartedRequest(
+                    request.seat,
+                    request.request_id,
+                    request.token_ids[:],
+                    request.num_prompt_tokens,
+                    request.sampling_params,
+                )
+            )
+        new_block_ids: tuple[int, ...] = ()
+        if len(request.block_table) > request.num_sent_blocks:
+            new_block_ids = tuple(request.block_table[request.num_sent_blocks :])
+            request.num_sent_blocks = len(request.block_table)
+        self.requests.append(request)
+        self._scheduled.append(
+            ScheduledRequest(request.seat, request.num_computed_tokens, num_tokens, num_samples, new_block_ids)
+        )
+        request.num_computed_tokens += num_tokens
+        request.num_in_flight_tokens += num_samples
 
 
 class Runner(Protocol):
@@ -41,9 +120,9 @@ class Runner(Protocol):
         ...
 
     def submit(self, batch: Batch) -> None:
-        """Start the batch. Everything it needs of the requests is read before this returns."""
+        """Start the batch. If this raises, `collect` must not be called for it; later batches may still be submitted."""
         ...
 
-    def collect(self) -> list[int]:
-        """Wait for the oldest submitted batch; one token id for each of its items with `samples`, in order."""
+    def collect(self) -> list[Sampled]:
+        """Wait for the oldest submitted batch; what was sampled for each of its items with samples, in order."""
         ...

@@ -13,7 +13,6 @@ that filled or revived it for as long as anybody references it.
 """
 
 import hashlib
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 
@@ -236,6 +235,6 @@ class BlockManager:
         while len(hashes) <= index:
             parent = hashes[-1] if hashes else hashlib.sha256(request.cache_salt.encode()).digest()
             start = len(hashes) * size
-            tokens = array("I", request.token_ids[start : start + size])
-            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+            tokens = request.token_ids[start : start + size].tobytes()
+            hashes.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
         return hashes[index]

@@ -90,7 +90,7 @@ class FairQueue:
         if tenant.prefilling:
             return True
         request = tenant.next_prompt()
-        return request is not None and self._roster.fit(request) in (Fit.FITS, Fit.STARVED)
+        return request is not None and self._roster.fit(request) in (Fit.FITS, Fit.STARVED, Fit.UNSETTLED)
 
     def least_served_contender(self) -> Tenant | None:
         """Who is furthest behind, of those that contend."""

@@ -1,5 +1,7 @@
 """Request: one prompt and what the scheduler knows of it. Owned and mutated by the scheduler alone."""
 
+from array import array
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
@@ -22,6 +24,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
     batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
+    `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
     """
 
     max_tokens: int
@@ -31,13 +34,39 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """How likely an output token was, and which tokens were likelier: natural logarithms of the model's own distribution.
+
+    Before temperature, penalties and masks. `top_token_ids` are the most likely ones, best first, with `top_logprobs`;
+    `rank` is the place of the token itself, counted from 1.
+    """
+
+    logprob: float
+    rank: int
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class Sampled(msgspec.Struct, frozen=True, gc=False):
+    """What a step gave one request: its next output tokens, drafts that were right first.
+
+    Without token ids: its logits were not finite, so nothing could be sampled, and the request ends with an error.
+    `logprobs` has an entry for each token if the request asked for them, else none.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """News of one request. The first has no tokens and tells that it was scheduled for the first time.
 
     `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
-    prefix hit spared; `num_preemptions`: how often it lost its blocks so far.
+    prefix hit spared; `num_preemptions`: how often it lost its blocks so far; `num_output_tokens`: outputs computed so
+    far, on the last one. `logprobs` has an entry for each of `token_ids` if the request asked for them.
     """
 
     request_id: str
@@ -45,6 +74,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_output_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Request:
@@ -69,9 +100,11 @@ class Request:
         "num_preemptions",
         "num_prefix_blocks",
         "num_prompt_tokens",
+        "num_sent_blocks",
         "position",
         "request_id",
         "sampling_params",
+        "seat",
         "started_at",
         "tenant_id",
         "token_ids",
@@ -82,7 +115,7 @@ class Request:
         self,
         request_id: str,
         tenant_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         sampling_params: SamplingParams,
         arrival_time: float,
         *,
@@ -95,17 +128,19 @@ class Request:
         self.cache_salt = cache_salt
         self.sampling_params = sampling_params
         self.arrival_time = arrival_time
-        self.max_num_tokens = len(prompt_token_ids) + sampling_params.max_tokens  # the roster cuts it to the model's
         self.position = 0  # in the order of arrival over all requests; the roster counts
-        self.token_ids = list(prompt_token_ids)  # prompt, then confirmed outputs
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("I", prompt_token_ids)  # prompt, then confirmed outputs
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + sampling_params.max_tokens  # the roster cuts it to the model's
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the first admission: what a prefix hit spared
         self.num_charged_tokens = 0  # high-water mark: tokens below it are never charged again
         self.num_in_flight_tokens = 0  # outputs sampled by batches that are not yet updated
         self.num_preemptions = 0
         self.started_at: float | None = None  # when it last began to run; None: waiting
+        self.seat = -1  # its number while it runs
         self.block_table: list[int] = []
+        self.num_sent_blocks = 0  # first blocks of its table that a batch has told the runner
         self.block_hashes: list[bytes] = []  # of its full blocks, as far as they were computed
         self.num_prefix_blocks = 0  # first blocks that were cached when somebody last asked
         self.finish_reason: FinishReason | None = None
@@ -117,10 +152,6 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_pending_tokens(self) -> int:

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.block_manager import BlockManager
 from evenhand_engine.scheduler.fair_share import FairShare
-from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
 
@@ -23,6 +23,7 @@ class Fit(Enum):
     FITS = auto()
     CAPPED = auto()  # its tenant's own ceiling holds it back: nobody else is to blame, no credit is earned
     STARVED = auto()  # no seat, or not enough free blocks
+    UNSETTLED = auto()  # a token that it sampled before it was preempted is not known yet
     NEVER = auto()  # larger than the cache or its tenant's ceiling
 
 
@@ -36,7 +37,6 @@ class Roster:
         decoding: running requests past their prompt, by id.
         num_preemptions: since the start.
         outputs: news of requests that nobody has collected: first starts, tokens, ends.
-        finished_request_ids: requests that left since somebody last took this list.
     """
 
     def __init__(self, settings: SchedulerSettings, shares: FairShare) -> None:
@@ -53,12 +53,13 @@ class Roster:
         self.num_running = 0
         self.num_preemptions = 0
         self.outputs: list[RequestOutput] = []
-        self.finished_request_ids: list[str] = []
         self._settings = settings
         self._shares = shares
         self._configs: dict[str, TenantConfig] = {}
         self._num_replicas = 1
         self._num_added = 0
+        self._free_seats = list(range(settings.max_num_seqs - 1, -1, -1))
+        self._left_seats: list[int] = []  # since somebody last asked
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +106,7 @@ class Roster:
                 return Fit.CAPPED
         if self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0:
             return Fit.STARVED
-        return Fit.FITS
+        return Fit.UNSETTLED if request.num_in_flight_tokens else Fit.FITS
 
     def guaranteed_tenants(self) -> list[Tenant]:
         """Active tenants with a KV guarantee."""
@@ -139,6 +140,11 @@ class Roster:
         has_ceiling = tenant.max_blocks < self.blocks.num_blocks
         return has_ceiling and self.blocks.num_held_blocks(tenant.tenant_id) >= tenant.max_blocks
 
+    def take_freed_seats(self) -> list[int]:
+        """Seats that were left since the last call; some may be taken again."""
+        left, self._left_seats = self._left_seats, []
+        return left
+
     # -- moves
 
     def add(self, request: Request) -> None:
@@ -166,6 +172,8 @@ class Roster:
         num_prompt_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         request.num_charged_tokens = max(request.num_charged_tokens, num_prompt_tokens)
         request.started_at = now
+        request.seat = self._free_seats.pop()
+        request.num_sent_blocks = 0
         tenant.waiting.remove(request)
         tenant.prefilling[request.request_id] = request
         tenant.num_bypasses = 0
@@ -189,7 +197,13 @@ class Roster:
         self.num_preemptions += 1
         self._wait(tenant, request)
 
-    def finish(self, request: Request, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> None:
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         """Out, from wherever it is: the one exit of a request. `token_ids`: its last tokens, told with the end."""
         tenant = self.tenants[request.tenant_id]
         request.finish_reason = reason
@@ -199,7 +213,6 @@ class Roster:
             self._deactivate(tenant)
         else:
             self._stop_running(tenant, request)
-        self.finished_request_ids.append(request.request_id)
         self.outputs.append(
             RequestOutput(
                 request_id=request.request_id,
@@ -207,6 +220,8 @@ class Roster:
                 finish_reason=reason,
                 num_cached_tokens=request.num_cached_tokens,
                 num_preemptions=request.num_preemptions,
+                num_output_tokens=request.num_output_tokens,
+                logprobs=logprobs,
             )
         )
 
@@ -229,6 +244,7 @@ class Roster:
         assert set(self.decoding) == {request_id for t in tenants for request_id in t.decoding}
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
+        assert sorted((*self._free_seats, *(r.seat for r in running))) == list(range(self._settings.max_num_seqs))
         assert len(table_blocks) == sum(self.blocks.num_held_blocks(t.tenant_id) for t in tenants)
 
     def _wait(self, tenant: Tenant, request: Request) -> None:
@@ -237,6 +253,9 @@ class Roster:
 
     def _stop_running(self, tenant: Tenant, request: Request) -> None:
         self.blocks.release(request)
+        self._free_seats.append(request.seat)
+        self._left_seats.append(request.seat)
+        request.seat = -1
         if tenant.prefilling.pop(request.request_id, None) is None:
             del tenant.decoding[request.request_id], self.decoding[request.request_id]
         self.num_running -= 1

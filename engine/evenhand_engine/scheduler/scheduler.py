@@ -16,15 +16,16 @@ only the runner knows, and what a request computed past its end is discarded and
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
 from evenhand_engine.scheduler.fair_queue import FairQueue
 from evenhand_engine.scheduler.fair_share import FairShare
 from evenhand_engine.scheduler.pace import Pace
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.relief import Relief
-from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.roster import Fit, Roster
 from evenhand_engine.scheduler.step_time import StepBudget, StepLoad
 from evenhand_engine.scheduler.tenant import Tenant
@@ -33,6 +34,15 @@ from evenhand_policy.config import SchedulerConfig
 _NEVER = float("inf")
 _MAX_MISFITS = 4  # prompts without room that one step looks at before it stops admitting
 _LARGE_PROMPT = 8  # a prompt is large if it needs more than the cache divided by this
+
+
+class _Step(NamedTuple):
+    """A batch that was planned and whose results are still to come."""
+
+    batch: Batch
+    requests: list[Request]  # whose the batch's items are
+    planned_at: float
+    load: StepLoad
 
 
 class Scheduler:
@@ -64,7 +74,7 @@ class Scheduler:
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
-        self._in_flight: deque[tuple[int, float, StepLoad]] = deque()  # (step_id, time, load) of batches without update
+        self._in_flight: deque[_Step] = deque()
         self._last_update = -_NEVER
         self.reconfigure(config, num_replicas=num_replicas)
 
@@ -125,38 +135,53 @@ class Scheduler:
             self._relief.relieve(now)
         self._relief.pause(now)
         budget = self._pace.budget(now)
-        scheduled: list[ScheduledRequest] = []
-        left_out = self._schedule_decodes(budget, scheduled)
-        self._schedule_prompts(budget, scheduled, now)
+        plan = BatchPlan()
+        left_out = self._schedule_decodes(budget, plan)
+        self._schedule_prompts(budget, plan, now)
         self._relief.resume()
         self.queue.close_step(left_out)
-        if not scheduled:
+        if not plan.requests:
             return None
         self.step_id += 1
-        self._in_flight.append((self.step_id, now, budget.load))
-        finished, self.roster.finished_request_ids = self.roster.finished_request_ids, []
-        return Batch(self.step_id, tuple(scheduled), tuple(finished))
+        batch = plan.build(self.step_id, self.roster.take_freed_seats())
+        self._in_flight.append(_Step(batch, plan.requests, now, budget.load))
+        return batch
 
-    def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]:
-        """Take in the results of the oldest batch without one: a token id for each of its items with `samples`."""
-        step_id, started_at, load = self._in_flight.popleft()
-        assert step_id == batch.step_id, "batches must be updated in the order of their steps"
-        self._pace.step_time.observe(load, now - max(started_at, self._last_update))
+    def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]:
+        """Take in the results of the oldest batch without any: one for each of its items with samples, in order."""
+        step = self._in_flight.popleft()
+        self._pace.step_time.observe(step.load, now - max(step.planned_at, self._last_update))
         self._last_update = now
-        sampled = iter(token_ids)
+        results = iter(sampled)
         block_size = self.settings.block_size
-        for item in batch.scheduled:
-            request, start = item.request, item.num_computed_tokens
-            token_id = next(sampled) if item.samples else None
+        for item, request in zip(step.batch.scheduled, step.requests, strict=True):
+            result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
-                if item.samples and request.finish_reason is FinishReason.STOP:
-                    self.queue.charge_outputs(self.roster.tenant(request.tenant_id), (request,), -1)
+                if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
+                    self._give_back(request, item.num_samples)
                 continue
-            end = start + item.num_scheduled_tokens
+            start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
+            if result is not None and len(result.token_ids) < item.num_samples:
+                end -= self._reject(request, item.num_samples - len(result.token_ids))
             if end % block_size == 0 or item.num_scheduled_tokens > 1:
                 self.roster.blocks.commit(request, start, min(end, request.num_computed_tokens))
-            if token_id is not None:
-                self._take_token(request, token_id)
+            if result is not None:
+                self._take(request, result)
+        return self.collect()
+
+    def fail(self, now: float) -> list[RequestOutput]:
+        """The oldest batch without results has none, since it could not be computed: its requests end with an error.
+
+        What they were charged for is given back where it was sampled only; nothing of the batch enters the prefix cache.
+        """
+        step = self._in_flight.popleft()
+        self._last_update = now
+        for item, request in zip(step.batch.scheduled, step.requests, strict=True):
+            if request.finish_reason is None:
+                request.num_in_flight_tokens -= item.num_samples
+                self.roster.finish(request, FinishReason.ERROR)
+            if item.num_samples:
+                self._give_back(request, item.num_samples)
         return self.collect()
 
     def collect(self) -> list[RequestOutput]:
@@ -181,7 +206,7 @@ class Scheduler:
 
     # -- 3. decode
 
-    def _schedule_decodes(self, budget: StepBudget, scheduled: list[ScheduledRequest]) -> set[str]:
+    def _schedule_decodes(self, budget: StepBudget, plan: BatchPlan) -> set[str]:
         """One token for every running request past its prompt, those of the least served first where the budget is
         short; returns the tenants that it left out."""
         tenants, left_out = self.roster.tenants, set[str]()
@@ -193,11 +218,8 @@ class Scheduler:
         by_tenant: dict[str, list[Request]] = defaultdict(list)
         context = 0
         for request in decodes:
-            start = request.num_computed_tokens
-            scheduled.append(ScheduledRequest(request, start, 1, True))
-            context += start
-            request.num_computed_tokens = start + 1
-            request.num_in_flight_tokens += 1
+            context += request.num_computed_tokens
+            plan.add_decode(request)
             by_tenant[request.tenant_id].append(request)
         budget.spend_decodes(len(decodes), context)
         for tenant_id, requests in by_tenant.items():
@@ -206,7 +228,7 @@ class Scheduler:
 
     # -- 4. prefill
 
-    def _schedule_prompts(self, budget: StepBudget, scheduled: list[ScheduledRequest], now: float) -> None:
+    def _schedule_prompts(self, budget: StepBudget, plan: BatchPlan, now: float) -> None:
         """Chunks of prompts while the budget lasts.
 
         Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
@@ -226,7 +248,7 @@ class Scheduler:
                 fit = self.roster.fit(request)
                 if fit is Fit.NEVER:
                     self.roster.finish_oversized(request)
-                elif fit is Fit.CAPPED:
+                elif fit in (Fit.CAPPED, Fit.UNSETTLED):
                     capped.add(tenant.tenant_id)
                 elif fit is Fit.STARVED:
                     misfits[tenant.tenant_id] = tenant
@@ -241,7 +263,7 @@ class Scheduler:
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
-            self._schedule_chunk(tenant, request, num_tokens, budget, scheduled)
+            self._schedule_chunk(tenant, request, num_tokens, budget, plan)
         self._is_starved = bool(misfits) or not may_admit
 
     def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
@@ -251,29 +273,53 @@ class Scheduler:
         return self._is_fair and is_large and tenant.num_bypasses < self.settings.max_bypasses
 
     def _schedule_chunk(
-        self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, scheduled: list[ScheduledRequest]
+        self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, plan: BatchPlan
     ) -> None:
         """Put the next tokens of a prompt into the batch; the last chunk gives the first output token."""
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
-        samples = end == request.num_tokens
-        scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
+        is_last = end == request.num_tokens
+        plan.add_chunk(request, num_tokens)
         budget.spend(start, num_tokens)
         self.queue.charge_prompt(tenant, request, start, end)
-        request.num_computed_tokens = end
-        if samples:
-            request.num_in_flight_tokens += 1
+        if is_last:
             self.queue.charge_outputs(tenant, (request,))
             self.roster.end_prefill(request)
 
     # -- update
 
-    def _take_token(self, request: Request, token_id: int) -> None:
-        params = request.sampling_params
-        request.num_in_flight_tokens -= 1
-        request.token_ids.append(token_id)
-        if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
-            self.roster.finish(request, FinishReason.STOP, (token_id,))
-        elif len(request.token_ids) >= request.max_num_tokens:
-            self.roster.finish(request, FinishReason.LENGTH, (token_id,))
+    def _take(self, request: Request, result: Sampled) -> None:
+        """Append what was sampled, up to the token that ends the request."""
+        params, num_taken, reason = request.sampling_params, 0, None
+        request.num_in_flight_tokens -= len(result.token_ids)
+        for token_id in result.token_ids:
+            request.token_ids.append(token_id)
+            num_taken += 1
+            if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
+                reason = FinishReason.STOP
+            elif len(request.token_ids) >= request.max_num_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        token_ids, logprobs = result.token_ids, result.logprobs
+        if num_taken < len(token_ids):
+            self._give_back(request, len(token_ids) - num_taken)
+            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
+        if not token_ids:
+            self.roster.finish(request, FinishReason.ERROR)
+        elif reason is not None:
+            self.roster.finish(request, reason, token_ids, logprobs)
         else:
-            self.roster.outputs.append(RequestOutput(request_id=request.request_id, token_ids=(token_id,)))
+            self.roster.outputs.append(
+                RequestOutput(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
+            )
+
+    def _reject(self, request: Request, num_tokens: int) -> int:
+        """Take back the last sampled positions of a batch: drafts that were wrong, or logits without a token."""
+        request.num_in_flight_tokens -= num_tokens
+        request.num_computed_tokens -= num_tokens
+        self._give_back(request, num_tokens)
+        return num_tokens
+
+    def _give_back(self, request: Request, num_tokens: int) -> None:
+        """Outputs that were charged when they were planned, and are no outputs."""
+        self.queue.charge_outputs(self.roster.tenant(request.tenant_id), (request,), -num_tokens)

@@ -32,17 +32,20 @@ class StepShape:
 
 
 def shape_of(batch: Batch) -> StepShape:
-    prefill = decode = prefill_context = decode_context = prefill_pairs = 0
-    for item in batch.scheduled:
-        if item.num_scheduled_tokens == 1 and item.samples and item.num_computed_tokens:
-            decode += 1
-            decode_context += item.num_computed_tokens
-        else:
-            num_tokens, context = item.num_scheduled_tokens, item.num_computed_tokens
-            prefill += num_tokens
-            prefill_context += context
-            prefill_pairs += num_tokens * (2 * context + num_tokens + 1) // 2
-    return StepShape(prefill, decode, prefill_context, decode_context, prefill_pairs)
+    decodes, chunks = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
+    prefill = prefill_context = prefill_pairs = 0
+    for item in chunks:
+        num_tokens, context = item.num_scheduled_tokens, item.num_computed_tokens
+        prefill += num_tokens
+        prefill_context += context
+        prefill_pairs += num_tokens * (2 * context + num_tokens + 1) // 2
+    return StepShape(
+        num_prefill_tokens=prefill,
+        num_decode_tokens=sum(item.num_scheduled_tokens for item in decodes),
+        prefill_context=prefill_context,
+        decode_context=sum(item.num_computed_tokens for item in decodes),
+        prefill_pairs=prefill_pairs,
+    )
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
-from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.simulator.measures import INPUT_PRICE, OUTPUT_PRICE
 from evenhand_engine.simulator.traces import TraceRequest
 
@@ -210,6 +210,8 @@ class PublishedServer:
         self._running: list[Request] = []
         self._decode_steps_left = 0
         self._num_steps = 0
+        self._num_seats = 0  # each request has one of its own
+        self._in_step: list[Request] = []
 
     def add(self, request: Request, now: float) -> None:
         self._order.add(request)
@@ -219,24 +221,25 @@ class PublishedServer:
         if admitted:
             self._decode_steps_left = DECODE_STEPS_BETWEEN_ADMISSIONS
             self._running += admitted
-            return self._batch([ScheduledRequest(r, 0, r.num_prompt_tokens, True) for r in admitted])
+            return self._batch(admitted, num_decodes=0)
         if not self._running:
             return None
         self._decode_steps_left = max(0, self._decode_steps_left - 1)
         self._order.charge(self._running)
-        return self._batch([ScheduledRequest(r, r.num_tokens - 1, 1, True) for r in self._running])
+        return self._batch(self._running, num_decodes=len(self._running))
 
-    def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]:
+    def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]:
         outputs = []
-        for item, token_id in zip(batch.scheduled, token_ids, strict=True):
-            request = item.request
-            request.num_computed_tokens = item.num_computed_tokens + item.num_scheduled_tokens
-            request.token_ids.append(token_id)
+        for request, result in zip(self._in_step, sampled, strict=True):
+            request.num_in_flight_tokens = 0
+            request.token_ids.extend(result.token_ids)
             is_last = request.num_output_tokens == request.sampling_params.max_tokens
             if is_last:
                 request.finish_reason = FinishReason.LENGTH
             outputs.append(
-                RequestOutput(request_id=request.request_id, token_ids=(token_id,), finish_reason=request.finish_reason)
+                RequestOutput(
+                    request_id=request.request_id, token_ids=result.token_ids, finish_reason=request.finish_reason
+                )
             )
         if any(request.finish_reason for request in self._running):
             self._settle()
@@ -245,9 +248,19 @@ class PublishedServer:
     def collect(self) -> list[RequestOutput]:
         return []
 
-    def _batch(self, scheduled: list[ScheduledRequest]) -> Batch:
+    def _batch(self, requests: list[Request], num_decodes: int) -> Batch:
+        """All pending tokens of the requests, the first `num_decodes` of which are past their prompt."""
+        plan = BatchPlan()
+        for request in requests[:num_decodes]:
+            plan.add_decode(request)
+        for request in requests[num_decodes:]:
+            request.seat = self._num_seats
+            request.block_table = [self._num_seats]  # one stands for all: memory is counted in tokens here
+            self._num_seats += 1
+            plan.add_chunk(request, request.num_prompt_tokens)
         self._num_steps += 1
-        return Batch(self._num_steps, tuple(scheduled))
+        self._in_step = plan.requests
+        return plan.build(self._num_steps, ())
 
     def _settle(self) -> None:
         """A request finished: charge the whole batch once more, as the artifact does and its measurements have it."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from evenhand_engine.errors import EvenhandError
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_engine.scheduler.request import Request, RequestOutput, SamplingParams
+from evenhand_engine.scheduler.request import Request, RequestOutput, Sampled, SamplingParams
 from evenhand_engine.scheduler.step_time import StepShape, shape_of
 from evenhand_engine.simulator.device import Device
 from evenhand_engine.simulator.measures import RequestRecord
@@ -22,6 +22,7 @@ from evenhand_engine.simulator.traces import TraceRequest
 STOP_TOKEN_ID = 1
 TEXT_TOKEN_ID = 0
 FIRST_PROMPT_TOKEN_ID = 2
+_STOP, _TEXT = Sampled((STOP_TOKEN_ID,)), Sampled((TEXT_TOKEN_ID,))
 
 
 class SimulatedScheduler(Protocol):
@@ -29,7 +30,7 @@ class SimulatedScheduler(Protocol):
 
     def add(self, request: Request, now: float) -> None: ...
     def step(self, now: float) -> Batch | None: ...
-    def update(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[RequestOutput]: ...
+    def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]: ...
     def collect(self) -> list[RequestOutput]: ...
 
 
@@ -100,6 +101,7 @@ class Simulation:
         self._door = door
         self._progress: dict[str, _Progress] = {}
         self._num_tokens: dict[str, int] = {}  # of prompt and output, by request id
+        self._seats: dict[int, int] = {}  # the same of the request in each seat
         self._num_unfinished = 0
         self._prefixes: dict[str, list[int]] = {}
         self._next_prompt_token_id = FIRST_PROMPT_TOKEN_ID
@@ -123,7 +125,7 @@ class Simulation:
             seconds = self._device.seconds(shape)
             steps.append(now, seconds, shape)
             now += seconds
-            self._deliver(self._scheduler.update(batch, self._sample(batch), now), now)
+            self._deliver(self._scheduler.update(self._sample(batch), now), now)
         return Run([self._record(i) for i in range(num_added)], steps, now)
 
     def _add_arrivals(self, num_added: int, now: float) -> int:
@@ -173,12 +175,13 @@ class Simulation:
         self._next_prompt_token_id += num_tokens
         return list(range(start, start + num_tokens))
 
-    def _sample(self, batch: Batch) -> list[int]:
-        ends = self._num_tokens
+    def _sample(self, batch: Batch) -> list[Sampled]:
+        for started in batch.started:
+            self._seats[started.seat] = self._num_tokens[started.request_id]
         return [
-            STOP_TOKEN_ID if len(item.request.token_ids) + 1 >= ends[item.request.request_id] else TEXT_TOKEN_ID
+            _STOP if item.num_computed_tokens + item.num_scheduled_tokens + 1 >= self._seats[item.seat] else _TEXT
             for item in batch.scheduled
-            if item.samples
+            if item.num_samples
         ]
 
     def _deliver(self, outputs: Sequence[RequestOutput], now: float) -> None:
@@ -191,7 +194,7 @@ class Simulation:
                 progress.is_finished = True
                 progress.num_cached_tokens = output.num_cached_tokens
                 self._num_unfinished -= 1
-                progress.request.token_ids.clear()  # a million of them would fill the memory
+                del progress.request.token_ids[:]  # a million of them would fill the memory
 
     def _record(self, index: int) -> RequestRecord:
         asked = self._trace[index]

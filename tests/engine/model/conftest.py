@@ -16,7 +16,7 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import build_decoder, forward
 from evenhand_engine.model.weights import load_weights
-from evenhand_engine.scheduler.batch import ScheduledRequest
+from evenhand_engine.scheduler.batch import BatchPlan
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.library import CompileError
@@ -82,11 +82,13 @@ def our_logits() -> Callable[..., Tensor]:
         cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, torch.float32)
         decoder = build_decoder(config, weights, kernels, cache, settings.max_model_len)
         request = Request("a", "tenant", list(token_ids), SamplingParams(max_tokens=1), arrival_time=0.0)
-        request.block_table = list(range(39, 39 - 2 * 18, -2))  # neither in order nor next to each other
+        request.block_table = list(range(39, 39 - 2 * 16, -2))  # neither in order nor next to each other
+        request.seat = 2
         staging, logits = Staging(settings), []
-        for start, size in _split(len(token_ids), chunks):
-            chunk = [request.token_ids[start : start + size]]
-            model_input = staging.fill([ScheduledRequest(request, start, size, True)], chunk)
+        for step_id, (_, size) in enumerate(_split(len(token_ids), chunks)):
+            plan = BatchPlan()
+            plan.add_chunk(request, size)
+            model_input = staging.fill(plan.build(step_id, ()))
             everything = dataclasses.replace(model_input, logits_indices=torch.arange(size, dtype=torch.int32))
             with torch.inference_mode():
                 logits.append(forward(decoder, everything))

@@ -1,0 +1,160 @@
+"""The engine core's loop with a scripted runner: what fails ends by itself alone, and never in silence."""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import msgspec
+import pytest
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.engine import EngineCore
+from evenhand_engine.messages import AddRequest, FromCore, Shutdown, StepOutputs, ToCore
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput, Sampled, SamplingParams
+
+SETTINGS = SchedulerSettings(max_num_seqs=4, num_kv_blocks=64, max_model_len=64)
+Compute = Callable[[Batch], list[Sampled]]
+
+
+def sampled(batch: Batch, token_ids: tuple[int, ...] = (7,)) -> list[Sampled]:
+    return [Sampled(token_ids) for item in batch.scheduled if item.num_samples]
+
+
+class ScriptedRunner:
+    """Computes by a function, which may raise: at once, or when the result is collected."""
+
+    def __init__(self, compute: Compute, *, pipeline_depth: int = 1, raises_late: bool = False) -> None:
+        self.pipeline_depth = pipeline_depth
+        self._compute = compute
+        self._raises_late = raises_late
+        self._results: deque[Callable[[], list[Sampled]]] = deque()
+
+    def submit(self, batch: Batch) -> None:
+        if self._raises_late:
+            self._results.append(lambda: self._compute(batch))
+        else:
+            results = self._compute(batch)
+            self._results.append(lambda: results)
+
+    def collect(self) -> list[Sampled]:
+        return self._results.popleft()()
+
+
+class Core:
+    """A running EngineCore, in a thread of this process."""
+
+    def __init__(self, runner: ScriptedRunner) -> None:
+        self.connection, inner = Pipe()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(runner, inner), daemon=True)
+        self._thread.start()
+
+    def _run(self, runner: ScriptedRunner, connection: Connection) -> None:
+        try:
+            EngineCore(SETTINGS, runner, connection).run()
+        except Exception as error:
+            self.error = error
+        finally:
+            connection.close()
+
+    def send(self, *commands: ToCore) -> None:
+        for command in commands:
+            self.connection.send_bytes(msgspec.msgpack.encode(command))
+
+    def outputs(self) -> Iterator[RequestOutput]:
+        """Until the core is gone; fails if it says nothing for long."""
+        decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
+        with contextlib.suppress(EOFError):
+            while self.connection.poll(30):
+                message = decoder.decode(self.connection.recv_bytes())
+                assert isinstance(message, StepOutputs)
+                yield from message.outputs
+            pytest.fail("the core hangs")
+
+    def ends(self, num_requests: int) -> dict[str, RequestOutput]:
+        """The last outputs of that many requests, by request."""
+        ends: dict[str, RequestOutput] = {}
+        for output in self.outputs():
+            if output.finish_reason is not None:
+                ends[output.request_id] = output
+            if len(ends) == num_requests:
+                break
+        return ends
+
+    def join(self) -> None:
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+def add(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4) -> AddRequest:
+    params = SamplingParams(max_tokens=max_tokens)
+    return AddRequest(
+        request_id=request_id,
+        tenant_id="t",
+        prompt_token_ids=list(range(num_prompt_tokens)),
+        sampling_params=params,
+        arrival_time=0.0,
+    )
+
+
+@pytest.mark.parametrize(("pipeline_depth", "raises_late"), [(1, False), (1, True), (2, False), (2, True)])
+def test_a_step_that_fails_ends_its_own_requests_alone(
+    pipeline_depth: int, raises_late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    poisoned_seats: set[int] = set()
+
+    def compute(batch: Batch) -> list[Sampled]:
+        poisoned_seats.difference_update(batch.freed_seats)
+        poisoned_seats.update(started.seat for started in batch.started if started.request_id == "poison")
+        if any(item.seat in poisoned_seats for item in batch.scheduled):
+            raise RuntimeError("no memory for this step")
+        return sampled(batch)
+
+    core = Core(ScriptedRunner(compute, pipeline_depth=pipeline_depth, raises_late=raises_late))
+    with caplog.at_level(logging.ERROR):
+        core.send(add("poison"))
+        assert core.ends(1)["poison"].finish_reason is FinishReason.ERROR
+    core.send(add("after"))
+    after = core.ends(1)["after"]
+    assert (after.finish_reason, after.num_output_tokens) == (FinishReason.LENGTH, 4)
+    assert "no memory for this step" in caplog.text
+    core.send(Shutdown())
+    core.join()
+    assert core.error is None
+
+
+def test_steps_that_keep_failing_end_the_core() -> None:
+    def compute(batch: Batch) -> list[Sampled]:
+        raise RuntimeError("the device is lost")
+
+    core = Core(ScriptedRunner(compute))
+    for name in "abc":
+        core.send(add(name))
+        assert core.ends(1)[name].finish_reason is FinishReason.ERROR
+    core.join()
+    assert str(core.error) == "the device is lost"
+
+
+def test_logits_that_are_not_finite_end_their_request_alone() -> None:
+    def compute(batch: Batch) -> list[Sampled]:
+        return [Sampled(()) if item.seat == 3 else Sampled((7,)) for item in batch.scheduled if item.num_samples]
+
+    core = Core(ScriptedRunner(compute))
+    core.send(*(add(name) for name in "abcd"))
+    ends = core.ends(4)
+    reasons = sorted((output.finish_reason or "", output.num_output_tokens) for output in ends.values())
+    assert reasons == [(FinishReason.ERROR, 0)] + [(FinishReason.LENGTH, 4)] * 3
+    core.send(Shutdown())
+    core.join()
+
+
+def test_a_command_that_cannot_be_read_ends_the_core() -> None:
+    core = Core(ScriptedRunner(sampled))
+    core.connection.send_bytes(b"\x81\xa4type\xa7Unknown")
+    core.join()
+    assert isinstance(core.error, msgspec.MsgspecError)
