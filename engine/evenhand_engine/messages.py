@@ -10,11 +10,14 @@ from evenhand_policy.config import SchedulerConfig
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request that passed the door. `user` orders requests inside a tenant whose fairness is PerUser."""
+    """A request that passed the door. `user` orders requests inside a tenant whose fairness is PerUser.
+
+    `prompt_token_ids`: unsigned 32-bit integers in this machine's byte order, four bytes each.
+    """
 
     request_id: str
     tenant_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: bytes
     sampling_params: SamplingParams
     arrival_time: float
     user: str = ""

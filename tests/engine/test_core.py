@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
@@ -96,7 +97,7 @@ def add(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4) -> Add
     return AddRequest(
         request_id=request_id,
         tenant_id="t",
-        prompt_token_ids=list(range(num_prompt_tokens)),
+        prompt_token_ids=array("I", range(num_prompt_tokens)).tobytes(),
         sampling_params=params,
         arrival_time=0.0,
     )

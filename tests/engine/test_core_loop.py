@@ -2,6 +2,7 @@
 
 import gc
 import time
+from array import array
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -39,7 +40,11 @@ def core() -> EngineCore:
 def add(number: int) -> AddRequest:
     params = SamplingParams(max_tokens=4)
     return AddRequest(
-        request_id=f"{number}", tenant_id="a", prompt_token_ids=[1], sampling_params=params, arrival_time=0.0
+        request_id=f"{number}",
+        tenant_id="a",
+        prompt_token_ids=array("I", [1]).tobytes(),
+        sampling_params=params,
+        arrival_time=0.0,
     )
 
 

@@ -1,4 +1,9 @@
-"""Whoever generates. Today: the engine core in its own process, over a pipe.
+"""Whoever generates, behind one protocol: `backend.Backend`. Today the engine core in a process of its own, over a pipe.
 
-Lives in the HTTP process. Owns the streams of the requests in flight.
+    frontend, openai ──▶ Backend.generate(request, observer) ──▶ Stream of Delta, read at the client's pace
+                                        └─▶ Observer: starts, tokens and the end, told as they happen
+
+Lives in the HTTP process, on its event loop. Owns the streams of the requests in flight. What a request used is what its
+Observer was told, never what its client read: a client that does not read costs a coalescing record, and changes no count.
+`local` is the engine's own: the pipe (`engine_client`), the detokenizer and the stop strings (`stream`).
 """

@@ -1,8 +1,7 @@
 """EngineClient: the HTTP process's end of the pipe to the engine core process.
 
-Owns the core process, the pipe and one stream per request in flight. Two threads do the blocking reads and writes, so
-that a core that stands still never blocks the event loop; everything else runs in the loop. It knows nothing of HTTP,
-tenants or text.
+Owns the core process and the pipe. Two threads do the blocking reads and writes, so that a core that stands still never
+blocks the event loop; everything else runs in the loop. It knows nothing of requests, tenants or text.
 """
 
 import asyncio
@@ -12,36 +11,26 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.errors import EngineDeadError, StartupError
+from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
-    AbortRequest,
-    AddRequest,
     EngineFailed,
     EngineReady,
-    EngineStats,
     FromCore,
-    Reconfigure,
     Shutdown,
     StartupFailed,
     StepOutputs,
     ToCore,
 )
-from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_policy.config import SchedulerConfig
 
-
-class Arrival(NamedTuple):
-    """One output and the `time.monotonic()` at which it reached this process."""
-
-    output: RequestOutput
-    time: float
+Receive = Callable[[StepOutputs, float], None]
+"""Take what one step brought, and the `time.monotonic()` at which it reached this process."""
 
 
 class CoreProcess(Protocol):
@@ -70,30 +59,32 @@ def spawn_core(config: EngineConfig) -> tuple[CoreProcess, Connection]:
 
 
 class EngineClient:
-    """Sends requests to the core and hands each one's outputs to whoever generates.
+    """Sends messages to the core, and hands on what its steps bring.
+
+    Args:
+        receive: called in the loop with the news of each step.
+        lost: called in the loop, once, when the core is gone.
 
     Attributes:
         ready: what the core said when it was ready; None before.
-        stats: the latest state of the engine; None until the first step.
         failure: why the core is gone; None while it lives.
         died: set when the core is gone.
     """
 
-    def __init__(self, process: CoreProcess, connection: Connection) -> None:
+    def __init__(
+        self, process: CoreProcess, connection: Connection, *, receive: Receive, lost: Callable[[], None]
+    ) -> None:
         self.ready: EngineReady | None = None
-        self.stats: EngineStats | None = None
         self.failure: str | None = None
         self.died = asyncio.Event()
         self._process = process
         self._connection = connection
+        self._take_outputs = receive
+        self._lost = lost
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineReady] = self._loop.create_future()
-        self._streams: dict[str, asyncio.Queue[Arrival | None]] = {}  # None: the core is gone
         self._outbox: queue.SimpleQueue[ToCore | None] = queue.SimpleQueue()
-        self._step_id = -1
-        self._progress_at = time.monotonic()
         self._closing = False
-        self._stats_listeners: list[Callable[[EngineStats], None]] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._write)]
         for thread in self._threads:
             thread.start()
@@ -102,53 +93,12 @@ class EngineClient:
         """Wait until the model is loaded; raises StartupError with the core's message if it cannot be."""
         return await asyncio.shield(self._started)
 
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._streams)
-
-    def on_stats(self, listener: Callable[[EngineStats], None]) -> None:
-        """Call `listener` with every EngineStats that arrives."""
-        self._stats_listeners.append(listener)
-
-    async def generate(self, request: AddRequest) -> AsyncGenerator[Arrival, None]:
-        """Yield the request's outputs; the last one has a finish reason. Closing the iterator aborts the request.
-
-        Raises EngineDeadError if the core is gone or dies on the way.
-        """
-        if self.failure is not None:
-            raise EngineDeadError(self.failure)
-        if not self._streams:
-            self._progress_at = time.monotonic()
-        stream = self._streams[request.request_id] = asyncio.Queue()
-        self._outbox.put(request)
-        try:
-            while (arrival := await stream.get()) is not None:
-                if arrival.output.finish_reason is not None:
-                    self._streams.pop(request.request_id, None)
-                yield arrival
-                if arrival.output.finish_reason is not None:
-                    return
-            raise EngineDeadError(self.failure or "the engine core is gone")
-        finally:
-            self.abort(request.request_id)
-
-    def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.ABORT, num_output_tokens: int | None = None
-    ) -> None:
-        """End a request; nothing more of it is delivered. Does nothing if it has ended."""
-        if self._streams.pop(request_id, None) is not None and self.failure is None:
-            self._outbox.put(AbortRequest(request_id=request_id, reason=reason, num_output_tokens=num_output_tokens))
-
-    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None:
-        """Enforce `config` from the next step on; `num_replicas` engines share its limits."""
-        self._outbox.put(Reconfigure(config=config, num_replicas=num_replicas))
-
-    def seconds_without_progress(self, now: float) -> float:
-        """How long the core has had work and done none of it, by outputs and step ids; 0 while it is idle."""
-        return now - self._progress_at if self._streams else 0.0
+    def send(self, message: ToCore) -> None:
+        """Messages arrive in the order in which they are sent; to a core that is gone, none does."""
+        self._outbox.put(message)
 
     async def close(self, timeout: float = 5.0) -> None:
-        """End the core: ask, then kill; returns when the process is gone. Every stream ends with EngineDeadError.
+        """End the core: ask, then kill; returns when the process is gone.
 
         One that is still loading the model does not listen, and has nothing to lose.
         """
@@ -194,29 +144,14 @@ class EngineClient:
 
     def _receive(self, message: FromCore, now: float) -> None:
         match message:
-            case StepOutputs(outputs=outputs, stats=stats):
-                if outputs:
-                    self._progress_at = now
-                for output in outputs:
-                    if (stream := self._streams.get(output.request_id)) is not None:
-                        stream.put_nowait(Arrival(output, now))
-                if stats is not None:
-                    self._take_stats(stats, now)
+            case StepOutputs():
+                self._take_outputs(message, now)
             case EngineReady():
                 self.ready = message
-                self._progress_at = now
                 if not self._started.done():
                     self._started.set_result(message)
             case StartupFailed() | EngineFailed():
                 self._lose(message.message)
-
-    def _take_stats(self, stats: EngineStats, now: float) -> None:
-        if stats.step_id != self._step_id:
-            self._step_id = stats.step_id
-            self._progress_at = now
-        self.stats = stats
-        for listener in self._stats_listeners:
-            listener(stats)
 
     def _lose(self, reason: str) -> None:
         if self.failure is not None:
@@ -225,6 +160,5 @@ class EngineClient:
         if not self._started.done():
             self._started.set_exception(StartupError(reason))
             self._started.exception()  # retrieved: nobody may be waiting
-        for stream in self._streams.values():
-            stream.put_nowait(None)
+        self._lost()
         self.died.set()

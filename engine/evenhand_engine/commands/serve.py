@@ -57,6 +57,17 @@ def quantity(value: str) -> int:
 @click.option("--max-request-bytes", type=quantity, default="4M", help="Largest body.")
 @click.option("--max-tenant-body-bytes", type=quantity, default="64M", help="Most of all bodies of one tenant.")
 @click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
+@click.option(
+    "--write-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    help="Seconds that a client may leave an answer unread.",
+)
+@click.option(
+    "--queue-heartbeat",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds between comments in a stream whose request waits; default: none.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(model: str | None, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API.
@@ -105,6 +116,8 @@ def serve(model: str | None, **options: Any) -> None:
         max_request_bytes=options["max_request_bytes"],
         max_tenant_body_bytes=options["max_tenant_body_bytes"],
         drain_timeout=options["drain_timeout"],
+        write_timeout=options["write_timeout"],
+        queue_heartbeat=options["queue_heartbeat"],
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:

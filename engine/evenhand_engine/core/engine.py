@@ -12,6 +12,7 @@ import queue
 import signal
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -176,7 +177,7 @@ class EngineCore:
                 request = Request(
                     command.request_id,
                     command.tenant_id,
-                    command.prompt_token_ids,
+                    array("I", command.prompt_token_ids),
                     command.sampling_params,
                     command.arrival_time,
                     user=command.user,

@@ -122,6 +122,12 @@ class Metrics:
         self.refusals = Counter(
             "evenhand_refusals", "Refused requests by reason.", ("tenant", "reason"), registry=self.tenant_registry
         )
+        self.stalled = Counter(
+            "evenhand_stalled_clients",
+            "Connections that were ended because the client did not read its answer.",
+            ("tenant",),
+            registry=self.tenant_registry,
+        )
         self.tenant_tokens = Counter(
             "evenhand_tokens",
             "Tokens by kind: prompt, cached (of the prompt, found in the prefix cache), generation.",
@@ -140,6 +146,9 @@ class Metrics:
         if code == "queue_full":
             self.queue_rejections.labels(self._names["model_name"], "max_num_queued_reqs").inc()
         self.refusals.labels(self.label(tenant_id), code).inc()
+
+    def count_stalled(self, tenant_id: str) -> None:
+        self.stalled.labels(self.label(tenant_id)).inc()
 
     def count_success(self, reason: str) -> None:
         self.successes.labels(*self._names.values(), reason).inc()

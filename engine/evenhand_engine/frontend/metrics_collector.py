@@ -8,8 +8,9 @@ from operator import add
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.frontend.share_tracker import Share
-from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
+from evenhand_engine.messages import EngineStats, TenantStats
 
 OTHER = "other"
 _MAX_TENANT_LABELS = 200
@@ -35,7 +36,7 @@ class Snapshot:
     """What a scrape reads of the running server.
 
     Attributes:
-        ready: what the engine said when it was ready.
+        info: what the backend serves.
         stats: None before the engine's first step.
         tenants: latest state of each tenant in the engine.
         shares: recent service of each tenant beside its entitlement.
@@ -45,7 +46,7 @@ class Snapshot:
         audited: by tenant, how often each limit would have refused a request.
     """
 
-    ready: EngineReady
+    info: ModelInfo
     stats: EngineStats | None
     tenants: Sequence[TenantStats]
     shares: Mapping[str, Share]
@@ -65,9 +66,10 @@ class PublicCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         snapshot = self._snapshot()
-        ready, stats = snapshot.ready, snapshot.stats
-        blocks = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_kv_blocks)}
-        yield self._gauge("cache_config_info", "The KV cache; a block has block_size tokens.", 1, blocks)
+        info, stats = snapshot.info, snapshot.stats
+        if info.num_kv_blocks is not None:
+            blocks = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_kv_blocks)}
+            yield self._gauge("cache_config_info", "The KV cache; a block has block_size tokens.", 1, blocks)
         in_use = 0.0 if stats is None else 1 - stats.num_free_kv_blocks / stats.num_kv_blocks
         yield self._gauge("num_requests_running", "Requests that are running.", stats.num_running if stats else 0)
         yield self._gauge("num_requests_waiting", "Requests that wait.", stats.num_waiting if stats else 0)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from evenhand_engine.backends.engine_client import EngineClient
+from evenhand_engine.backends.backend import Backend, ModelInfo
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import Admission
 from evenhand_engine.frontend.auth import Authenticator
@@ -19,7 +19,8 @@ from evenhand_engine.frontend.metrics import Metrics
 from evenhand_engine.frontend.metrics_collector import Snapshot
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.frontend.share_tracker import ShareTracker
-from evenhand_engine.messages import EngineReady, EngineStats, TenantStats
+from evenhand_engine.frontend.write_timeout import WriteTimeout
+from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
@@ -54,7 +55,7 @@ class ActiveRequests:
 
 
 class Service:
-    """The running server: engine, tokenizer, and what the current config makes of authentication and admission.
+    """The running server: backend, tokenizer, and what the current config makes of authentication and admission.
 
     Attributes:
         config_state: the config in force.
@@ -66,29 +67,27 @@ class Service:
     def __init__(
         self,
         settings: ServerSettings,
-        engine: EngineClient,
-        ready: EngineReady,
+        backend: Backend,
         tokenizer: Tokenizer,
         config_state: ConfigState,
     ) -> None:
         self.settings = settings
-        self.engine = engine
-        self.ready = ready
+        self.backend = backend
         self.tokenizer = tokenizer
         self.config_state = config_state
         self.created = int(time.time())
         self.draining = False
         config = config_state.config
-        self.admission = Admission(config, max_model_len=ready.max_model_len, now=time.monotonic())
+        self.admission = Admission(config, max_model_len=self.info.max_model_len, now=time.monotonic())
         self.authenticator = self._authenticator(config)
         self.active = ActiveRequests()
         self.bodies = BodyMemory(settings.max_tenant_body_bytes)
         self.tenants: dict[str, TenantStats] = {}
         self.shares = ShareTracker()
-        self.metrics = Metrics(self.model_names[0], ready.max_model_len, self._snapshot)
+        self.metrics = Metrics(self.model_names[0], self.info.max_model_len, self._snapshot)
         self._executor = FairExecutor(_TOKENIZER_THREADS)
-        engine.on_stats(self._take_stats)
-        engine.reconfigure(config)
+        backend.on_stats(self._take_stats)
+        backend.reconfigure(config)
 
     def _authenticator(self, config: SchedulerConfig) -> Authenticator:
         key = self.settings.api_key
@@ -97,8 +96,12 @@ class Service:
         )
 
     @property
+    def info(self) -> ModelInfo:
+        return self.backend.info
+
+    @property
     def model_names(self) -> tuple[str, ...]:
-        return self.settings.served_model_names or (self.ready.model_name,)
+        return self.settings.served_model_names or (self.info.model_name,)
 
     def apply_config(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int = 1) -> None:
         """Enforce `config` from now on, here and in the engine; requests in flight go on.
@@ -109,7 +112,7 @@ class Service:
             return
         self.authenticator = self._authenticator(config)
         self.admission.reconfigure(config, time.monotonic(), num_replicas)
-        self.engine.reconfigure(config, num_replicas)
+        self.backend.reconfigure(config, num_replicas)
         accounts = self.admission.accounts
         self.tenants = {i: t for i, t in self.tenants.items() if i in accounts or t.num_running or t.num_waiting}
         fields = {
@@ -144,9 +147,9 @@ class Service:
 
     def health(self, now: float) -> str | None:
         """What is wrong with the engine; None while it makes progress or has nothing to do."""
-        if self.engine.failure is not None:
+        if self.backend.failure is not None:
             return "the engine is gone"  # why is in the log: it may tell of a tenant's request
-        stalled = self.engine.seconds_without_progress(now)
+        stalled = self.backend.seconds_without_progress(now)
         return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
 
     def _take_stats(self, stats: EngineStats) -> None:
@@ -166,8 +169,8 @@ class Service:
     def _snapshot(self) -> Snapshot:
         state = self.config_state
         return Snapshot(
-            ready=self.ready,
-            stats=self.engine.stats,
+            info=self.info,
+            stats=self.backend.stats,
             tenants=list(self.tenants.values()),
             shares=self.shares.shares(),
             config_digest=state.digest,
@@ -185,5 +188,6 @@ SERVICE = web.AppKey("service", Service)
 TENANT_ID = web.RequestKey("tenant_id", str)
 REQUEST_ID = web.RequestKey("request_id", str)
 BODY = web.RequestKey("body", HeldBody)
+WRITES = web.RequestKey("writes", WriteTimeout)
 LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
 """What a handler adds to its line in the access log."""

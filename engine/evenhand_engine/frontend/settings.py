@@ -27,6 +27,9 @@ class ServerSettings:
         max_request_bytes: largest body.
         max_tenant_body_bytes: most bytes that the bodies of one tenant's requests in flight take together.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
+        write_timeout: seconds that a client may take to read what is buffered for it before its connection is ended.
+        queue_heartbeat: seconds of waiting after which a stream begins with comments, and between two of them; None:
+            nothing is sent before the request runs, so that a refusal in the queue is an HTTP status.
         stall_timeout: seconds without progress, with work to do, after which the engine counts as unhealthy.
     """
 
@@ -44,4 +47,6 @@ class ServerSettings:
     max_request_bytes: int = 4 * 2**20
     max_tenant_body_bytes: int = 64 * 2**20
     drain_timeout: float = 30.0
+    write_timeout: float = 60.0
+    queue_heartbeat: float | None = None
     stall_timeout: float = 60.0

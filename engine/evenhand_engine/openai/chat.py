@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.prompts import chat_token_ids
 from evenhand_engine.openai.schema import ChatCompletionRequest, parse_body
 from evenhand_engine.openai.stream import answer
+from evenhand_engine.text.detokenizer import Piece, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,10 @@ class _ChatFormat:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def choice(self, index: int, text: str, finish_reason: str | None, *, streamed: bool) -> dict[str, Any]:
+    def choice(
+        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+    ) -> dict[str, Any]:
+        text = text_of(pieces)
         if streamed:
             message = {"delta": {"content": text} if text else {}}
         else:

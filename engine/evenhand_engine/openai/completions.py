@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.prompts import completion_token_ids
 from evenhand_engine.openai.schema import CompletionRequest, parse_body
 from evenhand_engine.openai.stream import answer
+from evenhand_engine.text.detokenizer import Piece, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,11 @@ class _CompletionFormat:
     def opening(self, index: int) -> dict[str, Any] | None:
         return None if self.echoes is None else self._choice(index, self.echoes[index], None)
 
-    def choice(self, index: int, text: str, finish_reason: str | None, *, streamed: bool) -> dict[str, Any]:
+    def choice(
+        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+    ) -> dict[str, Any]:
         echo = "" if streamed or self.echoes is None else self.echoes[index]
-        return self._choice(index, echo + text, finish_reason)
+        return self._choice(index, echo + text_of(pieces), finish_reason)
 
     def _choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}

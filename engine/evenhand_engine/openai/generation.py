@@ -1,7 +1,8 @@
-"""Generation: one prompt on its way through the engine, as text.
+"""Generation: one choice for one prompt, from its quota to its text.
 
-Joins the quota reservation, the engine's stream and the detokenizer of one prompt, and closes all three together in
-whatever way it ends. Knows neither the API's formats nor HTTP's.
+Joins the quota reservation, the backend's stream and the metrics of one choice, and sees that each ends exactly once.
+What was computed comes from the backend (`Observer`), what was said from whoever reads; quota follows the first.
+Knows neither the API's formats nor HTTP's.
 """
 
 import asyncio
@@ -9,50 +10,54 @@ import contextlib
 import secrets
 import time
 import uuid
+from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Self, TypeVar
 
-from evenhand_engine.backends.engine_client import Arrival
-from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import Cost, Reservation
 from evenhand_engine.frontend.metrics import RequestMetrics
 from evenhand_engine.frontend.service import Service
-from evenhand_engine.messages import AddRequest
 from evenhand_engine.openai.errors import refuse_finished
 from evenhand_engine.openai.prompts import check_token_ids
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, SamplingParams
-from evenhand_engine.text.detokenizer import Detokenizer
 
 T = TypeVar("T")
-_CONTEXT_TOKENS = 8  # of the prompt that the detokenizer sees, for the spacing of the first word
-
-
-class Delta(NamedTuple):
-    """News of one generation: text that is now certain, and why it ended if it has."""
-
-    text: str = ""
-    finish_reason: FinishReason | None = None
 
 
 class Generation:
-    """One prompt.
+    """One choice: an async iterator of its Deltas, and the backend's Observer.
+
+    The first delta, without text, tells that the request is running; the last one has a finish reason. Iterating raises
+    Refusal if the request ends without a result, EngineDeadError if the backend dies.
 
     Attributes:
-        num_output_tokens: tokens of the output so far.
+        request: what the backend is asked for.
+        prompt_index: which of the body's prompts it continues.
+        choice_index: which of that prompt's choices it is.
+        num_output_tokens: tokens of the output that were read so far.
         num_cached_tokens: tokens of the prompt that a prefix hit spared.
     """
 
     def __init__(
-        self, service: Service, request: AddRequest, detokenizer: Detokenizer, reservation: Reservation, skip_stop: bool
+        self,
+        service: Service,
+        request: GenerationRequest,
+        reservation: Reservation,
+        *,
+        prompt_index: int = 0,
+        choice_index: int = 0,
     ) -> None:
         self.request = request
+        self.prompt_index = prompt_index
+        self.choice_index = choice_index
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self._service = service
-        self._detokenizer = detokenizer
         self._reservation = reservation
-        self._skip_stop = skip_stop
+        self._stream: Stream | None = None
         self._metrics = RequestMetrics(
             service.metrics,
             request.tenant_id,
@@ -60,76 +65,88 @@ class Generation:
             request.sampling_params.max_tokens,
             request.arrival_time,
         )
-        self._outcome = ("aborted", "client_gone")
-        self._num_preemptions = 0
-        self._closed = False
+        self._refused: Refusal | None = None  # why it ended without a result
+        self._is_settled = False
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The first delta, without text, tells that the request is running; the last one has a finish reason.
+    def begin(self) -> None:
+        """Hand the request to the backend. Raises EngineDeadError."""
+        self._stream = self._service.backend.generate(self.request, self)
 
-        Raises Refusal if the engine ends the request without a result, EngineDeadError if it dies.
-        """
-        try:
-            async with contextlib.aclosing(self._service.engine.generate(self.request)) as arrivals:
-                async for arrival in arrivals:
-                    delta = self._take(arrival)
-                    if delta.finish_reason is not None:
-                        self._outcome = ("finished", delta.finish_reason)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-        except Refusal as refusal:
-            self._outcome = ("refused" if refusal.status != 500 else "failed", refusal.code)
-            raise
-        except EngineDeadError:
-            self._outcome = ("failed", "engine_dead")
-            raise
-        finally:
-            self.close()
+    # -- what is read
 
-    def _take(self, arrival: Arrival) -> Delta:
-        output, token_ids = arrival.output, arrival.output.token_ids
-        self._raise_if_refused(output.finish_reason)
-        self._service.admission.start(self._reservation)
-        self._num_preemptions = output.num_preemptions
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self.num_output_tokens += len(token_ids)
-        self._metrics.start(output.num_cached_tokens, arrival.time)
-        self._metrics.take_tokens(len(token_ids), arrival.time)
-        if self._skip_stop and output.finish_reason is FinishReason.STOP:
-            token_ids = token_ids[:-1]  # the stop token, which is counted but not shown
-        text = self._detokenizer.push(token_ids)
-        if self._detokenizer.stopped:
-            self.num_output_tokens = self._detokenizer.num_tokens
-            self._service.engine.abort(self.request.request_id, FinishReason.STOP, self.num_output_tokens)
-            return Delta(text, FinishReason.STOP)
-        if output.finish_reason is not None:
-            text += self._detokenizer.flush()
-        return Delta(text, output.finish_reason)
+    def __aiter__(self) -> Self:
+        return self
 
-    def _raise_if_refused(self, reason: FinishReason | None) -> None:
-        delay = self._service.admission.queue_delay(self.request.tenant_id)
-        if reason is not None and (refusal := refuse_finished(reason, delay)) is not None:
-            raise refusal
+    async def __anext__(self) -> Delta:
+        assert self._stream is not None, "the generation has not begun"
+        if self._refused is not None:
+            raise self._refused
+        delta = await anext(self._stream)
+        self.num_output_tokens += delta.num_tokens
+        if delta.finish_reason is not None:
+            self._refused = self._refusal(delta.finish_reason)
+            if self._refused is not None:
+                if not delta.pieces:
+                    raise self._refused
+                return delta._replace(finish_reason=None)  # what came before it first
+        return delta
 
     def close(self) -> None:
-        """Give back the unused quota and note the end; once, however often it is called."""
-        if not self._closed:
-            self._closed = True
-            now = time.monotonic()
-            self._service.admission.settle(self._reservation, self.num_output_tokens, now)
-            self._metrics.end(*self._outcome, self._num_preemptions, now)
+        """End the request if it has not ended, such as when its client is gone; may be called again."""
+        if self._stream is not None:
+            self._stream.close()
+        else:
+            self._settle("failed", "engine_dead", Ending(None, 0), time.monotonic())
+
+    # -- what is computed: backend.Observer
+
+    def started(self, num_cached_tokens: int, now: float) -> None:
+        self.num_cached_tokens = num_cached_tokens
+        self._service.admission.start(self._reservation)
+        self._metrics.start(num_cached_tokens, now)
+
+    def generated(self, num_tokens: int, now: float) -> None:
+        self._metrics.take_tokens(num_tokens, now)
+
+    def ended(self, ending: Ending, now: float) -> None:
+        reason = ending.finish_reason
+        if reason is None:
+            self._settle("failed", "engine_dead", ending, now)
+        elif reason is FinishReason.ABORT:
+            self._settle("aborted", "client_gone", ending, now)
+        elif (refusal := self._refusal(reason)) is not None:
+            self._settle("failed" if refusal.status == 500 else "refused", refusal.code, ending, now)
+        else:
+            self._settle("finished", reason, ending, now)
+
+    def _settle(self, outcome: str, reason: str, ending: Ending, now: float) -> None:
+        """Give back the unused quota and note the end, once."""
+        if not self._is_settled:
+            self._is_settled = True
+            self._service.admission.settle(self._reservation, ending.num_output_tokens, now)
+            self._metrics.end(outcome, reason, ending.num_preemptions, now)
+
+    def _refusal(self, reason: FinishReason) -> Refusal | None:
+        return refuse_finished(reason, self._service.admission.queue_delay(self.request.tenant_id))
 
 
 @contextlib.contextmanager
 def begin(
-    service: Service, tenant_id: str, body: SamplingFields, prompts: Sequence[list[int]], max_tokens: int | None
+    service: Service,
+    tenant_id: str,
+    body: SamplingFields,
+    prompts: "Sequence[array[int]]",
+    max_tokens: int | None,
+    num_choices: int = 1,
 ) -> Iterator[list[Generation]]:
-    """Reserve quota for all prompts, or raise Refusal; on leaving, whatever was not used is given back."""
+    """Reserve quota for all choices of all prompts and begin them, or raise Refusal or EngineDeadError.
+
+    The choices of a prompt follow each other, as in an answer of OpenAI's. On leaving, whatever still runs is ended.
+    """
     admission = service.admission
     check_token_ids(service.tokenizer, body.stop_token_ids or (), "stop_token_ids")
     if any(not prompt for prompt in prompts):
@@ -137,30 +154,42 @@ def begin(
     limits = [max_tokens or admission.max_output_tokens(tenant_id, len(prompt)) for prompt in prompts]
     if min(limits) < (body.min_tokens or 0):
         raise Refusal(400, "invalid_value", f"`min_tokens` is above {min(limits)}, the most.", param="min_tokens")
-    costs = [Cost(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(num_choices)]
+    costs = [Cost(len(prompts[prompt]), limits[prompt]) for prompt, _ in choices]
     reservations = admission.reserve(tenant_id, costs, time.monotonic())
     generations = [
         Generation(
             service,
-            AddRequest(
-                request_id=uuid.uuid4().hex,
-                tenant_id=tenant_id,
-                prompt_token_ids=prompt,
-                sampling_params=_sampling_params(service, body, limit),
-                arrival_time=time.monotonic(),
-                user=body.user or "",
-            ),
-            _detokenizer(service, body, prompt),
+            _request(service, tenant_id, body, prompts[prompt], limits[prompt]),
             reservation,
-            skip_stop=not body.include_stop_str_in_output,
+            prompt_index=prompt,
+            choice_index=choice,
         )
-        for prompt, limit, reservation in zip(prompts, limits, reservations, strict=True)
+        for (prompt, choice), reservation in zip(choices, reservations, strict=True)
     ]
     try:
+        for generation in generations:
+            generation.begin()
         yield generations
     finally:
         for generation in generations:
             generation.close()
+
+
+def _request(
+    service: Service, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=uuid.uuid4().hex,
+        tenant_id=tenant_id,
+        prompt_token_ids=prompt,
+        sampling_params=_sampling_params(service, body, max_tokens),
+        arrival_time=time.monotonic(),
+        user=body.user or "",
+        stop=body.stop_strings,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
 
 
 def _sampling_params(service: Service, body: SamplingFields, max_tokens: int) -> SamplingParams:
@@ -181,43 +210,31 @@ def _first(value: T | None, recommended: T | None, otherwise: T) -> T:
     return value if value is not None else recommended if recommended is not None else otherwise
 
 
-def _detokenizer(service: Service, body: SamplingFields, prompt: list[int]) -> Detokenizer:
-    skip_special_tokens = body.skip_special_tokens is not False
-    return Detokenizer(
-        lambda token_ids: service.tokenizer.decode(token_ids, skip_special_tokens),
-        body.stop_strings,
-        include_stop=bool(body.include_stop_str_in_output),
-        min_tokens=body.min_tokens or 0,
-        context=prompt[-_CONTEXT_TOKENS:],
-    )
-
-
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of all generations as they come, each with the index of its generation.
 
-    The first error of any ends them all; so does closing the iterator.
+    A reader that is slow holds one delta; what comes meanwhile is coalesced by the streams. The first error of any ends
+    the iteration.
     """
     if len(generations) == 1:
-        async with contextlib.aclosing(generations[0].deltas()) as deltas:
-            async for delta in deltas:
-                yield 0, delta
+        async for delta in generations[0]:
+            yield 0, delta
         return
-    arrived: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, generation: Generation) -> None:
         try:
-            async with contextlib.aclosing(generation.deltas()) as deltas:
-                async for delta in deltas:
-                    arrived.put_nowait((index, delta))
+            async for delta in generation:
+                await arrived.put((index, delta))
         except Exception as error:
-            arrived.put_nowait(error)
+            await arrived.put(error)
 
     tasks = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(generations)]
     try:
         num_open = len(tasks)
         while num_open:
             item = await arrived.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             num_open -= item[1].finish_reason is not None
             yield item

@@ -1,5 +1,6 @@
 """Prompts: from a request's text or messages to token ids. Pure, and slow for long prompts: run by `Service.compute`."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +9,14 @@ from evenhand_engine.openai.schema import ChatFields, CompletionRequest
 from evenhand_engine.text.tokenizer import ChatTemplateError, Tokenizer
 
 
-def completion_token_ids(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+def completion_token_ids(tokenizer: Tokenizer, body: CompletionRequest) -> "list[array[int]]":
     """Token ids of each prompt; raises Refusal 400 for an id that is not in the vocabulary."""
     token_ids = []
     for prompt in body.prompts:
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, body.add_special_tokens is not False)
         check_token_ids(tokenizer, prompt, "prompt")
-        token_ids.append(prompt)
+        token_ids.append(array("I", prompt))
     return token_ids
 
 
@@ -27,7 +28,7 @@ def check_token_ids(tokenizer: Tokenizer, token_ids: Sequence[int], param: str) 
         raise Refusal(400, "invalid_value", message, param=param)
 
 
-def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, Any] | None = None) -> list[int]:
+def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, Any] | None = None) -> "array[int]":
     """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
 
     Templates write the special tokens themselves, so none are added unless the body asks for it.
@@ -51,4 +52,4 @@ def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, 
         raise Refusal(400, "invalid_value", message, param="messages") from error
     token_ids = tokenizer.encode(text, bool(body.add_special_tokens))
     check_token_ids(tokenizer, token_ids, "messages")
-    return token_ids
+    return array("I", token_ids)

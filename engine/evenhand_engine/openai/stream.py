@@ -1,25 +1,28 @@
 """Answers to completions and chat completions: one JSON object, or server-sent events as the tokens come."""
 
+import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
+from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
-from evenhand_engine.frontend.service import LOG_FIELDS, SERVICE, TENANT_ID
+from evenhand_engine.frontend.service import LOG_FIELDS, SERVICE, TENANT_ID, WRITES
 from evenhand_engine.openai.errors import error_body, refuse_dead_engine
-from evenhand_engine.openai.generation import Delta, Generation, merge
+from evenhand_engine.openai.generation import Generation, merge
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason
+from evenhand_engine.text.detokenizer import Piece
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 class Format(Protocol):
-    """How one endpoint writes its answers."""
+    """How one endpoint writes its answers. A choice's `index` is that of its generation."""
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         """The fields that every object of one answer shares."""
@@ -29,87 +32,127 @@ class Format(Protocol):
         """The choice that a stream begins with; None for none."""
         ...
 
-    def choice(self, index: int, text: str, finish_reason: str | None, *, streamed: bool) -> dict[str, Any]:
+    def choice(
+        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+    ) -> dict[str, Any]:
         """One choice: all of its text, or what a delta adds."""
         ...
 
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
-    num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations)
+    """A prompt counts once, however many choices continue it."""
+    first_choices = [generation for generation in generations if generation.choice_index == 0]
+    num_prompt_tokens = sum(generation.num_prompt_tokens for generation in first_choices)
     num_output_tokens = sum(generation.num_output_tokens for generation in generations)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(generation.num_cached_tokens for generation in generations)},
+        "prompt_tokens_details": {"cached_tokens": sum(generation.num_cached_tokens for generation in first_choices)},
     }
 
 
 async def answer(
     request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
 ) -> web.StreamResponse:
-    """Run the generations and write their text in the endpoint's format."""
+    """Read the generations and write their text in the endpoint's format."""
     try:
         if body.stream:
-            return await _answer_events(request, body, generations, form)
+            return await _Events(request, body, generations, form).answer()
         return await _answer_whole(generations, form)
     finally:
+        used = usage(generations)
         request[LOG_FIELDS].update(
-            prompt_tokens=sum(generation.num_prompt_tokens for generation in generations),
-            cached_tokens=sum(generation.num_cached_tokens for generation in generations),
-            output_tokens=sum(generation.num_output_tokens for generation in generations),
+            prompt_tokens=used["prompt_tokens"],
+            cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
+            output_tokens=used["completion_tokens"],
         )
 
 
 async def _answer_whole(generations: Sequence[Generation], form: Format) -> web.Response:
-    texts = [""] * len(generations)
+    pieces: list[list[Piece]] = [[] for _ in generations]
     reasons: list[str | None] = [None] * len(generations)
     async with contextlib.aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
-            texts[index] += delta.text
+            pieces[index] += delta.pieces
             reasons[index] = _reason(delta)
-    choices = [form.choice(i, text, reasons[i], streamed=False) for i, text in enumerate(texts)]
+    choices = [form.choice(i, pieces[i], reasons[i], streamed=False) for i in range(len(generations))]
     return json_response({**form.envelope(streamed=False), "choices": choices, "usage": usage(generations)})
 
 
-async def _answer_events(
-    request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
-) -> web.StreamResponse:
-    """Nothing is sent before the first request runs, so that whatever refuses it in the queue is an HTTP status."""
-    envelope = form.envelope(streamed=True)
+class _Events:
+    """The answer to one request as a stream of events.
 
-    def chunk(*choices: dict[str, Any]) -> dict[str, Any]:
-        if body.includes_continuous_usage:
-            return {**envelope, "choices": choices, "usage": usage(generations)}
-        return {**envelope, "choices": choices} | ({"usage": None} if body.includes_usage else {})
+    Nothing is sent before the first request runs, so that whatever refuses it in the queue is an HTTP status; unless it
+    waits longer than `--queue-heartbeat`, when the stream begins with comments and a refusal is an event.
+    """
 
-    async with contextlib.aclosing(merge(generations)) as deltas:
-        first = await anext(deltas)
-        events = await EventStream.open(request)
+    def __init__(
+        self, request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
+    ) -> None:
+        self._request = request
+        self._service = request.app[SERVICE]
+        self._body = body
+        self._generations = generations
+        self._form = form
+        self._envelope = form.envelope(streamed=True)
+
+    async def answer(self) -> web.StreamResponse:
+        async with contextlib.aclosing(merge(self._generations)) as deltas:
+            events, first = await self._open(deltas)
+            try:
+                await self._send_opening(events)
+                await self._send_delta(events, *await first)
+                async for index, delta in deltas:
+                    await self._send_delta(events, index, delta)
+                if self._body.includes_usage:
+                    await events.send({**self._envelope, "choices": [], "usage": usage(self._generations)})
+            except Refusal as refusal:
+                await self._send_refusal(events, refusal)
+            except EngineDeadError:
+                await self._send_refusal(events, refuse_dead_engine(draining=self._service.draining))
+            return await events.close()
+
+    async def _open(
+        self, deltas: AsyncGenerator[tuple[int, Delta], None]
+    ) -> "tuple[EventStream, asyncio.Future[tuple[int, Delta]]]":
+        """The stream, as soon as there is something to send in it, and the first delta, perhaps yet to come."""
+        heartbeat = self._service.settings.queue_heartbeat
+        first = asyncio.ensure_future(anext(deltas))
         try:
-            for index in range(len(generations)):
-                if (choice := form.opening(index)) is not None:
-                    await events.send(chunk(choice))
-            await _send_delta(events, chunk, form, *first)
-            async for index, delta in deltas:
-                await _send_delta(events, chunk, form, index, delta)
-            if body.includes_usage:
-                await events.send({**envelope, "choices": [], "usage": usage(generations)})
-        except Refusal as refusal:
-            await _send_refusal(request, events, refusal)
-        except EngineDeadError:
-            await _send_refusal(request, events, refuse_dead_engine(draining=request.app[SERVICE].draining))
-        return await events.close()
+            if not (await asyncio.wait({first}, timeout=heartbeat))[1]:
+                first.result()  # raises what refused it, while that can be a status
+                return await EventStream.open(self._request), first
+            events = await EventStream.open(self._request)
+            while not first.done():
+                await events.comment("waiting")
+                await asyncio.wait({first}, timeout=heartbeat)
+            return events, first
+        except BaseException:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)  # or `deltas` could not be closed: it would be running
+            raise
 
+    async def _send_opening(self, events: "EventStream") -> None:
+        for index in range(len(self._generations)):
+            if (choice := self._form.opening(index)) is not None:
+                await events.send(self._chunk(choice))
 
-async def _send_delta(events: "EventStream", chunk: Any, form: Format, index: int, delta: Delta) -> None:
-    if delta.text or delta.finish_reason is not None:
-        await events.send(chunk(form.choice(index, delta.text, _reason(delta), streamed=True)))
+    async def _send_delta(self, events: "EventStream", index: int, delta: Delta) -> None:
+        if delta.pieces or delta.finish_reason is not None:
+            await events.send(self._chunk(self._form.choice(index, delta.pieces, _reason(delta), streamed=True)))
 
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._envelope, "choices": [choice]}
+        if self._body.includes_continuous_usage:
+            chunk["usage"] = usage(self._generations)
+        elif self._body.includes_usage:
+            chunk["usage"] = None
+        return chunk
 
-async def _send_refusal(request: web.Request, events: "EventStream", refusal: Refusal) -> None:
-    request.app[SERVICE].metrics.count_refusal(request[TENANT_ID], refusal.code)
-    await events.send(error_body(refusal))
+    async def _send_refusal(self, events: "EventStream", refusal: Refusal) -> None:
+        self._service.metrics.count_refusal(self._request[TENANT_ID], refusal.code)
+        await events.send(error_body(refusal))
 
 
 def _reason(delta: Delta) -> str | None:
@@ -119,7 +162,8 @@ def _reason(delta: Delta) -> str | None:
 class EventStream:
     """Server-sent events, ended by `[DONE]` as OpenAI's are."""
 
-    def __init__(self, response: web.StreamResponse) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+        self._writes = request[WRITES]
         self._response = response
 
     @classmethod
@@ -132,13 +176,20 @@ class EventStream:
         }
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        return cls(response)
+        return cls(request, response)
 
     async def send(self, event: dict[str, Any]) -> None:
         """Waits while the client reads too slowly."""
-        await self._response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        await self._write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+
+    async def comment(self, text: str) -> None:
+        """A line that clients ignore, so that nothing on the way takes the stream for dead."""
+        await self._write(f": {text}\n\n".encode())
 
     async def close(self) -> web.StreamResponse:
-        await self._response.write(b"data: [DONE]\n\n")
-        await self._response.write_eof()
+        await self._write(b"data: [DONE]\n\n")
+        await self._writes.wait(self._response.write_eof())
         return self._response
+
+    async def _write(self, data: bytes) -> None:
+        await self._writes.wait(self._response.write(data))

@@ -21,7 +21,7 @@ async def tokenize(request: web.Request) -> web.Response:
     body = parse_body(raw, TokenizeRequest)
     service.check_model(body.model)
     answer = await service.compute(tenant_id, len(raw), lambda: _tokens(service.tokenizer, body))
-    return json_response({"max_model_len": service.ready.max_model_len} | answer)
+    return json_response({"max_model_len": service.info.max_model_len} | answer)
 
 
 def _tokens(tokenizer: Tokenizer, body: TokenizeRequest) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _tokens(tokenizer: Tokenizer, body: TokenizeRequest) -> dict[str, Any]:
 
 def _token_ids(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return chat_token_ids(tokenizer, body)
+        return chat_token_ids(tokenizer, body).tolist()
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
     raise Refusal(400, "invalid_value", "Either `prompt` or `messages` is needed.", param="prompt")

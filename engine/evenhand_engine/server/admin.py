@@ -63,7 +63,7 @@ async def show_config(request: web.Request) -> web.Response:
     """The config in force, where it came from, and why a newer one is not. It holds hashes of keys, never keys."""
     service = request.app[SERVICE]
     state = service.config_state
-    stats = service.engine.stats
+    stats = service.backend.stats
     return json_response(
         {
             "source": state.source,

@@ -1,6 +1,6 @@
 """The public application: OpenAI's routes and what stands around every one of them.
 
-Outermost first: request id and access log, errors as OpenAI's error body, authentication, refusal while draining, room
+Outermost first: writing, request id and access log, errors as OpenAI's error body, authentication, refusal while draining, room
 for the body.
 """
 
@@ -16,7 +16,8 @@ from aiohttp import web
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_engine.frontend.requests import request_id
-from evenhand_engine.frontend.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.frontend.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, WRITES, Service
+from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.openai.chat import create_chat_completion
 from evenhand_engine.openai.completions import create_completion
 from evenhand_engine.openai.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
@@ -34,7 +35,7 @@ _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody'
 
 def build_app(service: Service) -> web.Application:
     app = web.Application(
-        middlewares=[log_access, answer_errors, authenticate, hold_body],
+        middlewares=[bound_writes, log_access, answer_errors, authenticate, hold_body],
         client_max_size=service.settings.max_request_bytes,
     )
     app[SERVICE] = service
@@ -56,6 +57,23 @@ def build_app(service: Service) -> web.Application:
         ]
     )
     return app
+
+
+@web.middleware
+async def bound_writes(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Write the answer, and end the connection of a client that does not take it."""
+    service = request.app[SERVICE]
+    with WriteTimeout(request.transport, service.settings.write_timeout) as writes:
+        request[WRITES] = writes
+        try:
+            response = await handler(request)
+            if not response.prepared:
+                await response.prepare(request)
+                await writes.wait(response.write_eof())
+            return response
+        finally:
+            if writes.expired:
+                service.metrics.count_stalled(request.get(TENANT_ID, _NO_TENANT))
 
 
 @web.middleware
@@ -168,9 +186,9 @@ def _model(service: Service, name: str) -> dict[str, object]:
         "object": "model",
         "created": service.created,
         "owned_by": "evenhand",
-        "root": service.ready.model_name,
+        "root": service.info.model_name,
         "parent": None,
-        "max_model_len": service.ready.max_model_len,
+        "max_model_len": service.info.max_model_len,
     }
 
 

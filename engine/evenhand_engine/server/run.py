@@ -72,18 +72,18 @@ class _StopSignals:
 
 
 async def _serve_until_stopped(service: "Service", stop: _StopSignals) -> int:
-    engine = service.engine
-    await _first_of(stop.requested.wait(), engine.died.wait())
-    if not engine.died.is_set():
+    backend = service.backend
+    await _first_of(stop.requested.wait(), backend.died.wait())
+    if not backend.died.is_set():
         service.draining = True
         log.info("draining", extra={"fields": {"timeout": service.settings.drain_timeout}})
         drained = service.active.wait_until_none()
-        await _first_of(drained, stop.repeated.wait(), engine.died.wait(), timeout=service.settings.drain_timeout)
-    if engine.died.is_set():
-        log.error("the engine died", extra={"fields": {"reason": engine.failure}})
+        await _first_of(drained, stop.repeated.wait(), backend.died.wait(), timeout=service.settings.drain_timeout)
+    if backend.died.is_set():
+        log.error("the engine died", extra={"fields": {"reason": backend.failure}})
         await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
         return 1
-    await engine.close()  # whatever still runs ends with an error event that says why
+    await backend.close()  # whatever still runs ends with an error event that says why
     await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
     return 0
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evenhand_engine.backends.engine_client import CoreProcess, EngineClient, spawn_core
+from evenhand_engine.backends.engine_client import CoreProcess, spawn_core
+from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.model.config import load_model_config
@@ -66,8 +67,8 @@ async def start_server(
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
         directory = await _in_daemon_thread(lambda: resolve_model_dir(config.model))
         load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
-        engine = EngineClient(*spawn(config))
-        stack.push_async_callback(engine.close)
+        backend = LocalBackend(*spawn(config))
+        stack.push_async_callback(backend.close)
 
         from evenhand_engine.frontend.service import Service
         from evenhand_engine.server.admin import build_admin_app
@@ -76,8 +77,9 @@ async def start_server(
         from evenhand_engine.text.tokenizer import Tokenizer
 
         config_state = await _in_daemon_thread(lambda: _initial_config(settings))
-        tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
-        service = Service(settings, engine, await engine.start(), tokenizer, config_state)
+        tokenizer = backend.tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
+        await backend.start()
+        service = Service(settings, backend, tokenizer, config_state)
         stack.callback(service.close)
         keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)

@@ -1,14 +1,36 @@
 """Detokenizer: the text of one request's output, token by token.
 
 Never splits a code point, and never shows a character that may belong to a stop string. Pure: it owns its few
-characters of state, is fed by the server's stream and knows neither HTTP nor the engine.
+characters of state, is fed as tokens arrive and knows neither HTTP nor the engine.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a code point
 _MAX_HELD_CHARACTERS = 3  # a code point has at most four bytes, so at most three can be waiting for the last
 _MAX_WINDOW_TOKENS = 64  # after so many tokens without a clean end the bytes are no text: show them as they are
+_MAX_CONTEXT_TOKENS = 8  # of what is out already, for the spacing of what follows
+
+
+class Piece(NamedTuple):
+    """Text that is certain, with the tokens whose text begins in it.
+
+    Attributes:
+        token_ids: of one piece after the other they are the output's, but for a stop token that is not shown and for
+            tokens that lie beyond a stop string as a whole.
+        logprobs: what came along with each of `token_ids`, handed through unseen (the engine's are
+            `TokenLogprobs`); None where nothing did.
+    """
+
+    text: str
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[Any] | None = None
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    return pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces)
 
 
 class IncrementalDecoder:
@@ -21,35 +43,51 @@ class IncrementalDecoder:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(context)
-        self._num_settled = len(context)  # tokens at the window's start whose text is out: context for what follows
-        self._num_shown = len(decode(self._window)) if context else 0  # characters of the window's text that are out
+        self._window = list(context[-_MAX_CONTEXT_TOKENS:])
+        self._num_settled = len(self._window)  # tokens at its start whose text is out: context for what follows
+        self._text = decode(self._window) if self._window else ""
+        self._num_shown = len(self._text)  # characters of the window's text that are out
 
     def push(self, token_id: int) -> str:
         """The characters that `token_id` completes."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(_REPLACEMENT) and len(self._window) < _MAX_WINDOW_TOKENS:
-            stable = text.rstrip(_REPLACEMENT)
-            piece = text[self._num_shown : max(len(stable), len(text) - _MAX_HELD_CHARACTERS)]
-            self._num_shown += len(piece)
-            return piece
-        piece = text[self._num_shown :]
-        self._num_shown = max(self._num_shown, len(text))
-        if piece:
-            self._settle()
+        if not text.endswith(_REPLACEMENT):
+            return self._skip() if text == self._text else self._show(text)
+        if len(self._window) >= _MAX_WINDOW_TOKENS:
+            return self._show(text)
+        self._text = text
+        stable = text.rstrip(_REPLACEMENT)
+        piece = text[self._num_shown : max(len(stable), len(text) - _MAX_HELD_CHARACTERS)]
+        self._num_shown += len(piece)
         return piece
 
     def flush(self) -> str:
         """What is still held back: the bytes of a code point that never ended."""
-        piece = self._decode(self._window)[self._num_shown :]
+        piece = self._text[self._num_shown :]
         self._num_shown += len(piece)
         return piece
 
-    def _settle(self) -> None:
-        self._window = self._window[self._num_settled :]
+    def _skip(self) -> str:
+        """The newest token has added nothing, as a special one that is not shown: what follows does not depend on it.
+
+        Where there is no text at all before it, it may be a space that shows only between others, so it is context.
+        """
+        if self._text:
+            self._window.pop()
+        else:
+            self._window = self._window[-_MAX_CONTEXT_TOKENS:]
+            self._num_settled = len(self._window)
+        return ""
+
+    def _show(self, text: str) -> str:
+        """All of the window's text; its newest tokens become the context of what follows."""
+        piece = text[self._num_shown :]
+        self._window = self._window[self._num_settled :][-_MAX_CONTEXT_TOKENS:]
         self._num_settled = len(self._window)
-        self._num_shown = len(self._decode(self._window))
+        self._text = self._decode(self._window)
+        self._num_shown = len(self._text)
+        return piece
 
 
 class StopMatcher:
@@ -63,13 +101,15 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The characters that are certainly not part of a stop string; nothing more once one has matched."""
+        if not self._stop:
+            return text
         text = self._held + text
         matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if matches:
             end, start, self.matched = min(matches)
             self._held = ""
             return text[: end if self._include_stop else start]
-        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        num_held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -85,7 +125,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Detokenizer:
-    """Text of one output, with stop strings.
+    """Text of one output, with stop strings, in pieces that keep their tokens.
 
     Args:
         decode: text of a list of token ids.
@@ -109,6 +149,9 @@ class Detokenizer:
         self._decoder = IncrementalDecoder(decode, context)
         self._matcher = StopMatcher(stop, include_stop)
         self._min_tokens = min_tokens
+        self._num_decoded = 0  # characters
+        self._num_shown = 0  # characters
+        self._held: deque[tuple[int, int, Any]] = deque()  # (first character, token id, log probabilities)
         self.num_tokens = 0
 
     @property
@@ -116,17 +159,39 @@ class Detokenizer:
         """A stop string has been seen: the text is complete."""
         return self._matcher.matched is not None
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens add; tokens after a stop string are ignored."""
-        pieces: list[str] = []
-        for token_id in token_ids:
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> list[Piece]:
+        """The text that these tokens make certain; tokens after a stop string are ignored.
+
+        `logprobs` holds something for each token, which comes out with it; in all calls for an output or in none.
+        """
+        pieces: list[Piece] = []
+        for index, token_id in enumerate(token_ids):
             if self.stopped:
                 break
             self.num_tokens += 1
-            piece = self._decoder.push(token_id)
-            pieces.append(piece if self.num_tokens < self._min_tokens else self._matcher.push(piece))
-        return "".join(pieces)
+            text = self._decoder.push(token_id)
+            self._held.append((self._num_decoded, token_id, None if logprobs is None else logprobs[index]))
+            self._num_decoded += len(text)
+            shown = text if self.num_tokens < self._min_tokens else self._matcher.push(text)
+            if shown:
+                pieces.append(self._piece(shown))
+        return pieces
 
-    def flush(self) -> str:
+    def flush(self) -> list[Piece]:
         """The end of the text, when generation ended otherwise than by a stop string."""
-        return "" if self.stopped else self._matcher.push(self._decoder.flush()) + self._matcher.flush()
+        if self.stopped:
+            return []
+        rest = self._decoder.flush()
+        self._num_decoded += len(rest)
+        piece = self._piece(self._matcher.push(rest) + self._matcher.flush(), everything=not self.stopped)
+        return [piece] if piece.text or piece.token_ids else []
+
+    def _piece(self, shown: str, *, everything: bool = False) -> Piece:
+        """`shown`, with the held tokens that begin before its end."""
+        self._num_shown += len(shown)
+        token_ids, logprobs = [], []
+        while self._held and (everything or self._held[0][0] < self._num_shown):
+            _, token_id, logprob = self._held.popleft()
+            token_ids.append(token_id)
+            logprobs.append(logprob)
+        return Piece(shown, token_ids, logprobs if any(logprob is not None for logprob in logprobs) else None)

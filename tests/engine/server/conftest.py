@@ -8,6 +8,7 @@ import queue
 import socket
 import threading
 import urllib.parse
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import (
+    AbortRequest,
     AddRequest,
     EngineReady,
     FromCore,
@@ -91,6 +93,11 @@ class _ThreadProcess:
     def kill(self) -> None: ...
 
 
+def token_ids(request: AddRequest) -> list[int]:
+    """Those of its prompt."""
+    return array("I", request.prompt_token_ids).tolist()
+
+
 M = TypeVar("M", bound=ToCore)
 Reply = Callable[[AddRequest], Iterable[RequestOutput]]
 
@@ -108,6 +115,8 @@ class ScriptedCore:
     received: "queue.Queue[ToCore]" = field(default_factory=queue.Queue)
     max_model_len: int = 256
     _connection: Connection | None = None
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+    _open: set[str] = field(default_factory=set)  # requests without an end
 
     def spawn(self, config: EngineConfig) -> tuple[_ThreadProcess, Connection]:
         theirs, self._connection = Pipe(duplex=True)
@@ -135,20 +144,32 @@ class ScriptedCore:
                 self.received.put(message)
                 if isinstance(message, Shutdown):
                     return self.die()
-                if isinstance(message, AddRequest) and self.reply is not None:
-                    for output in self.reply(message):
+                if isinstance(message, AddRequest):
+                    self._open.add(message.request_id)
+                    for output in self.reply(message) if self.reply is not None else ():
                         self.output(output)
+                if isinstance(message, AbortRequest) and message.request_id in self._open:
+                    self.output(self.ending(message))
         except (EOFError, OSError):
             return None
+
+    def ending(self, abort: AbortRequest) -> RequestOutput:
+        """The end of a request, which the core says also where it was told."""
+        num_output_tokens = abort.num_output_tokens or 0
+        return RequestOutput(
+            request_id=abort.request_id, finish_reason=abort.reason, num_output_tokens=num_output_tokens
+        )
 
     def send(self, message: FromCore) -> None:
         self.send_bytes(msgspec.msgpack.encode(message))
 
     def send_bytes(self, data: bytes) -> None:
         assert self._connection is not None
-        self._connection.send_bytes(data)
+        with self._sending:
+            self._connection.send_bytes(data)
 
     def output(self, *outputs: RequestOutput) -> None:
+        self._open -= {output.request_id for output in outputs if output.finish_reason is not None}
         self.send(StepOutputs(outputs=outputs))
 
     def expect(self, kind: type[M]) -> M:

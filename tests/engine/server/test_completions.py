@@ -13,7 +13,7 @@ from evenhand_engine.messages import AbortRequest, AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, Serve, Server
+from .conftest import Say, Serve, Server, token_ids
 
 PARIS = "The capital of France is Paris."
 UNICODE = "Käse 3 €, 東京 👩‍🚀🪐!"
@@ -38,14 +38,14 @@ def test_chat(paris: Server) -> None:
     assert answer.choices[0].finish_reason == "stop"
     request = paris.core.expect(AddRequest)
     usage = answer.usage
-    assert usage.prompt_tokens == len(request.prompt_token_ids)
+    assert usage.prompt_tokens == len(token_ids(request))
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.prompt_tokens_details.cached_tokens == 3
 
 
 def test_chat_renders_the_template(paris: Server, model_dir: Path) -> None:
     ask(paris.client())
-    prompt = Tokenizer(model_dir).decode(paris.core.expect(AddRequest).prompt_token_ids, skip_special_tokens=False)
+    prompt = Tokenizer(model_dir).decode(token_ids(paris.core.expect(AddRequest)), skip_special_tokens=False)
     assert prompt == "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -56,7 +56,23 @@ def test_chat_stream(paris: Server) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
     assert all(chunk.usage is None for chunk in chunks)
     assert len({chunk.id for chunk in chunks}) == 1
-    assert len(chunks) > 3, "the text comes as it is generated"
+
+
+async def test_the_text_comes_as_it_is_generated(serve: Serve, model_dir: Path) -> None:
+    server = serve()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with server.async_client() as client:
+        asking = asyncio.create_task(ask(client, stream=True, stream_options=options))
+        request_id = (await asyncio.to_thread(server.core.expect, AddRequest)).request_id
+        server.core.output(RequestOutput(request_id=request_id))
+        chunks = aiter(await asking)
+        assert (await anext(chunks)).choices[0].delta.role == "assistant"
+        for number, token_id in enumerate(Tokenizer(model_dir).encode("abc"), 1):
+            server.core.output(RequestOutput(request_id=request_id, token_ids=(token_id,)))
+            chunk = await anext(chunks)
+            assert (chunk.choices[0].delta.content, chunk.usage.completion_tokens) == ("abc"[number - 1], number)
+        server.core.output(RequestOutput(request_id=request_id, finish_reason=FinishReason.LENGTH))
+        assert (await anext(chunks)).choices[0].finish_reason == "length"
 
 
 def test_stream_usage(paris: Server) -> None:
@@ -71,7 +87,6 @@ def test_stream_continuous_usage(paris: Server) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [chunk.usage.completion_tokens for chunk in ask(paris.client(), stream=True, stream_options=options)]
     assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
 
 
 async def test_async_clients_at_once(paris: Server) -> None:
@@ -101,12 +116,12 @@ def test_completion_prompts(serve: Serve, say: Say) -> None:
     texts = create(model="tiny", prompt=["one", "two"], max_tokens=50)
     assert [choice.index for choice in texts.choices] == [0, 1]
     assert [choice.text for choice in texts.choices] == [PARIS, PARIS]
-    sent = [server.core.expect(AddRequest).prompt_token_ids for _ in range(2)]
+    sent = [token_ids(server.core.expect(AddRequest)) for _ in range(2)]
     ids = create(model="tiny", prompt=sent, max_tokens=50)
-    assert [server.core.expect(AddRequest).prompt_token_ids for _ in range(2)] == sent
+    assert [token_ids(server.core.expect(AddRequest)) for _ in range(2)] == sent
     assert ids.usage.prompt_tokens == texts.usage.prompt_tokens == sum(map(len, sent))
     assert create(model="tiny", prompt=sent[0], max_tokens=50).choices[0].text == PARIS
-    assert server.core.expect(AddRequest).prompt_token_ids == sent[0]
+    assert token_ids(server.core.expect(AddRequest)) == sent[0]
 
 
 def test_completion_stream_of_two_prompts(paris: Server) -> None:
@@ -188,7 +203,7 @@ def test_sampling_parameters_arrive(paris: Server) -> None:
 def test_chat_without_max_tokens_may_fill_the_context(paris: Server) -> None:
     ask(paris.client())
     request = paris.core.expect(AddRequest)
-    assert len(request.prompt_token_ids) + request.sampling_params.max_tokens == paris.core.max_model_len
+    assert len(token_ids(request)) + request.sampling_params.max_tokens == paris.core.max_model_len
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenhand_engine.text.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
+from evenhand_engine.text.detokenizer import Detokenizer, IncrementalDecoder, Piece, StopMatcher, text_of
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -59,6 +59,32 @@ def test_endless_garbage_is_not_held_back() -> None:
     assert max(windows) <= 128, "each step looks at a short window only"
 
 
+@pytest.mark.parametrize("start", [b"", b"a", b"\xe2", b"\xff" * 70], ids=["nothing", "text", "half", "garbage"])
+def test_tokens_that_are_not_shown_cost_nothing(start: bytes) -> None:
+    """An output of special tokens alone, which `ignore_eos` allows: each step looks at a short window all the same."""
+    windows: list[int] = []
+
+    def decode(token_ids: Sequence[int]) -> str:
+        windows.append(len(token_ids))
+        return decode_bytes([token_id for token_id in token_ids if token_id < 256])
+
+    decoder = IncrementalDecoder(decode)
+    shown = "".join(decoder.push(byte) for byte in start)
+    shown += "".join(decoder.push(256) for _ in range(3000))
+    shown += decoder.push(ord("b")) + decoder.flush()
+    assert shown == decode_bytes(start) + "b"
+    assert max(windows) <= 65
+
+
+@given(st.lists(st.tuples(st.sampled_from("▁ab"), st.booleans()), max_size=40))
+def test_spaces_that_show_only_between_others_are_kept(tokens: list[tuple[str, bool]]) -> None:
+    def decode(token_ids: Sequence[int]) -> str:  # as SentencePiece's, some of whose tokens are special
+        return "".join(tokens[i][0] for i in token_ids if not tokens[i][1]).replace("▁", " ").removeprefix(" ")
+
+    decoder = IncrementalDecoder(decode)
+    assert "".join(map(decoder.push, range(len(tokens)))) == decode(range(len(tokens)))
+
+
 def test_leading_space_follows_the_prompt() -> None:
     words = ["▁The", "▁capital", "▁of"]
 
@@ -106,7 +132,8 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 def test_detokenizer_with_a_real_vocabulary(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
     token_ids = tokenizer.encode(text)
     detokenizer = Detokenizer(tokenizer.decode, stop)
-    shown = "".join(detokenizer.push([token_id]) for token_id in token_ids) + detokenizer.flush()
+    pieces = [piece for token_id in token_ids for piece in detokenizer.push([token_id])] + detokenizer.flush()
+    shown = text_of(pieces)
     assert shown == cut(text, stop)
     if detokenizer.stopped:
         before, after = token_ids[: detokenizer.num_tokens - 1], token_ids[: detokenizer.num_tokens]
@@ -119,12 +146,30 @@ def test_detokenizer_with_a_real_vocabulary(tokenizer: Tokenizer, text: str, sto
 
 def test_tokens_after_a_stop_string_are_ignored() -> None:
     detokenizer = Detokenizer(decode_bytes, ["b"])
-    assert detokenizer.push(b"abcdef") == "a"
-    assert detokenizer.push(b"g") == ""
-    assert (detokenizer.num_tokens, detokenizer.stopped, detokenizer.flush()) == (2, True, "")
+    assert text_of(detokenizer.push(b"abcdef")) == "a"
+    assert detokenizer.push(b"g") == []
+    assert (detokenizer.num_tokens, detokenizer.stopped, detokenizer.flush()) == (2, True, [])
 
 
 def test_min_tokens_delays_stop_strings() -> None:
     detokenizer = Detokenizer(decode_bytes, ["b"], min_tokens=3)
-    assert detokenizer.push(b"abab!") == "aba"
+    assert text_of(detokenizer.push(b"abab!")) == "aba"
     assert detokenizer.num_tokens == 4
+
+
+@given(st.data(), st.text("abé", max_size=30), st.lists(st.text("abé", min_size=1, max_size=4), max_size=2))
+def test_pieces_keep_their_tokens(data: st.DataObject, text: str, stop: list[str]) -> None:
+    """Cut anywhere, text and tokens say the same, and what came with a token comes out with it."""
+    token_ids, detokenizer = list(text.encode()), Detokenizer(decode_bytes, stop)
+    pieces: list[Piece] = []
+    rest = list(enumerate(token_ids))
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        pieces += detokenizer.push([t for _, t in rest[:size]], [f"{n}:{t}" for n, t in rest[:size]])
+        rest = rest[size:]
+    pieces += detokenizer.flush()
+    shown = text_of(pieces)
+    kept = [token_id for piece in pieces for token_id in piece.token_ids]
+    assert shown == cut(text, stop)
+    assert kept == token_ids[: len(shown.encode())]
+    assert [logprob for piece in pieces for logprob in piece.logprobs or ()] == [f"{n}:{t}" for n, t in enumerate(kept)]

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.errors import StartupError
 from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.metrics import Metrics, RequestMetrics
 from evenhand_engine.frontend.metrics_collector import OTHER, Snapshot, TenantLabels
 from evenhand_engine.frontend.share_tracker import Share, ShareTracker
 from evenhand_engine.logs import LineFormatter
-from evenhand_engine.messages import EngineReady, TenantStats
+from evenhand_engine.messages import TenantStats
 from evenhand_engine.server.listener import allow_many_connections
 from evenhand_engine.text.tokenizer import ChatTemplateError, Tokenizer
 
@@ -144,9 +145,7 @@ def test_labels_are_bounded() -> None:
 
 
 def test_tenants_beyond_the_labels_are_added_up() -> None:
-    ready = EngineReady(
-        model_name="m", max_model_len=100, num_kv_blocks=8, block_size=16, dtype="float32", device="cpu"
-    )
+    info = ModelInfo(model_name="m", max_model_len=100)
     tenants = [
         TenantStats(
             tenant_id=f"t{i}",
@@ -164,7 +163,7 @@ def test_tenants_beyond_the_labels_are_added_up() -> None:
         )
         for i in range(500)
     ]
-    snapshot = Snapshot(ready, None, tenants, {}, "sha256:x", "files", True, {"applied": 1}, {"t1": {"rate": 2}})
+    snapshot = Snapshot(info, None, tenants, {}, "sha256:x", "files", True, {"applied": 1}, {"t1": {"rate": 2}})
     metrics = Metrics("m", 100, lambda: snapshot)
     for tenant in tenants:
         request = RequestMetrics(metrics, tenant.tenant_id, 5, 7, 0.0)
@@ -184,8 +183,8 @@ def test_tenants_beyond_the_labels_are_added_up() -> None:
 
 
 def test_latencies_of_a_request() -> None:
-    ready = EngineReady(model_name="m", max_model_len=100, num_kv_blocks=8, block_size=16, dtype="f", device="cpu")
-    snapshot = Snapshot(ready, None, [], {}, "", "default", True, {}, {})
+    info = ModelInfo(model_name="m", max_model_len=100)
+    snapshot = Snapshot(info, None, [], {}, "", "default", True, {}, {})
     metrics = Metrics("m", 100, lambda: snapshot)
     request = RequestMetrics(metrics, "t", 5, 7, 10.0)
     request.start(2, 11.0)

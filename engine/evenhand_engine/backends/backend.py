@@ -1,0 +1,176 @@
+"""Backend: what the HTTP side needs of whoever generates, and the words that both use.
+
+A Backend generates text for requests, each of which is one choice for one prompt. It hands out two things at different
+paces: a Stream of Deltas, which its reader takes when it can, and news for an Observer, told at the moment they arrive.
+Quota, metrics and service follow the second, so that nobody computes for free by not reading.
+"""
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
+
+from evenhand_engine.messages import EngineStats
+from evenhand_engine.scheduler.request import FinishReason, SamplingParams
+from evenhand_engine.text.detokenizer import Piece
+from evenhand_policy.config import SchedulerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a backend serves.
+
+    Attributes:
+        model_name: its own name, served unless the command line gives others.
+        max_model_len: most tokens of one request, prompt and output together.
+        num_kv_blocks: size of the KV cache; None where that is not known.
+        block_size: tokens in one KV block; None where that is not known.
+    """
+
+    model_name: str
+    max_model_len: int
+    num_kv_blocks: int | None = None
+    block_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One choice for one prompt: the unit that is queued, scheduled, charged and ended.
+
+    A body with several prompts, or that asks for several choices, becomes as many of these.
+
+    Attributes:
+        request_id: unique in this process.
+        prompt_token_ids: array of typecode "I"; shared by the choices of one prompt, so never changed.
+        arrival_time: `time.monotonic()` at which it passed the door.
+        user: orders requests inside a tenant whose fairness is PerUser.
+        stop: strings at which the text ends; not part of it unless `include_stop`, which goes for stop tokens too.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    request_id: str
+    tenant_id: str
+    prompt_token_ids: "array[int]"
+    sampling_params: SamplingParams
+    arrival_time: float
+    user: str = ""
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+class Delta(NamedTuple):
+    """News of one stream since the last: text that is certain now, and why it ended if it has.
+
+    Attributes:
+        pieces: text with the tokens that it was made of; several where the reader was slower than the backend.
+        num_tokens: output tokens that came since the last delta, up to and with the one that completed a stop string.
+            More than the pieces hold where text is held back, and where a stop token is not shown.
+        finish_reason: set on the last delta of a stream.
+    """
+
+    pieces: Sequence[Piece] = ()
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+class Ending(NamedTuple):
+    """How a request ended, as the backend knows it.
+
+    Attributes:
+        finish_reason: None if the backend died.
+        num_output_tokens: outputs that were computed for it and count, read or not.
+        num_preemptions: how often it lost its KV blocks.
+    """
+
+    finish_reason: FinishReason | None
+    num_output_tokens: int
+    num_preemptions: int = 0
+
+
+class Observer(Protocol):
+    """Follows one request as things happen to it, whether or not its client reads. Called in the event loop.
+
+    The calls are one `started` at most, then `generated` any number of times, then one `ended`, always. `now` is the
+    `time.monotonic()` at which the news reached this process.
+    """
+
+    def started(self, num_cached_tokens: int, now: float) -> None:
+        """It has left the queue; `num_cached_tokens` of its prompt were spared by a prefix hit."""
+        ...
+
+    def generated(self, num_tokens: int, now: float) -> None:
+        """So many more tokens of its output have come."""
+        ...
+
+    def ended(self, ending: Ending, now: float) -> None:
+        """Nothing more will be computed for it. Comes after a `close` too, once the backend has let go."""
+        ...
+
+
+class Stream(Protocol):
+    """Deltas of one request, for one reader.
+
+    The first delta, without text, tells that the request has left the queue; the last has a finish reason, after which
+    the iteration ends. What comes while nobody reads is coalesced into one delta. Iterating raises Refusal if the backend
+    cannot serve the request, EngineDeadError if it dies.
+    """
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Delta: ...
+
+    def close(self) -> None:
+        """End the request if it has not ended; nothing more can be read. The Observer is told when it has."""
+        ...
+
+
+class Backend(Protocol):
+    """Generates, one stream for each request, under one scheduler config."""
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The latest state of the scheduler behind it; None until the first."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why the backend is gone, for the log alone; None while it lives."""
+        ...
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when it is gone."""
+        ...
+
+    @property
+    def info(self) -> ModelInfo:
+        """What it serves; known once it has started."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended, closed ones that the backend has yet to let go among them."""
+        ...
+
+    def generate(self, request: GenerationRequest, observer: Observer) -> Stream:
+        """Begin a request; it is in the backend's hands when this returns. Raises EngineDeadError, and then no
+        Observer is told anything."""
+        ...
+
+    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None:
+        """Enforce `config` from now on; `num_replicas` backends share its limits."""
+        ...
+
+    def on_stats(self, listener: Callable[[EngineStats], None]) -> None:
+        """Call `listener` with every EngineStats that comes."""
+        ...
+
+    def seconds_without_progress(self, now: float) -> float:
+        """How long it has had work and done none of it; 0 while it has none."""
+        ...
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """End it; every stream ends with EngineDeadError, and every Observer is told."""
+        ...

@@ -1,0 +1,142 @@
+"""LocalStream: one request's outputs as text, whether or not somebody reads them.
+
+Outputs are detokenized and matched against stop strings as they arrive. What the reader has not taken is one record:
+pieces of text, a count and perhaps an end. Memory grows by the bytes of the text alone, never by an object per token.
+"""
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Callable
+from typing import Self
+
+from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Observer
+from evenhand_engine.errors import EngineDeadError
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
+from evenhand_engine.text.detokenizer import Detokenizer, Piece
+
+log = logging.getLogger(__name__)
+
+_MAX_PIECES = 64  # unread pieces that are kept apart, before they become one
+
+Abort = Callable[[str, FinishReason, int | None], None]
+"""End a request in the core: its id, the reason, and how many of its outputs count (None: all)."""
+
+
+class LocalStream:
+    """Deltas of one request to the engine core.
+
+    Args:
+        text: detokenizer of the output.
+        abort: called at most once, to end the request before its time.
+    """
+
+    def __init__(self, request: GenerationRequest, observer: Observer, text: Detokenizer, abort: Abort) -> None:
+        self._request = request
+        self._observer = observer
+        self._text = text
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_computed = 0  # outputs that have arrived
+        self._has_started = False
+        self._is_open = True  # something may still come for the reader
+        self._has_news = False
+        self._pieces: list[Piece] = []
+        self._num_tokens = 0  # outputs that the reader has not been told of
+        self._finish_reason: FinishReason | None = None
+        self._failure: str | None = None
+
+    # -- the reader's side
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._has_news:
+            if self._failure is not None:
+                raise EngineDeadError(self._failure)
+            if not self._is_open:
+                raise StopAsyncIteration
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delta = Delta(self._pieces, self._num_tokens, self._finish_reason)
+        self._has_news, self._pieces, self._num_tokens = False, [], 0
+        return delta
+
+    def close(self) -> None:
+        """End the request if it has not ended; nothing more can be read."""
+        if self._is_open and self._failure is None:
+            self._abort(self._request.request_id, FinishReason.ABORT, None)
+        self._is_open = self._has_news = False
+        self._pieces = []
+        self._wake()
+
+    # -- the core's side
+
+    def take(self, output: RequestOutput, now: float) -> None:
+        """One output of the core; after one with a finish reason nothing comes any more."""
+        reason, num_tokens = output.finish_reason, len(output.token_ids)
+        if not self._has_started and (reason is None or num_tokens or output.num_output_tokens):
+            self._has_started = True
+            self._observer.started(output.num_cached_tokens, now)
+            self._has_news = self._is_open
+        if num_tokens:
+            self._num_computed += num_tokens
+            self._observer.generated(num_tokens, now)
+        if self._is_open:
+            try:
+                self._read(output)
+            except Exception:  # a fault of this text alone: the others' outputs are in the same message
+                log.exception("an output cannot be read", extra={"fields": {"request_id": self._request.request_id}})
+                self._fail(output)
+            self._wake()
+        if reason is not None:
+            num_computed = max(self._num_computed, output.num_output_tokens)
+            self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
+
+    def lose(self, failure: str, now: float) -> None:
+        """The core is gone."""
+        if self._is_open:
+            self._failure = failure
+            self._wake()
+        self._observer.ended(Ending(None, self._num_computed), now)
+
+    def _read(self, output: RequestOutput) -> None:
+        """Turn an output into news for the reader."""
+        token_ids, logprobs = output.token_ids, output.logprobs
+        self._finish_reason = output.finish_reason
+        num_taken = self._text.num_tokens
+        if output.finish_reason is FinishReason.STOP and not self._request.include_stop:
+            token_ids = token_ids[:-1]  # the stop token, which counts but is not shown
+        self._add(self._text.push(token_ids, logprobs or None))
+        if self._text.stopped:
+            self._num_tokens += self._text.num_tokens - num_taken
+            self._finish_reason = FinishReason.STOP
+            if output.finish_reason is None:
+                self._abort(self._request.request_id, FinishReason.STOP, self._text.num_tokens)
+        else:
+            self._num_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                self._add(self._text.flush())
+        self._is_open = self._finish_reason is None
+        self._has_news = self._has_news or bool(self._pieces or self._finish_reason)
+
+    def _fail(self, output: RequestOutput) -> None:
+        self._is_open, self._has_news = False, True
+        self._finish_reason = FinishReason.ERROR
+        if output.finish_reason is None:
+            self._abort(self._request.request_id, FinishReason.ERROR, None)
+
+    def _add(self, pieces: list[Piece]) -> None:
+        self._pieces += pieces
+        if len(self._pieces) > _MAX_PIECES and self._pieces[-1].logprobs is None:
+            token_ids = array("I", (token_id for piece in self._pieces for token_id in piece.token_ids))
+            self._pieces = [Piece("".join(piece.text for piece in self._pieces), token_ids)]
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
