@@ -37,7 +37,8 @@ class SloSpec(Model, frozen=True, kw_only=True):
         Duration | None,
         Meta(
             description="Objective between two tokens of a stream, 1ms to 1m, such as 50ms. While the tenant streams, "
-            "every step of the engine is kept short enough for it."
+            "steps are planned to take no longer: prompts get shorter chunks, and streams of tenants that are ahead of it "
+            "by service take turns. It takes nothing from another's share, and binds no prompts where streams alone miss it."
         ),
     ] = None
 

@@ -9,6 +9,8 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.scheduler.step_time import shape_of
+from evenhand_engine.simulator.device import LinearStepTime
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 EOS = 2
@@ -37,6 +39,7 @@ class PretendEngine:
         self.scheduler.shares.charge = self._count_charge  # type: ignore[method-assign]
         self.now = 0.0
         self.step_seconds = 1.0
+        self.step_time: LinearStepTime | None = None  # instead of `step_seconds`: by what the step computes
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
         self.batches: list[Batch] = []
@@ -91,7 +94,7 @@ class PretendEngine:
             if self.check_kv:
                 self._compute(batch)
             self._in_flight.append(self.sample(batch))
-        self.now += self.step_seconds
+        self.now += self.step_time.seconds(shape_of(batch)) if self.step_time and batch else self.step_seconds
         if len(self._in_flight) >= self.depth or (batch is None and self._in_flight):
             self._record(self.scheduler.update(self._in_flight.popleft(), self.now))
         self._record(self.scheduler.collect())

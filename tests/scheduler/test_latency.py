@@ -130,7 +130,7 @@ class TestStepTimeModel:
     @pytest.mark.parametrize("max_seconds", [0.03, 0.1, 1.0])
     def test_what_fits_is_the_most_that_fits(self, context: int, max_seconds: float) -> None:
         model = self.fitted()
-        budget = StepBudget(100_000, model, max_seconds, 1)
+        budget = StepBudget(100_000, model, [max_seconds], 1)
         num_tokens = budget.fit(context, 100_000)
 
         def seconds(num_tokens: int) -> float:
@@ -142,9 +142,24 @@ class TestStepTimeModel:
         assert num_tokens == 1 or seconds(num_tokens) <= max_seconds * 1.002
         assert seconds(num_tokens + 2) > max_seconds * 0.998
 
-    def test_prompts_advance_when_decodes_alone_miss_the_objective(self) -> None:
-        budget = StepBudget(1000, self.fitted(), 0.01, 16)
+    def test_prompts_have_a_floor_of_their_own(self) -> None:
+        """Twenty streams leave next to nothing of the objective: prompts advance by 16 tokens all the same."""
+        model = self.fitted()
+        budget = StepBudget(1000, model, [model.predict(StepLoad(20, 20_000)) + 1e-4], 16)
+        budget.spend_decodes(20, 20_000)
         assert budget.fit(0, 500) == 16
+        budget.spend(0, 10)
+        assert budget.fit(0, 500) == 6
+
+    def test_an_objective_that_streams_alone_miss_does_not_bind_prompts(self) -> None:
+        model = self.fitted()
+        seconds = model.predict(StepLoad(20, 20_000))
+        budget = StepBudget(1000, model, [seconds - 1e-3, seconds + 0.1], 16)
+        budget.spend_decodes(20, 20_000)
+        assert 16 < budget.fit(0, 1000) < 200, "the other one does"
+        budget = StepBudget(1000, model, [seconds - 1e-3], 16)
+        budget.spend_decodes(20, 20_000)
+        assert budget.fit(0, 1000) == 980
 
     def test_tokens_that_seem_to_cost_nothing_are_bounded_by_what_is_pending(self) -> None:
         model = StepTimeModel()
@@ -152,10 +167,10 @@ class TestStepTimeModel:
             load = StepLoad()
             load.add(0, 1 + index)
             model.observe(load, 1e-310 * load.num_tokens)
-        assert StepBudget(10_000, model, 1.0, 16).fit(0, 500) == 500
+        assert StepBudget(10_000, model, [1.0], 16).fit(0, 500) == 500
 
     def test_without_an_objective_only_tokens_count(self) -> None:
-        budget = StepBudget(100, self.fitted(), None, 16)
+        budget = StepBudget(100, self.fitted(), [], 16)
         assert budget.fit(0, 500) == 100
         budget.spend(0, 60)
         assert budget.fit(0, 500) == 40

@@ -64,6 +64,10 @@ class FairQueue:
         tenant.num_prompt_tokens += num_new
         self._charge(tenant, (request,), num_new * self.prices.input_token)
 
+    def output_cost(self, tenant: Tenant, request: Request) -> int:
+        """By how much the request's next output raises its tenant's virtual service."""
+        return self.prices.output_token * VIRTUAL_UNIT // tenant.weight
+
     def charge_outputs(self, tenant: Tenant, requests: Sequence[Request], count: int = 1) -> None:
         """Charge `count` outputs of each request (negative: given back, since they were computed past its end)."""
         tenant.num_generation_tokens += count * len(requests)
@@ -80,10 +84,19 @@ class FairQueue:
     # -- order
 
     def open_step(self) -> None:
-        """Set the limit of the step that begins: as far ahead as one may be of the least served who contends."""
+        """Set the limit of the step that begins: as far ahead as one may be of the least served who contends, or whose
+        streams may have to wait for another's objective."""
         self.limit = None
-        if self._is_fair and self._is_congested and (tenant := self.least_served_contender()):
-            self.limit = self.service(tenant) + self.lead(tenant.weight)
+        if self._is_fair and self._is_congested:
+            prompts = self.least_served_contender()
+            streams = min(self._streaming_for_an_objective(), key=self.service, default=None)
+            if tenant := min(filter(None, (prompts, streams)), key=self.service, default=None):
+                self.limit = self.service(tenant) + self.lead(tenant.weight)
+
+    def _streaming_for_an_objective(self) -> list[Tenant]:
+        """Tenants with streams, if one of them has an inter-token objective, so that others' may be left out."""
+        streaming = [tenant for tenant in self._roster.running_tenants.values() if tenant.decoding]
+        return streaming if any(tenant.inter_token_latency != _NEVER for tenant in streaming) else []
 
     def contends(self, tenant: Tenant) -> bool:
         """Whether the tenant has a prompt that computes, or waits for others and not for its own limits."""

@@ -24,14 +24,14 @@ class Pace:
         max_tokens = self._settings.max_num_batched_tokens
         if self._token_budgets is not None:
             max_tokens = min(max_tokens, next(self._token_budgets))
-        return StepBudget(max_tokens, self.step_time, self._objective(now), self._settings.min_prefill_tokens)
+        return StepBudget(max_tokens, self.step_time, self._objectives(now), self._settings.min_prefill_tokens)
 
-    def _objective(self, now: float) -> float | None:
-        """The tightest inter-token objective of the tenants that stream, or did a moment ago, in seconds."""
+    def _objectives(self, now: float) -> list[float]:
+        """The inter-token objectives, in seconds, of the tenants that stream, or did a moment ago."""
         if self._settings.scheduling_policy is not SchedulingPolicy.FAIR:
-            return None
+            return []
         for tenant_id, tenant in self._roster.running_tenants.items():
             if tenant.inter_token_latency != _NEVER:
                 self._held_until[tenant_id] = now + self._settings.objective_hold_seconds
         self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
-        return min((self._roster.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until), default=None)
+        return [self._roster.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until]

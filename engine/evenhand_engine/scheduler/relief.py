@@ -1,5 +1,7 @@
 """Relief: makes room in memory or among the seats, by the choices of preemption.py."""
 
+from collections.abc import Iterable
+
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.scheduler.fair_queue import FairQueue
 from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
@@ -39,16 +41,16 @@ class Relief:
         for tenant in self._paused:
             tenant.paused = {}
 
-    def decodes(self) -> list[Request]:
-        """The requests that compute one token in this step, each with room for it in its last block or a new one."""
-        block_size, tenants = self._settings.block_size, self._roster.tenants
-        decodes = [request for request in self._roster.decoding.values() if not request.is_at_end]
-        if self._paused:
-            decodes = [r for r in decodes if r.request_id not in tenants[r.tenant_id].paused]
-        for request in [r for r in decodes if len(r.block_table) * block_size <= r.num_computed_tokens]:
+    def grow(self, decodes: Iterable[Request]) -> None:
+        """Give each stream room for its next token, in its last block or a new one, where others or it itself must not
+        yield; `has_room` tells who has it."""
+        for request in [request for request in decodes if not self.has_room(request)]:
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
-        return [request for request in decodes if len(request.block_table) * block_size > request.num_computed_tokens]
+
+    def has_room(self, request: Request) -> bool:
+        """Whether the request runs, on blocks with room for its next token."""
+        return len(request.block_table) * self._settings.block_size > request.num_computed_tokens
 
     def _reclaim(self, now: float) -> bool:
         """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""

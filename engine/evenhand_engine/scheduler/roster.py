@@ -34,7 +34,6 @@ class Roster:
         active: tenants with a prompt that waits or is in progress, by id.
         prefilling_tenants: tenants with a prompt in progress, by id.
         running_tenants: tenants with a running request, by id.
-        decoding: running requests past their prompt, by id.
         num_preemptions: since the start.
         outputs: news of requests that nobody has collected: first starts, tokens, ends.
     """
@@ -48,7 +47,6 @@ class Roster:
         self.active: dict[str, Tenant] = {}
         self.prefilling_tenants: dict[str, Tenant] = {}
         self.running_tenants: dict[str, Tenant] = {}
-        self.decoding: dict[str, Request] = {}
         self.requests: dict[str, Request] = {}
         self.num_running = 0
         self.num_preemptions = 0
@@ -104,9 +102,10 @@ class Roster:
             num_held = blocks.num_held_blocks(tenant.tenant_id)
             if num_held + blocks.num_missing_blocks(request) > tenant.max_blocks:
                 return Fit.CAPPED
-        if self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0:
-            return Fit.STARVED
-        return Fit.UNSETTLED if request.num_in_flight_tokens else Fit.FITS
+        if request.num_in_flight_tokens:
+            return Fit.UNSETTLED
+        is_starved = self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0
+        return Fit.STARVED if is_starved else Fit.FITS
 
     def guaranteed_tenants(self) -> list[Tenant]:
         """Active tenants with a KV guarantee."""
@@ -184,7 +183,7 @@ class Roster:
         """Prefilling to decoding."""
         tenant = self.tenants[request.tenant_id]
         del tenant.prefilling[request.request_id]
-        tenant.decoding[request.request_id] = self.decoding[request.request_id] = request
+        tenant.decoding[request.request_id] = request
         self._deactivate(tenant)
 
     def preempt(self, request: Request) -> None:
@@ -241,7 +240,6 @@ class Roster:
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
         assert sorted(self.active) == sorted(tenant_id for _, _, tenant_id in self._shares.in_order())
         assert set(self.prefilling_tenants) == {t.tenant_id for t in tenants if t.prefilling}
-        assert set(self.decoding) == {request_id for t in tenants for request_id in t.decoding}
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
         assert sorted((*self._free_seats, *(r.seat for r in running))) == list(range(self._settings.max_num_seqs))
@@ -257,7 +255,7 @@ class Roster:
         self._left_seats.append(request.seat)
         request.seat = -1
         if tenant.prefilling.pop(request.request_id, None) is None:
-            del tenant.decoding[request.request_id], self.decoding[request.request_id]
+            del tenant.decoding[request.request_id]
         self.num_running -= 1
         if not tenant.num_running:
             del self.running_tenants[tenant.tenant_id]

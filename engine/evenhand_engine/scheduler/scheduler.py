@@ -6,7 +6,8 @@ that serves. A step, in order:
     1. expire     queued requests past their tenant's queue timeout leave
     2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py); what
                   runs for a tenant too far ahead pauses
-    3. decode     every running request that generates computes one token
+    3. decode     every running request that generates computes one token; those of tenants that are ahead take turns
+                  where somebody's inter-token objective, or the budget, has no room for all (turns.py)
     4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
     5. close      the virtual time advances to the least virtual service of those left out (fair_queue.py)
 
@@ -14,7 +15,7 @@ A step may be planned before the previous batch's results are known: an output i
 only the runner knows, and what a request computed past its end is discarded and not charged.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutp
 from evenhand_engine.scheduler.roster import Fit, Roster
 from evenhand_engine.scheduler.step_time import StepBudget, StepLoad
 from evenhand_engine.scheduler.tenant import Tenant
+from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
@@ -207,24 +209,23 @@ class Scheduler:
     # -- 3. decode
 
     def _schedule_decodes(self, budget: StepBudget, plan: BatchPlan) -> set[str]:
-        """One token for every running request past its prompt, those of the least served first where the budget is
-        short; returns the tenants that it left out."""
-        tenants, left_out = self.roster.tenants, set[str]()
-        decodes = self._relief.decodes()
-        if len(decodes) > budget.tokens:
-            decodes.sort(key=lambda request: self.queue.service(tenants[request.tenant_id]))
-            left_out = {request.tenant_id for request in decodes[budget.tokens :]}
-            del decodes[budget.tokens :]
-        by_tenant: dict[str, list[Request]] = defaultdict(list)
+        """One token for every stream, or for those whose turn it is where there is no room for all; returns the tenants
+        of which streams were left out."""
+        queue, relief = self.queue, self._relief
+        turns = take_turns(self.roster.running_tenants.values(), budget, queue.service, queue.output_cost)
+        relief.grow([request for _, requests in turns.taken for request in requests])
         context = 0
-        for request in decodes:
-            context += request.num_computed_tokens
-            plan.add_decode(request)
-            by_tenant[request.tenant_id].append(request)
-        budget.spend_decodes(len(decodes), context)
-        for tenant_id, requests in by_tenant.items():
-            self.queue.charge_outputs(tenants[tenant_id], requests)
-        return left_out
+        for tenant, requests in turns.taken:
+            computed = [request for request in requests if relief.has_room(request)]
+            for request in computed:
+                context += request.num_computed_tokens
+                plan.add_decode(request)
+            if computed:
+                queue.charge_outputs(tenant, computed)
+            if tenant.tenant_id in turns.left_out:
+                tenant.end_turns(computed)
+        budget.spend_decodes(len(plan.requests), context)
+        return turns.left_out
 
     # -- 4. prefill
 

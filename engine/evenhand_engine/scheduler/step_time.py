@@ -1,5 +1,6 @@
 """StepTimeModel: how long a step takes, fitted online, and StepBudget: how much may go into one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evenhand_engine.scheduler.batch import Batch
@@ -10,6 +11,7 @@ FEWEST_STEPS = 8
 _SCALES = (1.0, 1e-2, 1e-4, 1e-6)  # bring the four features to the order of one
 _FORGETTING = 0.99  # a sample's weight halves every 70 steps
 _FEWEST_SAMPLES = 8
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,36 +117,55 @@ class StepTimeModel:
 
 
 class StepBudget:
-    """Room left in the step that is being planned: tokens, and seconds where somebody's inter-token SLO binds."""
+    """Room left in the step that is being planned: tokens, and seconds where inter-token objectives bind."""
 
     def __init__(
-        self, max_tokens: int, model: StepTimeModel, max_seconds: float | None, min_prefill_tokens: int
+        self, max_tokens: int, model: StepTimeModel, objectives: Sequence[float], min_prefill_tokens: int
     ) -> None:
-        """`min_prefill_tokens`: what may be added beyond `max_seconds`, so that prompts advance whatever decodes take."""
+        """`objectives`: seconds that the step should not exceed. `min_prefill_tokens`: what prompts may use beyond these,
+        so that they advance whatever decodes take."""
         self.tokens = max_tokens
         self.load = StepLoad()
         self._model = model
-        self._max_seconds = max_seconds
+        self._objectives = objectives
+        self._max_seconds = min(objectives, default=_NEVER)
         self._min_prefill_tokens = min_prefill_tokens
+        self._num_prompt_tokens = 0
 
     def spend(self, num_computed_tokens: int, num_scheduled_tokens: int) -> None:
-        """Note that a request's part was scheduled."""
+        """Note that a part of a prompt was scheduled."""
         self.tokens -= num_scheduled_tokens
+        self._num_prompt_tokens += num_scheduled_tokens
         self.load.add(num_computed_tokens, num_scheduled_tokens)
 
     def spend_decodes(self, num_decodes: int, context: int) -> None:
-        """Note that single tokens were scheduled, after `context` tokens in all."""
+        """Note what all streams compute in this step: a token each, after `context` tokens in all.
+
+        An objective that they miss alone no longer binds: shorter chunks of prompts could not meet it either.
+        """
         self.tokens -= num_decodes
         self.load.num_tokens += num_decodes
         self.load.decode_context += context
+        if self._model.is_fitted:
+            seconds = self._model.predict(self.load)
+            self._max_seconds = min((limit for limit in self._objectives if limit >= seconds), default=_NEVER)
+
+    def has_room_for_decodes(self, num_decodes: int, context: int, max_seconds: float) -> bool:
+        """Whether so many streams may compute a token each, after `context` tokens in all, if nothing else is planned;
+        `max_seconds`: the objective that binds them. Before steps can be predicted, no objective does."""
+        if num_decodes > self.tokens:
+            return False
+        if max_seconds == _NEVER or not self._objectives or not self._model.is_fitted:
+            return True
+        return self._model.predict(StepLoad(num_decodes, context)) <= max_seconds
 
     def fit(self, num_computed_tokens: int, num_pending_tokens: int) -> int:
         """How many of a prompt's pending tokens still go into this step; 0: none."""
         most = min(num_pending_tokens, self.tokens)
-        if self._max_seconds is None or most <= 0:
+        if self._max_seconds == _NEVER or most <= 0:
             return max(0, most)
         if not self._model.is_fitted:
-            return min(most, max(0, 4 * self._min_prefill_tokens - self.load.num_tokens))
+            return max(0, min(most, 4 * self._min_prefill_tokens - self._num_prompt_tokens))
         _, per_token, _, per_pair = self._model.coefficients
         seconds = self._max_seconds - self._model.predict(self.load)
         # largest x with (per_token + per_pair * context) * x + per_pair / 2 * x^2 <= seconds
@@ -155,5 +176,4 @@ class StepBudget:
             affordable = seconds / slope if slope else float(most)
         else:
             affordable = (-slope + (slope * slope + 4 * half * seconds) ** 0.5) / (2 * half)
-        floor = self._min_prefill_tokens - self.load.num_tokens
-        return max(0, min(most, max(int(min(affordable, most)), floor)))
+        return max(0, min(most, max(int(min(affordable, most)), self._min_prefill_tokens - self._num_prompt_tokens)))

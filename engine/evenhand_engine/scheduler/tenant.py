@@ -16,7 +16,7 @@ class Tenant:
     Attributes:
         waiting: requests without KV blocks.
         prefilling: running requests whose prompt (or recompute) is not finished, in order of admission, by id.
-        decoding: running requests that generate, in order of admission, by id.
+        decoding: running requests that generate, by id; where there is no room for all, those whose turn comes first.
         service: cost of everything computed for the tenant, in units of price. Grows only.
         paused: running requests that may not compute in this step, since the tenant is too far ahead.
         num_bypasses: requests of others admitted past the head of the queue while it lacked memory.
@@ -76,6 +76,19 @@ class Tenant:
         if not self.paused:
             return self.prefilling.values()
         return [request for request_id, request in self.prefilling.items() if request_id not in self.paused]
+
+    def decodes(self) -> list[Request]:
+        """Streams that may compute their next token in this step, the one that has waited longest first."""
+        return [
+            request
+            for request_id, request in self.decoding.items()
+            if not request.is_at_end and request_id not in self.paused
+        ]
+
+    def end_turns(self, requests: Iterable[Request]) -> None:
+        """These streams computed a token while others had to wait: theirs is the last turn now."""
+        for request in requests:
+            self.decoding[request.request_id] = self.decoding.pop(request.request_id)
 
     @property
     def deadline(self) -> float:
