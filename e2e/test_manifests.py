@@ -161,20 +161,41 @@ def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None
     assert "evenhand-bootstrap-x" not in names, "no token was made"
 
 
-def test_editors_of_a_namespace_edit_policies_but_no_pools(installed: ControlPlane) -> None:
-    installed.kubectl("create", "rolebinding", "jane", "--clusterrole=edit", "--user=jane", "-n", ENGINE_NAMESPACE)
+@pytest.mark.parametrize(
+    ("role", "policies", "pools"),
+    [
+        ("view", "get list watch", "get list watch"),
+        ("edit", "get list watch create update patch delete deletecollection", "get list watch"),
+        ("admin", "get list watch create update patch delete deletecollection", "get list watch"),
+        ("evenhand-viewer", "get list watch", "get list watch"),
+        ("evenhand-tenant-editor", "get list watch create update patch delete deletecollection", ""),
+        (
+            "evenhand-pool-admin",
+            "get list watch create update patch delete deletecollection",
+            "get list watch create update patch delete deletecollection",
+        ),
+    ],
+)
+def test_roles_for_people(installed: ControlPlane, role: str, policies: str, pools: str) -> None:
+    """Whoever edits a namespace edits its policies, and nobody a pool who was not made its administrator."""
+    user = f"--user=jane-{role}"
+    installed.kubectl("create", "rolebinding", f"jane-{role}", f"--clusterrole={role}", user, "-n", ENGINE_NAMESPACE)
 
-    def jane_may(verb: str, resource: str, subresource: str = "") -> bool:
-        return can_i(installed, verb, resource, "--as=jane", "-n", ENGINE_NAMESPACE, "--subresource", subresource)
+    def may(verb: str, resource: str, subresource: str = "", namespace: str = ENGINE_NAMESPACE) -> bool:
+        where = ("-n", namespace, "--subresource", subresource)
+        return can_i(installed, verb, f"{resource}.evenhand.dev", f"--as=jane-{role}", *where)
 
     @eventually  # the controllers aggregate roles
-    def may_edit() -> None:
-        assert jane_may("create", "tenantpolicies.evenhand.dev")
-        assert jane_may("get", "enginepools.evenhand.dev")
+    def may_what_it_says() -> None:
+        assert all(may(verb, "tenantpolicies") for verb in policies.split())
+        assert all(may(verb, "enginepools") for verb in pools.split())
 
-    may_edit()
-    assert not jane_may("create", "enginepools.evenhand.dev")
-    assert not jane_may("patch", "tenantpolicies.evenhand.dev", "status")
+    may_what_it_says()
+    writing = ("create", "update", "patch", "delete", "deletecollection")
+    for resource, granted in (("tenantpolicies", policies), ("enginepools", pools)):
+        assert not any(may(verb, resource) for verb in writing if verb not in granted.split())
+        assert not may("patch", resource, "status"), "statuses are the operator's"
+        assert not may("get", resource, namespace="default")
 
 
 def can_i(cluster: ControlPlane, *question: str, kubeconfig: Path | None = None) -> bool:
