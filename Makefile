@@ -39,8 +39,8 @@ check: install  ## format, lint, types, import contracts, YAML
 	.venv/bin/yamllint --strict .
 
 crds: install  ## write crds/ and the field reference in docs/policies.md from engine/evenhand_policy
-	.venv/bin/python -m evenhand_policy.crd crds
-	.venv/bin/python -m evenhand_policy.reference docs/policies.md
+	PYTHONPATH=tools .venv/bin/python -m schema.crd crds
+	PYTHONPATH=tools .venv/bin/python -m schema.reference docs/policies.md
 
 cluster:  ## build the control plane for tests into the cache: 10 minutes, once
 	$(PYTHON) e2e/cluster/build.py

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from cluster.control_plane import ControlPlane, Object
-from evenhand_policy.crd import engine_pool_crd, tenant_policy_crd
 from evenhand_policy.decode import decode
 from evenhand_policy.errors import InvalidResourceError
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.spec import TenantPolicy
+from schema.crd import engine_pool_crd, tenant_policy_crd
 
 Answer = tuple[int, Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evenhand_policy.crd import definitions, engine_pool_crd, tenant_policy_crd
+from schema.crd import definitions, engine_pool_crd, tenant_policy_crd
 
 CRDS = Path(__file__).parents[2] / "crds"
 

@@ -9,9 +9,9 @@ from evenhand_policy.decode import decode
 from evenhand_policy.documents import read_documents
 from evenhand_policy.files import load_policy_directory
 from evenhand_policy.pool import EnginePool
-from evenhand_policy.reference import replace_tables
 from evenhand_policy.schema import Model
 from evenhand_policy.spec import TenantPolicy
+from schema.reference import replace_tables
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "manifests/examples"

@@ -1,6 +1,6 @@
 """The reference of all fields in docs/policies.md, written from the CRDs, so that it cannot go stale.
 
-`python -m evenhand_policy.reference FILE` (`make crds`) replaces what stands between the marks of each kind.
+`python -m schema.reference FILE` (`make crds`) replaces what stands between the marks of each kind.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evenhand_policy.crd import engine_pool_crd, tenant_policy_crd
+from schema.crd import engine_pool_crd, tenant_policy_crd
 
 Json = dict[str, Any]
 

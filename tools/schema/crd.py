@@ -1,6 +1,6 @@
-"""CustomResourceDefinitions written from the structs of this package, so that there is one source of truth.
+"""CustomResourceDefinitions written from the structs of `evenhand_policy`, so that there is one source of truth.
 
-`python -m evenhand_policy.crd FOLDER` (`make crds`) writes them as YAML. Types, bounds, defaults and descriptions come
+`python -m schema.crd FOLDER` (`make crds`) writes them as YAML. Types, bounds, defaults and descriptions come
 from the annotations, CEL rules from `Model.rules`.
 """
 
