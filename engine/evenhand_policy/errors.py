@@ -20,6 +20,7 @@ class Reason(StrEnum):
     WEAK_KEY = "WeakKey"  # an API key that could be guessed from its hash
     CONFLICTED = "Conflicted"  # an older policy has this tenant
     IDENTITY_CONFLICTED = "IdentityConflicted"  # an older policy has this key, ServiceAccount or header value
+    OVERLAPPING = "Overlapping"  # of a pool: it selects pods that another pool has
     GUARANTEE_OVERCOMMITTED = "GuaranteeOvercommitted"  # the guarantees of older policies leave too little
 
 
