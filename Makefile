@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster images test soak lock plots bench-% bench-operator
+.PHONY: help install serve demo check crds cluster images test soak mutants lock plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -55,6 +55,14 @@ test: install  ## start the real components and run every test that this machine
 
 soak: install  ## long property searches and churn
 	.venv/bin/pytest -m soak
+
+COSMIC_RAY := $(CACHE)/cosmic-ray-8.7.0
+$(COSMIC_RAY)/bin/python: | $(UV)
+	$(UV) venv -q --python $(PYTHON) $(COSMIC_RAY)
+	$(UV) pip install -q --python $@ cosmic-ray==8.7.0
+
+mutants: install $(COSMIC_RAY)/bin/python  ## change operator and policy at random, and see whether a test notices (ARGS="--number 40 --seed 2")
+	$(COSMIC_RAY)/bin/python tools/mutants.py $(ARGS)
 
 plots: install  ## remake the pictures in docs/images
 	.venv/bin/evenhand simulate --trace benchmarks/data/arena_trace.csv --max-model-len 2048 --no-enable-prefix-caching \
