@@ -1,4 +1,7 @@
-"""What the operator promises when things break: docs/reliability.md names the tests of this file."""
+"""What the operator promises when things break: docs/reliability.md names the tests of this file.
+
+They share two replicas and two engines; each brings the others' state where it needs it, and has policies of its own.
+"""
 
 import base64
 import json
@@ -20,6 +23,12 @@ TAKEOVER_SECONDS = 15.0
 
 def apply(stage: Stage, name: str, **spec: object) -> None:
     stage.cluster.apply(policy(stage.namespace, name, **spec))
+
+
+def enforce(stage: Stage, name: str, **spec: object) -> None:
+    """Apply a policy, and return when it is in force."""
+    apply(stage, name, **spec)
+    stage.wait_ready(name)
 
 
 def lease(stage: Stage) -> Object:
@@ -53,8 +62,7 @@ def by_role(replicas: list[OperatorProcess]) -> tuple[OperatorProcess, OperatorP
 
 
 def test_only_the_leader_writes_and_both_are_ready(stage: Stage, replicas: list[OperatorProcess]) -> None:
-    apply(stage, "chat", weight=2)
-    stage.wait_ready("chat")
+    enforce(stage, "written-by-the-leader")
     leader, other = by_role(replicas)
     assert leader.metric("evenhand_operator_api_writes_total") > 0
     assert other.metric("evenhand_operator_api_writes_total") == 0
@@ -63,7 +71,8 @@ def test_only_the_leader_writes_and_both_are_ready(stage: Stage, replicas: list[
 
 def test_killed_leader_is_replaced_and_nothing_is_lost(stage: Stage, replicas: list[OperatorProcess]) -> None:
     leader, other = by_role(replicas)
-    before, version = epoch(stage), stage.policy("chat")["metadata"]["resourceVersion"]
+    enforce(stage, "steady")
+    before, version = epoch(stage), stage.policy("steady")["metadata"]["resourceVersion"]
     weights = {f"flood-{weight}": weight for weight in range(1, 21)}
     flood = [policy(stage.namespace, name, weight=weight) for name, weight in weights.items()]
     stage.cluster.apply(*flood[:10])
@@ -76,7 +85,7 @@ def test_killed_leader_is_replaced_and_nothing_is_lost(stage: Stage, replicas: l
     for tenants in stage.tenants():
         assert {name: tenants[name]["weight"] for name in weights} == weights
     assert epochs(stage) == {before + 1}
-    assert stage.policy("chat")["metadata"]["resourceVersion"] == version, "what has not changed is not written"
+    assert stage.policy("steady")["metadata"]["resourceVersion"] == version, "what has not changed is not written"
     leader.start()
     assert by_role(replicas)[0] is other
     stage.kubectl("delete", "tpol", *weights)
@@ -86,8 +95,7 @@ def test_leader_that_is_told_to_stop_hands_over_at_once(stage: Stage, replicas: 
     leader, other = by_role(replicas)
     leader.stop()
     until(lambda: other.metric("evenhand_operator_is_leader") == 1, timeout=5)
-    apply(stage, "chat", weight=3)
-    stage.wait_ready("chat")
+    enforce(stage, "handed-over", weight=3)
     leader.start()
 
 
@@ -97,8 +105,7 @@ def test_operator_that_is_told_to_stop_has_stored_what_is_in_force(
     leader, other = by_role(replicas)
     other.stop()
     for weight in (11, 12, 13):  # each is later than the last Secret that was written without being told to stop
-        apply(stage, "chat", weight=weight)
-        stage.wait_ready("chat")
+        enforce(stage, "stored", weight=weight)
     leader.stop()
     secret = stage.cluster.get("secret", "evenhand-bootstrap-default-0", stage.namespace)
     files = {name: base64.b64decode(content) for name, content in secret["data"].items()}
@@ -133,15 +140,13 @@ def test_leader_that_slept_does_no_harm_when_it_wakes(stage: Stage, replicas: li
     os.kill(leader.program.pid, signal.SIGSTOP)
     try:
         until(lambda: other.metric("evenhand_operator_is_leader") == 1)
-        apply(stage, "chat", weight=4)
-        stage.wait_ready("chat")
+        enforce(stage, "slept-through", weight=4)
         current = epoch(stage)
     finally:
         os.kill(leader.program.pid, signal.SIGCONT)
     until(lambda: leader.metric("evenhand_operator_is_leader") == 0)
-    apply(stage, "chat", weight=5)
-    stage.wait_ready("chat")
-    assert stage.enforced("chat", "weight") == [5, 5]
+    enforce(stage, "slept-through", weight=5)
+    assert stage.enforced("slept-through", "weight") == [5, 5]
     assert epochs(stage) == {current} == {epoch(stage)}
 
 
@@ -149,8 +154,7 @@ def test_deleted_lease_rolls_nothing_back(stage: Stage, replicas: list[OperatorP
     before = epoch(stage)
     stage.cluster.kubectl("delete", "lease", OPERATOR, "-n", OPERATOR_NAMESPACE)
     until(lambda: lease(stage)["spec"]["holderIdentity"])
-    apply(stage, "chat", weight=6)
-    stage.wait_ready("chat")
+    enforce(stage, "without-a-lease")
     assert epoch(stage) >= before
     assert epochs(stage) == {epoch(stage)}
 
@@ -159,6 +163,7 @@ def test_engines_that_know_a_newer_epoch_are_overtaken_not_obeyed(
     stage: Stage, replicas: list[OperatorProcess], operators: Operators
 ) -> None:
     """A restored etcd: what is stored is older than what pods enforce."""
+    enforce(stage, "restored", weight=6)
     for replica in replicas:
         replica.stop()
     before = max(epochs(stage))
@@ -167,13 +172,13 @@ def test_engines_that_know_a_newer_epoch_are_overtaken_not_obeyed(
     stage.cluster.apply({key: stored[key] for key in ("apiVersion", "kind", "metadata", "spec")})
     forget_epoch = json.dumps({"status": {"epoch": 1, "revision": 1, "pods": []}})
     stage.kubectl("patch", "epool", "default", "--subresource=status", "--type=merge", "-p", forget_epoch)
-    stage.kubectl("delete", "secret", "evenhand-bootstrap-default-0")
+    stage.kubectl("delete", "secret", "evenhand-bootstrap-default-0", "--ignore-not-found")
     for replica in replicas:
         replica.start()
-    apply(stage, "chat", weight=7)
-    until(lambda: stage.enforced("chat", "weight") == [7, 7])
+    apply(stage, "restored", weight=7)
+    until(lambda: stage.enforced("restored", "weight") == [7, 7])
     assert min(epochs(stage)) > before
-    stage.wait_ready("chat")
+    stage.wait_ready("restored")
     assert stage.pool()["status"]["epoch"] == epoch(stage)
 
 
@@ -204,8 +209,8 @@ def test_deletions_and_changes_while_the_api_server_was_away(stage: Stage, repli
 def test_engines_enforce_what_they_have_while_the_api_server_is_away(
     stage: Stage, replicas: list[OperatorProcess]
 ) -> None:
-    stage.wait_ready("chat")
-    before = stage.enforced("chat", "weight")
+    enforce(stage, "outlasting", weight=7)
+    before = stage.enforced("outlasting", "weight")
     pods = stage.ready_pods()
     stage.cluster.stop_api_server(grace=0)
     try:
@@ -216,17 +221,16 @@ def test_engines_enforce_what_they_have_while_the_api_server_is_away(
         assert len(pods) == 2
     finally:
         stage.cluster.start_api_server()
-    apply(stage, "chat", weight=9)
-    stage.wait_ready("chat")
-    assert (before, stage.enforced("chat", "weight")) == ([7, 7], [9, 9])
+    enforce(stage, "outlasting", weight=9)
+    assert (before, stage.enforced("outlasting", "weight")) == ([7, 7], [9, 9])
 
 
 def test_watch_that_is_cut_again_and_again_misses_nothing(stage: Stage, replicas: list[OperatorProcess]) -> None:
     for weight in (10, 11):
         stage.cluster.restart_api_server(grace=0)
-        apply(stage, "chat", weight=weight)
-        until(lambda weight=weight: stage.enforced("chat", "weight") == [weight] * 2)
-    stage.wait_ready("chat")
+        apply(stage, "cut", weight=weight)
+        until(lambda weight=weight: stage.enforced("cut", "weight") == [weight] * 2)
+    stage.wait_ready("cut")
 
 
 # ---- other versions
@@ -236,6 +240,7 @@ def test_what_another_version_has_written_is_tolerated(
     stage: Stage, cluster: ControlPlane, replicas: list[OperatorProcess]
 ) -> None:
     """Conditions and members that this version does not know neither stop it nor make it write for ever."""
+    enforce(stage, "billed")
     for replica in replicas:
         replica.stop()
     row = {
@@ -246,7 +251,7 @@ def test_what_another_version_has_written_is_tolerated(
         "lastTransitionTime": "2030-01-01T00:00:00Z",
     }
     foreign = {"conditions": [row]}
-    for kind, name in (("TenantPolicy", "chat"), ("EnginePool", "default")):
+    for kind, name in (("TenantPolicy", "billed"), ("EnginePool", "default")):
         metadata = {"name": name, "namespace": stage.namespace}
         obj = {"apiVersion": "evenhand.dev/v1alpha1", "kind": kind, "metadata": metadata, "status": foreign}
         arguments = ["apply", "--server-side", "--subresource=status", "--field-manager=evenhand-billing", "-f", "-"]
@@ -255,11 +260,10 @@ def test_what_another_version_has_written_is_tolerated(
     cluster.kubectl("patch", "lease", OPERATOR, "-n", OPERATOR_NAMESPACE, "--type=merge", "-p", later)
     for replica in replicas:
         replica.start()
-    apply(stage, "chat", weight=2)
-    stage.wait_ready("chat")
+    enforce(stage, "billed", weight=2)
     assert epochs(stage) == {1001}
     assert lease(stage)["metadata"]["annotations"]["evenhand.dev/shard"] == "3"
-    assert conditions(stage.policy("chat"))["Billed"] == conditions(stage.pool())["Billed"] == ("True", "Billed")
+    assert conditions(stage.policy("billed"))["Billed"] == conditions(stage.pool())["Billed"] == ("True", "Billed")
     until(lambda: stage.pool()["status"]["applied"] == "2/2")
     leader, _ = by_role(replicas)
     before = leader.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status")
@@ -269,12 +273,12 @@ def test_what_another_version_has_written_is_tolerated(
 
 
 def test_pool_that_goes_and_comes_back_goes_on(stage: Stage, replicas: list[OperatorProcess]) -> None:
+    enforce(stage, "orphan", weight=2)
     stage.kubectl("delete", "epool", "default")
-    stage.wait("Accepted=false", "chat")
-    assert stage.conditions("chat")["Accepted"] == ("False", "PoolNotFound")
-    assert stage.enforced("chat", "weight") == [2, 2], "engines keep what they have"
+    stage.wait("Accepted=false", "orphan")
+    assert stage.conditions("orphan")["Accepted"] == ("False", "PoolNotFound")
+    assert stage.enforced("orphan", "weight") == [2, 2], "engines keep what they have"
     stage.cluster.apply(pool(stage.namespace))
-    stage.wait_ready("chat")
-    apply(stage, "chat", weight=3)
-    stage.wait_ready("chat")
-    assert stage.enforced("chat", "weight") == [3, 3]
+    stage.wait_ready("orphan")
+    enforce(stage, "orphan", weight=3)
+    assert stage.enforced("orphan", "weight") == [3, 3]
