@@ -137,7 +137,7 @@ def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None
     def write(name: str, kind: str = "evenhand.dev/bootstrap", **annotations: str) -> None:
         metadata = {"name": name, "namespace": ENGINE_NAMESPACE, "annotations": annotations}
         document = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": {"part": "AA=="}}
-        arguments = ["apply", "--server-side", "-f", "-"]
+        arguments = ["apply", "--server-side", "--force-conflicts", "-f", "-"]
         installed.kubectl(*arguments, stdin=json.dumps(document), kubeconfig=kubeconfig)
 
     write("evenhand-bootstrap-default-0")
