@@ -14,9 +14,10 @@ from pathlib import Path
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir, cached
+from evenhand_engine.model.gguf.parts import gguf_parts
 from evenhand_engine.model.progress import Progress
 
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 4
 """Part of the cache key: raise it when a conversion's result changes."""
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
@@ -26,7 +27,7 @@ HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
 def resolve_model_dir(model: str | None) -> Path:
     """The directory with the files of `model`, downloaded and converted if need be.
 
-    `model` is a Hugging Face directory, a GGUF file or a hub id; None is the default model.
+    `model` is a Hugging Face directory, a GGUF file, any part of a split one, or a hub id; None is the default model.
     Raises StartupError that says what to do about it.
     """
     if model is None:
@@ -63,17 +64,23 @@ def _build_default(directory: Path, progress: Progress) -> None:
 
 
 def _convert(gguf_path: Path, directory: Path, progress: Progress) -> None:
-    from evenhand_engine.model.gguf_conversion import convert_gguf  # imports torch and transformers
+    from evenhand_engine.model.gguf.conversion import convert_gguf  # imports torch and transformers
 
     convert_gguf(gguf_path, directory, progress)
 
 
 def _gguf_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise StartupError(f"model {path}: not a GGUF file; give a Hugging Face directory, a hub id or a GGUF file")
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of all parts of the file, so that a split model is one model whichever part was named."""
+    digest = hashlib.sha256()
+    for part in gguf_parts(path):
+        with part.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise StartupError(
+                    f"model {part}: not a GGUF file; give a Hugging Face directory, a hub id or a GGUF file"
+                )
+            file.seek(0)
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _hub_snapshot(model: str) -> Path:

@@ -16,8 +16,10 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.model import default_model, gguf_conversion
+from evenhand_engine.model import default_model
 from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.gguf import conversion
+from evenhand_engine.model.gguf.tensors import LAYER_TENSORS
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_kernels.reference import ReferenceKernels
 
@@ -27,7 +29,7 @@ VOCABULARY = ["<|end|>", "<|unk|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "he",
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
 SHAPE = {"vocab_size": len(VOCABULARY), "hidden_size": 192, "intermediate_size": 160, "tie_word_embeddings": False}
 QUANTIZED = {"attn_q": Quantization.Q8_0, "ffn_up": Quantization.Q4_1, "ffn_down": Quantization.Q8_0}
-NAMES = {hugging_face: name for name, hugging_face in gguf_conversion.LAYER_TENSORS.items()}
+NAMES = {hugging_face: name for name, hugging_face in LAYER_TENSORS.items()}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -150,7 +152,7 @@ def test_the_directory_is_complete_and_made_once(gguf_file: Path, monkeypatch: p
     assert tokenizer.encode("hello w").tokens == ["hello", "Ġw"]
     assert '"chat_template": "{{ messages }}"' in (model_dir / "tokenizer_config.json").read_text()
     assert '"eos_token_id": [\n    0,\n    1\n  ]' in (model_dir / "generation_config.json").read_text()
-    monkeypatch.setattr(gguf_conversion, "convert_gguf", None)
+    monkeypatch.setattr(conversion, "convert_gguf", None)
     assert resolve_model_dir(str(shutil.copy(gguf_file, gguf_file.with_name("copy.gguf")))) == model_dir
 
 
@@ -159,8 +161,8 @@ def test_a_large_model_is_written_in_several_files(
 ) -> None:
     whole = our_logits(resolve_model_dir(str(gguf_file)), [5, 6, 7], (3,), ReferenceKernels())
     shutil.rmtree(cache)
-    monkeypatch.setattr(gguf_conversion, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(gguf_conversion, "FLOAT32_MAX_PARAMETERS", 1000)
+    monkeypatch.setattr(conversion, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(conversion, "FLOAT32_MAX_PARAMETERS", 1000)
 
     model_dir = resolve_model_dir(str(gguf_file))
 
