@@ -1,0 +1,1 @@
+"""CUDA on a CPU: kernels compiled by the host's C++ compiler, run thread by thread, with every access checked."""
