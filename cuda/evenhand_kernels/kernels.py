@@ -23,6 +23,8 @@ class AttentionLayer:
         cos_sin: float32 [max_model_len, head_dim], cosines then sines; None: no rotation in this layer.
         q_norm, k_norm: float32 [head_dim], weights of the RMSNorm of each head; None: no norm.
         sliding_window: how many tokens a query sees, itself included; None: all.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap) before the softmax; None: they stay.
+        key_scales, value_scales: float32 [num_kv_heads], what the numbers in an fp8 cache are multiplied with; None: 1.
     """
 
     num_heads: int
@@ -33,6 +35,9 @@ class AttentionLayer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     sliding_window: int | None = None
+    soft_cap: float | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

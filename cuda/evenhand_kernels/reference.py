@@ -92,6 +92,8 @@ class _Attention:
         values = self._values[blocks].flatten(0, 1)[:seq_len].to(queries.dtype)
         grouped = queries.reshape(len(queries), keys.shape[1], -1, self._layer.head_dim)
         scores = torch.einsum("rhgd,khd->rhgk", grouped, keys) / math.sqrt(self._layer.head_dim)
+        if self._layer.soft_cap is not None:
+            scores = torch.tanh(scores / self._layer.soft_cap) * self._layer.soft_cap
         distance = positions[:, None] - torch.arange(seq_len)
         visible = distance >= 0
         if self._layer.sliding_window is not None:

@@ -1,0 +1,132 @@
+"""CudaDevice: the `Device` on an NVIDIA GPU. torch has streams, graphs, events and memory; CuPy compiles and launches."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenhand_kernels.cuda.source import Variant
+from evenhand_kernels.cuda.variants import supported_architectures
+from evenhand_kernels.device import CompileError, DeviceError, Event, Graph, Launch
+
+DEFAULT_SHARED_BYTES = 48 * 1024
+"""A kernel must be told before it may be launched with more."""
+
+
+class CudaDevice:
+    """Implements `Device`."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Raises DeviceError if there is no GPU, driver or CuPy that fits."""
+        try:
+            self._cupy: Any = import_module("cupy")
+        except ImportError as error:
+            raise DeviceError(f"CuPy cannot be imported ({error}): install evenhand[gpu]") from error
+        if not torch.cuda.is_available():
+            raise DeviceError("torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA")
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"there is no CUDA device {index}: {torch.cuda.device_count()} are visible")
+        properties = torch.cuda.get_device_properties(index)
+        self.name: str = properties.name
+        self.architecture = f"sm_{properties.major}{properties.minor}"
+        if self.architecture not in supported_architectures():
+            supported = ", ".join(supported_architectures())
+            raise DeviceError(f"{self.name} is {self.architecture}; the kernels are for {supported}")
+        self.num_multiprocessors: int = properties.multi_processor_count
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(index)
+        self._stream = torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+        self._loaded: dict[Variant, CudaLaunch] = {}
+
+    def load(self, variant: Variant) -> Launch:
+        if variant not in self._loaded:
+            self._loaded[variant] = CudaLaunch(self._cupy, variant)
+        return self._loaded[variant]
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def record(self) -> Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream())
+        return _CudaEvent(event)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            work()
+        return graph
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.torch_device)
+
+
+class _CudaEvent:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+class _CurrentStream:
+    """All that CuPy asks of a stream is its handle; torch's current one may change between launches."""
+
+    @property
+    def ptr(self) -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+
+class CudaLaunch:
+    """Implements `Launch`. All arguments are one structure, which CuPy passes by value."""
+
+    def __init__(self, cupy: Any, variant: Variant) -> None:
+        """Compiles at once, and not at the first launch, which may be while a graph is recorded."""
+        options = ("-std=c++17", *variant.definitions)
+        if variant.architecture is not None:  # beside the one that CuPy adds
+            options += (f"--gpu-architecture={variant.architecture}",)
+        try:
+            module = cupy.RawModule(code=variant.text, options=options)
+            self._kernel = module.get_function(variant.kernel)
+            self._kernel.compile()
+        except cupy.cuda.compiler.CompileException as error:
+            raise CompileError(f"{variant}: {first_error(str(error))}") from error
+        if variant.shared_bytes > DEFAULT_SHARED_BYTES:
+            self._kernel.max_dynamic_shared_size_bytes = variant.shared_bytes
+        self._values = np.zeros(1, variant.argument_dtype)
+        self._argument = (cupy.cuda.function.CNumpyArray(self._values),)
+        self._pointers = tuple(field.name for field in variant.fields if field.is_pointer)
+        self._numbers = tuple(field.name for field in variant.fields if not field.is_pointer)
+        self._block, self._shared_bytes = (variant.num_threads, 1, 1), variant.shared_bytes
+        self._stream = _CurrentStream()
+
+    def __call__(self, grid: int | tuple[int, ...], **arguments: Tensor | int | float | None) -> None:
+        axes = (grid,) if isinstance(grid, int) else grid
+        if 0 in axes:
+            return
+        values = self._values[0]
+        for name in self._pointers:
+            tensor = arguments[name]
+            values[name] = tensor.data_ptr() if isinstance(tensor, Tensor) else 0
+        for name in self._numbers:
+            values[name] = arguments[name]
+        self._kernel((*axes, 1, 1)[:3], self._block, self._argument, shared_mem=self._shared_bytes, stream=self._stream)
+
+
+def first_error(log: str) -> str:
+    """The first error in a log of NVRTC, with file and line."""
+    match = re.search(r"^(?:.*/)?([\w.]+\(\d+\): (?:catastrophic )?error.*)$", log, re.MULTILINE)
+    return match[1] if match else log[:400]

@@ -1,0 +1,174 @@
+"""Planner: cuts a step's attention into items of work that keep every multiprocessor busy until the end.
+
+A unit is what a block of threads could do alone for one KV head: up to `prompt_rows` packed rows (query tokens times the
+heads of a group) of one request against all tokens that these rows see. A unit whose tokens are more than a fair share of
+the whole step is split along the tokens into equal parts; merge.cu puts them together. Items go longest first: a place
+that becomes free takes the next one, so the short ones fill the gaps (Graham's rule, SIAM J. Appl. Math. 17, 1969). All KV
+heads have the same items; they are the other axis of the grid.
+
+Pure, in numpy, without a loop over requests.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+WORDS = 8
+"""Of an item and of a merge: the structures in attention.cuh and merge.cu, field by field."""
+
+REQUEST, HEAD_ROWS, FIRST_ROW, NUM_ROWS, BEGIN, END, PARTIAL_ROW, IS_PROMPT = range(WORDS)
+NUM_PARTS = BEGIN
+
+HEADER_WORDS = 8
+"""Before the items: how many there are, how many merges."""
+
+DECODE_ROWS = 16
+"""Units of so few rows let the warps share the tokens instead of the rows: decode.cuh."""
+
+TILE = 64
+"""Tokens; costs are counted in tiles, and parts of a split begin at tiles."""
+
+LEAST_TILES = 4
+"""Of a part: below this, merging costs more than the reading."""
+
+TOLERANCE = 1 / 16
+"""A unit that exceeds the fair share by less is left whole."""
+
+_NO_MERGES = np.empty((0, WORDS), np.int32)
+
+
+class Capacity(NamedTuple):
+    """What the work of any step of a certain size needs at most."""
+
+    items: int
+    merges: int
+
+    @property
+    def words(self) -> int:
+        return HEADER_WORDS + WORDS * (self.items + self.merges)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work of one step for the layers of one window.
+
+    Attributes:
+        items: int32 [num_items, 8], fields as `Item` in attention.cuh.
+        merges: int32 [num_merges, 8], fields as `Merge` in merge.cu.
+        num_partial_rows: rows of the buffers that parts of splits are left in.
+    """
+
+    items: Ints
+    merges: Ints
+    num_partial_rows: int
+
+    def write(self, words: Ints, capacity: Capacity) -> None:
+        """Lay out header, items and merges as the kernels read them; `words` is int32 [capacity.words]."""
+        num_items, num_merges = len(self.items), len(self.merges)
+        words[0], words[1] = num_items, num_merges
+        words[HEADER_WORDS : HEADER_WORDS + num_items * WORDS] = self.items.reshape(-1)
+        start = HEADER_WORDS + capacity.items * WORDS
+        words[start : start + num_merges * WORDS] = self.merges.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans for one model on one device.
+
+    Attributes:
+        group: query heads of a KV head.
+        prompt_rows: rows of the largest unit.
+        num_slots: blocks of the attention kernel that run at once on the whole device.
+    """
+
+    num_kv_heads: int
+    group: int
+    prompt_rows: int
+    num_slots: int
+
+    def capacity(self, num_requests: int, num_tokens: int) -> Capacity:
+        """Enough for any step of so many requests and tokens."""
+        units = num_requests + num_tokens * self.group // self.prompt_rows
+        parts = 2 * self._slots
+        return Capacity(units + parts, parts)
+
+    @property
+    def max_partial_rows(self) -> int:
+        """Enough for any step: split units exceed a fair share each, so their parts are at most two for each slot."""
+        return 2 * self._slots * self.num_kv_heads * self.prompt_rows
+
+    @property
+    def _slots(self) -> int:
+        """For each KV head."""
+        return -(-self.num_slots // self.num_kv_heads)
+
+    def plan(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None = None) -> Work:
+        """The work of a step.
+
+        Args:
+            seq_lens: int32 [num_requests], tokens of each request up to and including this step's.
+            cu_seqlens_q: int32 [num_requests + 1], the rows of each in the step; a request may have none.
+            window: tokens that a query sees, itself included; None: all.
+        """
+        units = self._units(seq_lens, cu_seqlens_q, window)
+        tokens = units[:, END] - units[:, BEGIN]
+        tiles = (tokens + (TILE - 1)) // TILE
+        fair_share = max(LEAST_TILES, int(tiles.sum()) / self._slots)
+        if tiles.size and tiles.max() > fair_share * (1 + TOLERANCE):
+            return self._split(units, tiles, fair_share)
+        return Work(units[np.argsort(-tokens)], _NO_MERGES, 0)
+
+    def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
+        """Whole units as items, in the order of requests."""
+        lens = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+        past, rows = seq_lens - lens, lens * self.group
+        if rows.size and rows.min() > 0 and rows.max() <= self.prompt_rows:  # one unit for each request
+            units = np.zeros((len(rows), WORDS), np.int32)
+            units[:, REQUEST] = np.arange(len(rows))
+            units[:, NUM_ROWS] = rows
+            units[:, END] = seq_lens
+        else:
+            count = -(-rows // self.prompt_rows)
+            request = np.repeat(np.arange(len(rows)), count)
+            first_row = (np.arange(len(request)) - np.repeat(count.cumsum() - count, count)) * self.prompt_rows
+            past = past[request]
+            units = np.zeros((len(request), WORDS), np.int32)
+            units[:, REQUEST] = request
+            units[:, FIRST_ROW] = first_row
+            units[:, NUM_ROWS] = np.minimum(rows[request] - first_row, self.prompt_rows)
+            units[:, END] = past + (first_row + units[:, NUM_ROWS] - 1) // self.group + 1
+        if window is not None:
+            first_token = past + units[:, FIRST_ROW] // self.group - (window - 1)
+            units[:, BEGIN] = np.maximum(first_token, 0) // 16 * 16
+        units[:, PARTIAL_ROW] = -1
+        units[:, IS_PROMPT] = units[:, NUM_ROWS] > DECODE_ROWS
+        return units
+
+    def _split(self, units: Ints, tiles: Ints, fair_share: float) -> Work:
+        """Units above the fair share in parts of equal length, which begin at tiles."""
+        wanted = np.where(tiles > fair_share * (1 + TOLERANCE), -(-tiles // fair_share), 1)
+        length = -(-tiles // wanted)
+        parts = np.maximum(-(-tiles // np.maximum(length, 1)), 1).astype(np.int32)
+        is_split = parts > 1
+        head_rows = np.where(is_split, parts * units[:, NUM_ROWS], 0)
+        ends = (head_rows * self.num_kv_heads).cumsum()
+        first_partial = ends - head_rows * self.num_kv_heads
+
+        unit = np.repeat(np.arange(len(units)), parts)
+        part = np.arange(len(unit)) - np.repeat(parts.cumsum() - parts, parts)
+        items = units[unit]
+        size = (length * TILE)[unit].astype(np.int32)
+        items[:, BEGIN] += part * size
+        items[:, END] = np.minimum(items[:, BEGIN] + size, items[:, END])
+        items[:, HEAD_ROWS] = head_rows[unit]
+        items[:, PARTIAL_ROW] = np.where(is_split[unit], first_partial[unit] + part * items[:, NUM_ROWS], -1)
+
+        merges = units[is_split]
+        merges[:, HEAD_ROWS] = head_rows[is_split]
+        merges[:, NUM_PARTS] = parts[is_split]
+        merges[:, PARTIAL_ROW] = first_partial[is_split]
+        return Work(items[np.argsort(items[:, BEGIN] - items[:, END])], merges, int(ends[-1]))

@@ -1,0 +1,64 @@
+// One block works on one row of logits: loads, reductions over the block, weights as whole numbers.
+//
+// A weight is exp(logit - max), in units of 2^-40 as a 64-bit integer. Sums of integers do not depend on their order, so every
+// result is the same however many threads there are; and what is below 2^-40 of the best token's probability never counts.
+#pragma once
+#include "device.cuh"
+
+#ifdef LOGITS_FP32
+typedef float Logit;
+DEVICE float to_float(float logit) { return logit; }
+#else
+typedef Element Logit;
+DEVICE float to_float(Element logit) { return from_element(logit); }
+#endif
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr int WEIGHT_BITS = 40;
+constexpr int NUM_WARPS = NUM_THREADS / 32;
+
+// Orders like the numbers, and breaks ties for the lower token.
+DEVICE uint64_t logit_key(float logit, int token) {
+  const uint32_t bits = __float_as_uint(logit);
+  const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(token);
+}
+DEVICE int key_token(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+DEVICE float key_logit(uint64_t key) {
+  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
+  return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffff : ~ordered);
+}
+
+// `scaled` is log2 of the weight, 0 for the best token.
+DEVICE uint64_t weight_of(float scaled) {
+  return static_cast<uint64_t>(exp2_approx(scaled) * static_cast<float>(1ull << WEIGHT_BITS));
+}
+
+DEVICE uint64_t block_max(uint64_t value, uint64_t (&scratch)[NUM_WARPS]) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, distance));
+  __syncthreads();  // whoever reads an earlier result has done so
+  if (lane_index() == 0) scratch[warp_index()] = value;
+  __syncthreads();
+  uint64_t result = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < NUM_WARPS; warp++) result = max(result, scratch[warp]);
+  return result;
+}
+
+DEVICE uint64_t warp_total(uint64_t value) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+  return value;
+}
+
+DEVICE uint64_t block_total(uint64_t value, uint64_t (&scratch)[NUM_WARPS]) {
+  value = warp_total(value);
+  __syncthreads();
+  if (lane_index() == 0) scratch[warp_index()] = value;
+  __syncthreads();
+  uint64_t result = 0;
+#pragma unroll
+  for (int warp = 0; warp < NUM_WARPS; warp++) result += scratch[warp];
+  return result;
+}
