@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.core.model_runner import DTYPES, ModelRunner
+from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.core.sampler import SamplingRow, sample
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
+from evenhand_engine.model.precision import (
+    DTYPES,
+    QUANTIZATIONS,
+    Precision,
+    resolve_kv_cache_dtype,
+    resolve_precision,
+)
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.model.weights import load_weights
+from evenhand_engine.model.weights import checkpoint_bytes, load_weights
 from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.cores import num_cores
@@ -34,10 +41,12 @@ from evenhand_kernels.kernels import (
     AttentionBatch,
     AttentionLayer,
     AttentionPlan,
+    Embedding,
     Kernels,
     KvCacheShape,
     Linear,
 )
+from evenhand_kernels.quantized import Weight
 from evenhand_kernels.reference import ReferenceKernels
 
 DECODE_CONTEXT, CHUNK_CONTEXT = 250, 1000
@@ -61,17 +70,20 @@ class Floor:
     flops: float
     bandwidth: float
     config: ModelConfig
-    itemsize: int
+    weight_bytes: float
+    kv_bytes: int
 
     @classmethod
-    def measured(cls, kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> Self:
-        wide = kernels.linear(torch.randn(2048, 2048).to(dtype), None)
-        large = kernels.linear(torch.randn(50_000, 1024).to(dtype), None)
+    def measured(cls, kernels: Kernels, config: ModelConfig, weight_bytes: float, kv_bytes: int) -> Self:
+        """The last two: bytes of a weight, and of a number in the KV cache."""
+        wide = kernels.linear(torch.randn(2048, 2048), None)
+        large = kernels.linear(torch.randn(50_000, 1024), None)
         return cls(
             2 * 512 * 2048**2 / _best(wide, torch.randn(512, 2048)),
-            50_000 * 1024 * dtype.itemsize / _best(large, torch.randn(1, 1024)),
+            50_000 * 1024 * 4 / _best(large, torch.randn(1, 1024)),
             config,
-            dtype.itemsize,
+            weight_bytes,
+            kv_bytes,
         )
 
     def milliseconds(self, items: Sequence[ScheduledRequest]) -> float:
@@ -79,14 +91,14 @@ class Floor:
         config = self.config
         head = config.vocab_size * config.hidden_size
         layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
-        operations, read = 0, layers * self.itemsize
+        operations, read = 0, layers * self.weight_bytes
         for item in items:
             num_computed, num_scheduled = item.num_computed_tokens, item.num_scheduled_tokens
             seen = num_scheduled * num_computed + num_scheduled * (num_scheduled + 1) // 2
             operations += 2 * (layers * num_scheduled + head * item.num_samples)
             operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
-            read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.itemsize
-        read += head * self.itemsize * any(item.num_samples for item in items)
+            read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.kv_bytes
+        read += head * self.weight_bytes * any(item.num_samples for item in items)
         return 1e3 * max(operations / self.flops, read / self.bandwidth)
 
 
@@ -103,14 +115,18 @@ class TimedKernels:
         self.name = kernels.name
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         return self._timed("linear", self._kernels.linear(weight, bias))
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return self._timed("gated_linear", self._kernels.gated_linear(weight, bias))
+    def embedding(self, weight: Weight) -> Embedding:
+        return self._kernels.embedding(weight)
 
-    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
-        return self._kernels.embed(embedding, input_ids)
+    def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
+        embedding, linear = self._kernels.tied_embedding(weight)
+        return embedding, self._timed("linear", linear)
+
+    def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        return self._timed("gated_linear", self._kernels.gated_linear(weight, bias))
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         return self._kernels.plan(batch)
@@ -138,7 +154,9 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--kernels", choices=("cpu", "torch"), default="cpu")
     parser.add_argument("--threads", type=int, default=num_cores())
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     options = parser.parse_args()
     seconds = 0.3 if options.quick else 3.0
@@ -146,9 +164,13 @@ def main() -> None:
         CpuKernels(cache_dir() / "kernels", options.threads) if options.kernels == "cpu" else ReferenceKernels()
     )
     torch.set_num_threads(1 if options.kernels == "cpu" else options.threads)
-    config, dtype = load_model_config(resolve_model_dir(None)), DTYPES[options.dtype]
-    floor = Floor.measured(kernels, config, dtype)
-    runner = _runner(kernels, config, dtype)
+    model_dir = resolve_model_dir(None)
+    config = load_model_config(model_dir)
+    precision = resolve_precision(options.dtype, options.quantization)
+    kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
+    weight_bytes = precision.dtype.itemsize if precision.dtype else checkpoint_bytes(model_dir) / config.num_parameters
+    floor = Floor.measured(kernels, config, weight_bytes, kv_dtype.itemsize)
+    runner = _runner(kernels, config, precision, kv_dtype)
     decodes = {
         size: _measure(runner, kernels, floor, _decodes(size), seconds) for size in options.sizes if size <= MAX_DECODES
     }
@@ -174,11 +196,11 @@ def main() -> None:
     )
 
 
-def _runner(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> ModelRunner:
+def _runner(kernels: Kernels, config: ModelConfig, precision: Precision, kv_dtype: torch.dtype) -> ModelRunner:
     num_blocks = MAX_DECODES * (DECODE_CONTEXT // 16 + 1) + (CHUNK_CONTEXT + max(SIZES)) // 16 + 1
     settings = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=max(SIZES), num_kv_blocks=num_blocks)
-    cache = KvCacheShape(num_blocks, settings.block_size, dtype)
-    weights = load_weights(resolve_model_dir(None), config, dtype, kernels)
+    cache = KvCacheShape(num_blocks, settings.block_size, kv_dtype)
+    weights = load_weights(resolve_model_dir(None), config, precision, kernels)
     return ModelRunner(build_decoder(config, weights, kernels, cache, settings.max_model_len), settings)
 
 

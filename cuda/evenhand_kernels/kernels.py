@@ -1,18 +1,24 @@
 """Kernels: what a decoder needs of a device beside an embedding lookup. One implementation for each kind of device.
 
-All work on torch tensors. On the CPU activations are float32; weights and the KV cache are float32, bfloat16 or float16.
-What a kernel can prepare once (the layout of a weight, the memory of a KV cache) is prepared when its operation is made.
+All work on torch tensors. On the CPU activations and sums are float32; weights are float32, bfloat16, float16 or quantised,
+the KV cache is float32, bfloat16 or float16. What a kernel can prepare once (the layout of a weight, the memory of a KV cache) is prepared when its operation is made.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from evenhand_kernels.quantized import Weight
+
 Linear = Callable[[Tensor], Tensor]
 """Maps [num_tokens, in_features] to [num_tokens, out_features]. Holds its weight in the layout of the device."""
+
+Embedding = Callable[[Tensor], Tensor]
+"""Maps int32 token ids [num_tokens] to rows of a weight, [num_tokens, in_features], in the dtype that these kernels keep
+the residual in; float32 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,35 @@ prompt chunks are one case.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The operations of one layer, all of the same kernels. Norms are float32 [hidden_size]."""
+
+    input_norm: Tensor
+    qkv: Linear
+    attention: Attention
+    output: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOperations:
+    """The operations of a whole decoder, in their order; `norm` comes before `lm_head`."""
+
+    embedding: Embedding
+    layers: tuple[DecoderLayer, ...]
+    norm: Tensor
+    lm_head: Linear
+    eps: float
+
+
+Forward = Callable[[Tensor, AttentionPlan, Tensor], Tensor]
+"""One step: maps int32 token ids [num_tokens], the plan of its attention, and the int32 indices of the rows whose next token is wanted,
+ascending, to their logits, float32 [num_samples, vocab_size]."""
+
+
 class Kernels(Protocol):
     """Operations of one device. Inputs are contiguous; results are new tensors."""
 
@@ -95,16 +130,20 @@ class Kernels(Protocol):
         """For logs: which implementation this is."""
         ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         """x @ weight.T + bias; weight is [out_features, in_features], a float32 bias [out_features]."""
         ...
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """silu(gate) * up, with gate and up being the halves of x @ weight.T + bias (arXiv 2002.05202)."""
+    def embedding(self, weight: Weight) -> Embedding:
+        """The rows of weight, [vocab_size, hidden_size]."""
         ...
 
-    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
-        """Rows of `embedding`, [vocab_size, hidden_size], in the dtype that these kernels keep the residual in."""
+    def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
+        """`embedding` and `linear` over one copy of the weight."""
+        ...
+
+    def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        """silu(gate) * up, with gate and up being the halves of x @ weight.T + bias (arXiv 2002.05202)."""
         ...
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
@@ -121,4 +160,13 @@ class Kernels(Protocol):
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Add x to `residual` in place; return the rms_norm of that."""
+        ...
+
+
+@runtime_checkable
+class FusingKernels(Kernels, Protocol):
+    """Kernels that compute a whole step in one call."""
+
+    def fused(self, operations: DecoderOperations) -> Forward:
+        """The same results as the operations one by one."""
         ...

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, AttentionPlan, KvCacheShape, Linear
+from evenhand_kernels.kernels import (
+    Attention,
+    AttentionBatch,
+    AttentionLayer,
+    AttentionPlan,
+    Embedding,
+    KvCacheShape,
+    Linear,
+)
+from evenhand_kernels.quantized import QuantizedTensor, Weight, widened
 
 PACKING_ROWS = 32
 """How many rows oneDNN should expect when it chooses a weight's layout; any number of rows works."""
@@ -20,16 +29,24 @@ class ReferenceKernels:
 
     name = "torch"
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        weight = weight.float()  # activations are float32, and a mixed product would round them
+    def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        wide = widened(weight)  # activations are float32, and a mixed product would round them
         try:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS)
+            packed = torch.ops.mkldnn._reorder_linear_weight(wide, PACKING_ROWS)
             multiply = torch.ops.mkldnn._linear_pointwise
         except (AttributeError, RuntimeError):  # a torch without oneDNN
-            return lambda x: F.linear(x, weight, bias)
+            return lambda x: F.linear(x, wide, bias)
         return lambda x: multiply(x, packed, bias, "none", [], "")
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def embedding(self, weight: Weight) -> Embedding:
+        if isinstance(weight, QuantizedTensor):
+            return lambda ids: weight.rows(ids).dequantized()
+        return lambda ids: weight[ids].float()
+
+    def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
+        return self.embedding(weight), self.linear(weight, None)
+
+    def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         gate_up = self.linear(weight, bias)
 
         def gated(x: Tensor) -> Tensor:
@@ -37,9 +54,6 @@ class ReferenceKernels:
             return F.silu(gate) * up
 
         return gated
-
-    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
-        return embedding[input_ids].float()
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         return AttentionPlan(batch)

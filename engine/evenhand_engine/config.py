@@ -62,7 +62,10 @@ class EngineConfig:
     Attributes:
         model: Hugging Face directory, hub id or GGUF file; None: the default model.
         load_format: "auto", or "dummy" for random weights of the model's config.
-        dtype: "auto" (float32 on the CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16".
+        dtype: of the weights: "auto" (as the checkpoint stores them, quantised ones included), "float32", "bfloat16" or
+            "float16".
+        kv_cache_dtype: "auto" (that of the weights, float16 where they are quantised) or one of these three.
+        quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
         max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
@@ -75,6 +78,8 @@ class EngineConfig:
     model: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None

@@ -8,14 +8,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.model_runner import LoadedModel, load_model
 from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.model.weights import Checkpoint
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.quantized import widened
 from evenhand_policy.config import SchedulerConfig
 
 NUM_OUTPUTS = 24
@@ -47,9 +49,14 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def reference_logits() -> Callable[[list[int]], Tensor]:
     """The reference's logits of every token of a sequence, float32, eager attention."""
-    reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        resolve_model_dir(None), dtype=torch.float32, attn_implementation="eager"
+    model_dir = resolve_model_dir(None)
+    reference: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(model_dir), dtype=torch.float32, attn_implementation="eager"
     )
+    with Checkpoint(model_dir) as checkpoint:
+        for name, parameter in reference.named_parameters():
+            parameter.data = widened(checkpoint.take(name, *parameter.shape))
+    reference.eval()
 
     def compute(token_ids: list[int]) -> Tensor:
         with torch.inference_mode():

@@ -25,6 +25,7 @@ constexpr float HIDDEN = -1e30f;  // score of what a query must not see; finite,
 
 struct AttentionLayer {
   int32_t num_heads, num_kv_heads, head_dim, block_size, window;  // window: 0 means all
+  int32_t cache_dtype;  // 0 float32, 1 bfloat16, 2 float16
   float scale, eps;
   const float *cos_sin, *q_norm, *k_norm;  // null: none
   void *keys, *values;
@@ -252,11 +253,19 @@ class Attender {
 };
 
 template <typename T>
-static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
+static void attention_in(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
   const long width = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
   for_each_row(pool, batch.num_tokens, width, [&](long token) {
     store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
   });
   const std::vector<WorkItem> items = work_items(layer, batch, pool.num_threads());
   pool.run(static_cast<long>(items.size()), [&](long i) { Attender<T>(layer, batch, qkv, out).run(items[i]); });
+}
+
+static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
+  switch (layer.cache_dtype) {
+    case 0: return attention_in<float>(pool, layer, batch, qkv, out);
+    case 1: return attention_in<BFloat16>(pool, layer, batch, qkv, out);
+    case 2: return attention_in<Float16>(pool, layer, batch, qkv, out);
+  }
 }

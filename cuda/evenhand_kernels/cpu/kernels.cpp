@@ -1,42 +1,53 @@
-// C entry points, called through ctypes. `dtype` of weights and KV cache: 0 float32, 1 bfloat16, 2 float16.
+// C entry points, called through ctypes.
+#include <sys/mman.h>
+
 #include "attention.h"
+#include "decoder.h"
 #include "linear.h"
 #include "norm.h"
 #include "pool.h"
-
-template <typename F>
-static void dispatch(int dtype, F f) {
-  switch (dtype) {
-    case 0: return f(static_cast<float*>(nullptr));
-    case 1: return f(static_cast<BFloat16*>(nullptr));
-    case 2: return f(static_cast<Float16*>(nullptr));
-  }
-}
-
-template <typename T>
-using Pointee = std::remove_pointer_t<T>;
 
 extern "C" {
 
 Pool* evenhand_new_pool(int num_threads) { return new Pool(num_threads); }
 void evenhand_delete_pool(Pool* pool) { delete pool; }
 
-// Elements of a packed weight: its outputs padded to whole panels.
-long evenhand_packed_size(long outputs, long inputs, int gated) { return num_panels(outputs, gated) * PANEL * inputs; }
+// Ask for huge pages, before the memory is touched: weights and KV cache span more pages than the processor remembers.
+void evenhand_prefer_huge_pages(void* memory, long bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
-void evenhand_pack(Pool* pool, const void* weight, void* packed, int dtype, long outputs, long inputs, int gated) {
-  dispatch(dtype, [&](auto* t) {
-    using T = Pointee<decltype(t)>;
-    pack(*pool, static_cast<const T*>(weight), static_cast<T*>(packed), outputs, inputs, gated);
+long evenhand_packed_bytes(const Weight* weight) {
+  long result = 0;
+  dispatch_format(weight->format, [&](auto format) {
+    result = num_panels(*weight) * decltype(format)::panel_bytes(weight->inputs, weight->group);
+  });
+  return result;
+}
+
+// Fill weight.packed. Codes or plain numbers, scales and minima are row-major, as in quantized.py.
+void evenhand_pack(Pool* pool, const Weight* weight, const void* codes, const void* scales, const void* minima) {
+  dispatch_format(weight->format, [&](auto format) {
+    for_each_panel(*pool, num_panels(*weight), [&](long p) {
+      int64_t rows[PANEL];
+      for (int lane = 0; lane < PANEL; lane++) rows[lane] = source_row(*weight, p, lane);
+      decltype(format)::pack(weight->packed + p * decltype(format)::panel_bytes(weight->inputs, weight->group), rows,
+                             weight->inputs, weight->group, codes, scales, minima);
+    });
   });
 }
 
-void evenhand_linear(Pool* pool, const float* x, const void* packed, const float* bias, float* y, int dtype, long rows,
-                     long outputs, long inputs, int gated) {
-  dispatch(dtype, [&](auto* t) {
-    using T = Pointee<decltype(t)>;
-    linear(*pool, x, static_cast<const T*>(packed), bias, y, rows, outputs, inputs, gated);
-  });
+void evenhand_linear(Pool* pool, const Weight* weight, const float* x, float* y, long rows) {
+  linear(*pool, *weight, x, y, rows);
+}
+
+void evenhand_embedding(Pool* pool, const Weight* weight, const int32_t* ids, float* y, long rows) {
+  embedding(*pool, *weight, ids, y, rows);
 }
 
 void evenhand_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float* y, long rows,
@@ -44,8 +55,14 @@ void evenhand_add_rms_norm(Pool* pool, const float* x, float* residual, const fl
   add_rms_norm(*pool, x, residual, weight, y, rows, size, eps);
 }
 
-void evenhand_attention(Pool* pool, const AttentionLayer* layer, const AttentionBatch* batch, float* qkv, float* out,
-                        int dtype) {
-  dispatch(dtype, [&](auto* t) { attention<Pointee<decltype(t)>>(*pool, *layer, *batch, qkv, out); });
+void evenhand_attention(Pool* pool, const AttentionLayer* layer, const AttentionBatch* batch, float* qkv, float* out) {
+  attention(*pool, *layer, *batch, qkv, out);
+}
+
+long evenhand_activation_floats(const Decoder* decoder) { return Activations::floats_per_token(*decoder); }
+
+void evenhand_forward(Pool* pool, const Decoder* decoder, const AttentionBatch* batch, const int32_t* input_ids,
+                      const int32_t* logits_indices, long num_samples, float* memory, float* logits) {
+  forward(*pool, *decoder, *batch, input_ids, logits_indices, num_samples, memory, logits);
 }
 }

@@ -2,8 +2,6 @@
 
 import ctypes
 import math
-import weakref
-from ctypes import c_float, c_int, c_int32, c_int64, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +9,35 @@ import torch
 from torch import Tensor
 
 from evenhand_kernels.cpu.cores import num_cores
-from evenhand_kernels.cpu.library import load_library
-from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, AttentionPlan, KvCacheShape, Linear
+from evenhand_kernels.cpu.native import (
+    AttentionStructure,
+    BatchStructure,
+    DecoderStructure,
+    LayerStructure,
+    Native,
+    WeightStructure,
+)
+from evenhand_kernels.kernels import (
+    Attention,
+    AttentionBatch,
+    AttentionLayer,
+    AttentionPlan,
+    DecoderOperations,
+    Embedding,
+    Forward,
+    KvCacheShape,
+    Linear,
+)
+from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that `kernels.cpp` dispatches on."""
 
+QUANTIZED = 3
+"""The first of the numbers that stand for quantised formats."""
+
 MAX_HEAD_DIM = 256
+MAX_GROUP = 256
 
 
 class CpuKernels:
@@ -28,19 +48,26 @@ class CpuKernels:
     def __init__(self, cache_dir: Path, num_threads: int | None = None) -> None:
         """Compiles the kernels into `cache_dir` if they are not there. None: a thread for each core. Raises CompileError."""
         self.num_threads = num_threads or num_cores()
-        self._native = _Native(cache_dir, self.num_threads)
+        self._native = Native(cache_dir, self.num_threads)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _Linear(self._native, weight, bias, gated=False)
+    def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        return _Linear(self._native, _packed(self._native, weight, bias))
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _Linear(self._native, weight, bias, gated=True)
+    def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        return _Linear(self._native, _packed(self._native, weight, bias, gated=True))
 
-    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
-        return embedding[input_ids].float()
+    def embedding(self, weight: Weight) -> Embedding:
+        return _Embedding(self._native, _packed(self._native, weight))
+
+    def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
+        packed = _packed(self._native, weight)
+        return _Embedding(self._native, packed), _Linear(self._native, packed)
+
+    def fused(self, operations: DecoderOperations) -> Forward:
+        return _Forward(self._native, operations)
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
-        structure = _Batch(
+        structure = BatchStructure(
             num_tokens=len(batch.positions),
             num_requests=len(batch.seq_lens),
             table_stride=batch.block_table.stride(0),
@@ -69,49 +96,63 @@ class CpuKernels:
         return y
 
 
-class _Native:
-    """The compiled library, and threads that end when nothing needs them any more."""
-
-    def __init__(self, cache_dir: Path, num_threads: int) -> None:
-        self.library = load_library(cache_dir)
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self.library, name)
-            function.restype, function.argtypes = result, arguments
-        self.pool = self.library.evenhand_new_pool(num_threads)
-        weakref.finalize(self, self.library.evenhand_delete_pool, self.pool).atexit = False
-
-
 class _Linear:
-    def __init__(self, native: _Native, weight: Tensor, bias: Tensor | None, *, gated: bool) -> None:
-        self._native = native
-        self._shape = (*weight.shape, int(gated))
-        self._out_features = len(weight) // 2 if gated else len(weight)
-        self._dtype = DTYPES[weight.dtype]
-        self._packed = _packed(native, weight, gated)
-        self._bias = None if bias is None else _packed(native, bias.float()[:, None], gated)
-        self._pointers = (self._packed.data_ptr(), _pointer(self._bias))
+    def __init__(self, native: Native, packed: "_Packed") -> None:
+        self._native, self._packed, self.structure = native, packed, packed.structure
+        self._out_features = self.structure.outputs // (2 if self.structure.gated else 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         _check(x)
         y = x.new_empty(len(x), self._out_features)
-        self._native.library.evenhand_linear(
-            self._native.pool, x.data_ptr(), *self._pointers, y.data_ptr(), self._dtype, len(x), *self._shape
+        self._native.library.evenhand_linear(self._native.pool, self.structure, x.data_ptr(), y.data_ptr(), len(x))
+        return y
+
+
+class _Embedding:
+    def __init__(self, native: Native, packed: "_Packed") -> None:
+        self._native, self._packed, self.structure = native, packed, packed.structure
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        y = torch.empty(len(ids), self.structure.inputs)
+        self._native.library.evenhand_embedding(
+            self._native.pool, self.structure, ids.data_ptr(), y.data_ptr(), len(ids)
         )
         return y
 
 
-def _packed(native: _Native, weight: Tensor, gated: bool) -> Tensor:
-    """`weight`, [outputs, inputs], in the layout of linear.h."""
-    weight = weight.contiguous()
-    packed = weight.new_empty(native.library.evenhand_packed_size(*weight.shape, gated))
-    native.library.evenhand_pack(
-        native.pool, weight.data_ptr(), packed.data_ptr(), DTYPES[weight.dtype], *weight.shape, gated
-    )
-    return packed
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A weight in the layout of weight.h; `memory` is what the structure points to."""
+
+    structure: WeightStructure
+    memory: tuple[Tensor, ...]
+
+
+def _packed(native: Native, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> _Packed:
+    structure = WeightStructure(outputs=weight.shape[0], inputs=weight.shape[1], gated=gated, group=1)
+    if isinstance(weight, QuantizedTensor):
+        kind = 0 if weight.bits == 4 else 1 if weight.minima is None else 2
+        structure.format = QUANTIZED + kind + 3 * (weight.scales.dtype == torch.float32)
+        structure.group = weight.group
+        if weight.group % 8 or weight.group > MAX_GROUP:
+            raise ValueError(f"groups of {weight.group} inputs: they must be multiples of 8 up to {MAX_GROUP}")
+        parts = [part.contiguous() for part in (weight.codes, weight.scales, weight.minima) if part is not None]
+    else:
+        structure.format = DTYPES[weight.dtype]
+        parts = [weight.contiguous()]
+    memory = native.allocate(native.library.evenhand_packed_bytes(structure))
+    structure.packed = memory.data_ptr()
+    pointers = [part.data_ptr() for part in parts] + [None] * (3 - len(parts))
+    native.library.evenhand_pack(native.pool, structure, *pointers)
+    if bias is None:
+        return _Packed(structure, (memory,))
+    packed_bias = _packed(native, bias.float()[:, None], gated=gated)
+    structure.bias = packed_bias.structure.packed
+    return _Packed(structure, (memory, *packed_bias.memory))
 
 
 class _Attention:
-    def __init__(self, native: _Native, layer: AttentionLayer, cache: KvCacheShape) -> None:
+    def __init__(self, native: Native, layer: AttentionLayer, cache: KvCacheShape) -> None:
         if layer.head_dim > MAX_HEAD_DIM or cache.block_size % 16:
             raise ValueError(
                 f"head_dim {layer.head_dim} must be at most {MAX_HEAD_DIM}, "
@@ -121,13 +162,16 @@ class _Attention:
         blocks = (cache.num_blocks, layer.num_kv_heads)
         self._keys = torch.zeros(*blocks, layer.head_dim, cache.block_size, dtype=cache.dtype)
         self._values = torch.zeros(*blocks, cache.block_size, padded_head_dim, dtype=cache.dtype)
+        for memory in (self._keys, self._values):
+            native.prefer_huge_pages(memory)
         self._layer = layer  # keeps alive what the structure points to
-        self._structure = _Layer(
+        self.structure = AttentionStructure(
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
             block_size=cache.block_size,
             window=layer.sliding_window or 0,
+            cache_dtype=DTYPES[cache.dtype],
             scale=1 / math.sqrt(layer.head_dim),
             eps=layer.eps,
             cos_sin=_pointer(layer.cos_sin),
@@ -136,55 +180,70 @@ class _Attention:
             keys=self._keys.data_ptr(),
             values=self._values.data_ptr(),
         )
-        self._native, self._dtype = native, DTYPES[cache.dtype]
+        self._native = native
 
     def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
         _check(qkv)
         assert isinstance(plan, _Plan), "the plan was made by other kernels"
         result = qkv.new_empty(len(qkv), self._layer.num_heads * self._layer.head_dim)
         self._native.library.evenhand_attention(
-            self._native.pool, self._structure, plan.structure, qkv.data_ptr(), result.data_ptr(), self._dtype
+            self._native.pool, self.structure, plan.structure, qkv.data_ptr(), result.data_ptr()
         )
         return result
 
 
-class _Layer(ctypes.Structure):
-    """`AttentionLayer` of attention.h."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "window")),
-        *((name, c_float) for name in ("scale", "eps")),
-        *((name, c_void_p) for name in ("cos_sin", "q_norm", "k_norm", "keys", "values")),
-    )
-
-
-class _Batch(ctypes.Structure):
-    """`AttentionBatch` of attention.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("num_tokens", "num_requests", "table_stride")),
-        *((name, c_void_p) for name in ("positions", "slots", "block_table", "cu_seqlens_q")),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan(AttentionPlan):
-    structure: _Batch
+    structure: BatchStructure
 
 
-_SIGNATURES = {
-    "evenhand_new_pool": (c_void_p, [c_int]),
-    "evenhand_delete_pool": (None, [c_void_p]),
-    "evenhand_packed_size": (c_long, [c_long, c_long, c_int]),
-    "evenhand_pack": (None, [c_void_p] * 3 + [c_int, c_long, c_long, c_int]),
-    "evenhand_linear": (None, [c_void_p] * 5 + [c_int, c_long, c_long, c_long, c_int]),
-    "evenhand_add_rms_norm": (None, [c_void_p] * 5 + [c_long, c_long, c_float]),
-    "evenhand_attention": (
-        None,
-        [c_void_p, ctypes.POINTER(_Layer), ctypes.POINTER(_Batch), c_void_p, c_void_p, c_int],
-    ),
-}
-"""Result and arguments of the functions in kernels.cpp."""
+class _Forward:
+    """A whole decoder in one call."""
+
+    def __init__(self, native: Native, operations: DecoderOperations) -> None:
+        self._native = native
+        self._operations = operations  # keeps alive what the structures point to
+        layers = (LayerStructure * len(operations.layers))()
+        for structure, layer in zip(layers, operations.layers, strict=True):
+            for name in ("input_norm", "post_attention_norm"):
+                setattr(structure, name, getattr(layer, name).data_ptr())
+            for name in ("qkv", "attention", "output", "gate_up", "down"):
+                setattr(structure, name, ctypes.addressof(getattr(layer, name).structure))
+        self._layers = layers
+        self._structure = DecoderStructure(
+            num_layers=len(layers),
+            layers=ctypes.addressof(layers),
+            embedding=ctypes.addressof(_structure(operations.embedding)),
+            norm=operations.norm.data_ptr(),
+            lm_head=ctypes.addressof(_structure(operations.lm_head)),
+            eps=operations.eps,
+        )
+        self._vocab_size = int(_structure(operations.lm_head).outputs)
+        self._floats_per_token = native.library.evenhand_activation_floats(self._structure)
+        self._memory = torch.empty(0)
+
+    def __call__(self, input_ids: Tensor, plan: AttentionPlan, logits_indices: Tensor) -> Tensor:
+        assert isinstance(plan, _Plan), "the plan was made by other kernels"
+        num_floats = len(input_ids) * self._floats_per_token
+        if num_floats > len(self._memory):
+            self._memory = torch.empty(num_floats)
+        logits = torch.empty(len(logits_indices), self._vocab_size)
+        self._native.library.evenhand_forward(
+            self._native.pool,
+            self._structure,
+            plan.structure,
+            input_ids.data_ptr(),
+            logits_indices.data_ptr(),
+            len(logits_indices),
+            self._memory.data_ptr(),
+            logits.data_ptr(),
+        )
+        return logits
+
+
+def _structure(operation: Embedding | Linear) -> WeightStructure:
+    assert isinstance(operation, _Embedding | _Linear)
+    return operation.structure
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,28 +1,41 @@
-// Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights of 16 or 32 bits.
+// Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights in any format of weight.h.
 //
-// The weight is packed into panels of PANEL outputs: element (n, k) lies at panel[n / PANEL][k][n % PANEL]. Threads share
-// out the panels. A panel's block of inputs stays in the caches nearby while all rows pass over it, and meanwhile the next
-// block is prefetched, so that from two dozen rows on the arithmetic hides the memory traffic.
+// Threads share out the panels. Few rows take every weight from memory into registers, once. With more, a panel's block of
+// inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
+// two dozen rows on the arithmetic hides the memory traffic.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "pool.h"
-#include "vec.h"
+#include "weight.h"
 
-constexpr int PANEL = 2 * LANES;
-constexpr int MAX_DEPTH = 640;   // inputs of a block: deep, so that a tile is seldom loaded and stored; a panel's must fit into the L2 cache
-constexpr int MAX_BLOCK_ROWS = 96;  // rows that pass over a panel together: their inputs should stay in the L2 cache
+constexpr int FEW_ROWS = 4;
+constexpr int MAX_DEPTH = 320;       // inputs of a block: with PANEL floats each it leaves room in a first-level cache of 32 KB
+constexpr int MAX_BLOCK_ROWS = 256;  // rows that pass over a panel together
+constexpr long PREFETCH_BYTES = 2048;  // how far few rows ask for weights ahead
+
+struct Weight {
+  int64_t outputs, inputs;
+  int32_t format, group, gated;  // format: see dispatch_format; group: inputs that share a scale, 1 for plain numbers
+  char* packed;
+  const float* bias;  // packed like a plain weight of one input; null: none
+};
 
 // A gated panel holds LANES rows of the gate, then the LANES rows of `up` at the same places.
-static inline long source_row(long panel, int lane, long outputs, bool gated) {
-  if (!gated) return panel * PANEL + lane;
-  return lane < LANES ? panel * LANES + lane : outputs / 2 + panel * LANES + (lane - LANES);
+static inline long rows_per_panel(bool gated) { return gated ? LANES : PANEL; }
+
+static inline long num_panels(const Weight& weight) {
+  const long rows = weight.gated ? weight.outputs / 2 : weight.outputs;
+  return (rows + rows_per_panel(weight.gated) - 1) / rows_per_panel(weight.gated);
 }
 
-static inline long num_panels(long outputs, bool gated) {
-  const long per_panel = gated ? LANES : PANEL, rows = gated ? outputs / 2 : outputs;
-  return (rows + per_panel - 1) / per_panel;
+// The output that this lane of a panel computes; -1: none.
+static inline long source_row(const Weight& weight, long panel, int lane) {
+  const long rows = weight.gated ? weight.outputs / 2 : weight.outputs;
+  const long row = panel * rows_per_panel(weight.gated) + lane % rows_per_panel(weight.gated);
+  return row >= rows ? -1 : lane < rows_per_panel(weight.gated) ? row : rows + row;
 }
 
 // Calls visit(panel) for all panels, those of a piece in order, so that the end of one prefetches the next.
@@ -33,27 +46,6 @@ static void for_each_panel(Pool& pool, long panels, const Visit& visit) {
     const long end = std::min(panels, (piece + 1) * per_piece);
     for (long panel = piece * per_piece; panel < end; panel++) visit(panel);
   });
-}
-
-template <typename T>
-static void pack(Pool& pool, const T* weight, T* packed, long outputs, long inputs, bool gated) {
-  const long rows = gated ? outputs / 2 : outputs, rows_per_panel = gated ? LANES : PANEL;
-  for_each_panel(pool, num_panels(outputs, gated), [&](long p) {
-    T* panel = packed + p * PANEL * inputs;
-    for (int lane = 0; lane < PANEL; lane++) {
-      const bool exists = p * rows_per_panel + lane % rows_per_panel < rows;
-      const T* row = weight + source_row(p, lane, outputs, gated) * inputs;
-      for (long k = 0; k < inputs; k++) panel[k * PANEL + lane] = exists ? row[k] : T{};
-    }
-  });
-}
-
-static inline const float* widened(const float* block, long, float*) { return block; }
-
-template <typename T>
-static inline const float* widened(const T* block, long size, float* scratch) {
-  for (long i = 0; i < size; i += LANES) store(scratch + i, load(block + i));
-  return scratch;
 }
 
 static inline void write_rows(const float* c, int rows, int width, float* y, long ldy) {
@@ -72,38 +64,142 @@ static inline void write_gated_rows(const float* c, int rows, int width, float* 
   }
 }
 
-// One panel of outputs for up to MAX_BLOCK_ROWS rows; `step` is how many inputs a block has.
-template <typename T>
-static void linear_panel(const float* x, const T* panel, const float* bias, float* y, int rows, int width, long ldy,
-                         long inputs, long step, bool gated) {
-  alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
-  alignas(64) float scratch[sizeof(T) == 4 ? 1 : (MAX_DEPTH + 8) * PANEL];
-  for (int m = 0; m < rows; m++)
-    for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = bias ? bias[j] : 0;
-  const long prefetch_stride = PANEL * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
-  for (long k = 0; k < inputs; k += step) {
-    const int depth = static_cast<int>(std::min(step, inputs - k));
-    const T* block = panel + k * PANEL;
-    const float* b = widened(block, depth * PANEL, scratch);
-    const Prefetch next_block = {reinterpret_cast<const char*>(block + depth * PANEL), prefetch_stride};
-    multiply<2>(rows, x + k, inputs, {&b, depth, PANEL}, depth, c, PANEL, next_block);
+// Sums of each group of inputs of each row: [rows][inputs / group].
+static inline void sum_groups(const float* x, long size, int group, float* sums) {
+  for (long i = 0; i < size; i += group, sums++) {
+    Vec total = {};
+    for (int j = 0; j < group; j += LANES) total += load(x + i + j);
+    *sums = sum(total);
   }
-  (gated ? write_gated_rows : write_rows)(c, rows, width, y, ldy);
 }
 
-// bias, if any, is packed like a weight of one input.
-template <typename T>
-static void linear(Pool& pool, const float* x, const T* packed, const float* bias, float* y, long rows, long outputs,
-                   long inputs, bool gated) {
-  const long width = gated ? LANES : PANEL, ldy = gated ? outputs / 2 : outputs;
-  const long num_blocks = (inputs + MAX_DEPTH - 1) / MAX_DEPTH;
-  const long step = ((inputs + num_blocks - 1) / num_blocks + 7) / 8 * 8;
+// c[ROWS][PANEL] += x[ROWS][inputs] * panel. CHAINS sums of each output, so that no addition waits for the one before.
+template <typename F, int ROWS>
+static void multiply_few(const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  Vec acc[ROWS][CHAINS][2] = {};
+  const auto add = [&](const float* left, int chain, Pair right) __attribute__((always_inline)) {
+    for (int m = 0; m < ROWS; m++) {
+      const Vec factor = splat(left[m * inputs]);
+      acc[m][chain][0] += factor * right.low;
+      acc[m][chain][1] += factor * right.high;
+    }
+  };
+  const auto total = [&](int m, int half) __attribute__((always_inline)) {
+    Vec result = acc[m][0][half];
+    for (int chain = 1; chain < CHAINS; chain++) result += acc[m][chain][half];
+    return result;
+  };
+  if constexpr (F::GROUPED) {
+    const long groups = inputs / group;
+    for (long g = 0; g < groups; g++) {
+      const char* unit = panel + F::header_bytes();
+      for (int i = 0; i < group; i += F::UNIT, x += F::UNIT, unit += F::unit_bytes()) {
+        for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
+        F::codes(unit, [&](int j, Pair code) __attribute__((always_inline)) { add(x + j, j % CHAINS, code); });
+      }
+      const Pair scale = F::scales(panel), minimum = F::minima(panel);
+      for (int m = 0; m < ROWS; m++) {
+        Vec low = load(c + m * PANEL) + total(m, 0) * scale.low, high = load(c + m * PANEL + LANES) + total(m, 1) * scale.high;
+        if constexpr (F::HAS_MINIMA) low += sums[m * groups + g] * minimum.low, high += sums[m * groups + g] * minimum.high;
+        store(c + m * PANEL, low), store(c + m * PANEL + LANES, high);
+        for (int chain = 0; chain < CHAINS; chain++) acc[m][chain][0] = acc[m][chain][1] = Vec{};
+      }
+      panel += F::group_bytes(group);
+    }
+  } else {
+    using T = typename F::Element;
+    const T* weights = reinterpret_cast<const T*>(panel);
+    long k = 0;
+    for (; k + CHAINS <= inputs; k += CHAINS, weights += CHAINS * PANEL) {
+      constexpr int BYTES = CHAINS * PANEL * sizeof(T);
+      for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(weights) + PREFETCH_BYTES + line, 0, 3);
+#pragma GCC unroll 4
+      for (int chain = 0; chain < CHAINS; chain++) add(x + k + chain, chain, load_pair(weights + chain * PANEL));
+    }
+    for (; k < inputs; k++, weights += PANEL) add(x + k, 0, load_pair(weights));
+    for (int m = 0; m < ROWS; m++)
+      for (int half = 0; half < 2; half++) store(c + m * PANEL + half * LANES, load(c + m * PANEL + half * LANES) + total(m, half));
+  }
+}
+
+template <typename F>
+static void multiply_few(int rows, const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
+  switch (rows) {
+    case 1: return multiply_few<F, 1>(x, sums, panel, inputs, group, c);
+    case 2: return multiply_few<F, 2>(x, sums, panel, inputs, group, c);
+    case 3: return multiply_few<F, 3>(x, sums, panel, inputs, group, c);
+    case 4: return multiply_few<F, 4>(x, sums, panel, inputs, group, c);
+  }
+}
+
+// c[rows][PANEL] += x[rows][inputs] * panel, in blocks of `step` inputs.
+template <typename F>
+static void multiply_many(int rows, const float* x, const char* panel, long inputs, int group, long step, float* c) {
+  alignas(64) float block[F::WIDE ? 1 : (MAX_DEPTH + MAX_GROUP) * PANEL];
+  for (long k = 0; k < inputs; k += step) {
+    const int depth = static_cast<int>(std::min(step, inputs - k));
+    const float* b;
+    if constexpr (F::WIDE) {
+      b = reinterpret_cast<const float*>(panel) + k * PANEL;
+    } else {
+      F::widen(panel, k, depth, group, block);
+      b = block;
+    }
+    const long bytes = F::panel_bytes(k + depth, group) - F::panel_bytes(k, group);
+    const Prefetch next_block = {panel + F::panel_bytes(k + depth, group), bytes / depth / num_row_tiles(rows)};
+    multiply<2>(rows, x + k, inputs, {&b, depth, PANEL}, depth, c, PANEL, next_block);
+  }
+}
+
+template <typename F>
+static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+  const long inputs = weight.inputs, group = weight.group;
+  const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
+  const long num_blocks = (inputs + MAX_DEPTH - 1) / MAX_DEPTH, unit = std::max(8L, group);
+  const long step = ((inputs + num_blocks - 1) / num_blocks + unit - 1) / unit * unit;
+  std::vector<float> sums;
+  if constexpr (F::GROUPED)
+    if (F::HAS_MINIMA && rows <= FEW_ROWS) {
+      sums.resize(rows * inputs / group);
+      sum_groups(x, rows * inputs, group, sums.data());
+    }
   for (long row = 0; row < rows; row += MAX_BLOCK_ROWS) {
     const int block_rows = static_cast<int>(std::min<long>(MAX_BLOCK_ROWS, rows - row));
-    for_each_panel(pool, num_panels(outputs, gated), [&](long p) {
-      linear_panel(x + row * inputs, packed + p * PANEL * inputs, bias ? bias + p * PANEL : nullptr,
-                   y + row * ldy + p * width, block_rows, static_cast<int>(std::min(width, ldy - p * width)), ldy, inputs,
-                   step, gated);
+    for_each_panel(pool, num_panels(weight), [&](long p) {
+      alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
+      for (int m = 0; m < block_rows; m++)
+        for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = weight.bias ? weight.bias[p * PANEL + j] : 0;
+      const char* panel = weight.packed + p * F::panel_bytes(inputs, group);
+      if (rows <= FEW_ROWS)
+        multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
+      else
+        multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, step, c);
+      (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
+                                                     y + row * ldy + p * width, ldy);
     });
   }
+}
+
+// y[row] = the weights of output ids[row], which is one lane of a panel.
+template <typename F>
+static void embedding_in(Pool& pool, const Weight& weight, const int32_t* ids, float* y, long rows) {
+  const long inputs = weight.inputs, group = weight.group;
+  pool.run(rows, [&](long row) {
+    const char* panel = weight.packed + ids[row] / PANEL * F::panel_bytes(inputs, group);
+    alignas(64) float block[MAX_GROUP * PANEL];
+    for (long k = 0; k < inputs; k += MAX_GROUP) {
+      const int depth = static_cast<int>(std::min<long>(MAX_GROUP, inputs - k));
+      F::widen(panel, k, depth, group, block);
+      for (int i = 0; i < depth; i++) y[row * inputs + k + i] = block[i * PANEL + ids[row] % PANEL];
+    }
+  });
+}
+
+static void linear(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+  dispatch_format(weight.format, [&](auto format) { linear_in<decltype(format)>(pool, weight, x, y, rows); });
+}
+
+static void embedding(Pool& pool, const Weight& weight, const int32_t* ids, float* y, long rows) {
+  dispatch_format(weight.format, [&](auto format) { embedding_in<decltype(format)>(pool, weight, ids, y, rows); });
 }

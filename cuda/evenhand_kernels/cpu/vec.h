@@ -18,6 +18,7 @@ constexpr int MAX_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast of 1
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
@@ -60,6 +61,16 @@ static inline Vec load(const Float16* p) {
     result[i] = value;
   }
   return result;
+#endif
+}
+
+static inline Vec widened(ByteVec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)v)));
+#else
+  return __builtin_convertvector(v, Vec);
 #endif
 }
 

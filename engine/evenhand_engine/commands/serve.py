@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from evenhand_engine.server.startup import Running
 
 _API_KEY_VARIABLE = "EVENHAND_API_KEY"
+_DTYPES = ["auto", "float32", "bfloat16", "float16"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -30,7 +31,13 @@ def quantity(value: str) -> int:
 @click.option("--host", default="0.0.0.0", help="Address of the public port.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Public port; 0 takes any free one.")
 @click.option("--served-model-name", multiple=True, help="Name that clients ask for; may be repeated.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the weights; auto: as they come.")
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(_DTYPES), default="auto", help="auto: as the weights; float16 if quantised."
+)
+@click.option(
+    "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."
+)
 @click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto", help="dummy: random weights.")
 @click.option("--max-model-len", type=quantity, help="Most tokens of one request; default: the model's own.")
 @click.option("--max-num-seqs", type=quantity, help="Most requests running at once; default: by the device.")
@@ -91,6 +98,8 @@ def serve(model: str | None, **options: Any) -> None:
         model=model,
         load_format=options["load_format"],
         dtype=options["dtype"],
+        kv_cache_dtype=options["kv_cache_dtype"],
+        quantization=options["quantization"],
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],

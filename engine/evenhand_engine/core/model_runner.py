@@ -16,8 +16,9 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import Decoder, build_decoder, forward
 from evenhand_engine.model.memory import require_memory
+from evenhand_engine.model.precision import DTYPES, Precision, resolve_kv_cache_dtype, resolve_precision
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.model.weights import RandomTensors, Weights, assemble, load_weights
+from evenhand_engine.model.weights import RandomTensors, Weights, assemble, checkpoint_bytes, load_weights
 from evenhand_engine.scheduler.batch import Batch, BatchPlan, Runner
 from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
 from evenhand_kernels.cpu.kernels import CpuKernels
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 DEFAULT_MAX_NUM_SEQS = 32
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner:
@@ -91,21 +91,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """Load the model, allocate the KV cache and run once. Raises StartupError, before it loads where it can."""
     model_dir = resolve_model_dir(config.model)
     model_config = load_model_config(model_dir)
-    dtype_name = "float32" if config.dtype == "auto" else config.dtype
-    if dtype_name not in DTYPES:
-        raise StartupError(f"dtype {config.dtype} is not supported; choose auto, {', '.join(DTYPES)}")
-    dtype = DTYPES[dtype_name]
-    settings = _resolve_settings(config, model_config, dtype)
+    precision = resolve_precision(config.dtype, config.quantization)
+    kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, config.dtype, model_config)
+    settings = _resolve_settings(config, model_config, kv_dtype)
     require_memory(
-        weights=(model_config.num_parameters + model_config.vocab_size * model_config.hidden_size) * dtype.itemsize,
-        kv_cache=settings.num_kv_blocks * _block_bytes(model_config, settings.block_size, dtype),
+        weights=_weight_bytes(config, model_dir, model_config, precision),
+        kv_cache=settings.num_kv_blocks * _block_bytes(model_config, settings.block_size, kv_dtype),
     )
     kernels = _cpu_kernels()
-    weights = _load_weights(config, model_dir, model_config, dtype, kernels)
-    cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
+    weights = _load_weights(config, model_dir, model_config, precision, kernels)
+    cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
     runner = ModelRunner(build_decoder(model_config, weights, kernels, cache, settings.max_model_len), settings)
     runner.warm_up(settings)
-    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype_name, "cpu")
+    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu")
 
 
 def _cpu_kernels() -> Kernels:
@@ -118,14 +117,23 @@ def _cpu_kernels() -> Kernels:
     return kernels
 
 
+def _weight_bytes(config: EngineConfig, model_dir: Path, model_config: ModelConfig, precision: Precision) -> int:
+    """What the weights will take: they are held as the files hold them, unless asked otherwise."""
+    if config.load_format == "auto" and precision == Precision():
+        return checkpoint_bytes(model_dir)
+    itemsize = 1 if precision.int8 else (precision.dtype or DTYPES[model_config.dtype]).itemsize
+    return model_config.num_parameters * itemsize
+
+
 def _load_weights(
-    config: EngineConfig, model_dir: Path, model_config: ModelConfig, dtype: torch.dtype, kernels: Kernels
+    config: EngineConfig, model_dir: Path, model_config: ModelConfig, precision: Precision, kernels: Kernels
 ) -> Weights:
     match config.load_format:
         case "auto":
-            return load_weights(model_dir, model_config, dtype, kernels)
+            return load_weights(model_dir, model_config, precision, kernels)
         case "dummy":
-            return assemble(RandomTensors(config.seed), model_config, dtype, kernels)
+            random = RandomTensors(config.seed, DTYPES[model_config.dtype])
+            return assemble(random, model_config, precision, kernels)
     raise StartupError(f"load format {config.load_format} is not supported; choose auto or dummy")
 
 

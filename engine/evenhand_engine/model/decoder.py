@@ -1,13 +1,24 @@
 """The decoder of all supported architectures, as plain functions over weights, a KV cache and one step's input."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.rope import cos_sin_table
 from evenhand_engine.model.weights import Weights
-from evenhand_kernels.kernels import Attention, AttentionBatch, AttentionLayer, Kernels, KvCacheShape
+from evenhand_kernels.kernels import (
+    AttentionBatch,
+    AttentionLayer,
+    AttentionPlan,
+    DecoderLayer,
+    DecoderOperations,
+    Forward,
+    FusingKernels,
+    Kernels,
+    KvCacheShape,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +41,7 @@ class Decoder:
     """A loaded model with its KV cache, which the attention of each layer holds."""
 
     kernels: Kernels
-    weights: Weights
-    attention: tuple[Attention, ...]
-    eps: float
+    compute: Forward
 
 
 def build_decoder(
@@ -53,24 +62,50 @@ def build_decoder(
         )
         for layer, window, rotates in zip(weights.layers, config.sliding_windows, config.rope_layers, strict=True)
     )
-    attention = tuple(kernels.attention(layer, cache) for layer in layers)
-    return Decoder(kernels, weights, attention, config.rms_norm_eps)
+    operations = DecoderOperations(
+        embedding=weights.embedding,
+        layers=tuple(
+            DecoderLayer(
+                input_norm=layer.input_norm,
+                qkv=layer.qkv,
+                attention=kernels.attention(attention, cache),
+                output=layer.output,
+                post_attention_norm=layer.post_attention_norm,
+                gate_up=layer.gate_up,
+                down=layer.down,
+            )
+            for layer, attention in zip(weights.layers, layers, strict=True)
+        ),
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        eps=config.rms_norm_eps,
+    )
+    if isinstance(kernels, FusingKernels):
+        return Decoder(kernels, kernels.fused(operations))
+    return Decoder(kernels, partial(_compute, kernels, operations))
 
 
 def forward(decoder: Decoder, model_input: ModelInput) -> Tensor:
     """Compute one step and store its keys and values. Returns the logits, float32 [num_samples, vocab_size]."""
-    kernels, weights, eps = decoder.kernels, decoder.weights, decoder.eps
-    plan = kernels.plan(model_input.attention)
-    residual = kernels.embed(weights.embedding, model_input.input_ids)
-    x = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
-    for index, (layer, attention) in enumerate(zip(weights.layers, decoder.attention, strict=True)):
+    return decoder.compute(
+        model_input.input_ids, decoder.kernels.plan(model_input.attention), model_input.logits_indices
+    )
+
+
+def _compute(
+    kernels: Kernels, decoder: DecoderOperations, input_ids: Tensor, plan: AttentionPlan, logits_indices: Tensor
+) -> Tensor:
+    """A step, operation by operation."""
+    residual = decoder.embedding(input_ids)
+    x = kernels.rms_norm(residual, decoder.layers[0].input_norm, decoder.eps)
+    for index, layer in enumerate(decoder.layers):
         if index > 0:
-            x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
-        x = attention(layer.qkv(x), plan)
-        if layer is weights.layers[-1]:
-            # No row reads another from here on: go on with those whose next token is wanted.
-            x, residual = x[model_input.logits_indices], residual[model_input.logits_indices]
+            x = kernels.add_rms_norm(x, residual, layer.input_norm, decoder.eps)
+        x = layer.attention(layer.qkv(x), plan)
+        # No row reads another after the last attention: go on with those whose next token is wanted.
+        if layer is decoder.layers[-1]:
+            x, residual = x[logits_indices], residual[logits_indices]
         x = layer.output(x)
-        x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+        x = kernels.add_rms_norm(x, residual, layer.post_attention_norm, decoder.eps)
         x = layer.down(layer.gate_up(x))
-    return weights.lm_head(kernels.add_rms_norm(x, residual, weights.norm, eps))
+    return decoder.lm_head(kernels.add_rms_norm(x, residual, decoder.norm, decoder.eps))

@@ -17,7 +17,7 @@ from evenhand_engine.model.cache import cache_dir, cached
 from evenhand_engine.model.gguf.parts import gguf_parts
 from evenhand_engine.model.progress import Progress
 
-CONVERSION_VERSION = 4
+CONVERSION_VERSION = 5
 """Part of the cache key: raise it when a conversion's result changes."""
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]

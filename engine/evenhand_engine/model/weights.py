@@ -13,12 +13,17 @@ from torch import Tensor
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
-from evenhand_kernels.kernels import Kernels, Linear
+from evenhand_engine.model.precision import Precision
+from evenhand_kernels.kernels import Embedding, Kernels, Linear
+from evenhand_kernels.quantized import QuantizedTensor, Weight, stacked, widened
 
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+MakeLinear = Callable[[Weight, Tensor | None], Linear]
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+
+CODES, SCALES, MINIMA = ".codes", ".scales", ".minima"
+"""What follows a weight's name where a converted checkpoint holds it quantised, part by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +42,9 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A decoder. Norms are float32; `embedding` is [vocab_size, hidden_size] in the model's dtype."""
+    """A decoder. Norms are float32; a tied `embedding` and `lm_head` share one copy of their weight."""
 
-    embedding: Tensor
+    embedding: Embedding
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
@@ -48,8 +53,8 @@ class Weights:
 class TensorSource(Protocol):
     """Where tensors come from: a checkpoint, or a random number generator."""
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name and shape, for the only time."""
+    def take(self, name: str, *shape: int) -> Weight:
+        """The tensor of that name and shape, for the only time. Only matrices may be quantised."""
         ...
 
 
@@ -71,8 +76,20 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, *shape: int) -> Weight:
         """Raises StartupError if the tensor is missing or has another shape."""
+        if name + CODES in self._untaken:
+            minima = self._read(name + MINIMA) if name + MINIMA in self._untaken else None
+            weight: Weight = QuantizedTensor(self._read(name + CODES), self._read(name + SCALES), minima)
+        else:
+            weight = self._read(name)
+        if tuple(weight.shape) != shape:
+            raise StartupError(
+                f"{self._model_dir}: tensor {name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
+            )
+        return weight
+
+    def _read(self, name: str) -> Tensor:
         file = self._untaken.pop(name, None)
         if file is None:
             raise StartupError(
@@ -82,15 +99,12 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise StartupError(f"{self._model_dir}: tensor {name} cannot be read: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise StartupError(
-                f"{self._model_dir}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
-            )
         return tensor
 
     def discard(self, name: str) -> None:
         """Ignore a tensor that a checkpoint may hold though nothing needs it."""
-        self._untaken.pop(name, None)
+        for part in ("", CODES, SCALES, MINIMA):
+            self._untaken.pop(name + part, None)
 
     def require_all_taken(self) -> None:
         """Raises StartupError if the checkpoint holds tensors that the config does not explain."""
@@ -113,70 +127,85 @@ class Checkpoint:
 class RandomTensors:
     """Weights for `--load-format dummy`: the right shapes, small random values, norms of one."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._dtype = dtype
 
     def take(self, name: str, *shape: int) -> Tensor:
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape)
-        return torch.randn(shape, generator=self._generator) * 0.02
+        return (torch.randn(shape, generator=self._generator) * 0.02).to(self._dtype)
 
 
-def load_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Weights:
+def load_weights(model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:
     """Read the checkpoint in `model_dir`. Raises StartupError for missing, unexpected, mis-shaped or torn tensors."""
     with Checkpoint(model_dir) as checkpoint:
-        weights = assemble(checkpoint, config, dtype, kernels)
+        weights = assemble(checkpoint, config, precision, kernels)
         if config.tie_word_embeddings:
             checkpoint.discard("lm_head.weight")
         checkpoint.require_all_taken()
     return weights
 
 
-def assemble(source: TensorSource, config: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> Weights:
+def assemble(source: TensorSource, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:
     """Take every tensor of the model from `source`, fuse and pack them."""
-    embedding = source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size).to(dtype)
-    head = embedding if config.tie_word_embeddings else None
-    if head is None:
-        head = source.take("lm_head.weight", config.vocab_size, config.hidden_size).to(dtype)
+    vocabulary = (config.vocab_size, config.hidden_size)
+    table = precision.of(source.take("model.embed_tokens.weight", *vocabulary))
+    if config.tie_word_embeddings:
+        embedding, lm_head = kernels.tied_embedding(table)
+    else:
+        embedding = kernels.embedding(table)
+        lm_head = kernels.linear(precision.of(source.take("lm_head.weight", *vocabulary)), None)
     return Weights(
         embedding=embedding,
         layers=tuple(
-            _layer(source, f"model.layers.{index}", config, dtype, kernels) for index in range(config.num_layers)
+            _layer(source, f"model.layers.{index}", config, precision, kernels) for index in range(config.num_layers)
         ),
-        norm=source.take("model.norm.weight", config.hidden_size).float(),
-        lm_head=kernels.linear(head, None),
+        norm=widened(source.take("model.norm.weight", config.hidden_size)),
+        lm_head=lm_head,
     )
 
 
 def _layer(
-    source: TensorSource, prefix: str, config: ModelConfig, dtype: torch.dtype, kernels: Kernels
+    source: TensorSource, prefix: str, config: ModelConfig, precision: Precision, kernels: Kernels
 ) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def norm(name: str, size: int) -> Tensor:
-        return source.take(f"{prefix}.{name}.weight", size).float()
+    def vector(name: str, size: int) -> Tensor:
+        return widened(source.take(f"{prefix}.{name}", size))
 
-    def stacked(
+    def norm(name: str, size: int) -> Tensor:
+        return vector(f"{name}.weight", size)
+
+    def projection(
         names: str, in_features: int, out_features: Sequence[int], bias: bool, make: MakeLinear = kernels.linear
     ) -> Linear:
         """The projections of these names in one."""
         parts = list(zip(names.split(), out_features, strict=True))
-        weights = [source.take(f"{prefix}.{name}.weight", size, in_features).to(dtype) for name, size in parts]
-        biases = [source.take(f"{prefix}.{name}.bias", size).float() for name, size in parts if bias]
-        return make(torch.cat(weights), torch.cat(biases) if biases else None)
+        weights = [precision.of(source.take(f"{prefix}.{name}.weight", size, in_features)) for name, size in parts]
+        biases = [vector(f"{name}.bias", size) for name, size in parts if bias]
+        return make(stacked(weights), torch.cat(biases) if biases else None)
 
     qkv = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
-        qkv=stacked(qkv, hidden, (query, key_value, key_value), config.attention_bias),
+        qkv=projection(qkv, hidden, (query, key_value, key_value), config.attention_bias),
         q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
-        output=stacked("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
+        output=projection("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
         post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=stacked("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias, kernels.gated_linear),
-        down=stacked("mlp.down_proj", inner, (hidden,), config.mlp_bias),
+        gate_up=projection("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias, kernels.gated_linear),
+        down=projection("mlp.down_proj", inner, (hidden,), config.mlp_bias),
     )
+
+
+def checkpoint_bytes(model_dir: Path) -> int:
+    """Size of the files of a checkpoint. Raises StartupError if one of them is missing."""
+    try:
+        return sum(path.stat().st_size for path in set(_shards(model_dir)))
+    except FileNotFoundError as error:
+        raise StartupError(f"{error.filename}: no such file") from error
 
 
 def _shards(model_dir: Path) -> list[Path]:

@@ -124,7 +124,7 @@ def test_dummy_weights_need_only_a_config(model_dir: Path) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (model_dir / "model.safetensors").unlink()  # so that loading would fail in another way
+    (model_dir / "model.safetensors").write_bytes(b"")  # so that loading would fail in another way
     monkeypatch.setattr(memory, "available_bytes", lambda: 300 << 20)
     message = r"too little memory: .* the KV cache 1\.0 GiB .* 0\.3 GiB are available"
     assert_refused(model_dir, message, kv_cache_bytes=1 << 30)
@@ -144,6 +144,9 @@ def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     "options, message",
     [
         ({"dtype": "float8"}, "dtype float8 is not supported; choose auto, float32, bfloat16, float16"),
+        ({"kv_cache_dtype": "int4"}, "KV cache dtype int4 is not supported; choose auto, float32, bfloat16, float16"),
+        ({"quantization": "fp4"}, "quantization fp4 is not supported; choose none, int8"),
+        ({"quantization": "int8", "dtype": "float32"}, "quantization int8 and dtype float32 exclude each other"),
         ({"load_format": "pickle"}, "load format pickle is not supported"),
         ({"block_size": 24}, "block size 24 is not supported"),
         ({"max_model_len": 1000}, "max model length 1000 is beyond the model's context of 256 tokens"),
@@ -161,3 +164,21 @@ def test_defaults_are_resolved(model_dir: Path) -> None:
     assert (loaded.settings.max_num_seqs, loaded.settings.max_num_batched_tokens) == (32, 256)
     assert (loaded.dtype, loaded.device, loaded.model_name) == ("float32", "cpu", str(model_dir))
     assert loaded.runner.pipeline_depth == 1
+
+
+def test_weights_and_cache_keep_the_precision_of_the_checkpoint(model_dir: Path) -> None:
+    """bfloat16 weights are held as they are; asked to, an engine holds them, or its cache alone, in another form."""
+    edit(model_dir, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+    def blocks(**options: str) -> int:
+        return load_model(
+            EngineConfig(model=str(model_dir), kv_cache_bytes=40 * 24_576, **options)
+        ).settings.num_kv_blocks  # type: ignore[arg-type]
+
+    assert (
+        blocks() == blocks(kv_cache_dtype="bfloat16") == 2 * blocks(kv_cache_dtype="float32") == blocks(dtype="float16")
+    )
+    assert load_model(EngineConfig(model=str(model_dir), kv_cache_bytes=1 << 20)).dtype == "bfloat16"
+    load(model_dir, quantization="int8")

@@ -1,8 +1,7 @@
 """Converts a GGUF file into a Hugging Face style directory: config, safetensors weights, tokenizer.
 
-The `gguf` library reads and dequantises. Tensors of 16 or 32 bits keep their type. Quantised ones become float32,
-which loses nothing, up to FLOAT32_MAX_PARAMETERS in all; above that float16, whose rounding is far below the
-quantisation's. Everything is checked before anything is written.
+Tensors keep their type: a quantised NAME is written as NAME.codes, NAME.scales and, if it has them, NAME.minima.
+Everything is checked before anything is written.
 """
 
 import json
@@ -10,21 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType, ReaderTensor, dequantize
+from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig, parse_model_config
+from evenhand_engine.model.gguf.blocks import read_tensor
 from evenhand_engine.model.gguf.config import ARCHITECTURES, ROPE_TENSORS, hugging_face_config
 from evenhand_engine.model.gguf.file import GgufFile
 from evenhand_engine.model.gguf.tensors import check_tensors, hugging_face_name
 from evenhand_engine.model.gguf.tokenizer import build_tokenizer, read_vocabulary, tokenizer_config
 from evenhand_engine.model.progress import Progress
+from evenhand_engine.model.weights import CODES, MINIMA, SCALES
+from evenhand_kernels.quantized import QuantizedTensor, Weight
 
-FLOAT32_MAX_PARAMETERS = 1_000_000_000
 SHARD_BYTES = 2 << 30
+DTYPES = {GGMLQuantizationType.F32: "float32", GGMLQuantizationType.BF16: "bfloat16"}
+"""What the config says about weights of a kind, which sets the KV cache's too; of all others, float16."""
 
 
 def convert_gguf(gguf_path: Path, directory: Path, progress: Progress) -> None:
@@ -50,8 +52,8 @@ def convert_gguf(gguf_path: Path, directory: Path, progress: Progress) -> None:
     _write_json(directory / "tokenizer_config.json", tokenizer_config(file, vocabulary))
     advance(1)
 
-    dtype = _storage_dtype(file.tensors["blk.0.attn_q.weight"], file.tensors)
-    _write_json(directory / "config.json", document | {"dtype": str(dtype).removeprefix("torch.")})
+    dtype = DTYPES.get(file.tensors["blk.0.attn_q.weight"].tensor_type, "float16")
+    _write_json(directory / "config.json", document | {"dtype": dtype})
     _write_json(directory / "generation_config.json", {"eos_token_id": sorted(vocabulary.end_ids)})
     _convert_weights(file, config, directory, progress)
 
@@ -75,13 +77,14 @@ def _shards(file: GgufFile, config: ModelConfig) -> Iterator[dict[str, torch.Ten
     for name, tensor in file.tensors.items():
         if name in ROPE_TENSORS:
             continue  # in the config
-        weight = _to_torch(tensor).to(_storage_dtype(tensor, file.tensors))
+        weight = read_tensor(tensor)
         if file.architecture == "llama" and ".attn_q." in name:
             weight = _rotate_half_order(weight, config.num_heads)
         elif file.architecture == "llama" and ".attn_k." in name:
             weight = _rotate_half_order(weight, config.num_kv_heads)
-        shard[hugging_face_name(name)] = weight
-        size += weight.nbytes
+        parts = _parts(hugging_face_name(name), weight)
+        shard |= parts
+        size += sum(part.nbytes for part in parts.values())
         if size >= SHARD_BYTES:
             yield shard
             shard, size = {}, 0
@@ -89,27 +92,17 @@ def _shards(file: GgufFile, config: ModelConfig) -> Iterator[dict[str, torch.Ten
         yield shard
 
 
-def _to_torch(tensor: ReaderTensor) -> torch.Tensor:
-    """The values as float32, in the order [rows, columns]; a copy, since the file's mapping is read-only."""
-    return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+def _parts(name: str, weight: Weight) -> dict[str, torch.Tensor]:
+    if not isinstance(weight, QuantizedTensor):
+        return {name: weight}
+    parts = {name + CODES: weight.codes, name + SCALES: weight.scales}
+    return parts if weight.minima is None else parts | {name + MINIMA: weight.minima}
 
 
-def _storage_dtype(tensor: ReaderTensor, tensors: dict[str, ReaderTensor]) -> torch.dtype:
-    match tensor.tensor_type:
-        case GGMLQuantizationType.BF16:
-            return torch.bfloat16
-        case GGMLQuantizationType.F16:
-            return torch.float16
-        case GGMLQuantizationType.F32:
-            return torch.float32
-    num_parameters = sum(int(other.n_elements) for other in tensors.values())
-    return torch.float32 if num_parameters <= FLOAT32_MAX_PARAMETERS else torch.float16
-
-
-def _rotate_half_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _rotate_half_order(weight: Weight, num_heads: int) -> Weight:
     """Undo GGUF's order of the rows of q and k, where the two numbers that RoPE rotates together are neighbours."""
-    pairs = weight.view(num_heads, -1, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    order = torch.arange(weight.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
+    return weight.rows(order) if isinstance(weight, QuantizedTensor) else weight[order]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,0 +1,147 @@
+// Weights of a linear layer in memory: plain numbers of 16 or 32 bits, or groups of 4- or 8-bit codes.
+//
+// A panel is PANEL outputs. Of plain numbers it holds element (k, n) at [k][n]. Codes lie in groups of `group` inputs, each
+//
+//     scales [PANEL]    minima [PANEL], in some formats    codes: [group][PANEL] bytes, or [group / 8][PANEL] words
+//
+// whose 4-bit codes are those of eight inputs, the first in the lowest bits. A weight is code * scale + minimum, so that
+// the sum of a group can be taken over bare codes: sum(x * weight) = scale * sum(x * code) + minimum * sum(x). So that
+// little cancels between the two terms, codes of 4 bits lie and count as signed ones: code - 8, and minimum + 8 * scale.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+constexpr int PANEL = 2 * LANES;
+constexpr int MAX_GROUP = 256;
+
+struct Pair {
+  Vec low, high;  // of the first and second half of a panel
+};
+
+template <typename T>
+static inline Pair load_pair(const T* p) {
+  return {load(p), load(p + LANES)};
+}
+
+// Plain numbers.
+template <typename T>
+struct Plain {
+  using Element = T;
+  static constexpr bool GROUPED = false;
+  static constexpr bool WIDE = sizeof(T) == 4;
+
+  static long panel_bytes(long inputs, int) { return inputs * PANEL * static_cast<long>(sizeof(T)); }
+
+  // Rows of `weight`, [outputs][inputs], into a panel; -1: none.
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const void* weight, const void*, const void*) {
+    T* to = reinterpret_cast<T*>(panel);
+    for (int lane = 0; lane < PANEL; lane++)
+      for (long k = 0; k < inputs; k++)
+        to[k * PANEL + lane] = rows[lane] < 0 ? T{} : static_cast<const T*>(weight)[rows[lane] * inputs + k];
+  }
+
+  // Writes inputs [k, k + depth) of a panel as [depth][PANEL] float32.
+  static void widen(const char* panel, long k, int depth, int, float* to) {
+    const T* from = reinterpret_cast<const T*>(panel) + k * PANEL;
+    for (long i = 0; i < static_cast<long>(depth) * PANEL; i += LANES) store(to + i, load(from + i));
+  }
+};
+
+// Codes of BITS bits; SCALE is the type of scales and minima.
+template <int BITS, typename SCALE, bool MINIMA>
+struct Grouped {
+  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA;
+  static_assert(MINIMA || BITS == 8);
+  static constexpr int UNIT = 8;  // inputs that `codes` visits together
+
+  static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
+  static long group_bytes(int group) { return header_bytes() + PANEL * group * BITS / 8; }
+  static long panel_bytes(long inputs, int group) { return inputs / group * group_bytes(group); }
+
+  // Rows of codes, scales and minima as in quantized.py into a panel; -1: none.
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int group, const void* codes, const void* scales,
+                   const void* minima) {
+    const long groups = inputs / group, row_bytes = inputs * BITS / 8;
+    for (long g = 0; g < groups; g++, panel += group_bytes(group)) {
+      SCALE* header = reinterpret_cast<SCALE*>(panel);
+      uint8_t* to = reinterpret_cast<uint8_t*>(panel + header_bytes());
+      for (int lane = 0; lane < PANEL; lane++) {
+        const int64_t row = rows[lane];
+        header[lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(scales)[row * groups + g];
+        if (MINIMA) header[PANEL + lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(minima)[row * groups + g];
+        const uint8_t* from = static_cast<const uint8_t*>(codes) + row * row_bytes + g * group * BITS / 8;
+        constexpr int RUN = BITS == 4 ? 4 : 1;  // bytes of a lane that stay together: a word, or a code
+        for (int i = 0; i < group * BITS / 8; i++)
+          to[(i / RUN * PANEL + lane) * RUN + i % RUN] = row < 0 ? 0 : from[i] ^ (BITS == 4 ? 0x88 : 0);
+      }
+    }
+  }
+
+  // Of what `codes` gives: it leaves codes of 4 bits where it finds them in the topmost bits of a word.
+  static Pair scales(const char* at) {
+    constexpr float UNIT_SCALE = BITS == 4 ? 0x1p-28f : 1.0f;
+    const Pair scale = load_pair(reinterpret_cast<const SCALE*>(at));
+    return {scale.low * UNIT_SCALE, scale.high * UNIT_SCALE};
+  }
+  static Pair minima(const char* at) {
+    Pair result = {Vec{}, Vec{}};
+    if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
+    if constexpr (BITS == 4) result.low += 0x1p31f * scales(at).low, result.high += 0x1p31f * scales(at).high;
+    return result;
+  }
+
+  // Calls visit(j, codes in float32) for the UNIT inputs whose codes begin at `at`.
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void codes(const char* at, const Visit& visit) {
+    if constexpr (BITS == 4) {
+      const IntVec low = *reinterpret_cast<const IntVec*>(at), high = *reinterpret_cast<const IntVec*>(at + LANES * 4);
+#pragma GCC unroll 8
+      for (int j = 0; j < UNIT; j++) {
+        const int left = 28 - 4 * j, top = static_cast<int>(0xf0000000);
+        visit(j, Pair{__builtin_convertvector(low << left & top, Vec), __builtin_convertvector(high << left & top, Vec)});
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < UNIT; j++) {
+        const ByteVec* bytes = reinterpret_cast<const ByteVec*>(at + j * PANEL);
+        visit(j, Pair{widened(bytes[0]), widened(bytes[1])});
+      }
+    }
+  }
+
+  static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }
+
+  static void widen(const char* panel, long k, int depth, int group, float* to) {
+    const char* at = panel + k / group * group_bytes(group);
+    for (int first = 0; first < depth; first += group, at += group_bytes(group)) {
+      const Pair scale = scales(at), minimum = minima(at);
+      const char* unit = at + header_bytes();
+      for (int i = 0; i < group; i += UNIT, unit += unit_bytes(), to += UNIT * PANEL)
+        codes(unit, [&](int j, Pair code) {
+          store(to + j * PANEL, code.low * scale.low + minimum.low);
+          store(to + j * PANEL + LANES, code.high * scale.high + minimum.high);
+        });
+    }
+  }
+};
+
+// What the number of a format means: 0 float32, 1 bfloat16, 2 float16; QUANTIZED: codes of 4 bits, which have minima; plus
+// 1 and 2: of 8 bits without and with them; plus 3: scales and minima are float32, not float16.
+constexpr int QUANTIZED = 3;
+
+template <typename Visit>
+static void dispatch_format(int format, const Visit& visit) {
+  switch (format) {
+    case 0: return visit(Plain<float>{});
+    case 1: return visit(Plain<BFloat16>{});
+    case 2: return visit(Plain<Float16>{});
+    case QUANTIZED + 0: return visit(Grouped<4, Float16, true>{});
+    case QUANTIZED + 1: return visit(Grouped<8, Float16, false>{});
+    case QUANTIZED + 2: return visit(Grouped<8, Float16, true>{});
+    case QUANTIZED + 3: return visit(Grouped<4, float, true>{});
+    case QUANTIZED + 4: return visit(Grouped<8, float, false>{});
+    case QUANTIZED + 5: return visit(Grouped<8, float, true>{});
+  }
+}

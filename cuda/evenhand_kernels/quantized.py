@@ -1,0 +1,117 @@
+"""QuantizedTensor: a weight as codes of 4 or 8 bits with scales, the form in which GGUF, AWQ and GPTQ store it.
+
+A weight is code * scale + minimum, where runs of `group` columns share a scale and a minimum. All of these formats are
+this one with other group sizes: nothing is rounded when they are brought into it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8_GROUP = 32
+"""Columns that share a scale in weights that are quantised here."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A matrix [rows, columns].
+
+    Attributes:
+        codes: int8 [rows, columns], or uint8 [rows, columns / 2] with two unsigned codes of 4 bits each, the even
+            column's in the low half.
+        scales: float16 or float32 [rows, columns / group].
+        minima: like `scales`; None: all zero, which only codes of 8 bits may have.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.minima) if tensor is not None)
+
+    def rows(self, ids: Tensor) -> "QuantizedTensor":
+        """Some rows, in this order."""
+        minima = None if self.minima is None else self.minima[ids]
+        return QuantizedTensor(self.codes[ids], self.scales[ids], minima)
+
+    def dequantized(self) -> Tensor:
+        """The weights, float32 [rows, columns]."""
+        grouped = self._unpacked().view(len(self.codes), -1, self.group).float()
+        weights = grouped * self.scales.float()[:, :, None]
+        if self.minima is not None:
+            weights += self.minima.float()[:, :, None]
+        return weights.flatten(1)
+
+    def _unpacked(self) -> Tensor:
+        """The codes one by one, int8 [rows, columns]."""
+        if self.bits == 8:
+            return self.codes
+        return torch.stack((self.codes & 15, self.codes >> 4), dim=2).flatten(1).to(torch.int8)
+
+    def _like(self, others: Sequence["QuantizedTensor"]) -> "QuantizedTensor":
+        """The same weights in the narrowest form that holds those of `others` too."""
+        group = min(other.group for other in others)
+        dtype = max((other.scales.dtype for other in others), key=lambda dtype: dtype.itemsize)
+        minima = self.minima
+        if minima is None and any(other.minima is not None for other in others):
+            minima = torch.zeros_like(self.scales)
+
+        def fine(values: Tensor) -> Tensor:
+            return values.to(dtype).repeat_interleave(self.group // group, dim=1)
+
+        codes = self.codes if all(other.bits == 4 for other in others) else self._unpacked()
+        return QuantizedTensor(codes, fine(self.scales), None if minima is None else fine(minima))
+
+
+Weight = Tensor | QuantizedTensor
+
+
+def widened(weight: Weight) -> Tensor:
+    """The weight in float32."""
+    return weight.dequantized() if isinstance(weight, QuantizedTensor) else weight.float()
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """The matrices one above the other, exactly: in their own form if they share one, else in the narrowest for all."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    if not quantized:
+        tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+        return torch.cat([weight.to(_common_dtype(tensors)) for weight in tensors])
+    if len(quantized) < len(weights):
+        return torch.cat([widened(weight) for weight in weights])
+    alike = [weight._like(quantized) for weight in quantized]
+    minima = [weight.minima for weight in alike if weight.minima is not None]
+    return QuantizedTensor(
+        torch.cat([weight.codes for weight in alike]),
+        torch.cat([weight.scales for weight in alike]),
+        torch.cat(minima) if minima else None,
+    )
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def quantized_to_int8(weight: Tensor) -> QuantizedTensor:
+    """The nearest codes in [-127, 127] with a scale for each INT8_GROUP columns, which must divide their number."""
+    grouped = weight.float().view(len(weight), -1, INT8_GROUP)
+    scales = (grouped.abs().amax(dim=2) / 127).half()
+    codes = (grouped / scales.float().clamp_min(torch.finfo(torch.float16).smallest_normal)[:, :, None]).round()
+    return QuantizedTensor(codes.clamp(-127, 127).to(torch.int8).flatten(1), scales)

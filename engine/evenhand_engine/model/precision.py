@@ -1,0 +1,53 @@
+"""Precision: in which form weights and KV cache are held, resolved from the settings and the checkpoint."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model.config import ModelConfig
+from evenhand_kernels.quantized import INT8_GROUP, Weight, quantized_to_int8, widened
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("none", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The form of the weights.
+
+    Attributes:
+        dtype: of all weights; None: each as the checkpoint stores it, quantised ones included.
+        int8: quantise what is not, with a scale for each INT8_GROUP inputs.
+    """
+
+    dtype: torch.dtype | None = None
+    int8: bool = False
+
+    def of(self, weight: Weight) -> Weight:
+        """A matrix in this form."""
+        if self.int8 and isinstance(weight, Tensor) and weight.shape[1] % INT8_GROUP == 0:
+            return quantized_to_int8(weight)
+        return weight if self.dtype is None else widened(weight).to(self.dtype)
+
+
+def resolve_precision(dtype: str, quantization: str) -> Precision:
+    """`--dtype` and `--quantization`. Raises StartupError for names that are unknown or contradict each other."""
+    if dtype not in ("auto", *DTYPES):
+        raise StartupError(f"dtype {dtype} is not supported; choose auto, {', '.join(DTYPES)}")
+    if quantization not in QUANTIZATIONS:
+        raise StartupError(f"quantization {quantization} is not supported; choose {', '.join(QUANTIZATIONS)}")
+    if quantization != "none" and dtype != "auto":
+        raise StartupError(f"quantization {quantization} and dtype {dtype} exclude each other: leave one of them out")
+    return Precision(DTYPES.get(dtype), quantization == "int8")
+
+
+def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: str, config: ModelConfig) -> torch.dtype:
+    """`--kv-cache-dtype`; auto: that of the weights, or what the checkpoint's config names. Raises StartupError."""
+    name = kv_cache_dtype
+    if name == "auto":
+        name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise StartupError(f"KV cache dtype {kv_cache_dtype} is not supported; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
