@@ -1,0 +1,95 @@
+"""Kopf as a watcher: it is fed from, started anew where it ends, and told to look elsewhere where namespaces change."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+import pytest
+
+from evenhand_operator import handlers
+from evenhand_operator.cache import Cache
+from evenhand_operator.handlers import watch
+from evenhand_operator.settings import Settings
+from harness.builders import Notices
+
+
+class Kopf:
+    """Stands for `kopf.operator`: each start ends with what is next in `ends`, and then only when it is told to stop."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, Any]] = []
+        self.ends: list[Exception | None] = []
+
+    async def operator(self, **given: Any) -> None:
+        self.starts.append(given)
+        if self.ends:
+            if (error := self.ends.pop(0)) is not None:
+                raise error
+            return
+        while not given["stop_flag"].is_set():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Kopf:
+    stand_in = Kopf()
+    monkeypatch.setattr(kopf, "operator", stand_in.operator)
+    monkeypatch.setattr(handlers, "_FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(handlers, "_LOOK_SECONDS", 0.005)
+    return stand_in
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task], timeout=10)
+    assert task.cancelled()
+
+
+@pytest.mark.parametrize(
+    "error", [kopf.TemporaryError("410 Gone: the provided continue parameter is too old"), RuntimeError("403"), None]
+)
+async def test_kopf_that_ends_is_started_anew(started: Kopf, error: Exception | None) -> None:
+    """A list whose pages expired ends it, and so does a namespace that was deleted; the process goes on."""
+    started.ends = [error, error]
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: ()))
+    await until(lambda: len(started.starts) == 3)
+    assert not task.done()
+    assert {each["clusterwide"] for each in started.starts} == {True}
+    await cancel(task)
+    assert started.starts[-1]["stop_flag"].is_set(), "its thread ends with us"
+
+
+async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(started: Kopf) -> None:
+    readable: tuple[str, ...] = ("a", "b")
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(namespaces=("a", "b")), lambda: readable))
+    await until(lambda: len(started.starts) == 1)
+    readable = ("a",)
+    await until(lambda: len(started.starts) == 2)
+    assert [each["namespaces"] for each in started.starts] == [("a", "b"), ("a",)]
+    assert not any(each["clusterwide"] for each in started.starts)
+    readable = ()
+    await until(lambda: started.starts[-1]["stop_flag"].is_set())
+    await asyncio.sleep(0.05)
+    assert len(started.starts) == 2, "without namespaces it would watch all of them"
+    readable = ("b",)
+    await until(lambda: len(started.starts) == 3)
+    await cancel(task)
+
+
+async def test_only_policies_and_pools_are_watched_and_nothing_is_written(started: Kopf) -> None:
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: ()))
+    await until(lambda: len(started.starts) == 1)
+    given = started.starts[0]
+    watched = [
+        handler.selector.any_name or handler.selector.plural for handler in given["registry"]._watching._handlers
+    ]
+    assert sorted(map(str, watched)) == ["enginepools", "tenantpolicies"]
+    assert given["settings"].posting.enabled is False and given["standalone"] is True
+    await cancel(task)
