@@ -124,6 +124,12 @@ class EnginePoolStatus(Model, frozen=True, kw_only=True):
 
     conditions: Conditions = PENDING
     observed_generation: ObservedGeneration = None
+    operator: Annotated[
+        Annotated[str, Meta(max_length=320)] | None,
+        Meta(
+            description="Namespace and name of the Lease of the operator that serves the pool; others leave it alone."
+        ),
+    ] = None
     epoch: Annotated[Revision | None, Meta(description="Term of the operator that wrote the current document.")] = None
     revision: Annotated[Revision | None, Meta(description="Number of the current document in its epoch.")] = None
     tenants: Annotated[Count | None, Meta(description="Tenants in the current document.")] = None

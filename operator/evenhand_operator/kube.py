@@ -185,10 +185,12 @@ class KubeClient:
         """Any document of the API server."""
         return _json(await self._call("GET", path))
 
-    async def apply(self, resource: Resource, obj: Json, subresource: str | None = None) -> Json:
+    async def apply(
+        self, resource: Resource, obj: Json, subresource: str | None = None, *, manager: str = FIELD_MANAGER
+    ) -> Json:
         """Server-side apply. With a uid in the metadata, another object of the same name is left alone (409)."""
         path = resource.path(obj["metadata"].get("namespace"), obj["metadata"]["name"], subresource)
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        query = {"fieldManager": manager, "force": "true"}
         metrics.API_WRITES.labels(_label(resource, subresource)).inc()
         return _json(await self._call("PATCH", path, _typed(resource, obj), "application/apply-patch+yaml", query))
 

@@ -44,6 +44,11 @@ class Lease:
         self._renewed_at = 0.0  # monotonic
         self._writing = asyncio.Lock()
 
+    @property
+    def installation(self) -> str:
+        """Namespace and name of the Lease, by which all replicas of one installation are known."""
+        return f"{self._namespace}/{self._settings.lease_name}"
+
     async def acquire(self) -> None:
         """Returns once this replica leads. The clocks of others do not matter: what counts is how long a Lease was
         seen unchanged."""

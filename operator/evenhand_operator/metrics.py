@@ -48,6 +48,11 @@ LAST_LIST = Gauge(
     "Unix time at which everything was last listed",
     registry=REGISTRY,
 )
+FOREIGN_POOLS = Gauge(
+    "evenhand_operator_foreign_pools",
+    "Pools that another installation of the operator serves, and this one leaves alone",
+    registry=REGISTRY,
+)
 UNREADABLE_NAMESPACES = Gauge(
     "evenhand_operator_unreadable_namespaces",
     "Served namespaces that the API server refuses to tell of; their policies and pools are left out",

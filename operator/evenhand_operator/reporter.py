@@ -5,11 +5,14 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
 from evenhand_operator.conditions import PoolState, Verdict, policy_programmed, policy_status, pool_status
 from evenhand_operator.debounce import Debounce
 from evenhand_operator.documents import Documents
+from evenhand_operator.foreign import is_foreign
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
 from evenhand_operator.pod_link import Version
@@ -32,6 +35,7 @@ class Reporter:
     Args:
         caught_up: until it is set only the most urgent statuses are written: changes are not seen before Kopf has
             listed everything, and thousands of writes would keep it from that.
+        installation: whose the pools are that are reported of.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Reporter:
         writer: StatusWriter,
         settings: Settings,
         caught_up: asyncio.Event,
+        installation: str,
     ) -> None:
         self._cache = cache
         self._documents = documents
@@ -49,6 +54,7 @@ class Reporter:
         self._writer = writer
         self._settings = settings
         self._caught_up = caught_up
+        self._installation = installation
         self._due = Debounce(_QUIET_SECONDS, _LONGEST_SECONDS)
         self._answered = asyncio.Event()
         self._right: dict[str, _Basis] = {}
@@ -107,11 +113,14 @@ class Reporter:
         plan = self._documents.plan
         for observed in self._cache.pools:
             planned = plan.pools.get(observed.key)
+            if is_foreign(observed, self._installation):
+                continue
             if not _is_up_to_date(observed, planned.observed if planned else None):
                 continue
             problems = plan.problems.get(observed.reference, ())
             num_tenants = len(planned.config.tenants) if planned else 0
             status = pool_status(observed, problems, num_tenants, states.get(observed.key), now)
+            status = replace(status, operator=self._installation)
             if self._writer.is_due(change := StatusChange(observed, status)):
                 yield change
 

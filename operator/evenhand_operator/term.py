@@ -16,6 +16,7 @@ from evenhand_operator.debounce import Debounce
 from evenhand_operator.documents import Documents
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.events import EventRecorder
+from evenhand_operator.foreign import ForeignPools, look_whose
 from evenhand_operator.issuer import IssuerWatch
 from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.lease import Lease
@@ -69,7 +70,10 @@ class Term:
         self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
         caught_up = surroundings.lister.caught_up
-        self._reporter = Reporter(cache, self._documents, self._pusher, writer, settings, caught_up)
+        self._reporter = Reporter(
+            cache, self._documents, self._pusher, writer, settings, caught_up, surroundings.lease.installation
+        )
+        self._foreign = ForeignPools(kube, surroundings.lease.installation)
         self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
         self._num_changes = 0
         self._is_stale = True
@@ -118,7 +122,9 @@ class Term:
         cache = self._around.cache
         self._is_stale, self._num_changes = False, 0
         metrics.QUEUE_DEPTH.labels("changes").set(0)
-        policies, pools = cache.readable_policies(), cache.readable_pools()
+        installation = self._around.lease.installation
+        policies, pools, foreign = look_whose(cache.readable_policies(), cache.readable_pools(), installation)
+        await self._foreign.tell(foreign)
         await self._around.lister.provide_secrets(referenced_secrets(policies, pools))
         metrics.BUILDS.inc()
         await self._documents.rebuild(

@@ -45,7 +45,7 @@ class Stage:
         self.caught_up = asyncio.Event()
         self.caught_up.set()
         pusher = SimpleNamespace(is_settled=lambda pool: True)
-        parts: Any = (self.cache, self.documents, pusher, self, Settings(), self.caught_up)
+        parts: Any = (self.cache, self.documents, pusher, self, Settings(), self.caught_up, "ns/lease")
         self.reporter = Reporter(*parts)
 
     def is_due(self, change: StatusChange) -> bool:

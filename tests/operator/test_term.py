@@ -26,11 +26,13 @@ class Api:
         self.cache = Cache(self)
         self.secrets: dict[ObjectKey, Json] = {}
         self.written: list[Json] = []
+        self.told: list[Json] = []  # by another field manager
         self.stored: list[Json] = []  # bootstrap Secrets
         self._objects: dict[str, Json] = {}
         self.before_read: Callable[[], None] = lambda: None
         self.fail_writes = 0
         self.epoch = 1
+        self.installation = "evenhand-system/evenhand-operator"
         self.term: Term | None = None
         self.caught_up = asyncio.Event()
         self._versions = iter(range(1000, 10**6))
@@ -39,7 +41,10 @@ class Api:
     async def get(self, *_: object) -> Json:
         raise ApiError(404, "not found")
 
-    async def apply(self, resource: Any, obj: Json, subresource: str | None = None) -> Json:
+    async def apply(self, resource: Any, obj: Json, subresource: str | None = None, **told: str) -> Json:
+        if told:
+            self.told.append(obj)
+            return obj
         if subresource != "status":
             self.stored.append(obj)
             return obj
@@ -240,6 +245,25 @@ async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any)
     assert [obj["metadata"]["name"] for obj in api.stored] == ["evenhand-bootstrap-default-0"]
     assert await api.term.store()
     assert len(api.stored) == 1, "what is stored is not stored again"
+
+
+async def test_pool_of_another_installation_is_left_alone(api: Api, changes: Any) -> None:
+    """Its policies too: their statuses are the other's to write."""
+    [theirs] = [obj for obj in api._objects.values() if obj["kind"] == "EnginePool"]
+    theirs["status"] = {"operator": "default/evenhand-operator"}
+    theirs["metadata"]["resourceVersion"] = str(int(theirs["metadata"]["resourceVersion"]) + 1)
+    api.cache.pools.observe("MODIFIED", theirs)
+    api.store("TenantPolicy", "theirs")
+    api.store("EnginePool", "ours", selector={"matchLabels": {"app": "other"}})
+    api.store("TenantPolicy", "ours-too", poolRef={"name": "ours"})
+    async with term(api):
+        await changes.until(lambda: len(api.written) == 2)
+        await changes.until(lambda: len(api.told) == 1)
+    assert {obj["metadata"]["name"] for obj in api.written} == {"ours", "ours-too"}
+    assert [obj["metadata"]["name"] for obj in api.told] == ["default"]
+    assert [obj["status"]["operator"] for obj in api.written if obj["metadata"]["name"] == "ours"] == [
+        "evenhand-system/evenhand-operator"
+    ]
 
 
 async def test_policy_is_programmed_once_the_pod_enforces_it(
