@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from evenhand_engine.simulator.report import RunReport
     from evenhand_engine.simulator.scenario import Scenario
+    from evenhand_engine.simulator.sidecar import SidecarFaults
 
 
 class Name(click.ParamType[str]):
@@ -76,6 +77,13 @@ def _a_number(ctx: click.Context, param: click.Parameter, value: float | None) -
     default=("fair",),
     help="May be repeated, to compare.",
 )
+@click.option("--sidecar", is_flag=True, help="Add the policy `sidecar`: the sidecar's dispatcher before `fcfs`.")
+@click.option(
+    "--sidecar-fault",
+    type=click.Choice(["late-gauges", "frozen-gauges", "restart", "wrong-sizes", "silent"]),
+    multiple=True,
+    help="What goes wrong around it; may be repeated.",
+)
 @click.option("--kv-tokens", type=click.IntRange(16), help="Size of the KV cache; default: the preset's.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of one request.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most requests running at once; default: the preset's.")
@@ -108,13 +116,27 @@ def simulate(**options: Any) -> None:
 
     try:
         scenario = _scenario(options)
-        runs = {name: scenario.run(name, options["until"] or float("inf")) for name in options["scheduling_policy"]}
+        policies = (*options["scheduling_policy"], *(["sidecar"] if options["sidecar"] else []))
+        runs = {name: scenario.run(name, options["until"] or float("inf")) for name in dict.fromkeys(policies)}
         if options["plot"] is not None:
             plot_service(options["plot"], runs)
     except (EvenhandError, PolicyFileError) as error:
         click.echo(f"evenhand: {error}", err=True)
         sys.exit(1)
     _show([report_of(name, run, scenario.config) for name, run in runs.items()], options["output"])
+
+
+def _faults(names: Iterable[str]) -> "SidecarFaults":
+    from evenhand_engine.simulator.sidecar import SidecarFaults
+
+    changes: dict[str, dict[str, Any]] = {
+        "late-gauges": {"gauge_delay": 6.0},
+        "frozen-gauges": {"gauges_freeze_at": 10.0},
+        "restart": {"restart_at": 30.0},
+        "wrong-sizes": {"kv_scale": 0.1, "prompt_scale": 0.5},
+        "silent": {"is_silent": True},
+    }
+    return SidecarFaults(**{key: value for name in names for key, value in changes[name].items()})
 
 
 def _scenario(options: dict[str, Any]) -> "Scenario":
@@ -136,6 +158,7 @@ def _scenario(options: dict[str, Any]) -> "Scenario":
         scenario = Scenario.of_trace(trace, device)
     if options["policies"] is not None:
         scenario = replace(scenario, config=load_policy_directory(options["policies"]))
+    scenario = replace(scenario, faults=_faults(options["sidecar_fault"]))
     given = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching")
     return scenario.with_settings(**{name: options[name] for name in given if options[name] is not None})
 

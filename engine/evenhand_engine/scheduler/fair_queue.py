@@ -64,6 +64,13 @@ class FairQueue:
         tenant.num_prompt_tokens += num_new
         self._charge(tenant, (request,), num_new * self.prices.input_token)
 
+    def correct_prompt(self, tenant: Tenant, request: Request, num_tokens: int) -> None:
+        """A prompt that was charged by an estimate turns out to cost `num_tokens`: more is charged, less given back."""
+        num_new = num_tokens - request.num_charged_tokens
+        request.num_charged_tokens = num_tokens
+        tenant.num_prompt_tokens += num_new
+        self._charge(tenant, (request,), num_new * self.prices.input_token)
+
     def output_cost(self, tenant: Tenant, request: Request) -> int:
         """By how much the request's next output raises its tenant's virtual service."""
         return self.prices.output_token * VIRTUAL_UNIT // tenant.weight

@@ -29,6 +29,11 @@ class QueueTimeouts:
         self._due = [entry for entry in due if entry[0] != _NEVER]
         heapify(self._due)
 
+    @property
+    def next_due(self) -> float:
+        """When the next one may be due; infinite: none."""
+        return self._due[0][0] if self._due else _NEVER
+
     def overdue(self, now: float) -> Iterator[Request]:
         """Take out those that are due; one that ran, even if it was preempted since, had its turn."""
         while self._due and self._due[0][0] < now:

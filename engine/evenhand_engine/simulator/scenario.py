@@ -1,7 +1,7 @@
 """Scenario: everything about a simulation but who goes first, so that policies are compared on equal terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
@@ -17,6 +17,7 @@ from evenhand_engine.simulator.published import (
     RequestsPerMinute,
     oracle,
 )
+from evenhand_engine.simulator.sidecar import SidecarFaults, SidecarInFront
 from evenhand_engine.simulator.simulation import Run, Simulation
 from evenhand_engine.simulator.traces import TraceRequest
 from evenhand_engine.simulator.workloads import Workload, equal_shares
@@ -31,7 +32,8 @@ _PUBLISHED: Mapping[str, Callable[[int], AdmissionOrder]] = MappingProxyType(
         "drr": lambda num_kv_tokens: DeficitRoundRobin(num_kv_tokens / 20),
     }
 )
-POLICY_NAMES = (*(str(policy) for policy in SchedulingPolicy), *_PUBLISHED, "rpm:N")
+SIDECAR = "sidecar"
+POLICY_NAMES = (*(str(policy) for policy in SchedulingPolicy), SIDECAR, *_PUBLISHED, "rpm:N")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,14 @@ class Scenario:
     Attributes:
         config: of the engine's own scheduler; the published baselines know no policies.
         settings: of the engine's own scheduler; its `scheduling_policy` is set by `run`.
+        faults: what is wrong around the sidecar, where one is simulated.
     """
 
     trace: Sequence[TraceRequest]
     config: SchedulerConfig
     device: Device
     settings: SchedulerSettings
+    faults: SidecarFaults = field(default_factory=SidecarFaults)
 
     @classmethod
     def of_trace(
@@ -73,7 +77,7 @@ class Scenario:
     def run(self, policy: str, until: float = float("inf")) -> Run:
         """Simulate under the policy of that name: one of `POLICY_NAMES`, with a number in place of N.
 
-        `fair`, `fcfs` and `static` are the engine's own scheduler. The others are the published server with all memory
+        `fair`, `fcfs` and `static` are the engine's own scheduler, `sidecar` the sidecar's dispatcher before `fcfs`. The others are the published server with all memory
         of the device; they are told the output lengths.
 
         Raises:
@@ -87,6 +91,9 @@ class Scenario:
             settings = replace(self.settings, scheduling_policy=SchedulingPolicy(policy))
             scheduler = Scheduler(settings, self.config)
             return Simulation(scheduler, self.device, self.trace, max_model_len=limit).run(until)
+        if policy == SIDECAR:
+            sidecar = SidecarInFront(self.settings, self.config, self.faults)
+            return Simulation(sidecar, self.device, self.trace, max_model_len=limit).run(until)
         memory = self.device.num_kv_tokens
         if longest >= memory:
             raise StartupError(f"a request of {longest:,} tokens never fits into a KV cache of {memory:,}")

@@ -1,0 +1,237 @@
+"""Dispatcher: who is sent next. Queues, order and charges are the scheduler's own; room is the window's.
+
+Where the engine's scheduler computes a request step by step, a dispatcher sends it and is told what comes back: its prompt is
+charged when it is sent, its outputs as they stream, and what turns out different is given back or added at its end. Tenants,
+users, classes, weights, concurrency limits, queue timeouts and suspension are `Roster` and `FairQueue`, as in the engine.
+What a sidecar cannot do it does not pretend: a sent request is never preempted or paused, and KV guarantees and ceilings
+are not enforced.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.dispatch.window import Flight, Gauges, Window
+from evenhand_engine.scheduler.fair_queue import FairQueue
+from evenhand_engine.scheduler.fair_share import FairShare
+from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
+from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams
+from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.tenant import Tenant
+from evenhand_policy.config import KvCacheShare, SchedulerConfig
+
+_OUTPUT_SMOOTHING = 0.05  # weight of the newest request in the mean length of outputs
+_FIRST_EXPECTED_TOKENS = 256.0
+
+
+class Errand(Request):
+    """A request to an upstream: sizes instead of tokens.
+
+    Attributes:
+        num_prompt_tokens: an estimate until the upstream tells.
+        max_output_tokens: the most that it may have, over all its choices.
+        is_silent: its answer comes as a whole.
+        flight: what the window counts of it; None while it is queued.
+        num_charged_outputs: output tokens that its tenant was charged.
+    """
+
+    __slots__ = ("flight", "is_silent", "max_output_tokens", "num_charged_outputs")
+
+    def __init__(
+        self,
+        request_id: str,
+        tenant_id: str,
+        arrival_time: float,
+        *,
+        num_prompt_tokens: int,
+        max_output_tokens: int,
+        user: str = "",
+        is_silent: bool = False,
+    ) -> None:
+        super().__init__(
+            request_id, tenant_id, (), SamplingParams(max_tokens=max_output_tokens), arrival_time, user=user
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_output_tokens = max_output_tokens
+        self.is_silent = is_silent
+        self.flight: Flight | None = None
+        self.num_charged_outputs = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchSettings:
+    """What does not come with a policy.
+
+    Attributes:
+        max_in_flight: most requests at the upstream at once, whatever the window: connections and memory of ours.
+        slack_tokens: by how many tokens, at the dearer price, a class may go before another.
+        max_model_len: the upstream's context; for the reported bound alone.
+    """
+
+    max_in_flight: int = 4096
+    slack_tokens: int = 2048
+    max_model_len: int = 8192
+
+    def scheduler_settings(self) -> SchedulerSettings:
+        """The same in the scheduler's words. A request in flight takes one seat and one block: memory is the window's."""
+        return SchedulerSettings(
+            max_num_seqs=self.max_in_flight,
+            num_kv_blocks=self.max_in_flight,
+            max_num_batched_tokens=self.slack_tokens,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=False,
+            growth_blocks=0.0,
+        )
+
+
+class Dispatcher:
+    """Queues requests and hands out those that may be sent.
+
+    Attributes:
+        queue: order and charges of the tenants.
+        roster: who is queued and who is in flight ("running").
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        config: SchedulerConfig,
+        settings: DispatchSettings | None = None,
+        *,
+        num_replicas: int = 1,
+    ) -> None:
+        self.window = window
+        scheduler_settings = (settings or DispatchSettings()).scheduler_settings()
+        self.shares = FairShare()
+        self.roster = Roster(scheduler_settings, self.shares)
+        self.queue = FairQueue(scheduler_settings, self.shares, self.roster)
+        self.num_sent = 0
+        self._timeouts = QueueTimeouts(self.roster)
+        self._mean_output = _FIRST_EXPECTED_TOKENS
+        self.reconfigure(config, num_replicas=num_replicas)
+
+    # -- commands
+
+    def add(self, errand: Errand, now: float) -> None:
+        """Queue a request, whose id must be new; `dispatch` says what becomes of it."""
+        self._close()  # what was used while nobody waited is settled before somebody does
+        self.roster.add(errand)
+        if self.roster.tenants[errand.tenant_id].is_suspended:
+            self.roster.finish(errand, FinishReason.TENANT_SUSPENDED)
+        else:
+            self._timeouts.watch(errand)
+
+    def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
+        """Enforce another config from now on; requests in flight go on, queued ones of a suspended tenant end."""
+        config = _without_memory(config)
+        self.queue.prices = config.prices
+        self.roster.configure(config, num_replicas)
+        for request in list(self.roster.requests.values()):
+            if request.started_at is None and self.roster.tenants[request.tenant_id].is_suspended:
+                self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+        self._timeouts.reset()
+
+    def dispatch(self, now: float) -> Iterator[Errand]:
+        """Requests to be sent now, in this order, each charged for its prompt. Each must be told of until `end`."""
+        self.window.advance(now)
+        for request in self._timeouts.overdue(now):
+            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
+        while (errand := self._next()) is not None:
+            yield self._send(errand, now)
+        if not self.roster.active:
+            self.window.release()
+        self._close()
+
+    def refused(self) -> list[tuple[str, FinishReason]]:
+        """Ids of requests that left the queue unsent since the last call, and why."""
+        outputs, self.roster.outputs = self.roster.outputs, []
+        return [(output.request_id, output.finish_reason) for output in outputs if output.finish_reason is not None]
+
+    @property
+    def next_event(self) -> float:
+        """When `dispatch` should be called although nothing happened: a silent start, or a queue timeout."""
+        return min(self.window.next_due if self.roster.active else float("inf"), self._timeouts.next_due)
+
+    # -- what the upstream does
+
+    def started(self, errand: Errand, now: float) -> None:
+        """The first chunk of its answer came."""
+        if errand.flight is not None:
+            self.window.start(errand.flight, now)
+
+    def generated(self, errand: Errand, num_tokens: int) -> None:
+        """So many more tokens of its output came."""
+        if errand.flight is not None and num_tokens > 0:
+            errand.num_charged_outputs += num_tokens
+            self.window.grow(errand.flight, num_tokens)
+            self.queue.charge_outputs(self.roster.tenants[errand.tenant_id], (errand,), num_tokens)
+
+    def sized(self, errand: Errand, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
+        """The upstream says how long the prompt was, and how much of it a prefix hit spared: that is not charged."""
+        if errand.flight is not None:
+            self.window.resize_prompt(errand.flight, num_prompt_tokens)
+            tenant = self.roster.tenants[errand.tenant_id]
+            self.queue.correct_prompt(tenant, errand, max(0, num_prompt_tokens - num_cached_tokens))
+
+    def counted(self, errand: Errand, num_output_tokens: int) -> None:
+        """The upstream says how many output tokens there were in all: more or fewer than were seen to come."""
+        if errand.flight is not None and (more := num_output_tokens - errand.num_charged_outputs):
+            errand.num_charged_outputs += more
+            self.window.grow(errand.flight, more)
+            self.queue.charge_outputs(self.roster.tenants[errand.tenant_id], (errand,), more)
+
+    def end(self, errand: Errand, reason: FinishReason = FinishReason.STOP) -> None:
+        """It has ended or its client is gone, queued or in flight. One that has ended: nothing."""
+        if errand.request_id not in self.roster.requests:
+            return
+        if errand.flight is not None:
+            self.window.end(errand.flight)
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._mean_output += _OUTPUT_SMOOTHING * (errand.num_charged_outputs - self._mean_output)
+            errand.flight = None
+        self.roster.finish(errand, reason)
+        self.roster.outputs.pop()  # whoever ends it knows
+
+    def correct(self, gauges: Gauges, now: float) -> None:
+        """A report of the upstream's gauges."""
+        self.window.correct(gauges, now)
+
+    # -- order
+
+    def _next(self) -> Errand | None:
+        """The head of the queue whose turn it is, if the window has room for it. None is bypassed for want of room:
+        the room that comes free is for it."""
+        if self.roster.num_missing_seats > 0:
+            return None
+        tenant = self.queue.next_tenant((), may_admit=True)
+        request = tenant.next_prompt() if tenant is not None else None
+        if not isinstance(request, Errand):
+            return None
+        return request if self.window.has_room(request.num_prompt_tokens, self._expected(request)) else None
+
+    def _send(self, errand: Errand, now: float) -> Errand:
+        tenant: Tenant = self.roster.tenants[errand.tenant_id]
+        self.roster.admit(errand, now)
+        self.roster.end_prefill(errand)  # what has been sent waits for nobody here
+        self.roster.outputs.pop()  # that it has started: the upstream tells when it really does
+        self.queue.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
+        errand.flight = self.window.send(
+            errand.num_prompt_tokens, self._expected(errand), now, is_silent=errand.is_silent
+        )
+        self.num_sent += 1
+        return errand
+
+    def _expected(self, errand: Errand) -> int:
+        return min(errand.max_output_tokens, int(self._mean_output))
+
+    def _close(self) -> None:
+        """Advance the virtual time: what waits here is left out."""
+        self.queue.close_step(set())
+
+
+def _without_memory(config: SchedulerConfig) -> SchedulerConfig:
+    """The same without KV guarantees and ceilings: the cache is the upstream's."""
+    tenants = (structs.replace(tenant, kv_cache=KvCacheShare()) for tenant in config.tenants)
+    return structs.replace(config, tenants=tuple(tenants))

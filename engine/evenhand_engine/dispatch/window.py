@@ -1,0 +1,238 @@
+"""Window: how much may be in flight to an upstream whose own queue is first come, first served.
+
+What has been sent can no longer be reordered. So as little as possible is sent ahead, but never so little that the
+upstream lacks work. Two counts, both seen on the wire at the moment they change, bound it:
+
+    unstarted   prompt tokens of requests sent without a first chunk: what the upstream queues and prefills
+    in flight   tokens of all requests sent: prompts, outputs so far, and outputs still expected: what fills its KV cache
+
+*The rule.* A request is sent if nothing is in flight; else if (1) fewer than two requests are unstarted, or their prompts and
+its own are together within `batch_tokens`, and (2) all tokens in flight and its own are within `kv_tokens`. Two, because
+one computes while the other waits: with one the upstream would run a step without a prompt for each prompt.
+
+*What is learned.* `batch_tokens` follows the prompt tokens that the upstream takes at once. If first chunks come and every
+request sent before them has started, while somebody waits here, the upstream had nothing left to start: it grows by a
+quarter. Otherwise it shrinks, with a half-life of 20 s of holding back. So it stays just above what keeps the upstream
+busy, whatever its batch budget, and no gauge takes part. `kv_tokens` is what the upstream says of its cache, or unbounded;
+where that is unknown or wrong, (1) still bounds what queues: a request without memory does not start.
+
+*Gauges* come late, or freeze, so they only correct, a little at each report that differs from the last: preemptions
+shrink `kv_tokens`; a cache that is not full while `kv_tokens` holds somebody back grows it; a queue upstream that is longer
+than what is unstarted shrinks `batch_tokens`.
+
+*Silent requests*, whose answer comes at once at their end, show no start. They are taken to be prefilled one after
+another at the rate seen of others, and to have started where one that was sent later has.
+"""
+
+from dataclasses import dataclass
+
+_MIN_UNSTARTED = 2
+_KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
+_GROWTH = 1.25
+_HALF_LIFE_SECONDS = 20.0
+_BURST_SECONDS = 0.005  # first chunks of one step come within this time
+_LARGEST_BATCH = 1 << 17
+_SMALLEST_BATCH = 16
+_RATE_SMOOTHING = 0.1
+_CORRECTION_SECONDS = 5.0  # between two corrections by preemptions: what they free shows later
+_ROOMY_CACHE = 0.9  # in use; below it the cache is not what limits
+_NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """What an upstream says of itself, some time ago. None: it does not say.
+
+    Attributes:
+        num_waiting: requests in its queue.
+        kv_usage: used part of its KV cache, 0 to 1.
+        num_preemptions: since its start.
+        num_tokens: tokens it has generated since its start; tells a live report from a frozen one.
+    """
+
+    num_waiting: int | None = None
+    kv_usage: float | None = None
+    num_preemptions: int | None = None
+    num_tokens: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request on its way: what the window counts of it.
+
+    Attributes:
+        num_expected_tokens: outputs that it is expected to have at its end.
+        is_silent: its answer comes as a whole, so that its start cannot be seen.
+        backlog: unstarted prompt tokens when it was sent, its own included.
+        due: when a silent one is taken to have started.
+    """
+
+    num_prompt_tokens: int
+    num_expected_tokens: int
+    is_silent: bool
+    sent_at: float
+    backlog: int = 0
+    due: float = _NEVER
+    num_output_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + max(self.num_expected_tokens, self.num_output_tokens)
+
+
+class Window:
+    """Counts what is in flight, and says whether there is room. Time is an argument and never runs backwards.
+
+    Args:
+        batch_tokens: prompt tokens that the upstream takes at once, to begin with.
+        kv_tokens: size of the upstream's KV cache in tokens; None: unknown.
+        prefill_rate: prompt tokens a second, to begin with; for silent requests alone.
+
+    Attributes:
+        batch_tokens, kv_tokens: as learned.
+        num_unstarted_tokens, num_tokens: in flight, see above.
+    """
+
+    def __init__(
+        self, *, batch_tokens: float = 4096.0, kv_tokens: int | None = None, prefill_rate: float = 8000.0
+    ) -> None:
+        self.batch_tokens = batch_tokens
+        self.kv_tokens = _NEVER
+        self.num_unstarted_tokens = 0
+        self.num_tokens = 0
+        self._flights: dict[Flight, None] = {}
+        self._unstarted: dict[Flight, None] = {}  # in the order in which they were sent
+        self._rate = prefill_rate
+        self._silent_until = 0.0  # when the silent ones sent so far will have been prefilled
+        self._burst_at = self._last_start = -_NEVER
+        self._grew_at = -_NEVER
+        self._holds_for_batch = False  # something waited for (1), or for (2), when last asked
+        self._holds_for_kv = False
+        self._aged_at = 0.0
+        self._gauges = Gauges()
+        self._shrank_at = -_NEVER
+        self.resize_kv(kv_tokens)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_unstarted(self) -> int:
+        return len(self._unstarted)
+
+    def resize_kv(self, kv_tokens: int | None) -> None:
+        """The upstream says how large its cache is; None: it does not."""
+        self.kv_tokens = _NEVER if kv_tokens is None else kv_tokens * _KV_MARGIN
+
+    def has_room(self, num_prompt_tokens: int, num_expected_tokens: int) -> bool:
+        """Whether such a request may be sent now. False is remembered: somebody waits for the window."""
+        self._holds_for_batch = self._holds_for_kv = False
+        if not self._flights:
+            return True
+        if len(self._unstarted) >= _MIN_UNSTARTED:
+            self._holds_for_batch = self.num_unstarted_tokens + num_prompt_tokens > self.batch_tokens
+        self._holds_for_kv = self.num_tokens + num_prompt_tokens + num_expected_tokens > self.kv_tokens
+        return not (self._holds_for_batch or self._holds_for_kv)
+
+    def release(self) -> None:
+        """Nobody waits for the window."""
+        self._holds_for_batch = self._holds_for_kv = False
+
+    def send(self, num_prompt_tokens: int, num_expected_tokens: int, now: float, *, is_silent: bool = False) -> Flight:
+        """A request goes to the upstream."""
+        flight = Flight(num_prompt_tokens, num_expected_tokens, is_silent, now)
+        if is_silent:
+            self._silent_until = max(self._silent_until, now) + num_prompt_tokens / self._rate
+            flight.due = self._silent_until
+        self.num_unstarted_tokens += num_prompt_tokens
+        flight.backlog = self.num_unstarted_tokens
+        self.num_tokens += flight.num_tokens
+        self._flights[flight] = self._unstarted[flight] = None
+        return flight
+
+    def start(self, flight: Flight, now: float) -> None:
+        """Its first chunk came; silent ones sent before it have started too. Again: nothing."""
+        if flight not in self._unstarted:
+            return
+        for earlier in [f for f in self._unstarted if f.is_silent and f.sent_at < flight.sent_at]:
+            self._leave_unstarted(earlier)
+        self._leave_unstarted(flight)
+        delay = max(now - flight.sent_at, 1e-3)
+        self._rate += _RATE_SMOOTHING * (flight.backlog / delay - self._rate)
+        self._learn_batch(now)
+
+    def grow(self, flight: Flight, num_tokens: int) -> None:
+        """So many more tokens of its output came."""
+        before = flight.num_tokens
+        flight.num_output_tokens += num_tokens
+        self.num_tokens += flight.num_tokens - before
+
+    def resize_prompt(self, flight: Flight, num_prompt_tokens: int) -> None:
+        """Its prompt turned out to have so many tokens."""
+        more = num_prompt_tokens - flight.num_prompt_tokens
+        flight.num_prompt_tokens += more
+        self.num_tokens += more
+        if flight in self._unstarted:
+            self.num_unstarted_tokens += more
+
+    def end(self, flight: Flight) -> None:
+        """It has ended, in whatever way."""
+        if flight in self._unstarted:
+            self._leave_unstarted(flight)
+        del self._flights[flight]
+        self.num_tokens -= flight.num_tokens
+
+    def advance(self, now: float) -> None:
+        """Silent requests that are due have started."""
+        for flight in [flight for flight in self._unstarted if flight.due <= now]:
+            self._leave_unstarted(flight)
+
+    @property
+    def next_due(self) -> float:
+        """When `advance` has something to do; infinite: nothing is silent and unstarted."""
+        return min((flight.due for flight in self._unstarted if flight.is_silent), default=_NEVER)
+
+    def correct(self, gauges: Gauges, now: float) -> None:
+        """Take in a report of the upstream; one that says what the last one said says nothing."""
+        last, self._gauges = self._gauges, gauges
+        if gauges == last:
+            return
+        if (
+            gauges.num_preemptions is not None
+            and last.num_preemptions is not None
+            and gauges.num_preemptions > last.num_preemptions
+        ):
+            if now - self._shrank_at >= _CORRECTION_SECONDS:
+                self._shrank_at = now
+                self.kv_tokens = 0.9 * min(self.kv_tokens, self.num_tokens or _NEVER)
+        elif self._holds_for_kv and gauges.kv_usage is not None and gauges.kv_usage < _ROOMY_CACHE:
+            self.kv_tokens *= 1.1
+        if gauges.num_waiting is None:
+            return
+        if gauges.num_waiting > max(len(self._unstarted), _MIN_UNSTARTED):
+            self.batch_tokens = max(self.batch_tokens * 0.9, _SMALLEST_BATCH)
+            self._rate *= 0.8
+        elif gauges.num_waiting == 0 and self._holds_for_batch:
+            self._rate *= _GROWTH
+
+    def _leave_unstarted(self, flight: Flight) -> None:
+        del self._unstarted[flight]
+        self.num_unstarted_tokens -= flight.num_prompt_tokens
+
+    def _learn_batch(self, now: float) -> None:
+        """After a first chunk: grow if the upstream has nothing left to start, else shrink."""
+        if now - self._last_start > _BURST_SECONDS:
+            self._burst_at = now
+        self._last_start = now
+        if not self._holds_for_batch:
+            self._aged_at = now
+            return
+        is_hungry = next(iter(self._unstarted)).sent_at >= self._burst_at if self._unstarted else True
+        if is_hungry and self._grew_at < self._burst_at:
+            self._grew_at = now
+            self.batch_tokens = min(self.batch_tokens * _GROWTH, _LARGEST_BATCH)
+        else:
+            shrunk = self.batch_tokens * 0.5 ** ((now - self._aged_at) / _HALF_LIFE_SECONDS)
+            self.batch_tokens = max(shrunk, _SMALLEST_BATCH)
+        self._aged_at = now

@@ -1,0 +1,213 @@
+"""The dispatcher before a simulated first-come-first-served engine: shares, order and limits are the engine's own."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
+from evenhand_engine.dispatch.window import Window
+from evenhand_engine.scheduler.request import FinishReason
+from evenhand_engine.simulator.device import Device, LinearStepTime
+from evenhand_engine.simulator.scenario import Scenario
+from evenhand_engine.simulator.sidecar import SidecarFaults, SidecarInFront
+from evenhand_engine.simulator.simulation import Run, Simulation
+from evenhand_engine.simulator.traces import TraceRequest
+from evenhand_policy.config import Fairness, LatencyClass, Limits, SchedulerConfig, TenantConfig
+
+DEVICE = Device("test", 20_000, LinearStepTime(0.02, per_prefill_token=5e-5, per_decode_token=2e-5))
+SETTINGS = SchedulerSettings(max_num_batched_tokens=1_024, max_num_seqs=64, num_kv_blocks=1_250, max_model_len=8_192)
+
+_ids = itertools.count()
+
+
+def errand(tenant_id: str = "a", prompt: int = 100, output: int = 50, now: float = 0.0, user: str = "") -> Errand:
+    return Errand(f"{next(_ids)}", tenant_id, now, num_prompt_tokens=prompt, max_output_tokens=output, user=user)
+
+
+def narrow(*tenants: TenantConfig) -> Dispatcher:
+    """One that has only room for two at a time."""
+    return Dispatcher(Window(batch_tokens=1), SchedulerConfig(tenants=tenants))
+
+
+def serve(dispatcher: Dispatcher, num_requests: int, now: float = 0.0) -> list[Errand]:
+    """The order in which so many are sent, if each starts and ends before the next."""
+    order: list[Errand] = []
+    while len(order) < num_requests:
+        sent = list(dispatcher.dispatch(now))
+        assert sent, "idle although something waits"
+        order += sent
+        for one in sent:
+            dispatcher.started(one, now)
+            dispatcher.generated(one, one.max_output_tokens)
+            dispatcher.end(one)
+    return order
+
+
+def simulate(trace: Sequence[TraceRequest], config: SchedulerConfig, until: float, **faults: float) -> Run:
+    sidecar = SidecarInFront(SETTINGS, config, SidecarFaults(**faults))  # type: ignore[arg-type]
+    return Simulation(sidecar, DEVICE, trace, max_model_len=SETTINGS.max_model_len).run(until)
+
+
+def served(run: Run, since: float = 0.0) -> Counter[str]:
+    """Service by tenant, at the default prices, of tokens that came after `since`."""
+    services: Counter[str] = Counter()
+    for record in run.records:
+        if record.token_times is not None:
+            services[record.tenant_id] += 2 * int((record.token_times > since).sum())
+            services[record.tenant_id] += record.num_prompt_tokens * int(record.token_times[0] > since)
+    return services
+
+
+def flood(tenant_id: str, num: int, prompt: int = 400, output: int = 60, start: float = 0.0) -> Iterator[TraceRequest]:
+    for i in range(num):
+        yield TraceRequest(tenant_id, start + i * 1e-3, prompt, output)
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+def test_backlogged_tenants_share_by_weight(weight: int) -> None:
+    services = compete(weight)
+    assert services["a"] / services["b"] == pytest.approx(weight, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"kv_scale": 0.1},
+        {"kv_scale": 10.0, "gauge_delay": 6.0},
+        {"kv_scale": None},
+        {"gauges_freeze_at": 2.0},
+        {"prompt_scale": 0.7},
+        {"is_silent": True},
+    ],
+    ids=lambda faults: "-".join(faults),
+)
+def test_shares_hold_whatever_the_upstream_says(faults: dict[str, float]) -> None:
+    """Less exactly in ten seconds: outputs are charged as they come, so a tenant is ahead by what it has in flight."""
+    services = compete(3, **faults)
+    assert services["a"] / services["b"] == pytest.approx(3, rel=0.35)  # first come first served: 1.04
+
+
+def compete(weight: int, **faults: float) -> Counter[str]:
+    """Services of two tenants that are backlogged for 10 seconds, with prompts and outputs of other lengths."""
+    trace = [*flood("a", 500), *flood("b", 500, prompt=100, output=200)]
+    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="a", weight=weight), TenantConfig(tenant_id="b")))
+    return served(simulate(trace, config, 13.0, **faults), since=3.0)
+
+
+def test_silence_earns_nothing() -> None:
+    trace = [*flood("b", 600), *flood("a", 400, start=6.0)]
+    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="a"), TenantConfig(tenant_id="b")))
+    services = served(simulate(trace, config, 17.0), since=7.0)
+    assert services["a"] / services["b"] == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_quiet_tenant_hardly_waits_beside_a_flood_and_no_token_is_lost() -> None:
+    quiet = [TraceRequest("quiet", 1.0 + 0.7 * i, 100, 30) for i in range(25)]
+    trace = [*quiet, *flood("flood", 1_000)]
+    scenario = Scenario.of_trace(trace, DEVICE).with_settings(max_num_batched_tokens=1_024, max_num_seqs=64)
+    waits, tokens = {}, {}
+    for policy in ("fcfs", "sidecar"):
+        run = scenario.run(policy, until=20.0)
+        waits[policy] = sorted(
+            (r.first_token_time or 20.0) - r.arrival_time for r in run.records if r.tenant_id == "quiet"
+        )
+        tokens[policy] = sum(served(run).values())
+    assert waits["sidecar"][-2] < waits["fcfs"][-2] / 10
+    assert tokens["sidecar"] > 0.97 * tokens["fcfs"]
+
+
+def test_a_restart_of_the_upstream_ends_what_it_had_and_no_more() -> None:
+    run = simulate([*flood("a", 60), *flood("b", 60)], SchedulerConfig(), 200.0, restart_at=2.0)
+    ended = [record for record in run.records if record.finish_time is None]
+    assert 0 < len(ended) < 80
+    assert run.end_time < 200.0  # everything else was served
+
+
+def test_charges_are_what_came() -> None:
+    dispatcher = narrow()
+    one = errand(prompt=100, output=1_000)
+    dispatcher.add(one, 0.0)
+    assert list(dispatcher.dispatch(0.0)) == [one]
+    tenant = dispatcher.roster.tenants["default"]
+    assert tenant.service == 100
+    dispatcher.started(one, 0.1)
+    dispatcher.generated(one, 7)
+    assert tenant.service == 114
+    dispatcher.sized(one, 80, num_cached_tokens=30)
+    dispatcher.counted(one, 9)
+    assert tenant.service == 50 + 18
+    dispatcher.end(one)
+    dispatcher.end(one)
+    dispatcher.generated(one, 5)  # late news of what has ended
+    assert tenant.service == 68 and dispatcher.window.num_tokens == 0
+    assert (tenant.num_prompt_tokens, tenant.num_generation_tokens) == (50, 9)
+
+
+def test_users_inside_a_tenant_take_turns() -> None:
+    dispatcher = narrow(TenantConfig(tenant_id="a", fairness=Fairness.PER_USER))
+    for user in ("first", "first", "first", "first", "second", "second"):
+        dispatcher.add(errand(user=user), 0.0)
+    assert Counter(one.user for one in serve(dispatcher, 6)[:4]) == {"first": 2, "second": 2}
+
+
+def test_a_higher_class_goes_first_inside_the_slack() -> None:
+    dispatcher = narrow(
+        TenantConfig(tenant_id="a"), TenantConfig(tenant_id="b", latency_class=LatencyClass.INTERACTIVE)
+    )
+    for tenant_id in ("a", "a", "a", "b", "b"):
+        dispatcher.add(errand(tenant_id), 0.0)
+    assert [one.tenant_id for one in serve(dispatcher, 5)] == ["b", "b", "a", "a", "a"]
+
+
+def test_a_concurrency_limit_holds_its_tenant_back_and_nobody_else() -> None:
+    dispatcher = Dispatcher(
+        Window(),
+        SchedulerConfig(tenants=(TenantConfig(tenant_id="a", limits=Limits(max_concurrent_requests=1)),)),
+    )
+    for tenant_id in ("a", "a", "other"):
+        dispatcher.add(errand(tenant_id), 0.0)
+    sent = list(dispatcher.dispatch(0.0))
+    assert [one.tenant_id for one in sent] == ["a", "default"]
+    dispatcher.end(sent[0])
+    assert [one.tenant_id for one in dispatcher.dispatch(1.0)] == ["a"]
+
+
+def test_whoever_waits_too_long_leaves() -> None:
+    dispatcher = narrow(TenantConfig(tenant_id="a", limits=Limits(queue_timeout_ms=2_000)))
+    queued = [errand() for _ in range(3)]
+    for one in queued:
+        dispatcher.add(one, 0.0)
+    assert len(list(dispatcher.dispatch(0.0))) == 2
+    assert dispatcher.next_event == 2.0
+    assert list(dispatcher.dispatch(2.1)) == []
+    assert dispatcher.refused() == [(queued[2].request_id, FinishReason.QUEUE_TIMEOUT)]
+    assert dispatcher.refused() == []
+
+
+def test_a_suspended_tenants_queue_ends_and_what_runs_goes_on() -> None:
+    dispatcher = narrow(TenantConfig(tenant_id="a"))
+    queued = [errand() for _ in range(3)]
+    for one in queued:
+        dispatcher.add(one, 0.0)
+    list(dispatcher.dispatch(0.0))
+    dispatcher.reconfigure(SchedulerConfig(tenants=(TenantConfig(tenant_id="a", suspended=True),)))
+    assert dispatcher.refused() == [(queued[2].request_id, FinishReason.TENANT_SUSPENDED)]
+    assert dispatcher.window.num_in_flight == 2
+    dispatcher.add(late := errand(), 1.0)
+    assert dispatcher.refused() == [(late.request_id, FinishReason.TENANT_SUSPENDED)]
+
+
+def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
+    dispatcher = narrow()
+    queued = [errand() for _ in range(4)]
+    for one in queued:
+        dispatcher.add(one, 0.0)
+    list(dispatcher.dispatch(0.0))
+    for one in queued:
+        dispatcher.end(one, FinishReason.ABORT)
+    assert list(dispatcher.dispatch(0.0)) == [] and dispatcher.refused() == []
+    assert dispatcher.window.num_in_flight == 0
+    dispatcher.roster.check_integrity()

@@ -1,0 +1,130 @@
+"""The window: what is counted is what is in flight, the upstream is never idle, and its batch is learned from the wire."""
+
+import random
+
+import pytest
+
+from evenhand_engine.dispatch.window import Flight, Gauges, Window
+
+
+def fill(window: Window, num_prompt_tokens: int, now: float) -> list[Flight]:
+    """Send equal prompts until there is no room."""
+    flights = []
+    while window.has_room(num_prompt_tokens, 10):
+        flights.append(window.send(num_prompt_tokens, 10, now))
+    return flights
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_are_those_of_what_is_in_flight(seed: int) -> None:
+    rng = random.Random(seed)
+    window, flights, now = Window(batch_tokens=500, kv_tokens=5_000), [], 0.0
+    for _ in range(500):
+        now += rng.expovariate(20)
+        match rng.randrange(6):
+            case 0 | 1:
+                prompt, expected = rng.randint(1, 900), rng.randint(0, 300)
+                if window.has_room(prompt, expected):
+                    flights.append(window.send(prompt, expected, now, is_silent=rng.random() < 0.3))
+            case 2 if flights:
+                window.start(rng.choice(flights), now)
+            case 3 if flights:
+                window.grow(rng.choice(flights), rng.randint(1, 200))
+            case 4 if flights:
+                window.end(flights.pop(rng.randrange(len(flights))))
+            case 5:
+                window.advance(now)
+                if flights:
+                    window.resize_prompt(rng.choice(flights), rng.randint(1, 900))
+        assert window.num_in_flight == len(flights)
+        assert window.num_tokens == sum(flight.num_tokens for flight in flights)
+        assert 0 <= window.num_unstarted <= len(flights)
+        assert window.num_unstarted_tokens <= sum(flight.num_prompt_tokens for flight in flights)
+    for flight in flights:
+        window.end(flight)
+    assert (window.num_tokens, window.num_unstarted, window.num_unstarted_tokens) == (0, 0, 0)
+
+
+def test_an_idle_upstream_gets_whatever_waits() -> None:
+    window = Window(batch_tokens=16, kv_tokens=100)
+    assert window.has_room(10_000, 10_000)
+    window.send(10_000, 10_000, 0.0)
+    assert not window.has_room(1, 1)  # the cache is full
+
+
+def test_one_computes_while_one_waits_however_long_they_are() -> None:
+    assert len(fill(Window(batch_tokens=16), 5_000, 0.0)) == 2
+
+
+def test_short_prompts_fill_the_batch() -> None:
+    assert len(fill(Window(batch_tokens=1_000), 100, 0.0)) == 10
+
+
+def test_tokens_in_flight_stay_within_the_cache() -> None:
+    window = Window(batch_tokens=1 << 16, kv_tokens=1_000)
+    flights = fill(window, 100, 0.0)
+    assert len(flights) == 8  # 950 of 110 each
+    for flight in flights:
+        window.start(flight, 0.1)
+    window.grow(flights[0], 10)  # as expected
+    assert window.num_tokens == 880
+    window.grow(flights[0], 30)
+    assert window.num_tokens == 910
+
+
+def hungry_steps(window: Window, budget: int, seconds: float, prompt: int = 50) -> list[bool]:
+    """An upstream that starts as many waiting prompts in each step of 30 ms as its budget holds, where what is sent to it
+    during a step waits for the next; for each step, whether it lacked a prompt that it had room for."""
+    now, queue, hungry = 0.0, fill(window, prompt, 0.0), []
+    while now < seconds:
+        taken, queue = queue[: budget // prompt], queue[budget // prompt :]
+        hungry.append(len(taken) < budget // prompt)
+        now += 0.03
+        for flight in taken:
+            window.start(flight, now)
+            window.end(flight)
+            queue += fill(window, prompt, now + 1e-4)
+    return hungry
+
+
+@pytest.mark.parametrize("budget", [256, 2_048, 8_192])
+def test_the_batch_is_learned_from_first_chunks(budget: int) -> None:
+    window = Window()
+    hungry = hungry_steps(window, budget, 90.0)
+    assert 0.9 * budget <= window.batch_tokens <= 3 * budget
+    assert sum(hungry[1_500:]) < 0.03 * 1_500
+
+
+def test_a_silent_request_starts_after_those_before_it() -> None:
+    window = Window(prefill_rate=1_000.0)
+    window.send(500, 10, 0.0, is_silent=True)
+    window.send(500, 10, 0.0, is_silent=True)
+    assert window.next_due == 0.5
+    window.advance(0.5)
+    assert window.num_unstarted == 1 and window.next_due == 1.0
+    seen = window.send(10, 10, 0.6)
+    window.start(seen, 0.7)  # an upstream begins in order
+    assert window.num_unstarted == 0
+
+
+def test_preemptions_shrink_the_cache_and_a_roomy_one_grows_it() -> None:
+    window = Window(kv_tokens=1_000)
+    fill(window, 300, 0.0)
+    window.correct(Gauges(num_preemptions=0, num_tokens=1), 1.0)
+    window.correct(Gauges(num_preemptions=3, num_tokens=2), 2.0)
+    assert window.kv_tokens == pytest.approx(0.9 * window.num_tokens)
+    shrunk = window.kv_tokens
+    assert not window.has_room(300, 10)
+    window.correct(Gauges(num_preemptions=3, kv_usage=0.2, num_tokens=3), 3.0)
+    assert window.kv_tokens > shrunk
+
+
+def test_a_frozen_gauge_says_nothing() -> None:
+    window = Window(kv_tokens=1_000)
+    fill(window, 300, 0.0)
+    frozen = Gauges(num_waiting=50, kv_usage=0.1, num_preemptions=0, num_tokens=7)
+    window.correct(frozen, 1.0)
+    learned = window.kv_tokens, window.batch_tokens
+    for second in range(2, 60):
+        window.correct(frozen, float(second))
+    assert (window.kv_tokens, window.batch_tokens) == learned
