@@ -58,9 +58,9 @@ class Engine:
         return f"http://{self.address}:{PORT}/v1"
 
     def tenants(self) -> dict[str, Object]:
-        """Live state of each tenant, by name: service, requests that wait, ... Of deleted ones, while they have work."""
+        """Live state of each tenant, by name: service, requests that wait, ..."""
         state = read_json(f"http://{self.address}:{ADMIN_PORT}/v1/tenants")
-        return {row["tenantId"]: row for row in (*state["tenants"], *state["deletedTenants"])}
+        return {row["tenantId"]: row for row in state["tenants"]}
 
     def service(self, *names: str) -> list[int]:
         """What was charged to tenants so far: tokens, by their prices."""

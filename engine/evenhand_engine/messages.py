@@ -102,6 +102,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: tuple[int, ...]  # tokens of each step since the last EngineStats
     step_seconds: tuple[float, ...]  # duration of each of these steps
     tenants: tuple[TenantStats, ...]  # those whose state changed since the last EngineStats
+    retired_tenants: tuple[str, ...] = ()  # deleted since: what they had left is the default tenant's
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):

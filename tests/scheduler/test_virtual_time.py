@@ -106,6 +106,17 @@ def test_the_lag_of_who_waits_is_shown_with_its_bound(engine: PretendEngine) -> 
     assert idle is not None and all(row.lag == 0 for row in idle.tenants)
 
 
+def test_who_is_deleted_is_reported_once(engine: PretendEngine) -> None:
+    recorder = StatsRecorder(engine.scheduler)
+    flood(engine, "b", "c")
+    engine.step()
+    assert recorder.snapshot(0.0, is_idle=True).retired_tenants == ()  # type: ignore[union-attr]
+    engine.scheduler.reconfigure(SchedulerConfig())
+    retired = [recorder.snapshot(float(n), is_idle=True).retired_tenants for n in range(2)]  # type: ignore[union-attr]
+    assert (set(retired[0]) >= {"b", "c"}, retired[1]) == (True, ())
+    engine.drain()
+
+
 class TestFairShare:
     """The accounts alone."""
 

@@ -121,6 +121,10 @@ class Stream(Protocol):
 
     async def __anext__(self) -> Delta: ...
 
+    def finish(self) -> None:
+        """End the request as if it had reached its limit, with what has come so far; nothing if it has ended."""
+        ...
+
     def close(self) -> None:
         """End the request if it has not ended; nothing more can be read. The Observer is told when it has."""
         ...

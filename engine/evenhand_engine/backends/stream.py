@@ -40,6 +40,7 @@ class LocalStream:
         self._waiter: asyncio.Future[None] | None = None
         self._num_computed = 0  # outputs that have arrived
         self._has_started = False
+        self._is_cut = False
         self._is_open = True  # something may still come for the reader
         self._has_news = False
         self._pieces: list[Piece] = []
@@ -66,6 +67,10 @@ class LocalStream:
         delta = Delta(self._pieces, self._num_tokens, self._finish_reason)
         self._has_news, self._pieces, self._num_tokens = False, [], 0
         return delta
+
+    def finish(self) -> None:
+        """End the request as if it had reached its limit, after the output that is being taken in."""
+        self._is_cut = True
 
     def close(self) -> None:
         """End the request if it has not ended; nothing more can be read."""
@@ -120,7 +125,10 @@ class LocalStream:
                 self._abort(self._request.request_id, FinishReason.STOP, self._text.num_tokens)
         else:
             self._num_tokens += len(output.token_ids)
-            if output.finish_reason is not None:
+            if self._is_cut and output.finish_reason is None:
+                self._finish_reason = FinishReason.LENGTH
+                self._abort(self._request.request_id, FinishReason.LENGTH, None)
+            if self._finish_reason is not None:
                 self._add(self._text.flush())
         self._is_open = self._finish_reason is None
         self._has_news = self._has_news or bool(self._pieces or self._finish_reason)

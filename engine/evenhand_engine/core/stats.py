@@ -39,6 +39,7 @@ class StatsRecorder:
         bound = queue.lag_bound()
         tenants = {i: self._tenant_stats(tenant, highest, bound) for i, tenant in roster.tenants.items()}
         changed = tuple(stats for tenant_id, stats in tenants.items() if self._reported.get(tenant_id) != stats)
+        retired = tuple(tenant_id for tenant_id in self._reported if tenant_id not in tenants)
         self._reported = tenants
         steps, self._steps = self._steps, deque()
         return EngineStats(
@@ -57,6 +58,7 @@ class StatsRecorder:
             step_tokens=tuple(num_tokens for num_tokens, _ in steps),
             step_seconds=tuple(seconds for _, seconds in steps),
             tenants=changed,
+            retired_tenants=retired,
         )
 
     def _tenant_stats(self, tenant: Tenant, highest: int, bound: int) -> TenantStats:

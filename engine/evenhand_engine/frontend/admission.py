@@ -1,62 +1,20 @@
 """Admission: what a tenant may send now. Token buckets, queue and size limits, audit. Pure: time is an argument.
 
-Owns each tenant's quota and its count of requests in flight. The scheduler enforces the rest: concurrency, queue
-timeout, memory. Called by the server alone; a reservation is one synchronous call, so concurrent requests cannot
-overshoot.
+A request passes in this order: `check` takes one request of the quota, before anything is read or tokenized; `reserve`
+takes the rest, for all its prompts or for none; `start` and `generated` follow it; `settle` ends it. Each is one
+synchronous call, so concurrent requests cannot overshoot. The scheduler enforces the rest: concurrency, queue timeout,
+memory. What one tenant has used and how it drains is its `account`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.account import Cost, Reservation, TenantAccount
 from evenhand_engine.frontend.quota import TokenBucket
-from evenhand_policy.config import DEFAULT_TENANT_ID, Enforcement, SchedulerConfig, TenantConfig
+from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
 
 _MIN_RETRY_SECONDS = 1.0
-_DRAIN_SMOOTHING = 0.2  # weight of the newest interval in the mean time between two requests that end
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one prompt may use at most: tokens in, tokens out."""
-
-    num_prompt_tokens: int
-    max_output_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.max_output_tokens
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """The claim of one prompt on its tenant's quota, from `Admission.reserve` to `Admission.settle`."""
-
-    account: "TenantAccount"
-    cost: Cost
-    counted: bool  # False: over a limit that is only audited, so it holds no quota
-    started: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class TenantAccount:
-    """Live state of one tenant at the door."""
-
-    config: TenantConfig
-    requests: TokenBucket | None = None
-    tokens: TokenBucket | None = None
-    num_in_flight: int = 0
-    num_not_started: int = 0
-    refusals: Counter[str] = field(default_factory=Counter)
-    audited: Counter[str] = field(default_factory=Counter)
-    busy_since: float = 0.0
-    seconds_per_request: float | None = None  # mean time between two requests that end while others wait
-
-    @property
-    def audits(self) -> bool:
-        return self.config.enforcement is Enforcement.AUDIT
 
 
 class Admission:
@@ -107,13 +65,21 @@ class Admission:
         """The tenant's account; the default tenant's if the config has just lost the tenant."""
         return self._accounts.get(tenant_id) or self._accounts[DEFAULT_TENANT_ID]
 
-    def check(self, tenant_id: str, num_requests: int, now: float) -> None:
-        """Refuse cheaply, before the prompt is tokenized, what would be refused for certain; reserves nothing."""
+    def check(self, tenant_id: str, now: float) -> int:
+        """Refuse cheaply, before anything is read, what would be refused for certain; else take one request of the quota.
+
+        It is paid for what reading and tokenizing cost, whatever comes of it. Returns how many requests were taken, for
+        `reserve`: 0 if the quota is only audited and used up.
+        """
         account = self.account(tenant_id)
-        refusal = self._refuse_suspended(account) or self._refuse_amount(account, num_requests, 0, now)
-        if refusal is not None and (refusal.status == 403 or not account.audits):
+        refusal = self._refuse_suspended(account) or self._refuse_amount(account, 1, 0, now)
+        if refusal is None:
+            account.take_requests(1, now)
+            return 1
+        if refusal.status == 403 or not account.audits:
             account.refusals[refusal.code] += 1
             raise refusal
+        return 0
 
     def count_request(self, tenant_id: str, now: float) -> None:
         """Take one request of the quota for work that the engine has no part in, or raise Refusal."""
@@ -121,8 +87,8 @@ class Admission:
         refusal = self._refuse_suspended(account)
         over = refusal or _gravest(self._refuse_rates(account, 1, 0, now))
         self._judge(account, refusal, over)
-        if over is None and account.requests is not None:
-            account.requests.take(1, now)
+        if over is None:
+            account.take_requests(1, now)
 
     def max_output_tokens(self, tenant_id: str, num_prompt_tokens: int) -> int:
         """The output limit of a request that names none: the policy's, else what context and quota leave; >= 1."""
@@ -134,15 +100,25 @@ class Admission:
                 room = min(room, math.floor(account.tokens.capacity) - num_prompt_tokens)
         return max(room, 1)
 
-    def reserve(self, tenant_id: str, costs: Sequence[Cost], now: float) -> list[Reservation]:
-        """Take quota for all prompts of one request, or for none of them and raise Refusal."""
+    def expected_output_tokens(self, tenant_id: str) -> int:
+        """What a request that names no limit is likely to need: the tenant's own 95th percentile."""
+        return self.account(tenant_id).expected_output_tokens
+
+    def reserve(self, tenant_id: str, costs: Sequence[Cost], now: float, num_taken: int = 0) -> list[Reservation]:
+        """Take quota for all prompts of one request, or for none of them and raise Refusal.
+
+        `num_taken`: requests that `check` has taken already; a refusal does not give them back, and counts them again
+        for what a retry must wait.
+        """
         account = self.account(tenant_id)
         refusal = self._refuse_suspended(account) or self._refuse_context(costs)
-        num_tokens = sum(cost.num_tokens for cost in costs)
+        num_tokens = sum(cost.num_reserved_tokens for cost in costs)
         over = refusal or self._refuse_sizes(account, costs)
-        over = over or self._refuse_amount(account, len(costs), num_tokens, now)
+        over = over or self._refuse_amount(account, len(costs), num_tokens, now, num_taken)
         self._judge(account, refusal, over)
-        return [self._take(account, cost, over is None, now) for cost in costs]
+        if over is None:
+            account.take_requests(len(costs) - num_taken, now)
+        return [account.reserve(cost, over is None, now) for cost in costs]
 
     def _judge(self, account: TenantAccount, refusal: Refusal | None, over: Refusal | None) -> None:
         """Raise what no audit mode lets through, `refusal`; of limits, `over`, only what is enforced."""
@@ -153,52 +129,24 @@ class Admission:
             raise over
         account.audited[over.code] += 1
 
-    def _take(self, account: TenantAccount, cost: Cost, counted: bool, now: float) -> Reservation:
-        if counted:
-            if account.requests is not None:
-                account.requests.take(1, now)
-            if account.tokens is not None:
-                account.tokens.take(cost.num_tokens, now)
-            if account.num_in_flight == 0:
-                account.busy_since = now
-            account.num_in_flight += 1
-            account.num_not_started += 1
-        return Reservation(account, cost, counted)
-
     def start(self, reservation: Reservation) -> None:
         """The scheduler has begun the request: it has left the queue."""
-        if not reservation.started:
-            reservation.started = True
-            reservation.account.num_not_started -= reservation.counted
+        reservation.account.start(reservation)
+
+    def generated(self, reservation: Reservation, num_tokens: int, now: float) -> bool:
+        """So many more outputs were computed; False if the quota leaves no more for this request, which must end."""
+        return reservation.account.generated(reservation, num_tokens, now)
 
     def settle(self, reservation: Reservation, num_output_tokens: int, now: float) -> None:
-        """Give back what the request did not use. Called once, when it has ended in whatever way.
+        """Give back what the request did not use, or take what it used beyond. Called once, when it has ended.
 
         A request that never started has used nothing; one that did has used its prompt and `num_output_tokens`.
         """
-        account = reservation.account
-        if not reservation.counted:
-            return
-        account.num_in_flight -= 1
-        unused = reservation.cost.max_output_tokens - num_output_tokens
-        if not reservation.started:
-            unused = reservation.cost.num_tokens
-            account.num_not_started -= 1
-            if account.requests is not None:
-                account.requests.give_back(1, now)
-        if account.tokens is not None:
-            account.tokens.give_back(unused, now)
-        self._note_drain(account, now)
+        reservation.account.settle(reservation, num_output_tokens, now)
 
-    def _note_drain(self, account: TenantAccount, now: float) -> None:
-        interval = now - account.busy_since
-        account.busy_since = now
-        mean = account.seconds_per_request
-        account.seconds_per_request = interval if mean is None else mean + _DRAIN_SMOOTHING * (interval - mean)
-
-    def queue_delay(self, tenant_id: str) -> float:
+    def queue_delay(self, tenant_id: str, now: float) -> float:
         """Seconds until one place in the tenant's queue is free, at the pace at which its requests end."""
-        return max(self.account(tenant_id).seconds_per_request or 0.0, _MIN_RETRY_SECONDS)
+        return max(self.account(tenant_id).seconds_per_request(now), _MIN_RETRY_SECONDS)
 
     def _refuse_suspended(self, account: TenantAccount) -> Refusal | None:
         if not account.config.suspended:
@@ -208,15 +156,7 @@ class Admission:
     def _refuse_context(self, costs: Sequence[Cost]) -> Refusal | None:
         limit = self._max_model_len
         cost = next((cost for cost in costs if cost.num_tokens > limit), None)
-        if cost is None:
-            return None
-        return Refusal(
-            400,
-            "context_length_exceeded",
-            f"This model's context is {limit} tokens, but the request needs {cost.num_tokens}: "
-            f"{cost.num_prompt_tokens} of the prompt and {cost.max_output_tokens} of output. Shorten one of them.",
-            param="max_tokens" if cost.num_prompt_tokens < limit else None,
-        )
+        return None if cost is None else refuse_context(limit, cost.num_prompt_tokens, cost.max_output_tokens)
 
     def _refuse_sizes(self, account: TenantAccount, costs: Sequence[Cost]) -> Refusal | None:
         limits = account.config.limits
@@ -231,19 +171,29 @@ class Admission:
                 return Refusal(400, code, message, param=param)
         return None
 
-    def _refuse_amount(self, account: TenantAccount, num_requests: int, num_tokens: int, now: float) -> Refusal | None:
-        refusals = self._refuse_rates(account, num_requests, num_tokens, now)
-        queue = self._refuse_queue(account, num_requests)
-        return _gravest(refusals if queue is None else [*refusals, queue])
+    def _refuse_amount(
+        self, account: TenantAccount, num_requests: int, num_tokens: int, now: float, num_taken: int = 0
+    ) -> Refusal | None:
+        refusals = self._refuse_rates(account, num_requests, num_tokens, now, num_taken)
+        if (queue := self._refuse_queue(account, num_requests, now)) is not None:
+            refusals.append(queue)
+        if refusals and num_taken:  # a retry must find them anew
+            refusals += self._refuse_rates(account, num_requests, 0, now)
+        return _gravest(refusals)
 
-    def _refuse_rates(self, account: TenantAccount, num_requests: int, num_tokens: int, now: float) -> list[Refusal]:
+    def _refuse_rates(
+        self, account: TenantAccount, num_requests: int, num_tokens: int, now: float, num_taken: int = 0
+    ) -> list[Refusal]:
         refusals = []
         tenant_id = account.config.tenant_id
-        for bucket, amount, unit, param in (
-            (account.requests, num_requests, "requests", "prompt"),
-            (account.tokens, num_tokens, "tokens", "max_tokens"),
+        for bucket, amount, taken, unit, param in (
+            (account.requests, num_requests, num_taken, "requests", "prompt"),
+            (account.tokens, num_tokens, 0, "tokens", "max_tokens"),
         ):
-            if bucket is None or (wait := bucket.wait(amount, now)) <= 0:
+            if bucket is None:
+                continue
+            wait = math.inf if amount > bucket.capacity else bucket.wait(amount - taken, now)
+            if wait <= 0:
                 continue
             code = f"{unit}_per_minute"
             if math.isinf(wait):
@@ -255,7 +205,7 @@ class Admission:
                 refusals.append(Refusal(429, code, message, retry_after=wait))
         return refusals
 
-    def _refuse_queue(self, account: TenantAccount, num_requests: int) -> Refusal | None:
+    def _refuse_queue(self, account: TenantAccount, num_requests: int, now: float) -> Refusal | None:
         limits, tenant_id = account.config.limits, account.config.tenant_id
         if limits.max_queued_requests is None:
             return None
@@ -273,8 +223,19 @@ class Admission:
         if excess <= 0:
             return None
         message = f"The queue of tenant {tenant_id} is full ({limits.max_queued_requests} requests)."
-        delay = max(excess * (account.seconds_per_request or 0.0), _MIN_RETRY_SECONDS)
+        delay = max(excess * account.seconds_per_request(now), _MIN_RETRY_SECONDS)
         return Refusal(429, "queue_full", message, retry_after=delay)
+
+
+def refuse_context(limit: int, num_prompt_tokens: int, max_output_tokens: int) -> Refusal:
+    """Prompt and output do not fit into the model's context of `limit` tokens."""
+    return Refusal(
+        400,
+        "context_length_exceeded",
+        f"This model's context is {limit} tokens, but the request needs {num_prompt_tokens + max_output_tokens}: "
+        f"{num_prompt_tokens} of the prompt and {max_output_tokens} of output. Shorten one of them.",
+        param="max_tokens" if num_prompt_tokens < limit else None,
+    )
 
 
 def _gravest(refusals: list[Refusal]) -> Refusal | None:

@@ -1,7 +1,7 @@
-"""BodyMemory: how much memory a tenant's request bodies may take, from their first byte to the end of the answer.
+"""BodyMemory: how much memory a tenant's requests may take, from a body's first byte to the end of the answer.
 
-A body is held for as long as its request, since the prompt and what the client sent along with it are needed until
-then. Without a bound a tenant could fill the memory with bodies that it never ends, or with requests that only queue.
+A body is held until it is turned into token ids, these for as long as the request. Without a bound a tenant could fill the
+memory with bodies that it never ends, or with requests that only queue.
 """
 
 import contextlib
@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from evenhand_engine.errors import Refusal
-
-_RETRY_SECONDS = 1.0
 
 
 class HeldBody:
@@ -22,7 +20,7 @@ class HeldBody:
         self._size = 0
 
     def resize(self, size: int) -> None:
-        """Count `size` bytes from now on: those that came instead of those that might."""
+        """Count `size` bytes from now on: those that came instead of those that might, then those of the token ids."""
         self._memory.add(self._tenant_id, size - self._size)
         self._size = size
 
@@ -47,17 +45,17 @@ class BodyMemory:
             del self._num_bytes[tenant_id]
 
     @contextlib.contextmanager
-    def hold(self, tenant_id: str, size: int) -> Iterator[HeldBody]:
+    def hold(self, tenant_id: str, size: int, retry_after: float) -> Iterator[HeldBody]:
         """Room for a body of up to `size` bytes; raises Refusal 429 while the tenant's others leave none.
 
-        A tenant's only body always has room.
+        A tenant's only body always has room. `retry_after`: seconds until one of its requests ends, about.
         """
         held = self.num_bytes(tenant_id)
         if held and held + size > self._max_bytes:
             message = (
                 f"The bodies of tenant {tenant_id} that are being answered take {held} of {self._max_bytes} bytes."
             )
-            raise Refusal(429, "body_bytes", message, retry_after=_RETRY_SECONDS)
+            raise Refusal(429, "body_bytes", message, retry_after=retry_after)
         body = HeldBody(self, tenant_id)
         body.resize(size)
         try:

@@ -113,8 +113,6 @@ class Service:
         self.authenticator = self._authenticator(config)
         self.admission.reconfigure(config, time.monotonic(), num_replicas)
         self.backend.reconfigure(config, num_replicas)
-        accounts = self.admission.accounts
-        self.tenants = {i: t for i, t in self.tenants.items() if i in accounts or t.num_running or t.num_waiting}
         fields = {
             "source": source,
             "replicas": num_replicas,
@@ -137,7 +135,7 @@ class Service:
             )
 
     async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
-        """The result of `function`, which turns a body of `num_bytes` into tokens or back.
+        """The result of `function`, which works through `num_bytes` of a body.
 
         A large one is worked on off the event loop and in the tenant's turn.
         """
@@ -155,6 +153,9 @@ class Service:
     def _take_stats(self, stats: EngineStats) -> None:
         self.metrics.observe_stats(stats)
         self.tenants |= {tenant.tenant_id: tenant for tenant in stats.tenants}
+        for tenant_id in stats.retired_tenants:
+            self.tenants.pop(tenant_id, None)
+            self.shares.forget(tenant_id)
         busy = {t.tenant_id for t in stats.tenants}
         busy |= {t.tenant_id for t in self.tenants.values() if t.num_running or t.num_waiting}
         services = {tenant.tenant_id: tenant.service for tenant in stats.tenants}

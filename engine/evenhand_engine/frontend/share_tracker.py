@@ -48,6 +48,10 @@ class ShareTracker:
         for tenant_id, weight in weights.items():
             self._accounts.setdefault(tenant_id, _Account()).entitled += total_service * weight / total_weight
 
+    def forget(self, tenant_id: str) -> None:
+        """The tenant is gone: what it got lately is no part of what the others share."""
+        self._accounts.pop(tenant_id, None)
+
     def shares(self) -> dict[str, Share]:
         """By tenant id; empty while nothing was served."""
         total = sum(account.attained for account in self._accounts.values())

@@ -1,17 +1,20 @@
 """POST /v1/chat/completions."""
 
+import functools
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from evenhand_engine.frontend.requests import read_body
-from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID
+from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
-from evenhand_engine.openai.prompts import chat_token_ids
-from evenhand_engine.openai.schema import ChatCompletionRequest, parse_body
+from evenhand_engine.openai.prompts import PromptReader
+from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
 from evenhand_engine.text.detokenizer import Piece, text_of
 
@@ -47,17 +50,19 @@ class _ChatFormat:
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[SERVICE], request[TENANT_ID]
-    service.admission.check(tenant_id, 1, time.monotonic())
-    raw = await read_body(request)
-    body = parse_body(raw, ChatCompletionRequest)
-    service.check_model(body.model)
-    variables = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    prompt = await service.compute(tenant_id, len(raw), lambda: chat_token_ids(service.tokenizer, body, variables))
+    num_taken = service.admission.check(tenant_id, time.monotonic())
+    body, prompt = await read_request(request, functools.partial(_read, service))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    with begin(service, tenant_id, body, [prompt], max_tokens) as generations:
+    with begin(service, tenant_id, body, [prompt], max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
+
+
+def _read(service: Service, raw: bytes) -> "tuple[ChatCompletionRequest, array[int]]":
+    body = parse_body(raw, ChatCompletionRequest)
+    service.check_model(body.model)
+    return without_raw(body), PromptReader(service.tokenizer, service.info.max_model_len).chat(body)

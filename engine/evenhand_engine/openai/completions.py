@@ -1,17 +1,20 @@
 """POST /v1/completions."""
 
+import functools
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from evenhand_engine.frontend.requests import read_body
-from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID
+from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
-from evenhand_engine.openai.prompts import completion_token_ids
-from evenhand_engine.openai.schema import CompletionRequest, parse_body
+from evenhand_engine.openai.prompts import PromptReader
+from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.schema import CompletionRequest
 from evenhand_engine.openai.stream import answer
 from evenhand_engine.text.detokenizer import Piece, text_of
 
@@ -46,20 +49,21 @@ class _CompletionFormat:
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[SERVICE], request[TENANT_ID]
-    service.admission.check(tenant_id, 1, time.monotonic())
-    raw = await read_body(request)
-    body = parse_body(raw, CompletionRequest)
-    service.check_model(body.model)
-    tokenizer = service.tokenizer
-    prompts = await service.compute(tenant_id, len(raw), lambda: completion_token_ids(tokenizer, body))
-    echoes = None
-    if body.echo:
-        echoes = await service.compute(tenant_id, len(raw), lambda: [tokenizer.decode(prompt) for prompt in prompts])
+    num_taken = service.admission.check(tenant_id, time.monotonic())
+    body, prompts, echoes = await read_request(request, functools.partial(_read, service))
     form = _CompletionFormat(
         completion_id=f"cmpl-{request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
         echoes=echoes,
     )
-    with begin(service, tenant_id, body, prompts, body.max_tokens) as generations:
+    with begin(service, tenant_id, body, prompts, body.max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
+
+
+def _read(service: Service, raw: bytes) -> "tuple[CompletionRequest, list[array[int]], list[str] | None]":
+    body = parse_body(raw, CompletionRequest)
+    service.check_model(body.model)
+    prompts = PromptReader(service.tokenizer, service.info.max_model_len).completion(body)
+    echoes = [service.tokenizer.decode(prompt) for prompt in prompts] if body.echo else None
+    return without_raw(body), prompts, echoes

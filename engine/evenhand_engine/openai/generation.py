@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.admission import Cost, Reservation
+from evenhand_engine.frontend.account import Cost, Reservation
 from evenhand_engine.frontend.metrics import RequestMetrics
 from evenhand_engine.frontend.service import Service
 from evenhand_engine.openai.errors import refuse_finished
@@ -111,6 +111,8 @@ class Generation:
 
     def generated(self, num_tokens: int, now: float) -> None:
         self._metrics.take_tokens(num_tokens, now)
+        if not self._service.admission.generated(self._reservation, num_tokens, now) and self._stream is not None:
+            self._stream.finish()
 
     def ended(self, ending: Ending, now: float) -> None:
         reason = ending.finish_reason
@@ -131,7 +133,7 @@ class Generation:
             self._metrics.end(outcome, reason, ending.num_preemptions, now)
 
     def _refusal(self, reason: FinishReason) -> Refusal | None:
-        return refuse_finished(reason, self._service.admission.queue_delay(self.request.tenant_id))
+        return refuse_finished(reason, self._service.admission.queue_delay(self.request.tenant_id, time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -141,11 +143,14 @@ def begin(
     body: SamplingFields,
     prompts: "Sequence[array[int]]",
     max_tokens: int | None,
+    *,
     num_choices: int = 1,
+    num_taken: int = 0,
 ) -> Iterator[list[Generation]]:
     """Reserve quota for all choices of all prompts and begin them, or raise Refusal or EngineDeadError.
 
     The choices of a prompt follow each other, as in an answer of OpenAI's. On leaving, whatever still runs is ended.
+    `num_taken`: requests of the quota that `Admission.check` has taken.
     """
     admission = service.admission
     check_token_ids(service.tokenizer, body.stop_token_ids or (), "stop_token_ids")
@@ -155,8 +160,9 @@ def begin(
     if min(limits) < (body.min_tokens or 0):
         raise Refusal(400, "invalid_value", f"`min_tokens` is above {min(limits)}, the most.", param="min_tokens")
     choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(num_choices)]
-    costs = [Cost(len(prompts[prompt]), limits[prompt]) for prompt, _ in choices]
-    reservations = admission.reserve(tenant_id, costs, time.monotonic())
+    expected = None if max_tokens else admission.expected_output_tokens(tenant_id)
+    costs = [Cost(len(prompts[prompt]), limits[prompt], expected) for prompt, _ in choices]
+    reservations = admission.reserve(tenant_id, costs, time.monotonic(), num_taken)
     generations = [
         Generation(
             service,

@@ -1,55 +1,161 @@
-"""Prompts: from a request's text or messages to token ids. Pure, and slow for long prompts: run by `Service.compute`."""
+"""Prompts: from a body's text, token ids or messages to arrays of token ids. Pure, and slow: run by `Service.compute`.
+
+What cannot fit into the model's context is refused before it is tokenized, by its bytes and the longest token, and before
+an object is made for each of its parts.
+"""
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Raw
+
 from evenhand_engine.errors import Refusal
-from evenhand_engine.openai.schema import ChatFields, CompletionRequest
-from evenhand_engine.text.tokenizer import ChatTemplateError, Tokenizer
+from evenhand_engine.frontend.admission import refuse_context
+from evenhand_engine.openai.bodies import decode_raw, first_elements, given, token_ids
+from evenhand_engine.openai.schema import ChatFields, ChatMessage, CompletionRequest, TextPart
+from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, Tokenizer
+
+_MAX_PROMPTS = 256
+_MAX_MESSAGES = 4096
+_MAX_PARTS = 1024  # of one message
+_MAX_UNTYPED_BYTES = 2**19  # of what is for the template alone: two of these bytes may become an object of sixty
 
 
-def completion_token_ids(tokenizer: Tokenizer, body: CompletionRequest) -> "list[array[int]]":
-    """Token ids of each prompt; raises Refusal 400 for an id that is not in the vocabulary."""
-    token_ids = []
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt, body.add_special_tokens is not False)
-        check_token_ids(tokenizer, prompt, "prompt")
-        token_ids.append(array("I", prompt))
-    return token_ids
+@dataclass(frozen=True, slots=True)
+class PromptReader:
+    """Turns what a body says into token ids.
+
+    Args:
+        tokenizer: of the model.
+        max_model_len: its context in tokens, which no prompt may exceed; None: no matter.
+    """
+
+    tokenizer: Tokenizer
+    max_model_len: int | None
+
+    def completion(self, body: CompletionRequest) -> "list[array[int]]":
+        """Token ids of each prompt; raises Refusal 400 for what is none, or does not fit."""
+        raw = given(body.prompt)
+        kind = b"" if raw is None else bytes(raw)[:1]
+        if raw is None or kind not in (b'"', b"["):
+            raise _invalid("`prompt` must be text, token ids, or a list of either.", "prompt")
+        prompts = [raw]
+        if kind == b"[":
+            parts = first_elements(raw, _MAX_PROMPTS + 1, "prompt")
+            if not parts:
+                raise _invalid("`prompt` is empty.", "prompt")
+            if (inner := bytes(parts[0])[:1]) in (b'"', b"["):
+                prompts, kind = parts, inner
+        if len(prompts) > _MAX_PROMPTS:
+            raise _invalid(f"`prompt` holds more than {_MAX_PROMPTS} prompts.", "prompt")
+        if kind == b"[":
+            return [self.ids(prompt, "prompt") for prompt in prompts]
+        add_special_tokens = body.add_special_tokens is not False
+        texts = (decode_raw(prompt, str, "prompt") for prompt in prompts)
+        return [self.text(text, "prompt", add_special_tokens=add_special_tokens) for text in texts]
+
+    def chat(self, body: ChatFields) -> "array[int]":
+        """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
+
+        Templates write the special tokens themselves, so none are added unless the body asks for it.
+        """
+        if body.add_generation_prompt and body.continue_final_message:
+            message = "`add_generation_prompt` and `continue_final_message` exclude each other."
+            raise _invalid(message, "continue_final_message")
+        untyped = _Untyped()
+        variables = untyped.decode(given(body.chat_template_kwargs), dict[str, Any], "chat_template_kwargs") or {}
+        if body.reasoning_effort is not None:
+            variables["reasoning_effort"] = body.reasoning_effort
+        if reserved := variables.keys() & {"messages", "add_generation_prompt"}:
+            message = f"`chat_template_kwargs` must not set {', '.join(sorted(reserved))}."
+            raise _invalid(message, "chat_template_kwargs")
+        try:
+            text = self.tokenizer.render_chat(
+                _messages(given(body.messages), untyped),
+                add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+                continue_final_message=bool(body.continue_final_message),
+                variables=variables,
+            )
+        except ChatTemplateError as error:
+            raise _invalid(f"The chat template refuses the messages: {error}", "messages") from error
+        return self.text(text, "messages", add_special_tokens=bool(body.add_special_tokens))
+
+    def text(self, text: str, param: str, *, add_special_tokens: bool) -> "array[int]":
+        """Token ids of `text`; raises Refusal 400 if it cannot fit."""
+        try:
+            found = self.tokenizer.encode(text, add_special_tokens, max_tokens=self.max_model_len)
+        except TextTooLongError as error:
+            raise refuse_context(error.max_tokens, error.num_tokens, 1) from error
+        check_token_ids(self.tokenizer, found, param)
+        return array("I", found)
+
+    def ids(self, raw: Raw, param: str) -> "array[int]":
+        """Token ids as the body gives them; raises Refusal 400 if they cannot fit, or are none of this model's."""
+        most = self.max_model_len
+        if most is not None and (num_tokens := bytes(raw).count(b",") + 1) > most:
+            raise refuse_context(most, num_tokens, 1)
+        found = token_ids(raw, param)
+        check_token_ids(self.tokenizer, found, param)
+        return found
 
 
 def check_token_ids(tokenizer: Tokenizer, token_ids: Sequence[int], param: str) -> None:
     """Raises Refusal 400 for an id that is not in the vocabulary: it would end the engine, for all tenants."""
     largest = max(token_ids, default=0)
     if largest >= tokenizer.vocab_size:
-        message = f"Token id {largest} is not in the vocabulary of {tokenizer.vocab_size}."
-        raise Refusal(400, "invalid_value", message, param=param)
+        raise _invalid(f"Token id {largest} is not in the vocabulary of {tokenizer.vocab_size}.", param)
 
 
-def chat_token_ids(tokenizer: Tokenizer, body: ChatFields, variables: dict[str, Any] | None = None) -> "array[int]":
-    """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
+class _Untyped:
+    """Decodes members of any shape, up to a number of bytes in all."""
 
-    Templates write the special tokens themselves, so none are added unless the body asks for it.
-    """
-    if body.add_generation_prompt and body.continue_final_message:
-        message = "`add_generation_prompt` and `continue_final_message` exclude each other."
-        raise Refusal(400, "invalid_value", message, param="continue_final_message")
-    variables = (body.chat_template_kwargs or {}) | (variables or {})
-    if reserved := variables.keys() & {"messages", "add_generation_prompt"}:
-        message = f"`chat_template_kwargs` must not set {', '.join(sorted(reserved))}."
-        raise Refusal(400, "invalid_value", message, param="chat_template_kwargs")
-    try:
-        text = tokenizer.render_chat(
-            [message.for_template() for message in body.messages or ()],
-            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
-            variables=variables,
-        )
-    except ChatTemplateError as error:
-        message = f"The chat template refuses the messages: {error}"
-        raise Refusal(400, "invalid_value", message, param="messages") from error
-    token_ids = tokenizer.encode(text, bool(body.add_special_tokens))
-    check_token_ids(tokenizer, token_ids, "messages")
-    return array("I", token_ids)
+    def __init__(self) -> None:
+        self._num_bytes = 0
+
+    def decode(self, raw: Raw | None, kind: Any, param: str) -> Any:
+        if raw is None:
+            return None
+        self._num_bytes += len(bytes(raw))
+        if self._num_bytes > _MAX_UNTYPED_BYTES:
+            message = f"`chat_template_kwargs` and `tool_calls` have more than {_MAX_UNTYPED_BYTES} bytes together."
+            raise _invalid(message, param)
+        return decode_raw(raw, kind, param)
+
+
+def _messages(raw: Raw | None, untyped: _Untyped) -> list[dict[str, Any]]:
+    """As templates expect them: several text parts are joined by line feeds."""
+    found = [] if raw is None else first_elements(raw, _MAX_MESSAGES + 1, "messages")
+    if not found:
+        raise _invalid("`messages` is empty.", "messages")
+    if len(found) > _MAX_MESSAGES:
+        raise _invalid(f"`messages` holds more than {_MAX_MESSAGES} messages.", "messages")
+    return [_message(decode_raw(message, ChatMessage, "messages"), untyped) for message in found]
+
+
+def _message(message: ChatMessage, untyped: _Untyped) -> dict[str, Any]:
+    tool_calls = untyped.decode(given(message.tool_calls), list[dict[str, Any]], "messages")
+    optional = {
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": tool_calls,
+        "tool_call_id": message.tool_call_id,
+    }
+    given_fields = {name: value for name, value in optional.items() if value is not None}
+    return {"role": message.role, "content": _content(given(message.content)), **given_fields}
+
+
+def _content(raw: Raw | None) -> str:
+    if raw is None:
+        return ""
+    if bytes(raw)[:1] != b"[":
+        return decode_raw(raw, str, "messages")
+    parts = first_elements(raw, _MAX_PARTS + 1, "messages")
+    if len(parts) > _MAX_PARTS:
+        raise _invalid(f"A message holds more than {_MAX_PARTS} parts.", "messages")
+    return "\n".join(decode_raw(part, TextPart, "messages").text for part in parts)
+
+
+def _invalid(message: str, param: str) -> Refusal:
+    return Refusal(400, "invalid_value", message, param=param)

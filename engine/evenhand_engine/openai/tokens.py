@@ -1,50 +1,54 @@
 """POST /tokenize and POST /detokenize. Each counts as one request of the tenant's quota, since each costs time."""
 
+import functools
 import time
-from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.requests import read_body
-from evenhand_engine.frontend.service import SERVICE, TENANT_ID
-from evenhand_engine.openai.prompts import chat_token_ids, check_token_ids
-from evenhand_engine.openai.responses import json_response
-from evenhand_engine.openai.schema import DetokenizeRequest, TokenizeRequest, parse_body
-from evenhand_engine.text.tokenizer import Tokenizer
+from evenhand_engine.frontend.service import SERVICE, TENANT_ID, Service
+from evenhand_engine.openai.bodies import given, parse_body, token_ids
+from evenhand_engine.openai.prompts import PromptReader, check_token_ids
+from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.schema import DetokenizeRequest, TokenizeRequest
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
-    service.admission.count_request(tenant_id, time.monotonic())
-    raw = await read_body(request)
+    service = request.app[SERVICE]
+    service.admission.count_request(request[TENANT_ID], time.monotonic())
+    (answer,) = await read_request(request, functools.partial(_tokenize, service))
+    return web.Response(body=answer, content_type="application/json")
+
+
+def _tokenize(service: Service, raw: bytes) -> tuple[bytes]:
+    """The whole answer as JSON: it may be much larger than the body."""
     body = parse_body(raw, TokenizeRequest)
     service.check_model(body.model)
-    answer = await service.compute(tenant_id, len(raw), lambda: _tokens(service.tokenizer, body))
-    return json_response({"max_model_len": service.info.max_model_len} | answer)
-
-
-def _tokens(tokenizer: Tokenizer, body: TokenizeRequest) -> dict[str, Any]:
-    token_ids = _token_ids(tokenizer, body)
-    strings = {"token_strs": [tokenizer.token(i) for i in token_ids]} if body.return_token_strs else {}
-    return {"count": len(token_ids), "tokens": token_ids} | strings
-
-
-def _token_ids(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
-    if body.messages is not None:
-        return chat_token_ids(tokenizer, body).tolist()
-    if body.prompt is not None:
-        return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    raise Refusal(400, "invalid_value", "Either `prompt` or `messages` is needed.", param="prompt")
+    reader = PromptReader(service.tokenizer, None)
+    if given(body.messages) is not None:
+        found = reader.chat(body)
+    elif body.prompt is not None:
+        found = reader.text(body.prompt, "prompt", add_special_tokens=body.add_special_tokens is not False)
+    else:
+        raise Refusal(400, "invalid_value", "Either `prompt` or `messages` is needed.", param="prompt")
+    strings = {"token_strs": [service.tokenizer.token(i) for i in found]} if body.return_token_strs else {}
+    answer = {"count": len(found), "max_model_len": service.info.max_model_len, "tokens": found.tolist()}
+    return (msgspec.json.encode(answer | strings),)
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
-    service.admission.count_request(tenant_id, time.monotonic())
-    raw = await read_body(request)
+    service = request.app[SERVICE]
+    service.admission.count_request(request[TENANT_ID], time.monotonic())
+    (answer,) = await read_request(request, functools.partial(_detokenize, service))
+    return web.Response(body=answer, content_type="application/json")
+
+
+def _detokenize(service: Service, raw: bytes) -> tuple[bytes]:
     body = parse_body(raw, DetokenizeRequest)
     service.check_model(body.model)
-    check_token_ids(service.tokenizer, body.tokens, "tokens")
-    decode = service.tokenizer.decode
-    text = await service.compute(tenant_id, len(raw), lambda: decode(body.tokens, skip_special_tokens=False))
-    return json_response({"prompt": text})
+    if (tokens := given(body.tokens)) is None:
+        raise Refusal(400, "invalid_value", "`tokens` is missing.", param="tokens")
+    found = token_ids(tokens, "tokens")
+    check_token_ids(service.tokenizer, found, "tokens")
+    return (msgspec.json.encode({"prompt": service.tokenizer.decode(found, skip_special_tokens=False)}),)

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.admission import TenantAccount
+from evenhand_engine.frontend.account import TenantAccount
 from evenhand_engine.frontend.push_receiver import PushReceiver, is_local
 from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_engine.frontend.service import SERVICE, Service
@@ -88,13 +88,7 @@ async def list_tenants(request: web.Request) -> web.Response:
             "tenants": [
                 _tenant(service, tenant_id, account, shares.get(tenant_id), now)
                 for tenant_id, account in sorted(accounts.items())
-            ],
-            # served to the end of what they have begun, under the share of unknown tenants
-            "deletedTenants": [
-                {"tenantId": tenant.tenant_id} | _work(tenant)
-                for tenant in service.tenants.values()
-                if tenant.tenant_id not in accounts and (tenant.num_running or tenant.num_waiting)
-            ],
+            ]
         }
     )
 

@@ -146,7 +146,9 @@ async def hold_body(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     size = None if "Content-Encoding" in request.headers else request.content_length
     limit = request.client_max_size
-    with request.app[SERVICE].bodies.hold(request[TENANT_ID], limit if size is None else min(size, limit)) as body:
+    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
+    delay = service.admission.queue_delay(tenant_id, time.monotonic())
+    with service.bodies.hold(tenant_id, limit if size is None else min(size, limit), delay) as body:
         request[BODY] = body
         return await handler(request)
 

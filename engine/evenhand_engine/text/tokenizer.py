@@ -35,6 +35,15 @@ class ChatTemplateError(Exception):
     """The chat template does not accept these messages; the message is the template's own."""
 
 
+class TextTooLongError(Exception):
+    """The text has more tokens than allowed: `num_tokens` at least."""
+
+    def __init__(self, max_tokens: int, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens, {max_tokens} at most")
+        self.max_tokens = max_tokens
+        self.num_tokens = num_tokens
+
+
 class Tokenizer:
     """A model's vocabulary, chat template and end-of-sequence ids.
 
@@ -69,6 +78,7 @@ class Tokenizer:
         }
         self._template = _load_template(directory, tokenizer_config)
         size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._longest_token = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
         self.vocab_size: int = size if isinstance(size, int) else known
         self.eos_token_ids = frozenset(self._find_eos_ids(generation_config, model_config))
         self.sampling_defaults = _sampling_defaults(directory, generation_config)
@@ -85,9 +95,17 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. The batch call is used for its single text because it alone releases the GIL."""
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of `text`. The batch call is used for its single text because it alone releases the GIL.
+
+        Raises TextTooLongError if they are more than `max_tokens`; where the bytes alone tell, before any work.
+        """
+        least = -(-len(text.encode()) // self._longest_token)
+        if max_tokens is not None and least > max_tokens:
+            raise TextTooLongError(max_tokens, least)
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise TextTooLongError(max_tokens, len(encoding))
         ids: list[int] = encoding.ids
         return ids
 

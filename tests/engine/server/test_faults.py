@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -199,11 +200,11 @@ def test_long_prompts_do_not_block_the_event_loop(serve: Serve, say: Say, monkey
     tokenizer = server.running.service.tokenizer
     encode, entered, release = tokenizer.encode, threading.Event(), threading.Event()
 
-    def slow_encode(text: str, add_special_tokens: bool = True) -> list[int]:
+    def slow_encode(text: str, *args: Any, **options: Any) -> list[int]:
         if len(text) > 10_000:
             entered.set()
             assert release.wait(WAIT_SECONDS)
-        return encode(text, add_special_tokens)
+        return encode(text, *args, **options)
 
     monkeypatch.setattr(tokenizer, "encode", slow_encode)
     with connect(server) as connection:

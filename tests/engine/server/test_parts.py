@@ -132,6 +132,16 @@ def test_who_has_no_work_is_entitled_to_nothing() -> None:
     assert tracker.shares() == {"a": Share(1.0, 1.0), "b": Share(0.0, 0.0)}
 
 
+def test_a_tenant_that_is_gone_is_forgotten() -> None:
+    tracker = ShareTracker()
+    tracker.observe({"a": 0, "b": 0}, {"a": 1, "b": 1}, 0.0)
+    tracker.observe({"a": 60, "b": 40}, {"a": 1, "b": 1}, 1.0)
+    tracker.forget("b")
+    tracker.forget("never seen")
+    assert tracker.shares().keys() == {"a"}
+    assert tracker.shares()["a"].attained == 1.0
+
+
 def test_old_service_fades() -> None:
     tracker = ShareTracker()
     tracker.observe({"a": 100}, {"a": 1}, 0.0)

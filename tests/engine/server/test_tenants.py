@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import openai
 import pytest
 import yaml
@@ -250,7 +251,7 @@ def test_the_bodies_of_a_tenant_are_bounded(serve: Serve, policies: Path) -> Non
         until(lambda: tenant(server, "chat")["bodyBytes"] == 1000, "a body of unknown length may become the largest")
         connection.sendall(b'e\r\n"prompt": "x"}\r\n0\r\n\r\n')
         server.core.expect(AddRequest)
-        assert tenant(server, "chat")["bodyBytes"] == 15
+        assert tenant(server, "chat")["bodyBytes"] == 4, "of one token id"
 
 
 def test_queue_full(serve: Serve, policies: Path) -> None:
@@ -488,6 +489,18 @@ def test_metrics_of_the_engine(serve: Serve, policies: Path) -> None:
     assert (chat["running"], chat["waiting"], chat["kvBlocks"], chat["service"]) == (1, 2, 10, 600)
     assert chat["attainedShare"] == pytest.approx(6 / 7, abs=0.01)
     assert admin(server, "/v1/scheduler-config")["engineDigest"] == "sha256:x"
+
+
+def test_a_deleted_tenant_leaves_no_ghost(serve: Serve, policies: Path) -> None:
+    core = ScriptedCore()
+    server = serve(core=core, policies=policies)
+    core.send(stats(tenant_stats("chat", 300), tenant_stats("batch", 100)))
+    core.send(stats(tenant_stats("chat", 600), step_id=2))
+    until(lambda: "evenhand_running_requests{tenant=batch}" in samples(server), "both are seen")
+    gone = stats(tenant_stats("chat", 900), step_id=3)
+    core.send(msgspec.structs.replace(gone, stats=msgspec.structs.replace(gone.stats, retired_tenants=("batch",))))
+    until(lambda: "evenhand_running_requests{tenant=batch}" not in samples(server), "one is gone")
+    assert samples(server)["evenhand_attained_share{tenant=chat}"] == 1, "what it got lately is no part of the whole"
 
 
 def test_the_public_port_says_nothing_of_tenants(serve: Serve, say: Say, policies: Path) -> None:
