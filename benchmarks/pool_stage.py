@@ -15,7 +15,7 @@ from cluster.control_plane import ControlPlane
 from cluster.fixtures import install_crds
 from harness.crowd import Crowd
 from harness.fixtures import install_operator_rights
-from harness.objects import api_key, policy, pool, push_secret, secret
+from harness.objects import api_key, policy, pool, secret
 from harness.operator_process import OperatorProcess
 
 Object = dict[str, Any]
@@ -150,5 +150,5 @@ def _install(cluster: ControlPlane) -> Path:
     install_crds(cluster)
     kubeconfig = install_operator_rights(cluster)
     cluster.create_namespace(NAMESPACE)  # the manifests have it too, but do not wait for its ServiceAccount
-    cluster.apply(push_secret(NAMESPACE), pool(NAMESPACE))
+    cluster.apply(pool(NAMESPACE))
     return kubeconfig

@@ -135,7 +135,7 @@ def consistent(obj: Object, properties: dict[str, Any]) -> Object:
             return {"from": where, "selector": obj.get("selector", {})}
     if "from" in properties:
         return {name: value for name, value in obj.items() if name == "from"}
-    if "pushKey" in properties and not any(obj["selector"].values()):
+    if "serviceAccountTokens" in properties and not any(obj["selector"].values()):
         return obj | {"selector": {"matchLabels": {"app": "engine"}}}
     return obj
 

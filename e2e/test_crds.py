@@ -130,7 +130,7 @@ def test_kubectl_get_shows_how_far_a_pool_is(cluster: ControlPlane, crds: None, 
     header, row = cluster.kubectl("get", "epool", "-n", namespace).splitlines()
     assert header.split() == ["NAME", "REVISION", "APPLIED", "TENANTS", "AGE"]
     assert row.split()[:4] == ["gold", "41", "2/3", "7"]
-    assert cluster.get("epool", "gold", namespace)["spec"]["pushKey"] == {"secretRef": {"name": "evenhand-push"}}
+    assert cluster.get("epool", "gold", namespace)["spec"]["serviceAccountTokens"] == {"maxAge": "24h"}
 
 
 def test_kubectl_explain_tells_what_a_field_means(cluster: ControlPlane, crds: None) -> None:

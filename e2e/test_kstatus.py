@@ -14,7 +14,7 @@ import pytest
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import Operators
-from harness.objects import api_key, light_engines, policy, pool, push_secret, secret
+from harness.objects import api_key, light_engines, policy, pool, secret
 from harness.operator_process import OperatorProcess
 from harness.stage import Stage, until
 
@@ -68,7 +68,7 @@ class Scene(Stage):
         """As it was before."""
         self._afterwards.close()
         self.kubectl("delete", "tpol", "--all")
-        self.cluster.apply(pool(self.namespace), push_secret(self.namespace))
+        self.cluster.apply(pool(self.namespace, paused=False))
         self.scale(2)
 
 
@@ -76,7 +76,6 @@ class Scene(Stage):
 def empty_scene(cluster: ControlPlane, served_namespace: str, operators: Operators) -> Iterator[Scene]:
     with PodRunner(cluster, served_namespace) as pods:
         cluster.apply(
-            push_secret(served_namespace),
             pool(served_namespace),
             light_engines(served_namespace, 2),
             secret(served_namespace, "weak-keys", one="guessable"),
@@ -168,10 +167,10 @@ def in_a_pool_that_is_missing(scene: Scene) -> None:
     scene.wait("Accepted=false", "subject")
 
 
-def in_a_pool_without_its_push_key(scene: Scene) -> None:
-    scene.kubectl("delete", "secret", "evenhand-push")
+def in_a_pool_that_is_paused(scene: Scene) -> None:
+    scene.cluster.apply(pool(scene.namespace, paused=True))
     scene.apply()
-    until(lambda: scene.conditions("subject")["Programmed"] == ("False", "PartiallyProgrammed"))
+    until(lambda: scene.conditions("subject")["Programmed"] == ("False", "Paused"))
 
 
 def being_deleted(scene: Scene) -> None:
@@ -191,9 +190,9 @@ LIFE: dict[Callable[[Scene], None], dict[str, str]] = {
     waiting_for_a_secret: {"subject": "InProgress", "default": "Current"},
     in_conflict: {"subject": "Failed", "elder": "Current", "default": "Current"},
     edited_while_a_pod_is_unreachable: {"subject": "InProgress", "default": "InProgress"},
-    in_a_pool_without_pods: {"subject": "Current", "default": "Current"},
+    in_a_pool_without_pods: {"subject": "Current", "default": "InProgress"},
     in_a_pool_that_is_missing: {"subject": "InProgress"},
-    in_a_pool_without_its_push_key: {"subject": "InProgress", "default": "InProgress"},
+    in_a_pool_that_is_paused: {"subject": "InProgress", "default": "InProgress"},
     being_deleted: {"subject": "Terminating", "default": "Current"},
 }
 

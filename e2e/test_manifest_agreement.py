@@ -18,6 +18,7 @@ from cluster import build
 from evenhand_engine.commands.cli import main as engine_main
 from evenhand_operator.cli import main as operator_main
 from evenhand_policy.bootstrap import MAX_PARTS, secret_name
+from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
 from harness.installation import PORT, REPOSITORY, Installation
 from harness.objects import ADMIN_PORT
 
@@ -132,10 +133,14 @@ def test_pods_mount_what_the_operator_writes_where_the_engine_reads(rendered: li
     volumes = {each["name"]: each for each in pod["volumes"]}
     mounted = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
     assert told["pool"] == f"{pool['metadata']['namespace']}/{pool['metadata']['name']}"
-    assert mounted[str(told["push_keys"])]["secret"]["secretName"] == pool["spec"]["pushKey"]["secretRef"]["name"]
-    parts = [source["secret"] for source in mounted[str(told["bootstrap"])]["projected"]["sources"]]
-    assert [part["name"] for part in parts] == [secret_name(pool["metadata"]["name"], i) for i in range(MAX_PARTS)]
-    assert all(part["optional"] for part in parts), "the first engines start before there is anything to mount"
+    manifest, *parts = (source["secret"] for source in mounted[str(told["bootstrap"])]["projected"]["sources"])
+    name = pool["metadata"]["name"]
+    assert [part["name"] for part in (manifest, *parts)] == [secret_name(name, i) for i in (None, *range(MAX_PARTS))]
+    assert "optional" not in manifest, "engines wait until they can know whom to believe"
+    assert all(part["optional"] for part in parts), "the first engines start before there is a document"
+    [token] = mounted[str(told["pod_token"].parent)]["projected"]["sources"]
+    assert token["serviceAccountToken"]["audience"] == POD_TOKEN_AUDIENCE
+    assert token["serviceAccountToken"]["path"] == told["pod_token"].name
     assert "emptyDir" in mounted[str(told["last_good"].parent)]
     assert pool["spec"]["selector"]["matchLabels"].items() <= {"app": "evenhand-engine"}.items()
 

@@ -134,30 +134,45 @@ def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bo
 def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None:
     kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
 
-    def write(name: str, kind: str = "evenhand.dev/bootstrap", **annotations: str) -> None:
-        metadata = {"name": name, "namespace": ENGINE_NAMESPACE, "annotations": annotations}
+    def write(
+        name: str, kind: str = "evenhand.dev/bootstrap", namespace: str = ENGINE_NAMESPACE, **annotations: str
+    ) -> None:
+        metadata = {"name": name, "namespace": namespace, "annotations": annotations}
         document = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": {"part": "AA=="}}
         arguments = ["apply", "--server-side", "--force-conflicts", "-f", "-"]
         installed.kubectl(*arguments, stdin=json.dumps(document), kubeconfig=kubeconfig)
 
     write("evenhand-bootstrap-default-0")
     installed.kubectl(
-        "create", "secret", "generic", "evenhand-push", "-n", ENGINE_NAMESPACE, "--from-literal=current=theirs"
+        "create", "secret", "generic", "of-a-tenant", "-n", ENGINE_NAMESPACE, "--from-literal=current=theirs"
     )
     anybody = {"kubernetes.io/service-account.name": "evenhand-engine"}
 
     @eventually  # an admission policy is in force a moment after it was applied
     def refused() -> None:
+        for name in ("planted", "evenhand-signing-key"):
+            with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+                write(name)
         with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-            write("planted")
-        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-            write("evenhand-push", "Opaque")
+            write("of-a-tenant", "Opaque")
         with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
             write("evenhand-bootstrap-x", "kubernetes.io/service-account-token", **anybody)
         with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
             write("evenhand-bootstrap-x", "Opaque")
 
     refused()
+    own = {
+        "metadata": {"name": "evenhand-signing-key", "namespace": OPERATOR_NAMESPACE},
+        "type": "evenhand.dev/signing-key",
+    }
+    create = ["create", "-f", "-"]
+    installed.kubectl(*create, stdin=json.dumps({"apiVersion": "v1", "kind": "Secret", **own}), kubeconfig=kubeconfig)
+    for name, kind in (("planted", "evenhand.dev/signing-key"), ("evenhand-signing-key2", "Opaque")):
+        other = {"metadata": {"name": name, "namespace": OPERATOR_NAMESPACE}, "type": kind}
+        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+            installed.kubectl(
+                *create, stdin=json.dumps({"apiVersion": "v1", "kind": "Secret", **other}), kubeconfig=kubeconfig
+            )
     names = [each["metadata"]["name"] for each in installed.find("secrets", ENGINE_NAMESPACE, "")]
     assert "evenhand-bootstrap-x" not in names, "no token was made"
 

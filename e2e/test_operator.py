@@ -1,5 +1,6 @@
 """The life of policies under a running operator: real API server, the rights of the manifests, the engines' own admin code."""
 
+import base64
 import json
 import os
 import signal
@@ -11,15 +12,13 @@ import pytest
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
 from evenhand_policy.credentials import key_hash
-from harness.fixtures import Operators
+from harness.fixtures import OPERATOR_NAMESPACE, Operators
 from harness.objects import (
-    PUSH_KEY,
     Object,
     api_key,
     light_engines,
     policy,
     pool,
-    push_secret,
     secret,
     service_account,
 )
@@ -45,7 +44,6 @@ def stage(cluster: ControlPlane, served_namespace: str, pods: PodRunner, operato
     """Two engines, their pool, and a policy that each test finds as it is."""
     stage = Stage(cluster, served_namespace)
     cluster.apply(
-        push_secret(served_namespace),
         pool(served_namespace),
         light_engines(served_namespace, 2),
         secret(served_namespace, "resident-keys", one=KEY),
@@ -280,7 +278,7 @@ def test_engines_can_verify_the_tokens_of_service_accounts(stage: Stage) -> None
     user = f"system:serviceaccount:{stage.namespace}:default"
     assert stage.enforced("workload", "serviceAccounts") == [[user]] * 2
     issuer = stage.documents()[0]["config"]["serviceAccounts"]
-    token = stage.cluster.service_account_token(stage.namespace, "default", audience="evenhand")
+    token = stage.cluster.service_account_token(stage.namespace, "default", audience=issuer["audience"])
     keys = jwt.PyJWKSet.from_dict(issuer["jwks"])
     key = keys[jwt.get_unverified_header(token)["kid"]]
     claims = jwt.decode(token, key, algorithms=["RS256"], audience=issuer["audience"], issuer=issuer["issuer"])
@@ -291,17 +289,38 @@ def test_engines_can_verify_the_tokens_of_service_accounts(stage: Stage) -> None
 # ---- pods
 
 
-def test_push_key_is_rotated(stage: Stage) -> None:
-    new = "another-push-key-for-tests-0123"
-    stage.cluster.apply(push_secret(stage.namespace, current=PUSH_KEY, next=new))
+def test_operator_makes_its_key_and_tells_pods_the_public_half(stage: Stage) -> None:
+    """Nobody has to create a Secret; what pods are given cannot sign."""
+    secret = stage.cluster.get("secret", "evenhand-signing-key", OPERATOR_NAMESPACE)
+    assert (secret["type"], sorted(secret["data"])) == (
+        "evenhand.dev/signing-key",
+        ["current.pem", "next.pem", "previous.json"],
+    )
+    data = stage.cluster.get("secret", "evenhand-bootstrap-default-manifest", stage.namespace)["data"]
+    keys = json.loads(base64.b64decode(data["operator-keys.json"]))["keys"]
+    assert [sorted(key) for key in keys] == [["crv", "kty", "x"]] * 2
+
+
+def test_key_that_was_lost_is_made_anew_and_pods_learn_it(stage: Stage, operator: OperatorProcess) -> None:
+    """The way out when it may be known to others: delete the Secret and restart the operator."""
+    stage.cluster.kubectl("delete", "secret", "evenhand-signing-key", "-n", OPERATOR_NAMESPACE)
+    operator.stop()
+    operator.start()
     apply(stage, "rotation", weight=2)
+    until(lambda: stage.enforced("rotation", "weight") == [2, 2])
     stage.wait_ready("rotation")
-    stage.cluster.apply(push_secret(stage.namespace, next=new))
-    apply(stage, "rotation", weight=3)
-    stage.wait_ready("rotation")
-    assert stage.enforced("rotation", "weight") == [3, 3]
-    assert {row["state"] for row in stage.rows().values()} == {"Applied"}
     stage.kubectl("delete", "tpol", "rotation")
+
+
+def test_pod_that_cannot_prove_itself_is_told_nothing(stage: Stage, pods: PodRunner) -> None:
+    """It starts with what is mounted, which is all that it gets; the pool says so, with the reason."""
+    stage.cluster.apply(light_engines(stage.namespace, 1, "--pod-token=/nowhere", name="unproven"))
+    until(lambda: len(stage.rows()) == 3)
+    [row] = [row for name, row in stage.rows().items() if name.startswith("unproven")]
+    assert (row["state"], "no token" in row["message"]) == ("Rejected", True)
+    until(lambda: conditions(stage.pool())["Ready"] == ("False", "PartiallyProgrammed"))
+    stage.kubectl("delete", "deployment", "unproven")
+    until(lambda: len(stage.rows()) == 2)
 
 
 def test_restarted_pod_keeps_its_config_and_is_pushed_to(stage: Stage, pods: PodRunner) -> None:
@@ -349,18 +368,6 @@ def test_pod_that_cannot_be_reached_is_shown_and_holds_up_nobody(stage: Stage, p
     stage.kubectl("delete", "tpol", "before", "after")
 
 
-def test_pool_without_its_push_key_says_so_and_recovers(stage: Stage) -> None:
-    stage.kubectl("delete", "secret", "evenhand-push")
-    until(lambda: conditions(stage.pool())["Accepted"] == ("False", "SecretNotFound"))
-    apply(stage, "unpushed")
-    until(lambda: stage.conditions("unpushed")["Programmed"] == ("False", "PartiallyProgrammed"))
-    assert stage.enforced("resident", "weight") == [1, 1], "engines keep what they have"
-    stage.cluster.apply(push_secret(stage.namespace))
-    stage.wait_ready("unpushed")
-    assert conditions(stage.pool())["Ready"] == ("True", "Ready")
-    stage.kubectl("delete", "tpol", "unpushed")
-
-
 # ---- the operator itself
 
 
@@ -381,4 +388,4 @@ def test_it_asked_for_nothing_that_the_manifests_do_not_allow(stage: Stage, oper
 
 def test_no_secret_is_in_its_log(stage: Stage, operator: OperatorProcess) -> None:
     log = operator.log.read_text()
-    assert not [each for each in (KEY, OTHER_KEY, PUSH_KEY, key_hash(KEY)) if each in log]
+    assert not [each for each in (KEY, OTHER_KEY, "PRIVATE KEY", key_hash(KEY)) if each in log]

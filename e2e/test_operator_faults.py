@@ -12,9 +12,9 @@ import time
 import pytest
 
 from cluster.control_plane import ControlPlane
-from evenhand_policy.bootstrap import unpack
+from evenhand_policy.bootstrap import mounted_keys, unpack
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators
-from harness.objects import PUSH_KEY, Object, policy, pool
+from harness.objects import Object, policy, pool
 from harness.operator_process import OperatorProcess
 from harness.stage import Stage, conditions, until
 
@@ -42,13 +42,23 @@ def epoch(stage: Stage) -> int:
 
 def epochs(stage: Stage) -> set[int]:
     """As the pods enforce it."""
-    return {document["config"]["epoch"] for document in stage.documents()}
+    return {document["epoch"] for document in stage.documents()}
 
 
 @pytest.fixture(scope="module")
 def replicas(operators: Operators, stage: Stage) -> list[OperatorProcess]:
     """The first leads."""
-    return [operators.start(stage.namespace, name=name) for name in ("first", "second")]
+    started = [operators.start(stage.namespace, name=name) for name in ("first", "second")]
+    stage.wait_serving(2)
+    return started
+
+
+def bootstrap_files(stage: Stage) -> dict[str, bytes]:
+    """What a pod would find mounted."""
+    secrets = [
+        stage.cluster.get("secret", f"evenhand-bootstrap-default-{end}", stage.namespace) for end in ("manifest", "0")
+    ]
+    return {name: base64.b64decode(content) for each in secrets for name, content in each["data"].items()}
 
 
 def by_role(replicas: list[OperatorProcess]) -> tuple[OperatorProcess, OperatorProcess]:
@@ -107,12 +117,10 @@ def test_operator_that_is_told_to_stop_has_stored_what_is_in_force(
     for weight in (11, 12, 13):  # each is later than the last Secret that was written without being told to stop
         enforce(stage, "stored", weight=weight)
     leader.stop()
-    secret = stage.cluster.get("secret", "evenhand-bootstrap-default-0", stage.namespace)
-    files = {name: base64.b64decode(content) for name, content in secret["data"].items()}
-    _, document = unpack(files, (PUSH_KEY.encode(),))
-    stored = json.loads(document)
-    enforced = [document["config"] for document in stage.documents()]
-    assert [(each["epoch"], each["revision"]) for each in enforced] == [(stored["epoch"], stored["revision"])] * 2
+    manifest, document = unpack(bootstrap_files(stage), mounted_keys(bootstrap_files(stage)))
+    assert json.loads(document)["tenants"][0]["weight"] == 13
+    enforced = [(document["epoch"], document["revision"]) for document in stage.documents()]
+    assert enforced == [(manifest.epoch, manifest.revision)] * 2
     for replica in replicas:
         replica.start()
 
@@ -172,7 +180,8 @@ def test_engines_that_know_a_newer_epoch_are_overtaken_not_obeyed(
     stage.cluster.apply({key: stored[key] for key in ("apiVersion", "kind", "metadata", "spec")})
     forget_epoch = json.dumps({"status": {"epoch": 1, "revision": 1, "pods": []}})
     stage.kubectl("patch", "epool", "default", "--subresource=status", "--type=merge", "-p", forget_epoch)
-    stage.kubectl("delete", "secret", "evenhand-bootstrap-default-0", "--ignore-not-found")
+    secrets = ["evenhand-bootstrap-default-0", "evenhand-bootstrap-default-manifest"]
+    stage.kubectl("delete", "secret", *secrets, "--ignore-not-found")
     for replica in replicas:
         replica.start()
     apply(stage, "restored", weight=7)

@@ -19,7 +19,9 @@ FIELD = {"type": "string", "default": "blue"}
 
 @pytest.fixture(scope="module")
 def operator(operators: Operators, stage: Stage) -> OperatorProcess:
-    return operators.start(stage.namespace)
+    operator = operators.start(stage.namespace)
+    stage.wait_serving(2)
+    return operator
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from harness.flood import PROMPT_TOKENS, flood, wait_until_backlogged
 from harness.installation import MOST_RUNNING, TOKENS_PER_STEP, Engine, Installation, key_of
-from harness.objects import PUSH_KEY, api_key, policy, secret, service_account
+from harness.objects import api_key, policy, secret, service_account
 from harness.stage import until
 
 INPUT_PRICE, OUTPUT_PRICE = 1, 2
@@ -150,7 +150,7 @@ def test_keys_and_tokens_are_good_while_the_api_server_is_away(installation: Ins
     cluster, namespace = installation.cluster, installation.namespace
     key = installation.admit("steady")
     installation.admit("workload", identities=[service_account("default")])
-    token = cluster.service_account_token(namespace, "default", audience="evenhand")
+    token = cluster.service_account_token(namespace, "default", audience="evenhand/inference/default")
     stray = cluster.service_account_token(namespace, "default", audience="another")
     engines = installation.engines()
     cluster.stop_api_server(grace=0)
@@ -233,4 +233,4 @@ def test_no_credential_is_in_a_log(installation: Installation) -> None:
     logs = installation.logs()
     assert "tenant=" in logs, "requests are logged"
     tenants = ("red", "batch", "chat", "leaver", "elder", "younger", "good", "rotating", "steady", "late")
-    assert [each for each in (PUSH_KEY, "guessable", *map(key_of, tenants)) if each in logs] == []
+    assert [each for each in ("guessable", "PRIVATE KEY", *map(key_of, tenants)) if each in logs] == []

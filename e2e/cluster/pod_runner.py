@@ -20,7 +20,7 @@ from cluster.api_client import UNREACHABLE, ApiClient, ApiError
 from cluster.container import Container, now
 from cluster.control_plane import ControlPlane
 from cluster.programs import Program
-from cluster.volumes import SecretMissing, write_volumes
+from cluster.volumes import SecretMissing, token_audiences, write_volumes
 
 Object = dict[str, Any]
 
@@ -88,6 +88,7 @@ class _Keeper:
     sandbox: Sandbox
     container: Container | None = None
     mounted: Mapping[str, Object] | None = None
+    tokens: dict[str, str] = field(default_factory=dict)
     waiting_for: str = ""
     began: str = field(default_factory=now)
     ready: bool = False
@@ -205,8 +206,10 @@ class PodRunner:
                 stored = by_name((await client.call("GET", f"{self._path}/secrets"))["items"])
             else:
                 stored = followed
+            for audience in token_audiences(pod) - keeper.tokens.keys():
+                keeper.tokens[audience] = await request_token(client, pod, audience)
             try:
-                write_volumes(pod, stored, sandbox.directory / "volumes")
+                write_volumes(pod, stored, keeper.tokens, sandbox.directory / "volumes")
                 keeper.waiting_for = ""
             except SecretMissing as missing:  # one that is taken away later stays mounted
                 keeper.waiting_for = str(missing)
@@ -269,6 +272,16 @@ class PodRunner:
             each.stop(grace=1)
         for each in containers:
             await each.wait_stopped()
+
+
+async def request_token(client: ApiClient, pod: Object, audience: str) -> str:
+    """A token of the Pod's ServiceAccount that is bound to the Pod, as a kubelet asks for it."""
+    metadata, account = pod["metadata"], pod["spec"].get("serviceAccountName", "default")
+    bound = {"apiVersion": "v1", "kind": "Pod", "name": metadata["name"], "uid": metadata["uid"]}
+    spec = {"audiences": [audience], "expirationSeconds": 3600, "boundObjectRef": bound}
+    path = f"/api/v1/namespaces/{metadata['namespace']}/serviceaccounts/{account}/token"
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    return str((await client.call("POST", path, body))["status"]["token"])
 
 
 def by_name(objects: Iterable[Object]) -> dict[str, Object]:

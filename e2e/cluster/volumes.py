@@ -1,4 +1,4 @@
-"""Files of a Pod's volumes, as a kubelet writes them: Secrets, projected Secrets and empty folders.
+"""Files of a Pod's volumes, as a kubelet writes them: Secrets, projected Secrets and tokens, and empty folders.
 
 Each volume is a folder whose entries are links through `..data`, so that a change of several files is seen whole.
 """
@@ -18,8 +18,19 @@ class SecretMissing(Exception):
     """A Secret that the Pod needs is not there (yet)."""
 
 
-def write_volumes(pod: Object, stored: Mapping[str, Object], directory: Path) -> None:
-    """Brings the volumes below `directory` up to date with the namespace's Secrets by name. Raises SecretMissing."""
+def token_audiences(pod: Object) -> set[str]:
+    """Audiences of the tokens that the Pod is to be given; that for the API server aside."""
+    sources = (
+        source.get("serviceAccountToken", {})
+        for volume in pod["spec"].get("volumes", [])
+        for source in volume.get("projected", {}).get("sources", [])
+    )
+    return {source["audience"] for source in sources if source.get("audience")}
+
+
+def write_volumes(pod: Object, stored: Mapping[str, Object], tokens: Mapping[str, str], directory: Path) -> None:
+    """Brings the volumes below `directory` up to date with the namespace's Secrets by name and the Pod's tokens by
+    audience. Raises SecretMissing."""
     for volume in pod["spec"].get("volumes", []):
         folder = directory / volume["name"]
         if "emptyDir" in volume:
@@ -29,8 +40,11 @@ def write_volumes(pod: Object, stored: Mapping[str, Object], directory: Path) ->
         elif "projected" in volume:
             files: dict[str, bytes] = {}
             for source in volume["projected"]["sources"]:
-                if "secret" in source:  # the ServiceAccount's token and what comes with it is for the API server only
+                token = source.get("serviceAccountToken", {})
+                if "secret" in source:
                     files |= secret_files(source["secret"], source["secret"]["name"], stored)
+                elif token.get("audience"):  # that for the API server, and what comes with it, is needed by nobody here
+                    files[token["path"]] = tokens[token["audience"]].encode()
             write_folder(folder, files)
 
 

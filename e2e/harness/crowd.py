@@ -5,6 +5,7 @@ They are Pod objects without a Deployment, whose status is written once: what co
 
 import argparse
 import asyncio
+import base64
 import itertools
 import json
 import sys
@@ -15,17 +16,22 @@ from pathlib import Path
 from typing import Any, Self
 
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cluster.api_client import ApiClient
 from cluster.container import now
 from cluster.control_plane import ControlPlane
-from cluster.pod_runner import NODE, condition, loopback_addresses
+from cluster.pod_runner import NODE, condition, loopback_addresses, request_token
 from cluster.programs import Program
 from evenhand_engine.frontend.config_store import StoredConfig
 from evenhand_engine.frontend.push_receiver import Apply, PushSettings
+from evenhand_operator.signing_key import SECRET_NAME, SECRET_TYPE, key_data
+from evenhand_policy.bootstrap import KEYS_FILE
 from evenhand_policy.config import PoolReference
+from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
+from evenhand_policy.signatures import write_key_set
 from harness.light_engine import build_app
-from harness.objects import ADMIN_PORT, ENGINE_LABELS, PUSH_KEY
+from harness.objects import ADMIN_PORT, ENGINE_LABELS
 
 Object = dict[str, Any]
 
@@ -36,9 +42,10 @@ class Crowd:
     """`num_pods` pods of the pool `default`, served by `num_processes` processes while it is entered."""
 
     def __init__(self, cluster: ControlPlane, namespace: str, num_pods: int, num_processes: int, folder: Path) -> None:
-        keys = folder / "keys"
-        keys.mkdir(parents=True)
-        (keys / "current").write_text(PUSH_KEY)
+        self._folder = folder
+        self._cluster = cluster
+        (folder / "bootstrap").mkdir(parents=True)
+        self._install_key()
         self.addresses = list(itertools.islice(loopback_addresses(), num_pods))
         self._path = f"/api/v1/namespaces/{namespace}/pods"
         self._programs: list[Program] = []
@@ -61,11 +68,28 @@ class Crowd:
         for program in self._programs:
             program.stop(grace=0)
 
+    def _install_key(self) -> None:
+        """The operator's key is there before it, so that pods know it from the beginning."""
+        current, upcoming = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+        (self._folder / "bootstrap" / KEYS_FILE).write_bytes(
+            write_key_set([current.public_key(), upcoming.public_key()])
+        )
+        data = {name: base64.b64encode(value).decode() for name, value in key_data(current, upcoming).items()}
+        since = {"evenhand.dev/current-since": now()}
+        metadata = {"name": SECRET_NAME, "namespace": "evenhand-system", "annotations": since}
+        self._cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "evenhand-system"}})
+        self._cluster.apply(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": SECRET_TYPE, "data": data}
+        )
+
     async def join(self, client: ApiClient) -> None:
-        """Make the Pods known to the API server, ready as they are."""
+        """Make the Pods known to the API server, ready as they are, and give each the token that proves it."""
         for index, address in enumerate(self.addresses):
             name = f"engine-{index:03}"
-            await client.call("POST", self._path, _pod(name))
+            pod = await client.call("POST", self._path, _pod(name))
+            folder = self._folder / address
+            folder.mkdir(exist_ok=True)
+            (folder / "token").write_text(await request_token(client, pod, POD_TOKEN_AUDIENCE))
             body = {"status": _status(address)}
             await client.call("PATCH", f"{self._path}/{name}/status", body, "application/merge-patch+json")
 
@@ -139,7 +163,8 @@ def _log_changes(address: str) -> Apply:
 async def _serve(namespace: str, folder: Path, addresses: list[str]) -> None:
     pool = PoolReference(namespace=namespace, name="default")
     for address in addresses:
-        settings = PushSettings(pool, folder / "keys", last_good=folder / address / "last-good.json")
+        own = folder / address
+        settings = PushSettings(pool, folder / "bootstrap", own / "token", own / "last-good.json")
         runner = web.AppRunner(build_app(settings, _log_changes(address)), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, address, ADMIN_PORT).start()

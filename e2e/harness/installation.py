@@ -5,7 +5,6 @@ What runs is what `manifests/overlays/dev` says, from the arguments to the right
 
 import base64
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ import yaml
 from cluster import build
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import Launch, PodRunner, Sandbox
-from harness.objects import ADMIN_PORT, PUSH_KEY, PUSH_SECRET, api_key, policy, secret
+from evenhand_policy.bootstrap import mounted_keys, read_manifest, secret_name
+from harness.objects import ADMIN_PORT, api_key, policy, secret
 from harness.operator_process import read_json
 from harness.stage import Stage, until
 
@@ -124,7 +124,6 @@ class Installation(Stage):
         self._directory.mkdir()
         write_kustomization(self._directory, self._num_engines)
         kubectl("apply", "--server-side", "-k", str(self._directory))
-        self.cluster.apply(secret(NAMESPACE, PUSH_SECRET, current=PUSH_KEY))
         self._operator_kubeconfig = self.cluster.service_account_kubeconfig(OPERATOR_NAMESPACE, OPERATOR)
 
     def _launch_operator(self, sandbox: Sandbox) -> Launch:
@@ -164,8 +163,9 @@ class Installation(Stage):
         """Returns once what is enforced is what a new pod would begin with: the operator stores it a little later."""
 
         def stored() -> int:
-            data = self.cluster.get("secret", "evenhand-bootstrap-default-0", NAMESPACE)["data"]
-            return int(json.loads(base64.b64decode(data["manifest.json"]))["revision"])
+            data = self.cluster.get("secret", secret_name("default", None), NAMESPACE)["data"]
+            files = {name: base64.b64decode(content) for name, content in data.items()}
+            return read_manifest(files, mounted_keys(files)).revision
 
         until(lambda: stored() == self.pool()["status"]["revision"])
 

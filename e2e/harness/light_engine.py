@@ -1,4 +1,4 @@
-"""An engine pod without a model: the real code of the admin port, and `/health`."""
+"""An engine pod without a model: the real code of the admin port, and `/health`, which is well once there is a config."""
 
 import argparse
 import asyncio
@@ -9,6 +9,7 @@ from aiohttp import web
 
 from evenhand_engine.frontend.push_receiver import Apply, PushReceiver, PushSettings
 from evenhand_policy.config import PoolReference
+from evenhand_policy.push_protocol import ConfigSource
 
 
 def build_app(settings: PushSettings, apply: Apply = lambda offered: None) -> web.Application:
@@ -19,13 +20,15 @@ def build_app(settings: PushSettings, apply: Apply = lambda offered: None) -> we
         return web.json_response(
             {
                 "source": receiver.in_force.source,
-                "numReplicas": receiver.in_force.num_replicas,
+                "epoch": receiver.in_force.assignment.version.epoch,
+                "revision": receiver.in_force.assignment.version.revision,
+                "numReplicas": receiver.in_force.assignment.num_replicas,
                 "config": msgspec.to_builtins(receiver.in_force.config),
             }
         )
 
     async def show_health(_: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if receiver.in_force.source is ConfigSource.BUILT_IN else 200)
 
     app = web.Application()
     app.add_routes([*receiver.routes(), web.get("/config", show_config), web.get("/health", show_health)])
@@ -36,7 +39,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     """Until cancelled."""
     namespace, _, name = arguments.pool.partition("/")
     pool = PoolReference(namespace=namespace, name=name)
-    settings = PushSettings(pool, arguments.push_keys, arguments.bootstrap, arguments.last_good)
+    settings = PushSettings(pool, arguments.bootstrap, arguments.pod_token, arguments.last_good)
     runner = web.AppRunner(build_app(settings), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, arguments.host, arguments.port).start()
@@ -49,8 +52,8 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--pool", required=True)
-    parser.add_argument("--push-keys", type=Path, required=True)
-    parser.add_argument("--bootstrap", type=Path)
+    parser.add_argument("--bootstrap", type=Path, required=True)
+    parser.add_argument("--pod-token", type=Path)
     parser.add_argument("--last-good", type=Path)
     asyncio.run(serve(parser.parse_args()))
 

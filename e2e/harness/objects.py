@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
+
 Object = dict[str, Any]
 
-PUSH_SECRET = "evenhand-push"
-PUSH_KEY = "a-push-key-for-tests-0123456789"
 ENGINE_LABELS = {"app": "evenhand-engine"}
 ADMIN_PORT = 9000
 
@@ -40,14 +40,11 @@ def secret(namespace: str, name: str, **values: str) -> Object:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": namespace}, "data": data}
 
 
-def push_secret(namespace: str, **values: str) -> Object:
-    """The Secret of the pool's push key."""
-    return secret(namespace, PUSH_SECRET, **(values or {"current": PUSH_KEY}))
-
-
-def light_engines(namespace: str, replicas: int, pool: str = "default") -> Object:
+def light_engines(namespace: str, replicas: int, *options: str, pool: str = "default", name: str = "engines") -> Object:
     """A Deployment whose pods run the engine's real admin code and nothing else; volumes are those of the manifests."""
-    bootstrap = [{"secret": {"name": f"evenhand-bootstrap-{pool}-{index}", "optional": True}} for index in range(8)]
+    bootstrap: list[Object] = [{"secret": {"name": f"evenhand-bootstrap-{pool}-manifest"}}]
+    bootstrap += [{"secret": {"name": f"evenhand-bootstrap-{pool}-{index}", "optional": True}} for index in range(8)]
+    token = {"path": "token", "audience": POD_TOKEN_AUDIENCE, "expirationSeconds": 3600}
     container = {
         "name": "engine",
         "image": "light-engine",
@@ -56,8 +53,9 @@ def light_engines(namespace: str, replicas: int, pool: str = "default") -> Objec
             "--host=0.0.0.0",
             f"--port={ADMIN_PORT}",
             f"--pool={namespace}/{pool}",
-            "--push-keys=/etc/evenhand/push-keys",
             "--bootstrap=/etc/evenhand/bootstrap",
+            "--pod-token=/etc/evenhand/identity/token",
+            *options,
             "--last-good=/var/lib/evenhand/last-good.json",
         ],
         "env": [{"name": "PYTHONPATH", "value": str(Path(__file__).parents[1])}],
@@ -65,25 +63,26 @@ def light_engines(namespace: str, replicas: int, pool: str = "default") -> Objec
         # once ready, it stays so while its process is stopped: the operator loses it, the Service would not
         "readinessProbe": {"httpGet": {"path": "/health", "port": "admin"}, "failureThreshold": 1000},
         "volumeMounts": [
-            {"name": "push-keys", "mountPath": "/etc/evenhand/push-keys"},
             {"name": "bootstrap", "mountPath": "/etc/evenhand/bootstrap"},
+            {"name": "identity", "mountPath": "/etc/evenhand/identity"},
             {"name": "state", "mountPath": "/var/lib/evenhand"},
         ],
     }
     volumes = [
-        {"name": "push-keys", "secret": {"secretName": PUSH_SECRET}},
         {"name": "bootstrap", "projected": {"sources": bootstrap}},
+        {"name": "identity", "projected": {"sources": [{"serviceAccountToken": token}]}},
         {"name": "state", "emptyDir": {}},
     ]
+    labels = ENGINE_LABELS | {"engines": name}
     template = {
-        "metadata": {"labels": ENGINE_LABELS},
+        "metadata": {"labels": labels},
         "spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": 1},
     }
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": "engines", "namespace": namespace},
-        "spec": {"replicas": replicas, "selector": {"matchLabels": ENGINE_LABELS}, "template": template},
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": labels}, "template": template},
     }
 
 

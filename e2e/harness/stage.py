@@ -44,6 +44,10 @@ class Stage:
         pods = self.cluster.find("pods", self.namespace, selector)
         return [pod for pod in pods if is_ready(pod)]
 
+    def wait_serving(self, count: int) -> None:
+        """Returns once so many engines are ready, and enforce what they should."""
+        until(lambda: len(self.ready_pods()) == count and self.pool()["status"]["applied"] == f"{count}/{count}")
+
     def documents(self) -> list[Object]:
         """What each ready pod enforces, by its own word: source, numReplicas, config."""
         return [

@@ -1,108 +1,139 @@
-"""The document as engines find it when they start while no operator is there: compressed, in Secrets that they mount.
+"""What engines find mounted: whom to believe, and the document to start with while no operator is there.
 
-The operator keeps up to `MAX_PARTS` Secrets `evenhand-bootstrap-POOL-INDEX` beside the pool. A pod mounts all of them,
-optional, into one folder, which then holds `manifest.json`, its signatures, and `part-0` to at most `part-7`. Secrets
-change one by one, so a folder may hold parts of two documents; the manifest tells, and only a complete set is loaded.
+The operator keeps Secrets beside the pool: `evenhand-bootstrap-POOL-manifest` with its public keys and a signed manifest,
+and up to `MAX_PARTS` with the compressed document, `evenhand-bootstrap-POOL-INDEX`. A pod mounts all of them into one
+folder, the parts optional, so that it is not started before it knows whom to believe. Secrets change one by one, so a
+folder may hold parts of two documents; the manifest tells, and only a complete set is loaded.
 """
 
-import zlib
 from collections.abc import Mapping
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from evenhand_policy.push_protocol import MAX_DOCUMENT_BYTES, PushKeys, body_digest, is_signed, sign
+from evenhand_policy.config import PoolReference
+from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, Document, DocumentRejectedError, body_digest, decompress
+from evenhand_policy.push_protocol import read_claims, sign_claims
+from evenhand_policy.signatures import PublicKeys, read_key_set, write_key_set
+from evenhand_policy.version import Assignment, Version
 
 MAX_PARTS = 8
 PART_BYTES = 900 * 2**10  # a Secret holds 1 MiB at most
 SECRET_TYPE = "evenhand.dev/bootstrap"
-_PURPOSE = "bootstrap"
-_MANIFEST, _SIGNATURES = "manifest.json", "manifest.signatures"
+KEYS_FILE, MANIFEST_FILE = "operator-keys.json", "manifest.jwt"
 
 
 class BootstrapError(ValueError):
-    """The set of parts is incomplete, not signed by the pool's push key, or damaged; the message says which."""
+    """The set of parts is incomplete, not signed by the operator, or damaged; the message says which."""
 
 
 class DocumentTooLargeError(ValueError):
-    """The compressed document does not fit into `MAX_PARTS` Secrets."""
+    """The document can neither be pushed nor stored."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What makes a set of parts one document; members that a newer operator adds are ignored.
 
     Attributes:
-        epoch: of the document.
-        revision: of the document.
+        cluster: of the document.
+        pool: of the document.
+        epoch: of the assignment.
+        revision: of the assignment.
         digest: of the document, uncompressed.
         parts: digest of each part, in order.
         num_replicas: among how many engines the pool's limits were divided at the time.
     """
 
+    cluster: str
+    pool: PoolReference
     epoch: int
     revision: int
     digest: str
     parts: tuple[str, ...]
     num_replicas: int = 1
 
+    @property
+    def assignment(self) -> Assignment:
+        """What is stored."""
+        return Assignment(Version(self.epoch, self.revision), self.digest, max(1, self.num_replicas))
 
-def secret_name(pool: str, index: int) -> str:
-    """Name of the Secret that holds a part."""
-    return f"evenhand-bootstrap-{pool}-{index}"
+
+def secret_name(pool: str, index: int | None) -> str:
+    """Name of the Secret that holds a part; None: of that with the manifest."""
+    return f"evenhand-bootstrap-{pool}-{'manifest' if index is None else index}"
 
 
-def pack(document: bytes, epoch: int, revision: int, num_replicas: int, keys: PushKeys) -> list[dict[str, bytes]]:
-    """Contents of the Secrets, by index; the manifest is in the first.
+def check_size(document: Document) -> None:
+    """Raises DocumentTooLargeError."""
+    if document.size > MAX_DOCUMENT_BYTES:
+        most = MAX_DOCUMENT_BYTES // 2**20
+        raise DocumentTooLargeError(f"the document has {document.size / 2**20:.1f} MiB; {most} MiB are allowed")
+    if len(document.compressed) > MAX_PARTS * PART_BYTES:
+        size, most = len(document.compressed) / 2**20, MAX_PARTS * PART_BYTES // 2**20
+        raise DocumentTooLargeError(f"compressed, the document has {size:.1f} MiB; {most} MiB can be stored")
 
-    Raises:
-        DocumentTooLargeError: there would have to be more than `MAX_PARTS`.
-    """
-    compressed = zlib.compress(document)
-    parts = [compressed[start : start + PART_BYTES] for start in range(0, len(compressed), PART_BYTES)]
-    if len(parts) > MAX_PARTS:
-        most = MAX_PARTS * PART_BYTES // 2**20
-        raise DocumentTooLargeError(f"compressed, the document has {len(compressed) / 2**20:.1f} MiB; {most} MiB fit")
-    manifest = msgspec.json.encode(
-        Manifest(
-            epoch=epoch,
-            revision=revision,
-            digest=body_digest(document),
-            parts=tuple(map(body_digest, parts)),
-            num_replicas=num_replicas,
+
+def pack(document: Document) -> list[dict[str, bytes]]:
+    """Contents of the Secrets with the parts, by index."""
+    compressed = document.compressed
+    starts = range(0, len(compressed), PART_BYTES)
+    return [{f"part-{index}": compressed[start : start + PART_BYTES]} for index, start in enumerate(starts)]
+
+
+def pack_manifest(
+    key: Ed25519PrivateKey,
+    trusted: PublicKeys,
+    *,
+    cluster: str,
+    pool: PoolReference,
+    assignment: Assignment | None,
+    parts: list[dict[str, bytes]],
+) -> dict[str, bytes]:
+    """Contents of the Secret with the keys and, where there is an assignment, the manifest."""
+    files = {KEYS_FILE: write_key_set(trusted)}
+    if assignment is not None:
+        manifest = Manifest(
+            cluster=cluster,
+            pool=pool,
+            epoch=assignment.version.epoch,
+            revision=assignment.version.revision,
+            digest=assignment.digest,
+            parts=tuple(body_digest(part) for each in parts for part in each.values()),
+            num_replicas=assignment.num_replicas,
         )
-    )
-    secrets = [{f"part-{index}": part} for index, part in enumerate(parts)]
-    signatures = "\n".join(sign(key, _PURPOSE, body_digest(manifest)) for key in keys)
-    secrets[0] |= {_MANIFEST: manifest, _SIGNATURES: signatures.encode()}
-    return secrets
+        files[MANIFEST_FILE] = sign_claims(key, manifest)
+    return files
 
 
-def unpack(files: Mapping[str, bytes], keys: PushKeys) -> tuple[Manifest, bytes]:
-    """The manifest and the document of a set of parts.
+def mounted_keys(files: Mapping[str, bytes]) -> PublicKeys:
+    """Whom to believe."""
+    return read_key_set(files.get(KEYS_FILE, b""))
+
+
+def read_manifest(files: Mapping[str, bytes], keys: PublicKeys) -> Manifest:
+    """The manifest. Raises BootstrapError."""
+    if MANIFEST_FILE not in files:
+        raise BootstrapError("there is no manifest")
+    claims = read_claims(keys, files[MANIFEST_FILE])
+    if claims is None:
+        raise BootstrapError("the manifest is signed by none of the operator's keys")
+    try:
+        return msgspec.convert(claims, Manifest)
+    except msgspec.ValidationError as error:
+        raise BootstrapError(f"the manifest cannot be read: {error}") from None
+
+
+def unpack(files: Mapping[str, bytes], keys: PublicKeys) -> tuple[Manifest, bytes]:
+    """The manifest and the document, as canonical JSON, of a set of parts.
 
     Raises:
         BootstrapError: nothing is unpacked unless every part is the one that the signed manifest names.
     """
-    if _MANIFEST not in files:
-        raise BootstrapError("there is no manifest")
-    signatures = files.get(_SIGNATURES, b"").decode("ascii", "replace").split()
-    digest = body_digest(files[_MANIFEST])
-    if not any(is_signed(key, each, _PURPOSE, digest) for key in keys for each in signatures[:MAX_PARTS]):
-        raise BootstrapError("the manifest is signed by none of the push keys")
-    try:
-        manifest = msgspec.json.decode(files[_MANIFEST], type=Manifest)
-    except msgspec.DecodeError as error:
-        raise BootstrapError(f"the manifest cannot be read: {error}") from None
+    manifest = read_manifest(files, keys)
     parts = [files.get(f"part-{index}", b"") for index in range(len(manifest.parts))]
     if tuple(map(body_digest, parts)) != manifest.parts:
         raise BootstrapError("a part is missing or of another document")
-    return manifest, _decompress(b"".join(parts), manifest.digest)
-
-
-def _decompress(compressed: bytes, digest: str) -> bytes:
     try:
-        document = zlib.decompressobj().decompress(compressed, MAX_DOCUMENT_BYTES)
-    except zlib.error as error:
-        raise BootstrapError(f"the parts cannot be decompressed: {error}") from None
-    if body_digest(document) != digest:
-        raise BootstrapError("the document is not the one that the manifest names")
-    return document
+        return manifest, decompress(b"".join(parts), manifest.digest)
+    except DocumentRejectedError as error:
+        raise BootstrapError(str(error)) from None

@@ -49,7 +49,7 @@ def compile_policies(
         namespace_labels: a pool that selects namespaces needs them; one that is missing matches no selector.
 
     Returns:
-        The config with epoch and revision 0, which are the caller's to set, and the problems of policies and pool.
+        The config, and the problems of policies and pool.
     """
     ledger = _Ledger(pool)
     gateway, problems = _compile_gateway(pool, secrets, ledger)

@@ -1,8 +1,8 @@
 """SchedulerConfig: the compiled document of one pool, which the operator pushes and an engine enforces.
 
-Every default of the TenantPolicy schema is resolved here, so that an engine never needs to know the schema. The
-document is canonical JSON (keys in camel case, sorted) and its digest is the SHA-256 of that. Bounds are checked where
-a document is decoded; `evenhand_policy.push_document` checks what no single field can say.
+Every default of the TenantPolicy schema is resolved here, so that an engine never needs to know the schema. How it is
+sent, `evenhand_policy.push_document` says; which epoch and revision it has, and how many engines share its limits, is said
+beside it. Bounds are checked where a document is decoded; what no single field can say, after that.
 """
 
 import hashlib
@@ -91,11 +91,15 @@ class Gateway(_Document, frozen=True, kw_only=True):
 
 
 class ServiceAccountIssuer(_Document, frozen=True, kw_only=True):
-    """What an engine needs to verify Kubernetes ServiceAccount tokens offline. `jwks` is an RFC 7517 key set."""
+    """What an engine needs to verify Kubernetes ServiceAccount tokens offline. `jwks` is an RFC 7517 key set.
+
+    A token that was issued more than `max_age_seconds` ago is not taken; None: however old.
+    """
 
     issuer: Name
     audience: Name
     jwks: dict[str, list[dict[str, str | list[str]]]]
+    max_age_seconds: Positive | None = None
 
 
 class Slo(_Document, frozen=True, kw_only=True):
@@ -145,16 +149,11 @@ class TenantConfig(_Document, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(_Document, frozen=True, kw_only=True):
-    """Everything that one pool's engines enforce. `tenants` is sorted by tenant id.
-
-    `(epoch, revision)` grows with every change; the number of replicas travels beside the document, never in it.
-    """
+    """Everything that one pool's engines enforce. `tenants` is sorted by tenant id."""
 
     schema_version: int = 1
     cluster: str = ""
     pool: PoolReference | None = None
-    epoch: Natural = 0
-    revision: Natural = 0
     prices: Prices = Prices()
     unknown_tenants: UnknownTenants = UnknownTenants()
     gateway: Gateway = Gateway()
@@ -162,7 +161,7 @@ class SchedulerConfig(_Document, frozen=True, kw_only=True):
     tenants: tuple[TenantConfig, ...] = ()
 
     def canonical_json(self) -> bytes:
-        """The document's one byte representation: sorted keys, no white space."""
+        """One byte representation of all of it: sorted keys, no white space."""
         return msgspec.json.encode(self, order="sorted")
 
     def digest(self) -> str:

@@ -8,8 +8,8 @@ from msgspec import Meta, field
 from evenhand_policy.config import UnknownTenantAction
 from evenhand_policy.grants import Grant
 from evenhand_policy.labels import LabelSelector
-from evenhand_policy.schema import Metadata, Model, Rule
-from evenhand_policy.secret import SecretKeys, SecretReference
+from evenhand_policy.schema import Duration, Metadata, Model, Rule, within
+from evenhand_policy.secret import SecretKeys
 from evenhand_policy.spec import LimitsSpec
 
 
@@ -97,6 +97,30 @@ class PoolDefaults(Model, frozen=True, kw_only=True):
     ] = None
 
 
+class ServiceAccountTokensSpec(Model, frozen=True, kw_only=True):
+    """Tokens of ServiceAccounts, by which workloads prove who they are."""
+
+    audience: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[!-~]+\Z")] | None,
+        Meta(
+            description="Audience that a token must have; evenhand/NAMESPACE/NAME of the pool where not set, so that "
+            "none of another pool is taken."
+        ),
+    ] = None
+    max_age: Annotated[
+        Duration, Meta(description="Oldest token that is taken, from the time at which it was issued.")
+    ] = "24h"
+
+    rules: ClassVar[tuple[Rule, ...]] = (within("maxAge", "max_age", "1m", "8760h"),)
+
+
+class OnDeletion(StrEnum):
+    """What becomes of a pool's engines when the pool is deleted."""
+
+    KEEP = "Keep"
+    CLOSE = "Close"
+
+
 class EnginePoolSpec(Model, frozen=True, kw_only=True):
     """Which engines form the pool, and what holds for all of them."""
 
@@ -126,9 +150,19 @@ class EnginePoolSpec(Model, frozen=True, kw_only=True):
         GatewaySpec | None,
         Meta(description="A trusted gateway. Identities of type Header count only on requests that carry its key."),
     ] = None
-    push_key: Annotated[
-        SecretKeys, Meta(description="Keys by which operator and engines sign what they tell each other.")
-    ] = SecretKeys(secret_ref=SecretReference(name="evenhand-push"))
+    service_account_tokens: Annotated[
+        ServiceAccountTokensSpec, Meta(description="Which tokens of ServiceAccounts the engines take.")
+    ] = ServiceAccountTokensSpec()
+    paused: Annotated[
+        bool, Meta(description="Whether the engines keep the document that they have, whatever changes.")
+    ] = False
+    on_deletion: Annotated[
+        OnDeletion,
+        Meta(
+            description="What becomes of the engines when the pool is deleted. Keep: they go on with what they have. "
+            "Close: they are told to admit nobody any more."
+        ),
+    ] = OnDeletion.KEEP
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -157,3 +191,8 @@ class EnginePool(Model, frozen=True, kw_only=True):
             lambda pool: len(pool.metadata.name) <= 63 and "." not in pool.metadata.name,
         ),
     )
+
+
+def default_audience(namespace: str, name: str) -> str:
+    """Audience of the tokens that engines of that pool take."""
+    return f"evenhand/{namespace}/{name}"

@@ -1,48 +1,47 @@
 """How operator and engine prove to each other who they are, on the engine's admin port.
 
-Both hold the pool's push keys: the values of one Secret, more than one only while keys are rotated. A request is signed
-over everything that decides what it does, its answer over the request's nonce, the status and the body. So neither can
-be forged, changed or, thanks to the nonce and a short time, replayed; nothing is hidden, and nothing needs to be: a
-document holds hashes of keys only.
+Only the operator can sign a request (Ed25519); pods hold its public keys. A request is signed over everything that decides
+what it does, the pod that it is for included, so it can be neither forged nor changed nor, thanks to a nonce and a short
+time, replayed, here or at another pod. Nothing is hidden, and nothing needs to be: a document holds hashes of keys only.
 
-    PUT /v1/scheduler-config           X-Evenhand-{Nonce,Time,Replicas,Digest,Signature}, body: the document
-    GET /v1/scheduler-config/report    the same headers, no body
-    200 | 401 | 409 | 422              X-Evenhand-Signature, body: an EngineReport
+An engine process makes a key pair at its start; its boot id is the public half, and it signs what it answers over the
+request's nonce. That the boot id is of a certain pod is shown by the pod's projected ServiceAccount token, for an audience
+that only the operator takes, in the answer to a signed GET.
 
-A 401 whose request was not signed by a known key cannot be signed either.
+    GET   /v1/scheduler-config/report    what is in force; with the token, and what the engine understands
+    PATCH /v1/scheduler-config           the document in force is also that of this version, for so many replicas
+    PUT   /v1/scheduler-config           enforce the document in the body (zlib)
+    200 | 401 | 409 | 412 | 422          X-Evenhand-Signature, body: an EngineReport
+
+Each request has `Authorization: Bearer` and a JWT whose claims are a `Request`. A 401 to somebody unknown is not signed;
+412: the document of that digest is not in force, so it has to be sent.
 """
 
-import hashlib
-import hmac
 import secrets
-from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any
 
+import jwt
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Meta
 
-from evenhand_policy.credentials import is_strong
+from evenhand_policy.config import PoolReference, Positive
+from evenhand_policy.push_document import body_digest
+from evenhand_policy.signatures import PublicKeys, is_signed_by_text, sign
+from evenhand_policy.version import Assignment, Version
 
 CONFIG_PATH = "/v1/scheduler-config"
 REPORT_PATH = "/v1/scheduler-config/report"
-MAX_DOCUMENT_BYTES = 32 * 2**20
-MAX_REPORT_BYTES = 16 * 2**10
+MAX_REPORT_BYTES = 32 * 2**10
 MAX_CLOCK_SKEW_SECONDS = 60.0
-MAX_PUSH_KEYS = 8
+POD_TOKEN_AUDIENCE = "evenhand-operator"
 
-NONCE_HEADER = "X-Evenhand-Nonce"
-TIME_HEADER = "X-Evenhand-Time"
-REPLICAS_HEADER = "X-Evenhand-Replicas"
-DIGEST_HEADER = "X-Evenhand-Digest"
 SIGNATURE_HEADER = "X-Evenhand-Signature"
+POD_TOKEN_HEADER = "X-Evenhand-Pod-Token"
 
-_MAX_REMEMBERED_NONCES = 100_000
-_NONCE_CHARACTERS = 32
-_REQUEST, _ANSWER = "request", "answer"
-
-PushKeys = tuple[bytes, ...]
-"""The keys with which a message may be signed, in order of preference; empty: nobody is believed."""
+_ALGORITHM = "EdDSA"
+_ANSWER = "answer"
 
 
 class ConfigSource(StrEnum):
@@ -52,19 +51,21 @@ class ConfigSource(StrEnum):
     BOOTSTRAP = "Bootstrap"  # mounted Secrets
     LAST_GOOD = "LastGood"  # the pod's own file
     FILES = "Files"  # policy files, without an operator
-    BUILT_IN = "BuiltIn"  # nothing was ever given: everybody shares evenly
+    BUILT_IN = "BuiltIn"  # nothing was ever given
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What an engine enforces, as it says itself; members that a newer one adds are ignored.
 
     Attributes:
-        boot_id: identity of the engine process; another one after every restart.
-        epoch: of the document in force; 0 where nothing was ever pushed.
-        revision: of the document in force.
+        boot_id: public key of the engine process in hexadecimal; another one after every restart.
+        epoch: of the assignment in force; 0 where there is none.
+        revision: of the assignment in force.
         digest: of the document in force.
         source: where the document came from: a ConfigSource, or what a newer engine calls it.
         num_replicas: among how many engines the pool's limits are divided.
+        ailment: what is wrong with the engine, such as that its core does not enforce the document yet; empty: nothing.
+        understands: members of a document that it knows (`evenhand_policy.compact`); told in answer to a GET.
         problem: why the request was refused; None where it was not.
         path: the field of the refused document that is at fault; empty: the document as a whole.
     """
@@ -75,122 +76,122 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     digest: Annotated[str, Meta(max_length=71)]
     source: Annotated[str, Meta(max_length=64)]
     num_replicas: Annotated[int, Meta(ge=1)] = 1
+    ailment: Annotated[str, Meta(max_length=1024)] = ""
+    understands: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=1024)] = ()
     problem: Annotated[str, Meta(max_length=1024)] | None = None
     path: Annotated[str, Meta(max_length=256)] = ""
 
+    @property
+    def assignment(self) -> Assignment:
+        """What is in force."""
+        return Assignment(Version(self.epoch, self.revision), self.digest, self.num_replicas)
 
-class SignedRequest(NamedTuple):
-    """What a request's signature covers. `time_ms` is Unix time in milliseconds; `digest` is that of the body."""
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Claims of the token of a request; those that a newer operator adds are ignored.
+
+    Attributes:
+        method: of the request.
+        path: of the request.
+        aud: uid of the pod that it is for.
+        jti: nonce.
+        iat: Unix time in seconds.
+        cluster: uid of the namespace kube-system.
+        pool: the pod's pool.
+        epoch, revision, digest, replicas: the assignment; of a GET they mean nothing.
+    """
 
     method: str
     path: str
-    nonce: str
-    time_ms: int
-    num_replicas: int
-    digest: str
+    aud: str
+    jti: Annotated[str, Meta(min_length=32, max_length=64)]
+    iat: float
+    cluster: str
+    pool: PoolReference
+    epoch: Positive
+    revision: Positive
+    digest: Annotated[str, Meta(max_length=71)]
+    replicas: Positive
+
+    @property
+    def assignment(self) -> Assignment:
+        """What the engine is to enforce."""
+        return Assignment(Version(self.epoch, self.revision), self.digest, self.replicas)
 
 
-class UnverifiedError(Exception):
-    """A request is not believed; the message says why, and `key` is set where its signature was right."""
-
-    def __init__(self, message: str, key: bytes | None = None) -> None:
-        super().__init__(message)
-        self.key = key
+class UnsignedError(Exception):
+    """A request is signed by nobody who is known; the message says why."""
 
 
-def read_push_keys(values: Mapping[str, bytes]) -> PushKeys:
-    """The usable keys of a Secret, or of the folder where it is mounted, by name: at most 8, weak ones left out."""
-    keys = (values[name].strip() for name in sorted(values) if not name.startswith("."))
-    return tuple(key for key in keys if is_strong(key))[:MAX_PUSH_KEYS]
+def make_request(
+    method: str, pod: str, now: float, *, cluster: str, pool: PoolReference, assignment: Assignment
+) -> Request:
+    """A request to the pod of that uid at Unix time `now`."""
+    return Request(
+        method=method,
+        path=REPORT_PATH if method == "GET" else CONFIG_PATH,
+        aud=pod,
+        jti=secrets.token_hex(16),
+        iat=now,
+        cluster=cluster,
+        pool=pool,
+        epoch=assignment.version.epoch,
+        revision=assignment.version.revision,
+        digest=assignment.digest,
+        replicas=assignment.num_replicas,
+    )
 
 
-def body_digest(body: bytes) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of a body; a document's digest is that of its canonical JSON."""
-    return "sha256:" + hashlib.sha256(body).hexdigest()
+def sign_request(key: Ed25519PrivateKey, request: Request) -> dict[str, str]:
+    """Headers of the request."""
+    token = jwt.encode(msgspec.to_builtins(request), key, algorithm=_ALGORITHM)
+    return {"Authorization": f"Bearer {token}"}
 
 
-def sign_request(
-    key: bytes, method: str, now: float, *, path: str = CONFIG_PATH, num_replicas: int = 1, digest: str = ""
-) -> dict[str, str]:
-    """Headers of a request at Unix time `now`. Without `digest` the body is empty; `path` includes a query."""
-    nonce = secrets.token_hex(_NONCE_CHARACTERS // 2)
-    request = SignedRequest(method, path, nonce, int(now * 1000), num_replicas, digest or body_digest(b""))
-    return {
-        NONCE_HEADER: request.nonce,
-        TIME_HEADER: str(request.time_ms),
-        REPLICAS_HEADER: str(request.num_replicas),
-        DIGEST_HEADER: request.digest,
-        SIGNATURE_HEADER: sign(key, _REQUEST, *map(str, request)),
-    }
+def read_request(keys: PublicKeys, authorization: str) -> Request:
+    """The request in a header.
+
+    Raises:
+        UnsignedError: none of the keys signed it, or it is not understood.
+    """
+    scheme, _, token = authorization.partition(" ")
+    if scheme != "Bearer" or not token:
+        raise UnsignedError("it is not signed")
+    claims = _claims(keys, token.strip())
+    if claims is None:
+        raise UnsignedError("the signature is by none of the operator's keys that this engine knows")
+    try:
+        return msgspec.convert(claims, Request)
+    except msgspec.ValidationError as error:
+        raise UnsignedError(f"the request is not understood: {error}") from None
 
 
-def sign_answer(key: bytes, nonce: str, status: int, body: bytes) -> str:
+def sign_claims(key: Ed25519PrivateKey, claims: msgspec.Struct) -> bytes:
+    """A JWT that has no end, for what is stored."""
+    return jwt.encode(msgspec.to_builtins(claims), key, algorithm=_ALGORITHM).encode()
+
+
+def read_claims(keys: PublicKeys, token: bytes) -> dict[str, Any] | None:
+    """Claims of such a JWT; None where none of the keys signed it."""
+    return _claims(keys, token.decode("ascii", "replace"))
+
+
+def sign_answer(key: Ed25519PrivateKey, nonce: str, status: int, body: bytes) -> str:
     """Value of `SIGNATURE_HEADER` of the answer to the request with `nonce`."""
     return sign(key, _ANSWER, nonce, str(status), body_digest(body))
 
 
-def is_answer_signed(key: bytes, nonce: str, status: int, body: bytes, signature: str) -> bool:
-    """Whether the holder of `key` answered so to the request with `nonce`."""
-    return is_signed(key, signature, _ANSWER, nonce, str(status), body_digest(body))
+def is_answer_signed(boot_id: str, nonce: str, status: int, body: bytes, signature: str) -> bool:
+    """Whether the engine process with this boot id answered so to the request with `nonce`."""
+    return is_signed_by_text(boot_id, signature, _ANSWER, nonce, str(status), body_digest(body))
 
 
-class RequestVerifier:
-    """The engine's side: decides who is believed, and remembers the nonces of those who were until they expire."""
-
-    def __init__(self) -> None:
-        self._expiry_by_nonce: dict[str, float] = {}  # in the order in which they came, so nearly that of expiry
-
-    def verify(
-        self, keys: PushKeys, method: str, path: str, headers: Mapping[str, str], now: float
-    ) -> tuple[SignedRequest, bytes]:
-        """The request and the key that signed it. `now` is Unix time in seconds.
-
-        Raises:
-            UnverifiedError: headers are missing or wrong, no known key signed it, its time is more than
-                `MAX_CLOCK_SKEW_SECONDS` away, or it was here before.
-        """
-        request = _read_headers(method, path, headers)
-        signature = headers.get(SIGNATURE_HEADER, "")
-        candidates = [key for key in keys if is_signed(key, signature, _REQUEST, *map(str, request))]
-        if not candidates:
-            raise UnverifiedError("the signature is by none of this engine's push keys")
-        key = candidates[0]
-        if abs(request.time_ms / 1000 - now) > MAX_CLOCK_SKEW_SECONDS:
-            raise UnverifiedError(f"its time is {now - request.time_ms / 1000:+.0f} s from this engine's clock", key)
-        self._forget_expired(now)
-        if request.nonce in self._expiry_by_nonce:
-            raise UnverifiedError("the request was sent before", key)
-        if len(self._expiry_by_nonce) >= _MAX_REMEMBERED_NONCES:
-            raise UnverifiedError("too many requests within a short time", key)
-        self._expiry_by_nonce[request.nonce] = now + 2 * MAX_CLOCK_SKEW_SECONDS
-        return request, key
-
-    def _forget_expired(self, now: float) -> None:
-        while self._expiry_by_nonce:
-            nonce = next(iter(self._expiry_by_nonce))
-            if self._expiry_by_nonce[nonce] > now:
-                return
-            del self._expiry_by_nonce[nonce]
-
-
-def sign(key: bytes, purpose: str, *parts: str) -> str:
-    """HMAC-SHA256 in hexadecimal over texts without line feeds; one of another purpose is never mistaken for it."""
-    message = "\n".join(("evenhand-push-v1", purpose, *parts))
-    return hmac.new(key, message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
-
-
-def is_signed(key: bytes, signature: str, purpose: str, *parts: str) -> bool:
-    """Whether the holder of `key` made the signature; compared in constant time."""
-    return hmac.compare_digest(sign(key, purpose, *parts).encode(), signature.encode("utf-8", "replace"))
-
-
-def _read_headers(method: str, path: str, headers: Mapping[str, str]) -> SignedRequest:
-    nonce, digest = headers.get(NONCE_HEADER, ""), headers.get(DIGEST_HEADER, "")
-    time_ms, num_replicas = (_number(headers.get(name, "")) for name in (TIME_HEADER, REPLICAS_HEADER))
-    if len(nonce) != _NONCE_CHARACTERS or not digest or time_ms is None or not num_replicas:
-        raise UnverifiedError("it is not signed: a header is missing or malformed")
-    return SignedRequest(method, path, nonce, time_ms, num_replicas, digest)
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
+def _claims(keys: PublicKeys, token: str) -> dict[str, Any] | None:
+    """What is signed; who it is for and when it was said is for the caller to look at."""
+    unchecked = {"verify_aud": False, "verify_iat": False, "verify_exp": False, "verify_nbf": False}
+    for key in keys:
+        try:
+            return jwt.decode(token, key, algorithms=[_ALGORITHM], options=unchecked)  # type: ignore[arg-type]
+        except jwt.PyJWTError:
+            continue
+    return None

@@ -1,103 +1,182 @@
-"""The bootstrap Secrets of a pool: read by a new leader to continue where the last one was, written after changes."""
+"""The bootstrap Secrets of a pool: read by a new leader to continue where the last one was, written after changes.
+
+Every write is fenced: by the resourceVersion that was read, and by the epoch in the manifest that was read, so that a
+leader that slept changes nothing that its successor wrote.
+"""
 
 import asyncio
 import base64
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from evenhand_operator.engine_client import Offer
+import msgspec
+
 from evenhand_operator.kube import ENGINE_POOLS, SECRETS, ApiError, KubeClient
 from evenhand_operator.objects import Json, ObjectKey
 from evenhand_operator.observed import ObservedPool
+from evenhand_operator.offer import Offer
+from evenhand_operator.rollout import Stored
+from evenhand_operator.signing_key import SigningKey
 from evenhand_policy.bootstrap import (
     MAX_PARTS,
     SECRET_TYPE,
     BootstrapError,
-    DocumentTooLargeError,
     pack,
+    pack_manifest,
+    read_manifest,
     secret_name,
     unpack,
 )
-from evenhand_policy.config import SchedulerConfig
-from evenhand_policy.push_document import DocumentRejectedError, read_document
-from evenhand_policy.push_protocol import PushKeys
+from evenhand_policy.config import PoolReference
+from evenhand_policy.push_document import Document, DocumentRejectedError, read_document
 
 log = logging.getLogger(__name__)
 
+_PLACES: tuple[int | None, ...] = (*reversed(range(MAX_PARTS)), None)
+"""In the order in which they are written: the manifest last, so that what it names is there already."""
 
-@dataclass(frozen=True, slots=True)
-class StoredDocument:
-    """What an earlier leader has stored. `document` is None where it cannot be read, be it for want of the key."""
 
-    epoch: int
-    revision: int
-    document: SchedulerConfig | None
+class SupersededError(Exception):
+    """A leader of a higher epoch has stored something."""
+
+
+class _Held(msgspec.Struct, frozen=True):
+    """A Secret as it was last read or written."""
+
+    resource_version: str
+    owner: str
+    data: dict[str, bytes]
 
 
 class BootstrapStore:
-    """Remembers what it has written, so that only Secrets that change are written."""
+    """Remembers what is stored, so that only Secrets that differ are written; `forget` has it read anew."""
 
-    def __init__(self, kube: KubeClient) -> None:
+    def __init__(self, kube: KubeClient, key: SigningKey) -> None:
         self._kube = kube
-        self._written: dict[ObjectKey, list[dict[str, bytes]]] = {}
+        self._key = key
+        self._held: dict[ObjectKey, dict[int | None, _Held | None]] = {}
 
-    async def read(self, pool: ObjectKey, keys: PushKeys) -> StoredDocument:
-        """The stored document. Raises ApiError."""
-        files: dict[str, bytes] = {}
-        for index in range(MAX_PARTS):
-            secret = await self._read_secret(pool, index)
-            if secret is None:
-                break
-            self._remember(pool, index, secret)
-            files |= self._written[pool][index]
+    async def read(self, observed: ObservedPool) -> Stored:
+        """What an earlier leader left. Raises ApiError."""
+        held = await self._look(observed.key)
+        files = {name: value for each in held.values() if each is not None for name, value in each.data.items()}
+        if not files:
+            return Stored(0)
         try:
-            manifest, document = unpack(files, keys)
-            return StoredDocument(manifest.epoch, manifest.revision, read_document(document))
+            manifest, content = unpack(files, self._key.trusted)
+            config = read_document(content)
         except (BootstrapError, DocumentRejectedError) as error:
-            if files:
-                log.warning("the stored document of pool %s/%s cannot be used: %s", *pool, error)
-            return StoredDocument(0, 0, None)
+            log.warning("the stored document of pool %s/%s cannot be used: %s", *observed.key, error)
+            return Stored(0)
+        compressed = b"".join(files[f"part-{index}"] for index in range(len(manifest.parts)))
+        document = Document(manifest.digest, compressed, len(content))
+        return Stored(manifest.revision, manifest.num_replicas, config, document)
+
+    async def trust(self, observed: ObservedPool) -> None:
+        """Let pods know whom to believe, with or without a document. Raises ApiError, SupersededError."""
+        await self._write(observed, None)
 
     async def write(self, observed: ObservedPool, offer: Offer) -> None:
-        """Store what is offered; the manifest last, so that what pods find is complete as soon as it names it.
+        """Store what is offered.
 
         Raises:
             ApiError: not everything was written; to be called again.
+            SupersededError: it is no longer for this leader to write.
         """
-        if not offer.keys:
-            return
-        try:
-            parts = await asyncio.to_thread(
-                pack, offer.document, offer.epoch, offer.revision, offer.num_replicas, offer.keys
-            )
-        except DocumentTooLargeError as error:
-            log.error("the document of pool %s/%s is not stored: %s", *observed.key, error)
-            return
-        written = self._written.setdefault(observed.key, [{}] * MAX_PARTS)
-        parts += [{}] * (MAX_PARTS - len(parts))
-        for index in reversed(range(MAX_PARTS)):
-            if written[index] != parts[index]:
-                await self._kube.apply(SECRETS, _secret(observed, index, parts[index]))
-                written[index] = parts[index]
+        await self._write(observed, offer)
 
     def forget(self, pool: ObjectKey) -> None:
-        """The pool is gone; its Secrets go with it, since it owns them."""
-        self._written.pop(pool, None)
+        """What is stored may be another by now, or gone with its pool."""
+        self._held.pop(pool, None)
 
-    def _remember(self, pool: ObjectKey, index: int, secret: Json) -> None:
-        data = {name: base64.b64decode(text) for name, text in (secret.get("data") or {}).items()}
-        self._written.setdefault(pool, [{}] * MAX_PARTS)[index] = data
-
-    async def _read_secret(self, pool: ObjectKey, index: int) -> Json | None:
+    async def _write(self, observed: ObservedPool, offer: Offer | None) -> None:
+        key = observed.key
+        if key not in self._held:
+            await self._look(key)
+        held = self._held[key]
+        self._check_epoch(held[None], offer)
+        wanted = self._contents(observed, offer, held[None])
         try:
-            return await self._kube.get(SECRETS, pool[0], secret_name(pool[1], index))
+            for place in _PLACES:
+                if place in wanted:
+                    await self._store(observed, place, wanted[place])
+        except ApiError:
+            self.forget(key)  # what is there has to be read before the next try
+            raise
+
+    def _check_epoch(self, manifest: _Held | None, offer: Offer | None) -> None:
+        if manifest is None or offer is None:
+            return
+        try:
+            stored = read_manifest(manifest.data, self._key.trusted)
+        except BootstrapError:
+            return
+        if stored.epoch > offer.version.epoch:
+            raise SupersededError(f"a document of epoch {stored.epoch} is stored, ours is of {offer.version.epoch}")
+
+    def _contents(
+        self, observed: ObservedPool, offer: Offer | None, manifest: _Held | None
+    ) -> Mapping[int | None, dict[str, bytes]]:
+        """By place. Without an offer what is stored stays, but for the keys."""
+        namespace, name = observed.key
+        if offer is None:
+            keys = pack_manifest(
+                self._key.current,
+                self._key.trusted,
+                cluster="",
+                pool=PoolReference(namespace=namespace, name=name),
+                assignment=None,
+                parts=[],
+            )
+            return {None: (manifest.data if manifest else {}) | keys}
+        parts = pack(offer.document)
+        contents: dict[int | None, dict[str, bytes]] = dict(enumerate(parts))
+        for index in range(len(parts), MAX_PARTS):
+            if self._held[observed.key].get(index) is not None:
+                contents[index] = {}
+        contents[None] = pack_manifest(
+            self._key.current,
+            self._key.trusted,
+            cluster=offer.cluster,
+            pool=offer.pool,
+            assignment=offer.assignment,
+            parts=parts,
+        )
+        return contents
+
+    async def _store(self, observed: ObservedPool, place: int | None, data: dict[str, bytes]) -> None:
+        held = self._held[observed.key]
+        before = held.get(place)
+        if before is not None and before.data == data and before.owner == observed.uid:
+            return
+        secret = _secret(observed, place, data)
+        if before is None:
+            stored = await self._kube.create(SECRETS, secret)
+        else:
+            secret["metadata"]["resourceVersion"] = before.resource_version
+            stored = await self._kube.apply(SECRETS, secret)
+        held[place] = _Held(stored["metadata"]["resourceVersion"], observed.uid, data)
+
+    async def _look(self, pool: ObjectKey) -> dict[int | None, _Held | None]:
+        """Read what is there; a write that failed may have left gaps."""
+        found = await asyncio.gather(*(self._read_secret(pool, place) for place in _PLACES))
+        self._held[pool] = dict(zip(_PLACES, found, strict=True))
+        return self._held[pool]
+
+    async def _read_secret(self, pool: ObjectKey, place: int | None) -> _Held | None:
+        try:
+            secret = await self._kube.get(SECRETS, pool[0], secret_name(pool[1], place))
         except ApiError as error:
             if error.status != 404:
                 raise
             return None
+        metadata = secret["metadata"]
+        owners = metadata.get("ownerReferences") or [{}]
+        data = {name: base64.b64decode(text) for name, text in (secret.get("data") or {}).items()}
+        return _Held(metadata["resourceVersion"], owners[0].get("uid", ""), data)
 
 
-def _secret(observed: ObservedPool, index: int, content: dict[str, bytes]) -> Json:
+def _secret(observed: ObservedPool, place: int | None, content: Mapping[str, bytes]) -> Json:
     namespace, name = observed.key
     owner = {
         "apiVersion": ENGINE_POOLS.api_version,
@@ -108,7 +187,7 @@ def _secret(observed: ObservedPool, index: int, content: dict[str, bytes]) -> Js
     }
     return {
         "metadata": {
-            "name": secret_name(name, index),
+            "name": secret_name(name, place),
             "namespace": namespace,
             "labels": {"app.kubernetes.io/managed-by": "evenhand-operator", "evenhand.dev/pool": name[:63]},
             "ownerReferences": [owner],

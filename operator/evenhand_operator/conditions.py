@@ -4,12 +4,14 @@ Ready is what tools wait for. Stalled means that nothing will change until someb
 may still come (a Secret, a pool) is not stalled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from evenhand_operator.objects import EnginePod, write_time
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
-from evenhand_operator.pod_link import PodReport, Version
+from evenhand_operator.offer import Hold
+from evenhand_operator.pod_report import PodReport
 from evenhand_policy.errors import PolicyProblem, Reason
 from evenhand_policy.status import (
     Condition,
@@ -20,10 +22,12 @@ from evenhand_policy.status import (
     PodStatus,
     TenantPolicyStatus,
 )
+from evenhand_policy.version import Version
 
 MAX_POD_ROWS = 1000
 _MAX_MESSAGE_CHARACTERS = 4096
 _MAX_POD_MESSAGE_CHARACTERS = 512
+_NOTHING: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 _WAITS = frozenset({Reason.POOL_NOT_FOUND, Reason.NAMESPACE_UNKNOWN, Reason.SECRET_NOT_FOUND})
 _FAILING = frozenset({PodState.REJECTED, PodState.UNREACHABLE})
 
@@ -32,21 +36,39 @@ class PoolState:
     """Where the pods of a pool stand.
 
     Args:
-        pods: the ready ones.
+        pods: those that run.
         reports: of those that are being pushed to.
         current: version of the pool's current document.
         now: Unix time.
         grace: a pod that never answered counts once it has been ready for so many seconds.
+        stopped: why the rollout of the current document does not go on; empty while it does.
+        hold: what keeps a newer document back; None where nothing does.
+        left_out: by uid of a tenant (empty: the pool) what of the document some pod does not understand.
     """
 
     def __init__(
-        self, pods: Sequence[EnginePod], reports: Iterable[PodReport], current: Version, now: float, grace: float
+        self,
+        pods: Sequence[EnginePod],
+        reports: Iterable[PodReport],
+        current: Version,
+        now: float,
+        grace: float,
+        *,
+        stopped: str = "",
+        hold: Hold | None = None,
+        left_out: Mapping[str, tuple[str, ...]] = _NOTHING,
     ) -> None:
         by_instance = {report.pod.instance: report for report in reports}
+        known_pods = [by_instance[pod.instance] for pod in pods if pod.instance in by_instance]
+        ready = [report for report in known_pods if report.pod.ready_since is not None]
         self.current = current
-        self.num_ready = len(pods)
-        self.reports = [by_instance[pod.instance] for pod in pods if pod.instance in by_instance]
-        self._counted = [report for report in self.reports if _counts(report, now, grace)]
+        self.stopped = stopped
+        self.hold = hold
+        self.left_out = left_out
+        self.num_ready = sum(pod.ready_since is not None for pod in pods)
+        self.reports = [report for report in known_pods if report in ready or report.state is PodState.REJECTED]
+        self._ready = ready
+        self._counted = [report for report in ready if _counts(report, now, grace)]
         self._enforced = [report.enforced for report in self._counted]
         known = [version for version in self._enforced if version is not None and version <= current]
         self._lowest = min(known) if len(known) == len(self._enforced) and known else None
@@ -54,7 +76,7 @@ class PoolState:
     @property
     def num_applied(self) -> int:
         """Pods that enforce the current document."""
-        return sum(report.enforced == self.current for report in self.reports)
+        return sum(report.enforced == self.current for report in self._ready)
 
     @property
     def has_counted(self) -> bool:
@@ -113,11 +135,18 @@ def policy_programmed(
         return Verdict(ConditionStatus.FALSE, "NotAccepted", "The policy is not accepted, so no engine enforces it")
     where = "EnginePool {}/{}".format(*observed.policy.pool_key) if observed.policy else "its EnginePool"
     if first is None or pool is None:
+        if pool is not None and pool.hold is not None:
+            return Verdict(ConditionStatus.FALSE, pool.hold.reason, f"{where}: {pool.hold.message}")
         return Verdict(ConditionStatus.FALSE, "Pending", f"Not yet in the document of {where}")
+    if paths := pool.left_out.get(observed.uid):
+        advice = f"Some engine of {where} does not understand {', '.join(paths)}: upgrade the engines"
+        return Verdict(ConditionStatus.FALSE, "NotUnderstood", advice)
     if not pool.has_counted and (not pool.num_ready or observed.is_programmed):
         return Verdict(ConditionStatus.TRUE, "NoPods", f"{where} has no ready pod; new ones will enforce it")
     if pool.is_everywhere(first):
         return Verdict(ConditionStatus.TRUE, "Programmed", "Every ready engine pod enforces this generation")
+    if pool.stopped:
+        return Verdict(ConditionStatus.FALSE, "RolloutStopped", f"{where}: {pool.stopped}"[:_MAX_MESSAGE_CHARACTERS])
     if pool.is_failing(first):
         advice = f"Some ready pods do not enforce this generation; the status of {where} tells which, and why"
         return Verdict(ConditionStatus.FALSE, "PartiallyProgrammed", advice)
@@ -155,10 +184,17 @@ def pool_status(
 
 
 def _pool_programmed(pool: PoolState) -> Verdict:
+    if pool.hold is not None:
+        return Verdict(ConditionStatus.FALSE, pool.hold.reason, pool.hold.message)
     if not pool.num_ready:
-        return Verdict(ConditionStatus.TRUE, "NoPods", "No pod is ready")
+        return Verdict(ConditionStatus.FALSE, "NoPods", "No pod is ready; new ones will enforce the current document")
     if pool.num_applied == pool.num_ready:
-        return Verdict(ConditionStatus.TRUE, "Programmed", "Every ready pod enforces the current document")
+        message = "Every ready pod enforces the current document"
+        if paths := sorted({path for paths in pool.left_out.values() for path in paths}):
+            message += f"; left out, since some do not understand it: {', '.join(paths)}"
+        return Verdict(ConditionStatus.TRUE, "Programmed", message[:_MAX_MESSAGE_CHARACTERS])
+    if pool.stopped:
+        return Verdict(ConditionStatus.FALSE, "RolloutStopped", pool.stopped[:_MAX_MESSAGE_CHARACTERS])
     if pool.is_failing(pool.current):
         advice = "Some ready pods do not enforce the current document; status.pods tells which, and why"
         return Verdict(ConditionStatus.FALSE, "PartiallyProgrammed", advice)

@@ -1,25 +1,28 @@
 """One signed request to one engine pod's admin port, and its verified answer.
 
 A pod is not trusted: its answer is bounded in size and time, redirects are not followed, nothing is decompressed, and
-what it says counts only if it is signed with the pool's push key.
+what it says counts only if it is signed by the engine process that has proved to run in that pod.
 """
 
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import aiohttp
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from evenhand_operator import metrics
+from evenhand_operator.objects import EnginePod
+from evenhand_operator.offer import Offer
+from evenhand_operator.pod_prover import PodProver
 from evenhand_policy.push_protocol import (
-    CONFIG_PATH,
     MAX_REPORT_BYTES,
-    NONCE_HEADER,
-    REPORT_PATH,
+    POD_TOKEN_HEADER,
     SIGNATURE_HEADER,
     EngineReport,
-    PushKeys,
     is_answer_signed,
+    make_request,
     sign_request,
 )
 from evenhand_policy.status import PodState
@@ -27,34 +30,6 @@ from evenhand_policy.status import PodState
 REQUEST_SECONDS = 5.0
 CONNECT_SECONDS = 2.0
 _SHOWN_CHARACTERS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What the pods of a pool are to enforce.
-
-    Attributes:
-        document: canonical JSON.
-        digest: of the document.
-        epoch: of the document.
-        revision: of the document.
-        num_replicas: among how many engines the pool's limits are divided.
-        keys: the pool's push keys.
-        offered_at: monotonic time at which it was made; it decides nothing.
-    """
-
-    document: bytes = field(repr=False)
-    digest: str
-    epoch: int
-    revision: int
-    num_replicas: int
-    keys: PushKeys = field(repr=False)
-    offered_at: float = field(default=0.0, compare=False)
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Epoch and revision."""
-        return self.epoch, self.revision
 
 
 class PushError(Exception):
@@ -74,18 +49,26 @@ class PushError(Exception):
         self.report = report
 
 
-class _WrongKeyError(PushError):
-    """The pod does not know the key; it may know another one."""
-
-    def __init__(self) -> None:
-        message = "the pod does not know the pool's push key (yet): it must mount the Secret that pushKey names"
-        super().__init__(PodState.REJECTED, "unauthorized", message)
-
-
 class EngineClient:
-    """Talks to the engines of all pools over one connection pool. Use within one event loop."""
+    """Talks to the engines of all pools over one connection pool. Use within one event loop.
 
-    def __init__(self, *, request_seconds: float = REQUEST_SECONDS, connect_seconds: float = CONNECT_SECONDS) -> None:
+    Every request raises PushError where the pod does not do what it should.
+
+    Args:
+        key: the private key to sign with.
+        prover: tells which pod an engine process runs in.
+    """
+
+    def __init__(
+        self,
+        key: Callable[[], Ed25519PrivateKey],
+        prover: PodProver,
+        *,
+        request_seconds: float = REQUEST_SECONDS,
+        connect_seconds: float = CONNECT_SECONDS,
+    ) -> None:
+        self._key = key
+        self._prover = prover
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=2, keepalive_timeout=75),
             timeout=aiohttp.ClientTimeout(total=request_seconds, sock_connect=connect_seconds),
@@ -98,51 +81,84 @@ class EngineClient:
         """Closes all connections."""
         await self._session.close()
 
-    async def push(self, url: str, offer: Offer) -> EngineReport:
-        """Bring the engine at `url` to enforce the offer. Raises PushError where it does not."""
-        report = await self._call_with_any_key("PUT", url, offer)
-        if (report.epoch, report.revision, report.digest) != (*offer.version, offer.digest):
+    async def read(self, pod: EnginePod, offer: Offer) -> EngineReport:
+        """What the engine enforces, proved to be in that pod. Nothing changes."""
+        report, token = await self._call("GET", pod, offer)
+        if problem := self._prover.problem(token, pod):
+            raise PushError(PodState.REJECTED, "unproven", f"who answers is not shown to be this pod: {problem}")
+        return report
+
+    async def relabel(self, pod: EnginePod, offer: Offer, boot_id: str) -> EngineReport:
+        """Tell the version and the number of replicas of the document that the engine process enforces already.
+
+        Of another process than the one with that boot id nothing counts.
+        """
+        return await self._told("PATCH", pod, offer, boot_id)
+
+    async def send(self, pod: EnginePod, offer: Offer, boot_id: str) -> EngineReport:
+        """Bring the engine process to enforce the document."""
+        metrics.PUSHED_BYTES.inc(len(offer.document.compressed))
+        metrics.DOCUMENTS_SENT.inc()
+        return await self._told("PUT", pod, offer, boot_id, offer.document.compressed)
+
+    async def _told(
+        self, method: str, pod: EnginePod, offer: Offer, boot_id: str, body: bytes | None = None
+    ) -> EngineReport:
+        report, _ = await self._call(method, pod, offer, boot_id, body)
+        if report.assignment != offer.assignment:
             raise PushError(PodState.REJECTED, "mismatch", "the pod accepted the document and enforces another", report)
         return report
 
-    async def read(self, url: str, offer: Offer) -> EngineReport:
-        """What the engine at `url` enforces. Raises PushError."""
-        return await self._call_with_any_key("GET", url, offer)
-
-    async def _call_with_any_key(self, method: str, url: str, offer: Offer) -> EngineReport:
-        """While keys are rotated, the pod may know only one of them."""
-        for key in offer.keys[:-1]:
-            try:
-                return await self._call(method, url, offer, key)
-            except _WrongKeyError:
-                continue
-        if not offer.keys:
-            raise PushError(PodState.REJECTED, "no_key", "the pool has no push key: create the Secret of its pushKey")
-        return await self._call(method, url, offer, offer.keys[-1])
-
-    async def _call(self, method: str, url: str, offer: Offer, key: bytes) -> EngineReport:
-        path, digest, body = (CONFIG_PATH, offer.digest, offer.document) if method == "PUT" else (REPORT_PATH, "", None)
-        headers = sign_request(key, method, time.time(), path=path, num_replicas=offer.num_replicas, digest=digest)
+    async def _call(
+        self, method: str, pod: EnginePod, offer: Offer, boot_id: str = "", body: bytes | None = None
+    ) -> tuple[EngineReport, str]:
+        """The report, and the pod's token where it was given."""
+        request = make_request(
+            method, pod.uid, time.time(), cluster=offer.cluster, pool=offer.pool, assignment=offer.assignment
+        )
+        headers = sign_request(self._key(), request) | {"Content-Type": "application/zlib"}
         try:
             async with self._session.request(
-                method,
-                url + path,
-                data=body,
-                headers=headers | {"Content-Type": "application/json"},
-                allow_redirects=False,
+                method, pod.url + request.path, data=body, headers=headers, allow_redirects=False
             ) as response:
                 answer = await _read_bounded(response)
-                signature = response.headers.get(SIGNATURE_HEADER, "")
         except TimeoutError:
             raise PushError(PodState.UNREACHABLE, "timeout", "no complete answer in time") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise PushError(PodState.UNREACHABLE, "connection", _describe(error)) from None
-        if not is_answer_signed(key, headers[NONCE_HEADER], response.status, answer, signature):
-            if response.status == 401:
-                raise _WrongKeyError
-            message = f"the answer (status {response.status}) is not signed with the pool's push key"
-            raise PushError(PodState.UNREACHABLE, "unsigned", message)
-        return _read_answer(response.status, answer)
+        signature = response.headers.get(SIGNATURE_HEADER, "")
+        report = _read_signed(request.jti, response.status, answer, signature)
+        if boot_id and report.boot_id != boot_id:
+            raise PushError(PodState.UNREACHABLE, "restarted", "another process answers than before")
+        _check_status(response.status, report)
+        return report, response.headers.get(POD_TOKEN_HEADER, "")
+
+
+def _read_signed(nonce: str, status: int, body: bytes, signature: str) -> EngineReport:
+    """The report, signed by the process that it says it is of."""
+    if not signature:
+        if status == 401:
+            message = "the pod does not know the operator's key (yet), or takes itself for another pod"
+            raise PushError(PodState.REJECTED, "unauthorized", message)
+        raise PushError(PodState.UNREACHABLE, "unsigned", f"the answer (status {status}) is not signed")
+    try:
+        report = msgspec.json.decode(body, type=EngineReport)
+    except msgspec.DecodeError:
+        raise PushError(PodState.UNREACHABLE, "malformed", f"the answer (status {status}) cannot be read") from None
+    if not is_answer_signed(report.boot_id, nonce, status, body, signature):
+        message = f"the answer (status {status}) is not signed by the engine that it is of"
+        raise PushError(PodState.UNREACHABLE, "unsigned", message)
+    return report
+
+
+def _check_status(status: int, report: EngineReport) -> None:
+    if status == 200:
+        return
+    reason = {401: "refused", 409: "outdated", 412: "absent", 422: "rejected"}.get(status, "unexpected")
+    problem = f"{report.path}: {report.problem}" if report.path else report.problem or "no reason given"
+    is_own = status != 401  # what a pod of another pool enforces is none of ours
+    message = f"{problem[:_SHOWN_CHARACTERS]} (status {status})"
+    raise PushError(PodState.REJECTED, reason, message, report if is_own else None)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
@@ -153,21 +169,6 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
             response.close()
             raise PushError(PodState.UNREACHABLE, "too_large", f"the answer is larger than {MAX_REPORT_BYTES} bytes")
     return bytes(body)
-
-
-def _read_answer(status: int, body: bytes) -> EngineReport:
-    """The report in an answer that is signed."""
-    try:
-        report = msgspec.json.decode(body, type=EngineReport)
-    except msgspec.DecodeError:
-        raise PushError(PodState.UNREACHABLE, "malformed", f"the answer (status {status}) cannot be read") from None
-    if status == 200:
-        return report
-    reason = {401: "refused", 409: "outdated", 422: "rejected"}.get(status, "unexpected")
-    problem = f"{report.path}: {report.problem}" if report.path else report.problem or "no reason given"
-    is_own = status != 401  # what a pod of another pool enforces is none of ours
-    message = f"{problem[:_SHOWN_CHARACTERS]} (status {status})"
-    raise PushError(PodState.REJECTED, reason, message, report if is_own else None)
 
 
 def _describe(error: Exception) -> str:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _BURST, _PER_SECOND = 50.0, 5.0
 _MAX_MESSAGE_CHARACTERS = 1000
 _TOLD = (ConditionType.ACCEPTED, ConditionType.PROGRAMMED)
-_PASSING = frozenset({"Pending", "NotAccepted"})
+_PASSING = frozenset({"Pending", "NotAccepted", "NoPods"})
 
 
 class Transition(NamedTuple):

@@ -16,6 +16,7 @@ from evenhand_operator import metrics
 from evenhand_operator.kube import LEASES, ApiError, KubeClient
 from evenhand_operator.objects import Json
 from evenhand_operator.settings import Settings
+from evenhand_policy.version import MAX_EPOCH
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,8 @@ def _duration(lease: Json) -> float:
 
 def _epoch(lease: Json) -> int:
     text = lease.get("metadata", {}).get("annotations", {}).get(EPOCH_ANNOTATION, "0")
-    return int(text) if text.isascii() and text.isdigit() else 0
+    epoch = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+    return epoch if epoch < MAX_EPOCH else 0  # nobody could ever go on above it
 
 
 def _now() -> str:

@@ -18,6 +18,8 @@ PUSH_ERRORS = Counter(
     ["reason"],
     registry=REGISTRY,
 )
+DOCUMENTS_SENT = Counter("evenhand_operator_documents_sent", "Documents sent to pods", registry=REGISTRY)
+PUSHED_BYTES = Counter("evenhand_operator_pushed_bytes", "Bytes of documents sent to pods", registry=REGISTRY)
 RECONCILE_SECONDS = Histogram(
     "evenhand_operator_reconcile_seconds",
     "Time from the first unseen change to the documents that hold it",

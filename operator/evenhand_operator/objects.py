@@ -52,6 +52,7 @@ class EnginePod(msgspec.Struct, frozen=True, kw_only=True):
         instance: identity of the running container; another one after every restart.
         started_at: Unix time at which that container started.
         ready_since: Unix time since which the pod is ready; None while it is not, or is being deleted.
+        is_running: whether there is a process that can be pushed to, be it that it is not ready before it was.
     """
 
     key: ObjectKey
@@ -61,6 +62,7 @@ class EnginePod(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     started_at: float
     ready_since: float | None
+    is_running: bool = True
 
     @property
     def name(self) -> str:
@@ -131,6 +133,7 @@ def read_pod(obj: Mapping[str, Any]) -> EnginePod:
         instance=f"{pod.metadata.uid}/{status.restart_count}/{started or ''}",
         started_at=read_time(started),
         ready_since=read_time(ready.last_transition_time) if ready is not None and is_ready and address else None,
+        is_running=bool(address) and (is_ready or status.state.running is not None),
     )
 
 

@@ -6,60 +6,47 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from evenhand_operator import metrics
-from evenhand_operator.engine_client import EngineClient, Offer, PushError
+from evenhand_operator.canary import Canary
+from evenhand_operator.engine_client import EngineClient, PushError
 from evenhand_operator.objects import EnginePod
+from evenhand_operator.offer import Offer
+from evenhand_operator.pod_report import PodReport
+from evenhand_policy.push_document import understood_members
 from evenhand_policy.push_protocol import EngineReport
 from evenhand_policy.status import PodState
 
 VERIFY_SECONDS = 45.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 15.0
-
-Version = tuple[int, int]
-"""Epoch and revision."""
+STARTING_BACKOFF_SECONDS = 1.0
+TRIAL_SECONDS = 0.1
+LONGEST_TRIAL_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class PodReport:
-    """Where a pod stands.
-
-    Attributes:
-        pod: the pod.
-        state: as in the pool's status.
-        message: why it is not Applied.
-        reason: the same in one word, as in metrics; empty where there is nothing wrong.
-        since: Unix time at which the state last changed.
-        boot_id: of the engine process, by its own last answer; empty where it never answered.
-        enforced: version of the document in force there, by its own last answer or what an earlier leader wrote.
-        outcome_of: the offer of which `state` tells the outcome; None while no attempt has come to an end.
-    """
-
-    pod: EnginePod
-    state: PodState
-    since: float
-    message: str = ""
-    reason: str = ""
-    boot_id: str = ""
-    enforced: Version | None = None
-    outcome_of: Offer | None = None
-
-
-class Lanes(NamedTuple):
-    """Bounds on how many pods are talked to at once: those that answered last time, and the others, who may hang."""
+class Lanes:
+    """Bounds on how many pods are talked to at once: those that answered last time, those that are new, and those that
+    did not answer, who may hang."""
 
     proven: asyncio.Semaphore
-    unproven: asyncio.Semaphore
+    new: asyncio.Semaphore
+    lost: asyncio.Semaphore
+
+    def of(self, report: PodReport) -> asyncio.Semaphore:
+        """The lane of a pod that stands so."""
+        if report.state is PodState.UNREACHABLE:
+            return self.lost
+        return self.proven if report.boot_id else self.new
 
 
 class PodLink:
     """One pod, one task, at most one request at a time; always the newest offer.
 
-    `notify` is called with `report` after every change of it.
+    `notify` is called with the link after every change of `report`.
     """
 
     def __init__(
@@ -67,22 +54,25 @@ class PodLink:
         report: PodReport,
         offer: Offer,
         client: EngineClient,
+        canary: Canary,
         lanes: Lanes,
-        notify: Callable[[PodReport], None],
+        notify: Callable[["PodLink"], None],
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.report = report
         self._offer = offer
         self._client = client
+        self._canary = canary
         self._lanes = lanes
         self._notify = notify
+        self._known: EngineReport | None = None  # by the last answer of a process that proved to be in this pod
         self._woken = asyncio.Event()
         self._task = tasks.create_task(self._run(), name=f"push to {report.pod.name}")
 
     @property
     def is_settled(self) -> bool:
         """Whether an attempt with the newest offer has come to an end."""
-        return self.report.outcome_of == self._offer
+        return self.report.outcome_of == self._offer.version
 
     @property
     def is_applied(self) -> bool:
@@ -91,9 +81,22 @@ class PodLink:
 
     def offer(self, offer: Offer) -> None:
         """From now on the pod is to enforce this."""
-        if offer != self._offer:
+        if offer.version != self._offer.version:
             self._offer = offer
             self._woken.set()
+
+    def follow(self, pod: EnginePod) -> None:
+        """The pod as it is now: whether it is ready, and where it can be reached, may be another."""
+        if pod != self.report.pod:
+            moved = pod.url != self.report.pod.url
+            self.report = replace(self.report, pod=pod)
+            if moved:
+                self._known = None
+                self._woken.set()
+
+    def wake(self) -> None:
+        """What the pod may be sent is another."""
+        self._woken.set()
 
     def close(self) -> None:
         """Ends the task."""
@@ -101,28 +104,78 @@ class PodLink:
 
     async def _run(self) -> None:
         """Push until the newest offer is in force, then see to it that it stays so, for ever."""
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(PushError),
-            wait=wait_random_exponential(multiplier=FIRST_BACKOFF_SECONDS, max=LONGEST_BACKOFF_SECONDS),
-            sleep=self._pause,
-        )
+        retrying = AsyncRetrying(retry=retry_if_exception_type(PushError), wait=self._backoff, sleep=self._pause)
         while True:
             await retrying(self._push)
             await self._wait_until_due()
 
     async def _push(self) -> None:
-        is_proven = self.report.state is not PodState.UNREACHABLE and self.report.enforced is not None
-        async with self._lanes.proven if is_proven else self._lanes.unproven:
+        async with self._lanes.of(self.report):
             self._woken.clear()
             offer = self._offer  # the newest, after the wait for a place in the lane
             try:
-                report = await self._client.push(self.report.pod.url, offer)
+                report = await self._bring_to(offer)
             except PushError as error:
                 metrics.PUSH_ERRORS.labels(error.reason).inc()
+                self._known = None
                 self._record(error.state, offer, error.report, error)
                 raise
+            except _Waits:
+                return
         metrics.PUSH_SECONDS.observe(time.monotonic() - offer.offered_at)
         self._record(PodState.APPLIED, offer, report)
+
+    async def _bring_to(self, offer: Offer) -> EngineReport:
+        """Ask where the pod is, where that is not known; then tell it no more than it lacks."""
+        pod = self.report.pod
+        if self._known is None:
+            self._learn(await self._client.read(pod, offer))
+        known, digest = self._known, offer.document.digest
+        assert known
+        if known.digest == digest:
+            if known.assignment != offer.assignment:
+                known = self._known = await self._client.relabel(pod, offer, known.boot_id)
+            is_trusted = self._canary.is_proven(digest) or self.report.is_well
+            return known if is_trusted else await self._watch_over(offer, known.boot_id)
+        understands = self.report.understands
+        if understands is not None and not offer.understood <= understands:
+            raise _Waits  # for a document that it understands
+        if not self._canary.admits(pod.instance, digest):
+            raise _Waits
+        self._change(replace(self.report, sent=digest))
+        known = self._known = await self._client.send(pod, offer, known.boot_id)
+        return known if self._canary.is_proven(digest) else await self._watch_over(offer, known.boot_id)
+
+    async def _watch_over(self, offer: Offer, boot_id: str) -> EngineReport:
+        """The first pod with a new document: is it still there, and well, after a moment?"""
+        deadline = time.monotonic() + LONGEST_TRIAL_SECONDS
+        while True:
+            await asyncio.sleep(TRIAL_SECONDS)
+            report = await self._client.read(self.report.pod, offer)
+            if report.boot_id != boot_id:
+                raise PushError(PodState.UNREACHABLE, "restarted", "another process answers than before", report)
+            if not report.ailment and report.assignment == offer.assignment:
+                self._known = report
+                return report
+            if time.monotonic() > deadline:
+                raise PushError(PodState.REJECTED, "ailing", f"it is not well: {report.ailment}", report)
+
+    def _learn(self, report: EngineReport) -> None:
+        """What is known before it is told anything: that it can be reached, and where it stands."""
+        self._known = report
+        before, members = self.report, frozenset(report.understands)
+        if before.state is PodState.UNREACHABLE:
+            before = replace(before, state=PodState.PENDING, message="", reason="", since=time.time())
+        self._change(
+            replace(
+                before,
+                boot_id=report.boot_id,
+                enforced=report.assignment.version,
+                digest=report.digest,
+                is_well=not report.ailment,
+                understands=(members if members < understood_members() else understood_members()) if members else None,
+            )
+        )
 
     async def _wait_until_due(self) -> None:
         """Returns when there is a newer offer, or the pod, asked from time to time, enforces something else."""
@@ -130,12 +183,16 @@ class PodLink:
             await self._pause(VERIFY_SECONDS * random.uniform(0.8, 1.2))
             if self._woken.is_set():
                 return
+            if not self.is_applied:
+                return
             try:
                 async with self._lanes.proven:
-                    report = await self._client.read(self.report.pod.url, self._offer)
+                    report = await self._client.read(self.report.pod, self._offer)
             except PushError:
+                self._known = None
                 return  # the push that follows tells what is wrong
-            if (report.epoch, report.revision, report.digest) != (*self._offer.version, self._offer.digest):
+            self._learn(report)
+            if report.assignment != self._offer.assignment:
                 return
             self._record(PodState.APPLIED, self._offer, report)
 
@@ -143,21 +200,37 @@ class PodLink:
         self, state: PodState, offer: Offer, report: EngineReport | None, error: PushError | None = None
     ) -> None:
         before = self.report
-        self.report = replace(
+        recorded = replace(
             before,
             state=state,
             message=error.message if error else "",
             reason=error.reason if error else "",
             since=before.since if state is before.state else time.time(),
             boot_id=report.boot_id if report else before.boot_id,
-            enforced=(report.epoch, report.revision) if report else before.enforced,
-            outcome_of=offer,
+            enforced=report.assignment.version if report else before.enforced,
+            digest=report.digest if report else before.digest,
+            is_well=report is not None and not report.ailment,
+            outcome_of=offer.version,
         )
-        if self.report != before:
-            self._notify(self.report)
+        self._change(recorded)
+
+    def _change(self, report: PodReport) -> None:
+        before, self.report = self.report, report
+        if report != before:
+            self._notify(self)
+
+    def _backoff(self, state: RetryCallState) -> float:
+        """A pod that starts is not waited for long: until it is told what to enforce, it does not serve."""
+        is_starting = self.report.pod.ready_since is None
+        longest = STARTING_BACKOFF_SECONDS if is_starting else LONGEST_BACKOFF_SECONDS
+        return wait_random_exponential(multiplier=FIRST_BACKOFF_SECONDS, max=longest)(state)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not past a newer offer."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
+
+
+class _Waits(Exception):
+    """There is something to send that may not be sent yet; `wake` tells when."""

@@ -4,13 +4,19 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 
-from evenhand_operator.engine_client import EngineClient, Offer
+from evenhand_operator import metrics
+from evenhand_operator.canary import PATIENCE_SECONDS, Canary
+from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.objects import EnginePod, ObjectKey, read_time
-from evenhand_operator.pod_link import Lanes, PodLink, PodReport
+from evenhand_operator.offer import Offer
+from evenhand_operator.pod_link import Lanes, PodLink
+from evenhand_operator.pod_report import PodReport
 from evenhand_policy.status import PodState, PodStatus
+from evenhand_policy.version import Version
 
 MAX_PROVEN = 64
-MAX_UNPROVEN = 32
+MAX_NEW = 32
+MAX_LOST = 16
 
 
 class Pusher:
@@ -28,48 +34,137 @@ class Pusher:
         self._client = client
         self._tasks = tasks
         self._notify = notify
-        self._lanes = Lanes(proven=asyncio.Semaphore(MAX_PROVEN), unproven=asyncio.Semaphore(MAX_UNPROVEN))
-        self._links: dict[ObjectKey, dict[str, PodLink]] = {}
+        self._lanes = Lanes(*(asyncio.Semaphore(most) for most in (MAX_PROVEN, MAX_NEW, MAX_LOST)))
+        self._pools: dict[ObjectKey, _PoolLinks] = {}
 
     def sync(self, pool: ObjectKey, pods: Iterable[EnginePod], offer: Offer, known: Mapping[str, PodStatus]) -> None:
         """From now on exactly these pods of the pool are to enforce the offer.
 
         `known` are the rows, by pod, that an earlier leader wrote.
         """
-        links = self._links.setdefault(pool, {})
+        links = self._pools.setdefault(pool, _PoolLinks())
+        links.offer = offer
         wanted = {pod.instance: pod for pod in pods}
-        for instance in links.keys() - wanted.keys():
-            links.pop(instance).close()
+        for instance in links.by_instance.keys() - wanted.keys():
+            links.forget(instance)
         for instance, pod in wanted.items():
-            if instance in links:
-                links[instance].offer(offer)
+            if (link := links.by_instance.get(instance)) is not None:
+                link.follow(pod)
+                link.offer(offer)
             else:
-                report = _first_report(pod, known.get(pod.name))
-                links[instance] = PodLink(
-                    report, offer, self._client, self._lanes, lambda report: self._notify(pool, report), self._tasks
-                )
+                links.by_instance[instance] = self._start(pool, links, _first_report(pod, known.get(pod.name)))
+            links.count(links.by_instance[instance])
+        links.look()
+        self._count()
+
+    def look(self) -> None:
+        """To be called from time to time: a rollout that was stopped is tried again."""
+        for links in self._pools.values():
+            links.look()
 
     def drop(self, pool: ObjectKey) -> None:
         """End all links of a pool."""
-        for link in self._links.pop(pool, {}).values():
-            link.close()
+        if links := self._pools.pop(pool, None):
+            links.close()
+        self._count()
 
     def pools(self) -> Set[ObjectKey]:
         """Pools that have links, or had some."""
-        return self._links.keys()
+        return self._pools.keys()
 
     def reports(self, pool: ObjectKey) -> list[PodReport]:
         """Where the pods of a pool stand, by name."""
-        return sorted((link.report for link in self._links.get(pool, {}).values()), key=lambda report: report.pod.key)
+        links = self._pools.get(pool)
+        reports = [link.report for link in links.by_instance.values()] if links else []
+        return sorted(reports, key=lambda report: report.pod.key)
 
     def is_settled(self, pool: ObjectKey) -> bool:
-        """Whether every pod has answered, or failed to answer, the newest offer."""
-        return all(link.is_settled for link in self._links.get(pool, {}).values())
+        """Whether every pod has answered, or failed to answer, the newest offer, or is not to be told of it."""
+        links = self._pools.get(pool)
+        return links is None or not links.unsettled or bool(links.canary.stopped)
+
+    def is_proven(self, pool: ObjectKey, digest: str) -> bool:
+        """Whether a pod of the pool is well with that document, or there is none to try it with."""
+        links = self._pools.get(pool)
+        return links is None or not links.by_instance or links.canary.is_proven(digest)
+
+    def stopped(self, pool: ObjectKey) -> str:
+        """Why the rollout of the newest document does not go on; empty while it does."""
+        links = self._pools.get(pool)
+        return links.canary.stopped if links else ""
 
     @property
     def num_pending(self) -> int:
         """Pods that do not enforce what they should."""
-        return sum(not link.is_applied for links in self._links.values() for link in links.values())
+        return sum(len(links.unapplied) for links in self._pools.values())
+
+    def _start(self, pool: ObjectKey, links: "_PoolLinks", report: PodReport) -> PodLink:
+        assert links.offer
+
+        def notify(link: PodLink) -> None:
+            links.take_in(link)
+            self._count()
+            self._notify(pool, link.report)
+
+        return PodLink(report, links.offer, self._client, links.canary, self._lanes, notify, self._tasks)
+
+    def _count(self) -> None:
+        metrics.QUEUE_DEPTH.labels("pods").set(self.num_pending)
+
+
+class _PoolLinks:
+    """Links to the pods of one pool, and which of them are not where they should be, kept as they change."""
+
+    def __init__(self) -> None:
+        self.by_instance: dict[str, PodLink] = {}
+        self.canary = Canary(time.monotonic)
+        self.offer: Offer | None = None
+        self.unsettled: set[str] = set()
+        self.unapplied: set[str] = set()
+        self._looking: asyncio.TimerHandle | None = None
+
+    def count(self, link: PodLink) -> None:
+        """Note where a link stands."""
+        instance = link.report.pod.instance
+        (self.unsettled.discard if link.is_settled else self.unsettled.add)(instance)
+        (self.unapplied.discard if link.is_applied else self.unapplied.add)(instance)
+
+    def take_in(self, link: PodLink) -> None:
+        """A link's report is another."""
+        if self.by_instance.get(link.report.pod.instance) is not link:
+            return  # it was ended
+        self.count(link)
+        if self.canary.concerns(link.report):
+            self.look()
+
+    def look(self) -> None:
+        """Let the canary decide who may be sent what, and wake those who now may."""
+        if self.offer is None:
+            return
+        digest = self.offer.document.digest
+        before = {each for each in self.unapplied if self.canary.admits(each, digest)}
+        self.canary.look(digest, self.offer.version, [link.report for link in self.by_instance.values()])
+        for instance in self.unapplied - before:
+            if self.canary.admits(instance, digest):
+                self.by_instance[instance].wake()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if self.canary.is_waiting:
+            self._looking = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self.look)
+
+    def close(self) -> None:
+        """End all links."""
+        for instance in list(self.by_instance):
+            self.forget(instance)
+        if self._looking is not None:
+            self._looking.cancel()
+
+    def forget(self, instance: str) -> None:
+        """End a link."""
+        self.by_instance.pop(instance).close()
+        self.unsettled.discard(instance)
+        self.unapplied.discard(instance)
 
 
 def _first_report(pod: EnginePod, row: PodStatus | None) -> PodReport:
@@ -77,10 +172,4 @@ def _first_report(pod: EnginePod, row: PodStatus | None) -> PodReport:
     report = PodReport(pod=pod, state=PodState.PENDING, since=time.time())
     if row is None or row.epoch is None or row.revision is None or read_time(row.since) < pod.started_at:
         return report
-    return PodReport(
-        pod=pod,
-        state=PodState.PENDING,
-        since=report.since,
-        boot_id=row.boot_id or "",
-        enforced=(row.epoch, row.revision),
-    )
+    return PodReport(pod=pod, state=PodState.PENDING, since=report.since, enforced=Version(row.epoch, row.revision))

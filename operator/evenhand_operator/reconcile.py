@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from evenhand_operator.objects import EnginePod, ObjectKey
+from evenhand_operator.objects import ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
 from evenhand_policy.admission import NamespaceLabels, pool_not_found
 from evenhand_policy.compile import compile_policies
-from evenhand_policy.config import SchedulerConfig, ServiceAccountIssuer
-from evenhand_policy.credentials import MIN_KEY_CHARACTERS
+from evenhand_policy.config import (
+    SchedulerConfig,
+    ServiceAccountIssuer,
+    UnknownTenantAction,
+    UnknownTenants,
+)
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of
-from evenhand_policy.pool import EnginePool
-from evenhand_policy.push_protocol import PushKeys, read_push_keys
+from evenhand_policy.pool import EnginePool, default_audience
+from evenhand_policy.schema import milliseconds
 from evenhand_policy.secret import Secret
 from evenhand_policy.spec import TenantPolicy
 
@@ -41,12 +45,12 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """What one pool's engines should enforce. `config` has neither epoch nor revision: those are the leader's."""
+    """What one pool's engines should enforce. `is_closed`: the pool is gone, and this is the last that they are told."""
 
     observed: ObservedPool
     pool: EnginePool
     config: SchedulerConfig
-    keys: PushKeys
+    is_closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +101,27 @@ def _plan_pool(
     world: World, observed: ObservedPool, pool: EnginePool, policies: Iterable[TenantPolicy]
 ) -> tuple[PoolPlan, list[PolicyProblem]]:
     compiled, problems = compile_policies(policies, pool, world.secrets, namespace_labels=world.namespace_labels)
-    config = replace(compiled, cluster=world.cluster, service_accounts=world.issuer)
-    secret = world.secrets.get((observed.key[0], pool.spec.push_key.secret_ref.name))
-    keys = read_push_keys(secret.values()) if secret is not None else ()
-    return PoolPlan(observed, pool, config, keys), [*problems, *_push_key_problems(pool, secret, keys)]
+    config = replace(compiled, cluster=world.cluster, service_accounts=_issuer_for(pool, world.issuer))
+    return PoolPlan(observed, pool, config), list(problems)
 
 
-def _push_key_problems(pool: EnginePool, secret: Secret | None, keys: PushKeys) -> list[PolicyProblem]:
-    path, name = "spec.pushKey.secretRef.name", pool.spec.push_key.secret_ref.name
-    if secret is None:
-        advice = f"there is no Secret {name}; create it with a random value and mount it in the engine pods"
-        return [problem_of(pool, Reason.SECRET_NOT_FOUND, path, advice)]
-    if not keys:
-        advice = f"Secret {name} holds no key of at least {MIN_KEY_CHARACTERS} characters; nothing can be pushed"
-        return [problem_of(pool, Reason.WEAK_KEY, path, advice)]
-    return []
+def close_pool(plan: PoolPlan) -> PoolPlan:
+    """The plan of a pool that was deleted and is to leave nothing open: nobody is admitted any more."""
+    config = SchedulerConfig(
+        cluster=plan.config.cluster,
+        pool=plan.config.pool,
+        unknown_tenants=UnknownTenants(action=UnknownTenantAction.REJECT),
+    )
+    return PoolPlan(plan.observed, plan.pool, config, is_closed=True)
+
+
+def _issuer_for(pool: EnginePool, issuer: ServiceAccountIssuer | None) -> ServiceAccountIssuer | None:
+    """What the pool's engines take of ServiceAccount tokens: those that are meant for this pool, and not too old."""
+    if issuer is None:
+        return None
+    tokens = pool.spec.service_account_tokens
+    audience = tokens.audience or default_audience(pool.metadata.namespace, pool.metadata.name)
+    return replace(issuer, audience=audience, max_age_seconds=milliseconds(tokens.max_age) // 1000)
 
 
 def _pool_is_invalid(policy: TenantPolicy) -> PolicyProblem:
@@ -125,14 +135,3 @@ _ORDER = {reason: index for index, reason in enumerate(Reason)}
 
 def _importance(problem: PolicyProblem) -> tuple[int, str, str]:
     return _ORDER[problem.reason], problem.path, problem.message
-
-
-def ready_pods(pool: EnginePool, pods: Iterable[EnginePod]) -> list[EnginePod]:
-    """Pods that the pool selects and that are ready, by name."""
-    namespace = pool.metadata.namespace
-    selected = (
-        pod
-        for pod in pods
-        if pod.ready_since is not None and pod.key[0] == namespace and pool.spec.selector.matches(pod.labels)
-    )
-    return sorted(selected, key=lambda pod: pod.key)

@@ -15,9 +15,13 @@ from evenhand_operator.kube import NAMESPACES, ApiError, KubeClient
 from evenhand_operator.lease import Lease, LeaseLostError
 from evenhand_operator.lister import Lister
 from evenhand_operator.login import log_in, own_namespace
+from evenhand_operator.pod_prover import PodProver
 from evenhand_operator.settings import Settings
+from evenhand_operator.signals import Signals
+from evenhand_operator.signing_key import SigningKey
 from evenhand_operator.term import Surroundings, Term
 from evenhand_operator.web_server import Health, serving
+from evenhand_policy.version import MAX_EPOCH, Version, may_be_overtaken
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +38,14 @@ class Replica:
         self._settings = settings
         self._info = log_in()
         self._kube = KubeClient(log_in)
-        self._engines = EngineClient()
-        self._cache = Cache(self)
+        self._signals = Signals(settings)
+        self._cache = Cache(self._signals)
         self._lister = Lister(self._kube, self._cache, settings)
-        self._issuer = IssuerWatch(self._kube, self.documents_changed)
+        self._signals.on_gap = self._lister.gap_seen
+        self._issuer = IssuerWatch(self._kube, self._signals.documents_changed)
         namespace = settings.lease_namespace or own_namespace(self._info)
+        self._key = SigningKey(self._kube, namespace, settings.key_rotation_seconds)
+        self._engines = EngineClient(lambda: self._key.current, PodProver(lambda: self._issuer.issuer))
         self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
         self._term: Term | None = None
         self._told = asyncio.Event()
@@ -75,8 +82,10 @@ class Replica:
             self._settings,
             cluster,
             self._cache,
+            self._signals,
             self._kube,
             self._engines,
+            self._key,
             self._lister,
             self._lease,
             self._issuer,
@@ -107,35 +116,22 @@ class Replica:
                 raise others from None
             log.warning("no longer leader: %s", lost.exceptions[0] if lost else "")
 
-    def documents_changed(self) -> None:
-        """Notice of the cache."""
-        if self._term is not None:
-            self._term.documents_changed()
-
-    def pods_changed(self) -> None:
-        """Notice of the cache."""
-        if self._term is not None:
-            self._term.pods_changed()
-
-    def statuses_changed(self) -> None:
-        """Notice of the cache."""
-        if self._term is not None:
-            self._term.statuses_changed()
-
-    def gap_seen(self) -> None:
-        """Notice of the cache."""
-        self._lister.gap_seen()
-
     def _is_alive(self) -> str | None:
         if self._term is not None and time.monotonic() - self._term.heartbeat > _STUCK_SECONDS:
             return "nothing was built for too long"
         return None
 
     def _least_epoch(self) -> int:
-        """The highest epoch that any status tells of, should the Lease have been deleted."""
-        of_pools = [pool.status.epoch or 0 for pool in self._cache.pools]
-        of_pods = [row.epoch or 0 for pool in self._cache.pools for row in pool.status.pods]
-        return max(of_pools + of_pods, default=0)
+        """The highest epoch that any status tells of, should the Lease have been deleted.
+
+        What a pod claims beyond what may be overtaken does not count: no leader made it.
+        """
+        epochs = [0]
+        for pool in self._cache.pools:
+            own = Version(pool.status.epoch or 0, 0)
+            seen = (Version(row.epoch or 0, 0) for row in pool.status.pods)
+            epochs += [own.epoch, *(each.epoch for each in seen if may_be_overtaken(each, own))]
+        return max(epoch for epoch in epochs if epoch < MAX_EPOCH)
 
     async def _read_cluster(self) -> str:
         """By the uid of kube-system clusters are told apart: a document of another one is refused by engines."""

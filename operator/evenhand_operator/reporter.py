@@ -10,19 +10,17 @@ from msgspec.structs import replace
 from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
 from evenhand_operator.conditions import PoolState, Verdict, policy_programmed, policy_status, pool_status
-from evenhand_operator.debounce import Debounce
 from evenhand_operator.documents import Documents
 from evenhand_operator.foreign import is_foreign
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
-from evenhand_operator.pod_link import Version
 from evenhand_operator.pusher import Pusher
-from evenhand_operator.reconcile import ready_pods
 from evenhand_operator.settings import Settings
+from evenhand_operator.signals import Signals
 from evenhand_operator.status_writer import StatusChange, StatusWriter
 from evenhand_policy.errors import PolicyProblem
+from evenhand_policy.version import Version
 
-_QUIET_SECONDS, _LONGEST_SECONDS = 0.02, 0.2
 _LOOK_SECONDS = 2.0  # what depends on time alone, such as the grace of new pods and writes that failed
 _MAX_BATCH = 256  # then it is looked again at what is most urgent
 
@@ -41,6 +39,7 @@ class Reporter:
     def __init__(
         self,
         cache: Cache,
+        signals: Signals,
         documents: Documents,
         pusher: Pusher,
         writer: StatusWriter,
@@ -49,36 +48,32 @@ class Reporter:
         installation: str,
     ) -> None:
         self._cache = cache
+        self._signals = signals
         self._documents = documents
         self._pusher = pusher
         self._writer = writer
         self._settings = settings
         self._caught_up = caught_up
         self._installation = installation
-        self._due = Debounce(_QUIET_SECONDS, _LONGEST_SECONDS)
         self._answered = asyncio.Event()
         self._right: dict[str, _Basis] = {}
-
-    def signal(self) -> None:
-        """Something that statuses tell of may have changed."""
-        self._due.signal()
 
     def pod_answered(self) -> None:
         """A pod has answered, or failed to."""
         self._answered.set()
-        self._due.signal()
+        self._signals.statuses.signal()
 
     async def run(self) -> None:
         """Keep all statuses right."""
         while True:
-            await self._due.wait(timeout=_LOOK_SECONDS)
+            await self._signals.statuses.wait(timeout=_LOOK_SECONDS)
             await self._settle()
             changes, num_later = self.changes(time.time())
             metrics.QUEUE_DEPTH.labels("statuses").set(len(changes) + num_later)
             await self._writer.write(changes)
             if num_later:
                 await self._caught_up.wait()
-                self._due.signal()
+                self._signals.statuses.signal()
 
     async def _settle(self) -> None:
         """Wait for the pods' answers, but not long: then a change is reported once, and not first as pending."""
@@ -105,9 +100,17 @@ class Reporter:
         return changes, 0
 
     def _pool_state(self, key: ObjectKey, now: float) -> PoolState:
-        pods = ready_pods(self._documents.plan.pools[key].pool, self._cache.pods)
-        current = self._documents.rollout(key).version
-        return PoolState(pods, self._pusher.reports(key), current, now, self._settings.new_pod_grace_seconds)
+        made = self._documents.offers.get(key)
+        return PoolState(
+            made.pods if made else (),
+            self._pusher.reports(key),
+            self._documents.rollout(key).version,
+            now,
+            self._settings.new_pod_grace_seconds,
+            stopped=self._pusher.stopped(key),
+            hold=made.hold if made else None,
+            left_out=made.left_out if made else {},
+        )
 
     def _pool_changes(self, states: dict[ObjectKey, PoolState], now: float) -> Iterator[StatusChange]:
         plan = self._documents.plan
@@ -118,6 +121,8 @@ class Reporter:
             if not _is_up_to_date(observed, planned.observed if planned else None):
                 continue
             problems = plan.problems.get(observed.reference, ())
+            if overlap := self._documents.overlaps.get(observed.reference):
+                problems = (*problems, overlap)
             num_tenants = len(planned.config.tenants) if planned else 0
             status = pool_status(observed, problems, num_tenants, states.get(observed.key), now)
             status = replace(status, operator=self._installation)

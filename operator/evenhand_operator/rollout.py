@@ -1,56 +1,65 @@
 """Rollout: which revision of one pool's document is the current one, and which was the first to hold each policy."""
 
 from collections.abc import Mapping
-
-from msgspec.structs import replace
+from typing import NamedTuple
 
 from evenhand_operator.observed import ObservedPolicy
-from evenhand_operator.pod_link import Version
 from evenhand_policy.config import SchedulerConfig
+from evenhand_policy.push_document import Document
+from evenhand_policy.version import MAX_LEAD, Version
 
-_ALWAYS: Version = (0, 0)
+_ALWAYS = Version(0, 0)
+
+
+class Stored(NamedTuple):
+    """What an earlier leader has left: the last revision that is known of, and its document, where that can be read."""
+
+    revision: int
+    num_replicas: int = 1
+    config: SchedulerConfig | None = None
+    document: Document | None = None
 
 
 class Rollout:
-    """One leader's memory of one pool. Epoch and revision only ever grow.
+    """One leader's memory of one pool. Epoch and revision only ever grow, and the revision with whatever changes.
 
     Attributes:
-        document: the current one, with epoch and revision.
+        config, document: the current ones; None before the first.
+        num_replicas: among how many engines the pool's limits are divided.
+        version: of these.
     """
 
-    def __init__(self, epoch: int, revision: int, document: SchedulerConfig | None) -> None:
-        """Continue after what was stored: `document` is that of `revision`, None where it is not known."""
-        self._stored = document
-        self.document = replace(SchedulerConfig(), epoch=epoch, revision=revision)
+    def __init__(self, epoch: int, stored: Stored) -> None:
         self._is_new = True
         self._first: dict[str, tuple[int, Version]] = {}
-
-    @property
-    def version(self) -> Version:
-        """Epoch and revision of the current document."""
-        return self.document.epoch, self.document.revision
+        self.config = stored.config
+        self.document = stored.document
+        self.num_replicas = stored.num_replicas
+        self.version = Version(epoch, stored.revision)
 
     def first_version(self, policy: ObservedPolicy) -> Version | None:
         """The first version that held this generation of the policy; None: it is in none."""
         generation, version = self._first.get(policy.uid, (None, _ALWAYS))
         return version if generation == policy.generation else None
 
-    def advance(self, config: SchedulerConfig, policies: Mapping[str, ObservedPolicy]) -> bool:
-        """Make `config`, which has no version, the current document; returns whether that changed anything.
+    def advance(
+        self, config: SchedulerConfig, document: Document, num_replicas: int, policies: Mapping[str, ObservedPolicy]
+    ) -> bool:
+        """Make these the current ones; returns whether that changed anything.
 
         `policies` are the observed ones by uid: what an earlier leader reported of them holds, at the first call.
         """
-        epoch, revision = self.version
-        if self._is_new:
-            is_same = self._stored is not None and _content(self._stored) == config
-            revision += not is_same
-        elif _content(self.document) == config:
+        is_same = self.document is not None and (self.document.digest, self.num_replicas) == (
+            document.digest,
+            num_replicas,
+        )
+        self.config, self.document, self.num_replicas = config, document, num_replicas
+        if is_same and not self._is_new:
             return False
-        else:
-            revision += 1
-        self.document = replace(config, epoch=epoch, revision=revision)
+        if not is_same:
+            self.version = self.version._replace(revision=self.version.revision + 1)
         self._remember_first(policies if self._is_new else {})
-        self._is_new, self._stored = False, None
+        self._is_new = False
         return True
 
     def raise_above(self, epoch: int, seen: Version) -> None:
@@ -58,13 +67,14 @@ class Rollout:
 
         Whatever is in that document, nothing is known to be in force before the new one is.
         """
-        revision = max(self.document.revision, seen[1]) + 1
-        self.document = replace(self.document, epoch=epoch, revision=revision)
+        revision = max(self.version.revision, min(seen.revision, self.version.revision + MAX_LEAD)) + 1
+        self.version = Version(epoch, revision)
         self._first = {uid: (generation, self.version) for uid, (generation, _) in self._first.items()}
 
     def _remember_first(self, policies: Mapping[str, ObservedPolicy]) -> None:
         known, self._first = self._first, {}
-        for tenant in self.document.tenants:
+        assert self.config
+        for tenant in self.config.tenants:
             before = known.get(tenant.uid)
             if before is not None and before[0] == tenant.generation:
                 self._first[tenant.uid] = before
@@ -72,7 +82,3 @@ class Rollout:
                 self._first[tenant.uid] = (tenant.generation, _ALWAYS)
             else:
                 self._first[tenant.uid] = (tenant.generation, self.version)
-
-
-def _content(document: SchedulerConfig) -> SchedulerConfig:
-    return replace(document, epoch=0, revision=0)

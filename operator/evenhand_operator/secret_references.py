@@ -22,6 +22,5 @@ def _of_pools(pools: Iterable[ObservedPool]) -> Iterator[ObjectKey]:
     for observed in pools:
         if observed.pool is None:
             continue
-        yield observed.key[0], observed.pool.spec.push_key.secret_ref.name
         if observed.pool.spec.gateway is not None:
             yield observed.key[0], observed.pool.spec.gateway.api_keys.secret_ref.name

@@ -22,6 +22,7 @@ class Settings:
         settle_seconds: statuses wait so long for the answers of pods, so that the usual change is one write.
         new_pod_grace_seconds: a pod that has not answered yet counts as one that does not enforce after so long.
         relist_seconds: everything is listed again this often.
+        key_rotation_seconds: the key to sign with is replaced when it is so old.
         lease_seconds: a leader that does not renew the Lease for so long is replaced.
         renew_deadline_seconds: a leader that cannot renew the Lease for so long stops acting as one.
         renew_seconds: a leader renews the Lease this often.
@@ -40,6 +41,7 @@ class Settings:
     settle_seconds: float = 1.0
     new_pod_grace_seconds: float = 10.0
     relist_seconds: float = 300.0
+    key_rotation_seconds: float = 30 * 86400.0
     lease_seconds: int = 10
     renew_deadline_seconds: float = 7.0
     renew_seconds: float = 2.0

@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import msgspec
 
 from evenhand_operator.cache import Cache
 from evenhand_operator.events import EventRecorder, transitions
-from evenhand_operator.kube import ENGINE_POOLS, TENANT_POLICIES, ApiError, KubeClient
+from evenhand_operator.kube import ENGINE_POOLS, TENANT_POLICIES, ApiError, KubeClient, Resource
 from evenhand_operator.objects import Json
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
 from evenhand_policy.status import EnginePoolStatus, TenantPolicyStatus
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _MAX_WRITES = 24  # in flight; more do not go faster
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 300.0
+
+_UNDECLARED = re.compile(r"\.status\.(\S+): field not declared in schema")
 
 _Status = TenantPolicyStatus | EnginePoolStatus
 
@@ -56,6 +59,7 @@ class StatusWriter:
         self._cache = cache
         self._events = events
         self._clock = clock
+        self._undeclared: dict[str, set[tuple[str, ...]]] = {}
         self._setbacks: dict[str, _Setback] = {}
         self._cut: dict[str, tuple[_Status, _Status]] = {}
 
@@ -83,9 +87,9 @@ class StatusWriter:
         table = self._cache.policies if isinstance(observed, ObservedPolicy) else self._cache.pools
         namespace, name = observed.key
         metadata = {"name": name, "namespace": namespace, "uid": observed.uid}
-        obj = {"metadata": metadata, "status": _without_none(msgspec.to_builtins(change.status))}
+        status = _without_none(msgspec.to_builtins(change.status))
         try:
-            table.take_written(await self._kube.apply(resource, obj, "status"))
+            table.take_written(await self._apply(resource, metadata, status))
         except ApiError as error:
             if error.status in (404, 409):
                 self._forget(observed.uid)
@@ -98,6 +102,21 @@ class StatusWriter:
         for transition in transitions(observed.status.conditions, change.status.conditions):
             self._events.record(observed, transition)
         return True
+
+    async def _apply(self, resource: Resource, metadata: Json, status: Json) -> Json:
+        """Without the members that a CRD older than the operator does not declare: it refuses them all at first."""
+        undeclared = self._undeclared.setdefault(resource.kind, set())
+        while True:
+            try:
+                obj = {"metadata": metadata, "status": _without(status, (), undeclared)}
+                return await self._kube.apply(resource, obj, "status")
+            except ApiError as error:
+                found = {_members(path) for path in _UNDECLARED.findall(str(error))} - undeclared
+                if not found:
+                    raise
+                names = sorted(".".join(path) for path in found)
+                log.warning("the CRD of %s is older than the operator and lacks %s", resource.kind, ", ".join(names))
+                undeclared |= found
 
     def _forget(self, uid: str) -> None:
         self._setbacks.pop(uid, None)
@@ -116,6 +135,21 @@ class StatusWriter:
         """A CRD that is older than the operator drops what it does not know; writing it again would change nothing."""
         if stored is not None and stored.status != change.status and stored.generation == change.observed.generation:
             self._cut[stored.uid] = (change.status, stored.status)
+
+
+def _members(path: str) -> tuple[str, ...]:
+    """Names on the way to a member, without the keys of list items."""
+    return tuple(re.sub(r"\[[^\]]*\]", "", path).split("."))
+
+
+def _without(value: Any, above: tuple[str, ...], members: Set[tuple[str, ...]]) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _without(item, (*above, name), members)
+            for name, item in value.items()
+            if (*above, name) not in members
+        }
+    return [_without(item, above, members) for item in value] if isinstance(value, list) else value
 
 
 def _without_none(value: Any) -> Json | Any:

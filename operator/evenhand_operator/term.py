@@ -7,13 +7,13 @@ statuses, `_store` keeps the bootstrap Secrets, `_raise` starts a new epoch when
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from evenhand_operator import metrics
-from evenhand_operator.bootstrap_store import BootstrapStore
+from evenhand_operator.bootstrap_store import BootstrapStore, SupersededError
 from evenhand_operator.cache import Cache
-from evenhand_operator.debounce import Debounce
-from evenhand_operator.documents import Documents
+from evenhand_operator.documents import Documents, all_understand
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.events import EventRecorder
 from evenhand_operator.foreign import ForeignPools, look_whose
@@ -21,19 +21,22 @@ from evenhand_operator.issuer import IssuerWatch
 from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.lease import Lease
 from evenhand_operator.lister import Lister
-from evenhand_operator.objects import ObjectKey
-from evenhand_operator.pod_link import PodReport, Version
+from evenhand_operator.objects import EnginePod, ObjectKey
+from evenhand_operator.pod_report import PodReport
 from evenhand_operator.pusher import Pusher
-from evenhand_operator.reconcile import World, ready_pods
+from evenhand_operator.reconcile import PoolPlan, World
 from evenhand_operator.reporter import Reporter
 from evenhand_operator.secret_references import referenced_secrets
 from evenhand_operator.settings import Settings
+from evenhand_operator.signals import Signals
+from evenhand_operator.signing_key import SigningKey
 from evenhand_operator.status_writer import StatusWriter
+from evenhand_policy.compact import Members
+from evenhand_policy.version import Version, may_be_overtaken
 
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0
-_STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS = 1.0, 5.0
 _HEARTBEAT_SECONDS = 5.0
 
 
@@ -46,8 +49,10 @@ class Surroundings(NamedTuple):
     settings: Settings
     cluster: str
     cache: Cache
+    signals: Signals
     kube: KubeClient
     engines: EngineClient
+    key: SigningKey
     lister: Lister
     lease: Lease
     issuer: IssuerWatch
@@ -63,64 +68,59 @@ class Term:
 
     def __init__(self, surroundings: Surroundings, tasks: asyncio.TaskGroup) -> None:
         self._around = surroundings
-        settings, cache, kube = surroundings.settings, surroundings.cache, surroundings.kube
+        self._signals = surroundings.signals
+        cache, kube = surroundings.cache, surroundings.kube
         self.heartbeat = time.monotonic()
-        self._bootstrap = BootstrapStore(kube)
+        self._bootstrap = BootstrapStore(kube, surroundings.key)
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
         self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
-        caught_up = surroundings.lister.caught_up
         self._reporter = Reporter(
-            cache, self._documents, self._pusher, writer, settings, caught_up, surroundings.lease.installation
+            cache,
+            self._signals,
+            self._documents,
+            self._pusher,
+            writer,
+            surroundings.settings,
+            surroundings.lister.caught_up,
+            surroundings.lease.installation,
         )
         self._foreign = ForeignPools(kube, surroundings.lease.installation)
-        self._changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
-        self._num_changes = 0
-        self._is_stale = True
-        self._to_store = Debounce(_STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS)
+        self._trusting: dict[ObjectKey, str] = {}  # uid of each pool whose pods can know whom to believe
+        self._understood: dict[ObjectKey, Members] = {}
         self._overtaken: dict[ObjectKey, Version] = {}
         self._is_overtaken = asyncio.Event()
+        self._signals.is_stale = True
+        self._signals.changed.signal()
         for loop in (self._build, self._reporter.run, self._store, self._raise):
             tasks.create_task(loop(), name=f"term{loop.__name__}")
-        self._changed.signal()
-
-    def documents_changed(self) -> None:
-        """What decides about documents is another."""
-        self._is_stale = True
-        self._num_changes += 1
-        metrics.QUEUE_DEPTH.labels("changes").set(self._num_changes)
-        self._changed.signal()
-
-    def pods_changed(self) -> None:
-        """Which pods are ready is another."""
-        self._changed.signal()
-
-    def statuses_changed(self) -> None:
-        """A status is another."""
-        self._reporter.signal()
 
     async def _build(self) -> None:
         while True:
-            first_at = await self._changed.wait(timeout=_HEARTBEAT_SECONDS)
+            first_at = await self._signals.changed.wait(timeout=_HEARTBEAT_SECONDS)
             self.heartbeat = time.monotonic()
             if first_at is None:
+                self._pusher.look()
                 continue
             try:
-                if self._is_stale:
+                if not self._around.key.trusted:
+                    await self._around.key.refresh()
+                if self._signals.is_stale:
                     await self._rebuild()
+                await self._trust()
             except ApiError as error:
                 log.warning("cannot build the documents: %s", error)
-                self._is_stale = True
+                self._signals.is_stale = True
                 await asyncio.sleep(_RETRY_SECONDS)
-                self._changed.signal()
+                self._signals.changed.signal()
                 continue
-            self._offer(first_at)
+            await self._offer(first_at)
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - first_at)
 
     async def _rebuild(self) -> None:
         """What arrives while Secrets are read is for the next time: its own Secrets are not known yet."""
-        cache = self._around.cache
-        self._is_stale, self._num_changes = False, 0
+        cache, signals = self._around.cache, self._signals
+        signals.is_stale, signals.num_changes = False, 0
         metrics.QUEUE_DEPTH.labels("changes").set(0)
         installation = self._around.lease.installation
         policies, pools, foreign = look_whose(cache.readable_policies(), cache.readable_pools(), installation)
@@ -135,34 +135,49 @@ class Term:
                 pools=pools,
                 secrets=cache.secrets.found,
                 namespace_labels=cache.namespace_labels(),
-            )
+            ),
+            {pool.key for pool in cache.pools},
         )
 
-    def _offer(self, first_at: float) -> None:
-        """Tell every ready pod of every pool what to enforce."""
-        plan = self._documents.plan
-        for key, pool in plan.pools.items():
-            pods = ready_pods(pool.pool, self._around.cache.pods)
-            offer = self._documents.offer(key, max(1, len(pods)), first_at)
-            self._pusher.sync(key, pods, offer, {row.name: row for row in pool.observed.status.pods})
-        for key in self._pusher.pools() - plan.pools.keys():
+    async def _trust(self) -> None:
+        """Pods of a new pool wait to be started until they are told whom to believe. Raises ApiError."""
+        for key, plan in self._open_pools():
+            if self._trusting.get(key) != plan.observed.uid:
+                await self._bootstrap.trust(plan.observed)
+                self._trusting[key] = plan.observed.uid
+
+    async def _offer(self, first_at: float) -> None:
+        """Tell every pod of every pool what to enforce."""
+        await self._documents.offer(self._around.cache.pods, self._understood_by, first_at)
+        for key, made in self._documents.offers.items():
+            if made.offer is not None:
+                rows = {row.name: row for row in self._documents.plan.pools[key].observed.status.pods}
+                self._pusher.sync(key, made.pods, made.offer, rows)
+        for key in self._pusher.pools() - self._documents.offers.keys():
             self._pusher.drop(key)
             self._bootstrap.forget(key)
-        metrics.QUEUE_DEPTH.labels("pods").set(self._pusher.num_pending)
+            self._trusting.pop(key, None)
         self._look_whether_told()
-        self._reporter.signal()
-        self._to_store.signal()
+        self._signals.statuses.signal()
+        self._signals.stored.signal()
+
+    def _understood_by(self, pool: ObjectKey, pods: Iterable[EnginePod]) -> Members:
+        instances = {pod.instance for pod in pods}
+        reports = (report for report in self._pusher.reports(pool) if report.pod.instance in instances)
+        self._understood[pool] = all_understand(report.understands for report in reports)
+        return self._understood[pool]
 
     def _pod_answered(self, pool: ObjectKey, report: PodReport) -> None:
-        metrics.QUEUE_DEPTH.labels("pods").set(self._pusher.num_pending)
         self._look_whether_told()
         self._reporter.pod_answered()
+        if report.understands is not None and not self._understood.get(pool, report.understands) <= report.understands:
+            self._signals.changed.signal()
         if report.reason == "outdated" and report.enforced is not None:
             self._overtaken[pool] = max(report.enforced, self._overtaken.get(pool, report.enforced))
             self._is_overtaken.set()
 
     def _look_whether_told(self) -> None:
-        if all(map(self._pusher.is_settled, self._documents.plan.pools)):
+        if not self._around.told.is_set() and all(map(self._pusher.is_settled, self._documents.plan.pools)):
             self._around.told.set()
 
     async def _raise(self) -> None:
@@ -184,28 +199,53 @@ class Term:
             await asyncio.sleep(_RETRY_SECONDS)  # a pod that lies cannot make this a busy loop
 
     async def _raise_above(self, pool: ObjectKey, seen: Version) -> None:
-        if pool not in self._documents.plan.pools or seen < self._documents.rollout(pool).version:
+        if pool not in self._documents.plan.pools:
             return
-        epoch = await self._around.lease.raise_epoch(seen[0] + 1)
+        own = self._documents.rollout(pool).version
+        if seen < own:
+            return
+        if not may_be_overtaken(seen, own):
+            log.error("pool %s/%s: a pod says that it enforces epoch %d, which is not believed", *pool, seen.epoch)
+            return
+        epoch = await self._around.lease.raise_epoch(seen.epoch + 1)
         log.warning("pool %s/%s: a pod enforces epoch %d revision %d; going on in epoch %d", *pool, *seen, epoch)
         self._documents.rollout(pool).raise_above(epoch, seen)
-        self._changed.signal()
+        self._signals.changed.signal()
 
     async def store(self) -> bool:
-        """Store the documents that are not stored yet; returns whether all of them are now."""
+        """Store what is in force and not stored yet; returns whether all of it is now."""
         is_complete = True
-        for key, pool in self._documents.plan.pools.items():
-            pods = ready_pods(pool.pool, self._around.cache.pods)
+        for key, plan in self._open_pools():
+            made = self._documents.offers.get(key)
+            if made is None or made.offer is None or not self._pusher.is_proven(key, made.offer.document.digest):
+                continue
             try:
-                await self._bootstrap.write(pool.observed, self._documents.offer(key, max(1, len(pods)), 0.0))
+                await self._bootstrap.write(plan.observed, made.offer)
+            except SupersededError as error:
+                log.warning("the document of pool %s/%s is not stored: %s", *key, error)
             except ApiError as error:
                 log.warning("cannot store the document of pool %s/%s: %s", *key, error)
                 is_complete = False
         return is_complete
 
+    def _open_pools(self) -> Iterable[tuple[ObjectKey, PoolPlan]]:
+        """Those that exist: the Secrets of others go with them."""
+        return [(key, plan) for key, plan in self._documents.plan.pools.items() if not plan.is_closed]
+
     async def _store(self) -> None:
+        """After changes, and from time to time, since somebody may have deleted what was stored, or a key grown old."""
         while True:
-            await self._to_store.wait()
-            if not await self.store():
-                await asyncio.sleep(_RETRY_SECONDS)
-                self._to_store.signal()
+            is_change = await self._signals.stored.wait(timeout=self._around.settings.relist_seconds) is not None
+            if not is_change:
+                for key in self._documents.plan.pools:
+                    self._bootstrap.forget(key)
+            try:
+                if not is_change and await self._around.key.refresh():
+                    self._trusting.clear()
+                    self._signals.changed.signal()
+                if await self.store():
+                    continue
+            except ApiError as error:
+                log.warning("cannot read the key to sign with: %s", error)
+            await asyncio.sleep(_RETRY_SECONDS)
+            self._signals.stored.signal()

@@ -3,39 +3,59 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jwt
 import kopf
 import pytest
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from jwt.algorithms import OKPAlgorithm
 
 from evenhand_engine.frontend.config_store import StoredConfig
 from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings
-from evenhand_operator.engine_client import EngineClient, Offer
+from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import KubeClient
 from evenhand_operator.objects import EnginePod
-from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
-from evenhand_policy.push_protocol import PushKeys
+from evenhand_operator.offer import Offer
+from evenhand_operator.pod_prover import PodProver
+from evenhand_policy.bootstrap import KEYS_FILE
+from evenhand_policy.config import PoolReference, SchedulerConfig, ServiceAccountIssuer, TenantConfig
+from evenhand_policy.push_document import encode_document, understood_members
+from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
+from evenhand_policy.signatures import write_key_set
+from evenhand_policy.version import Version
 
-KEY = b"a-push-key-of-the-pool-0001"
+KEY = Ed25519PrivateKey.from_private_bytes(b"operator" * 4)
+ISSUER_KEY = Ed25519PrivateKey.from_private_bytes(b"cluster." * 4)
+ISSUER = ServiceAccountIssuer(
+    issuer="https://cluster",
+    audience="",
+    jwks={"keys": [OKPAlgorithm.to_jwk(ISSUER_KEY.public_key(), as_dict=True) | {"kid": "k"}]},
+)
 POOL = PoolReference(namespace="inference", name="default")
 
 
 def make_offer(
-    revision: int = 1, *, epoch: int = 1, num_replicas: int = 1, keys: PushKeys = (KEY,), weight: int = 4
+    revision: int = 1, *, epoch: int = 1, num_replicas: int = 1, weight: int = 4, understood: Any = None
 ) -> Offer:
     """What a leader would offer to the pods of `POOL`."""
     tenants = (TenantConfig(tenant_id="chat", weight=weight),)
-    config = SchedulerConfig(cluster="c1", pool=POOL, epoch=epoch, revision=revision, tenants=tenants)
-    return Offer(config.canonical_json(), config.digest(), epoch, revision, num_replicas, keys)
+    config = SchedulerConfig(cluster="c1", pool=POOL, tenants=tenants)
+    members = understood_members() if understood is None else understood
+    document = encode_document(config, members)
+    return Offer("c1", POOL, document, Version(epoch, revision), num_replicas, members)
 
 
-def make_pod(name: str, url: str = "http://127.0.0.1:1", *, restarts: int = 0, started_at: float = 0.0) -> EnginePod:
-    """A ready pod of `POOL`."""
+def make_pod(
+    name: str, url: str = "http://127.0.0.1:1", *, restarts: int = 0, started_at: float = 0.0, ready: bool = True
+) -> EnginePod:
+    """A pod of `POOL`."""
     return EnginePod(
         key=(POOL.namespace, name),
         uid=f"uid-{name}",
@@ -43,40 +63,61 @@ def make_pod(name: str, url: str = "http://127.0.0.1:1", *, restarts: int = 0, s
         url=url,
         instance=f"uid-{name}/{restarts}",
         started_at=started_at,
-        ready_since=0.0,
+        ready_since=0.0 if ready else None,
     )
 
 
-class EngineStandIn:
-    """The engine's real admin code on a port of its own. `enforced` is what it was told to enforce, in order."""
+def make_pod_token(uid: str, key: Ed25519PrivateKey = ISSUER_KEY, **claims: Any) -> str:
+    """A projected token of the pod with that uid, as the cluster issues it."""
+    bound = {"namespace": POOL.namespace, "pod": {"name": uid.removeprefix("uid-"), "uid": uid}}
+    now = time.time()
+    content = {"iss": ISSUER.issuer, "aud": [POD_TOKEN_AUDIENCE], "sub": "system:serviceaccount:inference:engine"}
+    content |= {"iat": int(now), "exp": int(now) + 3600, "kubernetes.io": bound} | claims
+    return jwt.encode(content, key, algorithm="EdDSA", headers={"kid": "k"})
 
-    def __init__(self, folder: Path, key: bytes = KEY) -> None:
-        self.keys = folder / "keys"
-        self.keys.mkdir(parents=True)
-        (self.keys / "current").write_bytes(key)
-        self._settings = PushSettings(POOL, self.keys, last_good=folder / "last-good.json")
+
+class EngineStandIn:
+    """The engine's real admin code on a port of its own, in the pod `name`.
+
+    `enforced` is what it was told to enforce, in order, `requests` the methods of what it was asked; `ailment` is what is
+    wrong with it.
+    """
+
+    def __init__(self, folder: Path, name: str = "pod-0", key: Ed25519PrivateKey = KEY) -> None:
+        self.folder = folder / "mounted"
+        self.folder.mkdir(parents=True)
+        self.trust(key)
+        token = folder / "token"
+        token.write_text(make_pod_token(f"uid-{name}"))
+        self._settings = PushSettings(POOL, self.folder, token, last_good=folder / "last-good.json")
+        self.last_good = folder / "last-good.json"
         self.enforced: list[tuple[SchedulerConfig, int]] = []
-        self.num_requests = 0
+        self.requests: list[str] = []
+        self.ailment: str | None = None
         self.url = ""
         self.restart()
 
+    def trust(self, *keys: Ed25519PrivateKey) -> None:
+        """What is mounted says to believe these."""
+        (self.folder / KEYS_FILE).write_bytes(write_key_set([key.public_key() for key in keys]))
+
     def restart(self) -> None:
         """As if the process had been killed and started."""
-        self.receiver = PushReceiver(self._settings, self._enforce)
+        self.receiver = PushReceiver(self._settings, self._enforce, ailment=lambda: self.ailment)
 
     def _enforce(self, offered: StoredConfig) -> None:
-        self.enforced.append((offered.config, offered.num_replicas))
+        self.enforced.append((offered.config, offered.assignment.num_replicas))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The admin port."""
-        self.num_requests += 1
+        self.requests.append(request.method)
         receiver = self.receiver
-        return await (receiver.put_config(request) if request.method == "PUT" else receiver.show_report(request))
+        return await (receiver.show_report(request) if request.method == "GET" else receiver.put_config(request))
 
     @property
     def revision(self) -> int:
         """Of what is in force."""
-        return self.receiver.in_force.config.revision
+        return self.receiver.in_force.assignment.version.revision
 
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -116,8 +157,8 @@ async def serve() -> AsyncIterator[Callable[[Handle], Awaitable[str]]]:
 async def engine(tmp_path: Path, serve: Callable[[Handle], Awaitable[str]]) -> Callable[..., Awaitable[EngineStandIn]]:
     """Starts engine stand-ins."""
 
-    async def start(name: str = "pod-0", key: bytes = KEY) -> EngineStandIn:
-        stand_in = EngineStandIn(tmp_path / name, key)
+    async def start(name: str = "pod-0", key: Ed25519PrivateKey = KEY) -> EngineStandIn:
+        stand_in = EngineStandIn(tmp_path / name, name, key)
         stand_in.url = await serve(stand_in.handle)
         return stand_in
 
@@ -127,7 +168,7 @@ async def engine(tmp_path: Path, serve: Callable[[Handle], Awaitable[str]]) -> C
 @pytest.fixture
 async def client() -> AsyncIterator[EngineClient]:
     """The operator's way to its pods, with the patience that a busy test machine needs."""
-    client = EngineClient(request_seconds=60)
+    client = EngineClient(lambda: KEY, PodProver(lambda: ISSUER), request_seconds=60)
     yield client
     await client.close()
 
@@ -135,7 +176,7 @@ async def client() -> AsyncIterator[EngineClient]:
 @pytest.fixture
 async def hasty_client() -> AsyncIterator[EngineClient]:
     """The same with little patience."""
-    client = EngineClient(request_seconds=0.3)
+    client = EngineClient(lambda: KEY, PodProver(lambda: ISSUER), request_seconds=0.3)
     yield client
     await client.close()
 
@@ -157,15 +198,17 @@ class Changes:
             self._changed.notify_all()
 
     async def until(self, holds: Callable[[], bool], timeout: float = 10) -> None:
-        """Returns once it holds, looked at after every change."""
+        """Returns once it holds, looked at after every change and now and then."""
         async with asyncio.timeout(timeout), self._changed:
-            await self._changed.wait_for(holds)
+            while not holds():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), 0.02)
 
 
 @pytest.fixture
 def make() -> SimpleNamespace:
     """The helpers of this file, for test modules, which cannot import it."""
-    return SimpleNamespace(offer=make_offer, pod=make_pod)
+    return SimpleNamespace(offer=make_offer, pod=make_pod, pod_token=make_pod_token, key=KEY, issuer=ISSUER)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """From objects to documents and statuses: pure, so held by properties and by tables."""
 
 import base64
+import dataclasses
 import random
 from typing import Any
 
@@ -9,20 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenhand_operator.conditions import PoolState, policy_programmed, policy_status, pool_status
+from evenhand_operator.conditions import MAX_POD_ROWS, PoolState, policy_programmed, policy_status, pool_status
 from evenhand_operator.events import transitions
 from evenhand_operator.observed import ObservedPolicy, ObservedPool, read_policy, read_pool
-from evenhand_operator.pod_link import PodReport, Version
-from evenhand_operator.reconcile import Plan, World, make_plan, ready_pods
-from evenhand_operator.rollout import Rollout
+from evenhand_operator.offer import Hold, HoldReason
+from evenhand_operator.pod_report import PodReport
+from evenhand_operator.reconcile import Plan, World, close_pool, make_plan
+from evenhand_operator.rollout import Rollout, Stored
 from evenhand_operator.secret_references import referenced_secrets
 from evenhand_policy.config import SchedulerConfig, ServiceAccountIssuer, TenantConfig
 from evenhand_policy.decode import decode
-from evenhand_policy.errors import Reason
+from evenhand_policy.errors import PolicyProblem, Reason
+from evenhand_policy.push_document import encode_document
 from evenhand_policy.secret import Secret
 from evenhand_policy.status import Condition, ConditionStatus, EnginePoolStatus, PodState, TenantPolicyStatus
+from evenhand_policy.version import Version
 
 Json = dict[str, Any]
+CURRENT = Version(2, 5)
 NOW = 1_800_000_000.0
 ISSUER = ServiceAccountIssuer(issuer="https://issuer", audience="evenhand", jwks={"keys": []})
 
@@ -76,11 +81,8 @@ def secret(name: str, *values: str, namespace: str = "inference") -> Secret:
     return decode({"apiVersion": "v1", "kind": "Secret", "metadata": metadata(name, namespace), "data": data}, Secret)
 
 
-PUSH = secret("evenhand-push", "a-push-key-of-the-pool-0001")
-
-
 def plan(policies: list[ObservedPolicy], pools: list[ObservedPool] | None = None, *secrets: Secret) -> Plan:
-    found = {(each.metadata.namespace, each.metadata.name): each for each in (PUSH, *secrets)}
+    found = {(each.metadata.namespace, each.metadata.name): each for each in secrets}
     world = World("c1", ISSUER, tuple(policies), tuple([pool()] if pools is None else pools), found, {})
     return make_plan(world)
 
@@ -110,9 +112,24 @@ def test_document_holds_every_accepted_policy_and_what_surrounds_them() -> None:
     made = plan([policy("b"), policy("a", spec={"weight": 4})])
     config = made.pools["inference", "default"].config
     assert [(tenant.tenant_id, tenant.weight) for tenant in config.tenants] == [("a", 4), ("b", 1)]
-    assert (config.cluster, config.service_accounts, config.epoch, config.revision) == ("c1", ISSUER, 0, 0)
-    assert made.pools["inference", "default"].keys == (b"a-push-key-of-the-pool-0001",)
+    issuer = msgspec.structs.replace(ISSUER, audience="evenhand/inference/default", max_age_seconds=86400)
+    assert (config.cluster, config.service_accounts) == ("c1", issuer)
     assert made.problems == {}
+
+
+def test_pool_says_which_tokens_its_engines_take() -> None:
+    own = pool(spec={"serviceAccountTokens": {"audience": "gpu", "maxAge": "10m"}})
+    issuer = plan([], [own]).pools["inference", "default"].config.service_accounts
+    assert issuer is not None
+    assert (issuer.audience, issuer.max_age_seconds) == ("gpu", 600)
+
+
+def test_pool_that_closes_admits_nobody() -> None:
+    closed = close_pool(plan([policy("a")]).pools["inference", "default"])
+    assert closed.is_closed
+    assert (closed.config.tenants, closed.config.unknown_tenants.action) == ((), "Reject")
+    assert (closed.config.cluster, closed.config.pool.name if closed.config.pool else "") == ("c1", "default")
+    assert (closed.config.service_accounts, closed.config.gateway.key_hashes) == (None, ())
 
 
 def test_policy_without_its_pool_waits_for_it() -> None:
@@ -135,17 +152,6 @@ def test_pool_that_cannot_be_read_has_no_plan() -> None:
     made = plan([waiting], [bad])
     assert made.pools == {}
     assert (reasons(made, bad), reasons(made, waiting)) == ([Reason.INVALID], [Reason.POOL_NOT_FOUND])
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"), [(None, Reason.SECRET_NOT_FOUND), (("short",), Reason.WEAK_KEY), ((), Reason.WEAK_KEY)]
-)
-def test_pool_without_a_usable_push_key_says_so(values: tuple[str, ...] | None, reason: Reason) -> None:
-    own = pool(spec={"pushKey": {"secretRef": {"name": "own"}}})
-    made = plan([policy("a")], [own], *([] if values is None else [secret("own", *values)]))
-    assert reasons(made, own) == [reason]
-    assert made.pools["inference", "default"].keys == ()
-    assert len(made.pools["inference", "default"].config.tenants) == 1
 
 
 def test_most_important_problem_comes_first() -> None:
@@ -197,19 +203,7 @@ def test_named_secrets_and_no_others_are_wanted() -> None:
     found = referenced_secrets(
         [policy("a", spec={"identities": [identity]}, namespace="x")], [pool(spec={"gateway": keys})]
     )
-    assert found == {("x", "chat"), ("inference", "gateway"), ("inference", "evenhand-push")}
-
-
-def test_pool_has_the_ready_pods_it_selects(make: Any) -> None:
-    own = pool().pool
-    assert own is not None
-    ready = msgspec.structs.replace(make.pod("ready"), labels={"app": "engine", "x": "y"})
-    others = [
-        make.pod("unlabelled"),
-        msgspec.structs.replace(ready, ready_since=None, key=("inference", "starting")),
-        msgspec.structs.replace(ready, key=("elsewhere", "ready")),
-    ]
-    assert ready_pods(own, [*others, ready]) == [ready]
+    assert found == {("x", "chat"), ("inference", "gateway")}
 
 
 # ---- versions
@@ -221,51 +215,64 @@ def config(*tenants: tuple[str, int]) -> SchedulerConfig:
     )
 
 
-def test_revision_grows_with_the_content_and_only_with_it() -> None:
-    rollout = Rollout(3, 41, None)
-    assert rollout.advance(config(("a", 1)), {})
+def advance(
+    rollout: Rollout, config: SchedulerConfig, policies: dict[str, ObservedPolicy] | None = None, num_replicas: int = 1
+) -> bool:
+    return rollout.advance(config, encode_document(config), num_replicas, policies or {})
+
+
+def test_revision_grows_with_the_content_and_the_number_of_replicas_and_only_with_them() -> None:
+    rollout = Rollout(3, Stored(41))
+    assert advance(rollout, config(("a", 1)))
     assert rollout.version == (3, 42)
-    assert not rollout.advance(config(("a", 1)), {})
-    assert rollout.advance(config(("a", 2)), {})
+    assert not advance(rollout, config(("a", 1)))
+    assert advance(rollout, config(("a", 2)))
     assert rollout.version == (3, 43)
+    assert advance(rollout, config(("a", 2)), num_replicas=2)
+    assert rollout.version == (3, 44)
 
 
 def test_new_leader_goes_on_where_the_last_one_was() -> None:
-    stored = msgspec.structs.replace(config(("a", 1)), epoch=3, revision=41)
-    same, other = Rollout(4, 41, stored), Rollout(4, 41, stored)
-    assert same.advance(config(("a", 1)), {})
+    content = config(("a", 1))
+    stored = Stored(41, 2, content, encode_document(content))
+    same, other, more = (Rollout(4, stored) for _ in range(3))
+    assert advance(same, config(("a", 1)), num_replicas=2)
     assert same.version == (4, 41)
-    other.advance(config(("a", 2)), {})
+    advance(other, config(("a", 2)), num_replicas=2)
     assert other.version == (4, 42)
+    advance(more, config(("a", 1)), num_replicas=3)
+    assert more.version == (4, 42)
 
 
 def test_first_version_of_a_policy_outlives_changes_of_others() -> None:
-    rollout = Rollout(1, 0, None)
-    rollout.advance(config(("a", 1)), {})
-    rollout.advance(config(("a", 1), ("b", 1)), {})
+    rollout = Rollout(1, Stored(0))
+    advance(rollout, config(("a", 1)))
+    advance(rollout, config(("a", 1), ("b", 1)))
     assert (rollout.first_version(policy("a")), rollout.first_version(policy("b"))) == ((1, 1), (1, 2))
     assert rollout.first_version(policy("a", generation=2)) is None
-    rollout.advance(config(("a", 2), ("b", 1)), {})
+    advance(rollout, config(("a", 2), ("b", 1)))
     assert rollout.first_version(policy("a", generation=2)) == (1, 3)
-    rollout.advance(config(("b", 1)), {})
+    advance(rollout, config(("b", 1)))
     assert rollout.first_version(policy("a", generation=2)) is None
 
 
 def test_what_an_earlier_leader_reported_holds_but_only_at_first() -> None:
     programmed = policy("a", status=status_of("True", "True"))
-    rollout = Rollout(4, 41, None)
-    rollout.advance(config(("a", 1), ("b", 1)), {programmed.uid: programmed})
+    rollout = Rollout(4, Stored(41))
+    advance(rollout, config(("a", 1), ("b", 1)), {programmed.uid: programmed})
     assert (rollout.first_version(programmed), rollout.first_version(policy("b"))) == ((0, 0), (4, 42))
-    rollout.advance(config(("b", 1)), {programmed.uid: programmed})
-    rollout.advance(config(("a", 1), ("b", 1)), {programmed.uid: programmed})
+    advance(rollout, config(("b", 1)), {programmed.uid: programmed})
+    advance(rollout, config(("a", 1), ("b", 1)), {programmed.uid: programmed})
     assert rollout.first_version(programmed) == (4, 44)
 
 
 def test_nothing_is_known_of_a_document_that_another_leader_made() -> None:
-    rollout = Rollout(4, 7, None)
-    rollout.advance(config(("a", 1)), {})
-    rollout.raise_above(10, (9, 30))
+    rollout = Rollout(4, Stored(7))
+    advance(rollout, config(("a", 1)))
+    rollout.raise_above(10, Version(9, 30))
     assert rollout.version == rollout.first_version(policy("a")) == (10, 31)
+    rollout.raise_above(11, Version(10, 2**63 - 1))
+    assert rollout.version.revision < 2**21, "a pod cannot use the numbers up"
 
 
 # ---- conditions
@@ -297,24 +304,28 @@ def report(
     return PodReport(pod=pod, state=state, since=NOW, message="why", reason=reason, boot_id="b", enforced=enforced)
 
 
-def pool_state(reports: list[PodReport], current: Version = (2, 5)) -> PoolState:
-    return PoolState([each.pod for each in reports], reports, current, NOW, grace=10.0)
+def pool_state(reports: list[PodReport], current: Version = CURRENT, **more: Any) -> PoolState:
+    return PoolState([each.pod for each in reports], reports, current, NOW, grace=10.0, **more)
 
 
 APPLIED, PENDING, REJECTED, UNREACHABLE = PodState.APPLIED, PodState.PENDING, PodState.REJECTED, PodState.UNREACHABLE
 
 PODS: dict[str, tuple[list[tuple[PodState, Version | None, float]], str, str]] = {
     "no pods": ([], "True", "NoPods"),
-    "all have it": ([(APPLIED, (2, 5), 99), (APPLIED, (2, 5), 99)], "True", "Programmed"),
-    "later ones hold it too": ([(APPLIED, (2, 4), 99), (UNREACHABLE, (2, 4), 99)], "True", "Programmed"),
-    "one has an older one": ([(APPLIED, (2, 5), 99), (UNREACHABLE, (2, 3), 99)], "False", "PartiallyProgrammed"),
-    "the same revision of another epoch": ([(UNREACHABLE, (1, 4), 99)], "False", "PartiallyProgrammed"),
-    "a newer one of another leader": ([(REJECTED, (9, 9), 99)], "False", "PartiallyProgrammed"),
-    "one rejects": ([(APPLIED, (2, 5), 99), (REJECTED, (2, 3), 99)], "False", "PartiallyProgrammed"),
-    "one never answered": ([(APPLIED, (2, 5), 99), (UNREACHABLE, None, 99)], "False", "PartiallyProgrammed"),
-    "one is being told": ([(APPLIED, (2, 5), 99), (PENDING, (2, 3), 99)], "False", "Pending"),
-    "a new one is not counted yet": ([(APPLIED, (2, 5), 99), (UNREACHABLE, None, 9)], "True", "Programmed"),
-    "a new one that rejects is": ([(APPLIED, (2, 5), 99), (REJECTED, None, 1)], "False", "PartiallyProgrammed"),
+    "all have it": ([(APPLIED, Version(2, 5), 99), (APPLIED, Version(2, 5), 99)], "True", "Programmed"),
+    "later ones hold it too": ([(APPLIED, Version(2, 4), 99), (UNREACHABLE, Version(2, 4), 99)], "True", "Programmed"),
+    "one has an older one": (
+        [(APPLIED, Version(2, 5), 99), (UNREACHABLE, Version(2, 3), 99)],
+        "False",
+        "PartiallyProgrammed",
+    ),
+    "the same revision of another epoch": ([(UNREACHABLE, Version(1, 4), 99)], "False", "PartiallyProgrammed"),
+    "a newer one of another leader": ([(REJECTED, Version(9, 9), 99)], "False", "PartiallyProgrammed"),
+    "one rejects": ([(APPLIED, Version(2, 5), 99), (REJECTED, Version(2, 3), 99)], "False", "PartiallyProgrammed"),
+    "one never answered": ([(APPLIED, Version(2, 5), 99), (UNREACHABLE, None, 99)], "False", "PartiallyProgrammed"),
+    "one is being told": ([(APPLIED, Version(2, 5), 99), (PENDING, Version(2, 3), 99)], "False", "Pending"),
+    "a new one is not counted yet": ([(APPLIED, Version(2, 5), 99), (UNREACHABLE, None, 9)], "True", "Programmed"),
+    "a new one that rejects is": ([(APPLIED, Version(2, 5), 99), (REJECTED, None, 1)], "False", "PartiallyProgrammed"),
     "only new ones": ([(PENDING, None, 1)], "False", "Pending"),
 }
 
@@ -324,13 +335,15 @@ def test_policy_is_programmed_when_every_ready_pod_enforces_its_generation(case:
     """Its generation came with (2, 4); the current document is (2, 5)."""
     rows, status, reason = PODS[case]
     reports = [report(make, f"p{i}", state, v, ready_for=age) for i, (state, v, age) in enumerate(rows)]
-    verdict = policy_programmed(policy("a"), (), (2, 4), pool_state(reports))
+    verdict = policy_programmed(policy("a"), (), Version(2, 4), pool_state(reports))
     assert (verdict.status, verdict.reason) == (status, reason)
 
 
 def test_programmed_policy_does_not_flap_when_the_first_pods_come(make: Any) -> None:
     programmed = policy("a", status=status_of("True", "True"))
-    verdict = policy_programmed(programmed, (), (2, 4), pool_state([report(make, "p", PENDING, None, ready_for=1)]))
+    verdict = policy_programmed(
+        programmed, (), Version(2, 4), pool_state([report(make, "p", PENDING, None, ready_for=1)])
+    )
     assert (verdict.status, verdict.reason) == ("True", "NoPods")
 
 
@@ -441,10 +454,71 @@ def test_object_without_a_status_is_read() -> None:
     assert read.status == TenantPolicyStatus()
 
 
-def test_pool_without_pods_is_ready() -> None:
+def test_pool_without_pods_is_not_ready() -> None:
+    """`kubectl wait` for a pool that has just been made waits for its engines."""
     status = pool_status(pool(), (), 0, pool_state([]), NOW)
+    assert conditions_of(status)["Ready"] == conditions_of(status)["Programmed"] == ("False", "NoPods")
+    assert conditions_of(status)["Stalled"][0] == "False"
+
+
+def test_stopped_rollout_is_seen_on_the_pool_and_on_the_policies_that_wait(make: Any) -> None:
+    reports = [report(make, "p0", REJECTED, Version(2, 4)), report(make, "p1", PENDING, Version(2, 4))]
+    state = pool_state(reports, stopped="pod p0 does not take the document: no")
+    old, new = (policy_programmed(policy("a"), (), Version(2, first), state) for first in (4, 5))
+    assert (old.status, old.reason) == ("True", "Programmed")
+    assert (new.status, new.reason) == ("False", "RolloutStopped")
+    assert new.message == "EnginePool inference/default: pod p0 does not take the document: no"
+    status = pool_status(pool(), (), 0, state, NOW)
+    assert conditions_of(status)["Ready"] == ("False", "RolloutStopped")
+
+
+@pytest.mark.parametrize("reason", HoldReason)
+def test_what_is_held_back_is_seen_on_the_pool_and_on_the_policies_that_wait(make: Any, reason: HoldReason) -> None:
+    state = pool_state([report(make, "p0", APPLIED, Version(2, 5))], hold=Hold(reason, "because"))
+    old, new = (policy_programmed(policy("a"), (), first, state) for first in (Version(2, 5), None))
+    assert old.status == "True"
+    assert (new.status, new.reason, new.message) == ("False", str(reason), "EnginePool inference/default: because")
+    assert conditions_of(pool_status(pool(), (), 0, state, NOW))["Ready"] == ("False", str(reason))
+
+
+def test_what_some_engine_does_not_understand_is_told_to_whom_it_concerns(make: Any) -> None:
+    concerned = policy("a")
+    left_out = {concerned.uid: ("tenants.fairness",)}
+    state = pool_state([report(make, "p0", APPLIED, Version(2, 5))], left_out=left_out)
+    verdicts = [policy_programmed(each, (), Version(2, 5), state) for each in (concerned, policy("b"))]
+    assert [(each.status, each.reason) for each in verdicts] == [("False", "NotUnderstood"), ("True", "Programmed")]
+    assert "tenants.fairness" in verdicts[0].message
+    [programmed] = [c for c in pool_status(pool(), (), 0, state, NOW).conditions if c.type == "Programmed"]
+    assert programmed.message.endswith("left out, since some do not understand it: tenants.fairness")
+
+
+def test_pod_that_is_not_ready_counts_for_nothing_but_is_shown_where_it_refuses(make: Any) -> None:
+    starting = [
+        dataclasses.replace(each, pod=msgspec.structs.replace(each.pod, ready_since=None))
+        for each in (report(make, "p1", REJECTED, None), report(make, "p2", UNREACHABLE, None))
+    ]
+    state = pool_state([report(make, "p0", APPLIED, Version(2, 5)), *starting])
+    assert (state.num_ready, state.num_applied) == (1, 1)
+    status = pool_status(pool(), (), 0, state, NOW)
+    assert [row.name for row in status.pods] == ["p1", "p0"]
     assert conditions_of(status)["Ready"] == ("True", "Ready")
-    assert conditions_of(status)["Programmed"] == ("True", "NoPods")
+
+
+def test_rows_and_messages_have_a_bound(make: Any) -> None:
+    """The API server would refuse the whole status."""
+    reports = [report(make, f"p{index}", APPLIED, Version(2, 5)) for index in range(MAX_POD_ROWS + 50)]
+    reports[-1] = dataclasses.replace(reports[-1], state=REJECTED, message="x" * 5000)
+    status = pool_status(pool(), (), 0, pool_state(reports, stopped="y" * 40_000), NOW)
+    assert len(status.pods) == MAX_POD_ROWS
+    assert (status.pods[0].name, len(status.pods[0].message or "")) == (reports[-1].pod.name, 512)
+    assert status.applied == f"{MAX_POD_ROWS + 50}/{MAX_POD_ROWS + 50}"
+    assert max(len(condition.message) for condition in status.conditions) <= 4096
+    msgspec.convert(msgspec.to_builtins(status), EnginePoolStatus)
+    problems = tuple(
+        PolicyProblem(resource=pool().reference, path="p", reason=Reason.INVALID, message="z" * 900) for _ in range(9)
+    )
+    told = policy_status(policy("a"), problems, None, policy_programmed(policy("a"), problems, None, None), NOW)
+    assert max(len(condition.message) for condition in told.conditions) == 4096
 
 
 # ---- events

@@ -14,6 +14,7 @@ from evenhand_operator.observed import ObservedPolicy
 from evenhand_operator.reconcile import Plan
 from evenhand_operator.reporter import Reporter
 from evenhand_operator.settings import Settings
+from evenhand_operator.signals import Signals
 from evenhand_operator.status_writer import StatusChange
 from evenhand_policy.errors import Reason, problem_of
 from evenhand_policy.status import TenantPolicyStatus
@@ -36,8 +37,9 @@ class Stage:
     `put_off` is not due."""
 
     def __init__(self) -> None:
+        self.signals = Signals(Settings())
         self.cache = Cache(Notices())
-        self.documents = SimpleNamespace(plan=Plan({}, {}), policies={})
+        self.documents = SimpleNamespace(plan=Plan({}, {}), policies={}, offers={}, overlaps={})
         self.batches: list[list[str]] = []
         self.num_failing = 0
         self.put_off: set[str] = set()
@@ -45,7 +47,7 @@ class Stage:
         self.caught_up = asyncio.Event()
         self.caught_up.set()
         pusher = SimpleNamespace(is_settled=lambda pool: True)
-        parts: Any = (self.cache, self.documents, pusher, self, Settings(), self.caught_up, "ns/lease")
+        parts: Any = (self.cache, self.signals, self.documents, pusher, self, Settings(), self.caught_up, "ns/lease")
         self.reporter = Reporter(*parts)
 
     def is_due(self, change: StatusChange) -> bool:
@@ -92,7 +94,7 @@ class Stage:
     async def run(self, until: Callable[[], bool]) -> None:
         """Let it run until that holds."""
         running = asyncio.create_task(self.reporter.run())
-        self.reporter.signal()
+        self.signals.statuses_changed()
         async with asyncio.timeout(5):
             while not until():
                 self.wrote.clear()
@@ -142,7 +144,7 @@ async def test_thousands_wait_until_the_watch_has_begun(stage: Stage) -> None:
     stage.compile()
     stage.caught_up.clear()
     running = asyncio.create_task(stage.reporter.run())
-    stage.reporter.signal()
+    stage.signals.statuses_changed()
     await stage.wrote.wait()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(running), 0.3)

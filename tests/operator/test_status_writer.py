@@ -140,3 +140,25 @@ async def test_what_an_older_crd_drops_is_not_written_for_ever(
     assert again.is_needed and not writer.is_due(again)
     other = msgspec.structs.replace(change.status, conditions=())
     assert writer.is_due(again._replace(status=other)), "what is to be said is another"
+
+
+async def test_what_an_older_crd_does_not_declare_is_left_out(
+    api: Api, change: StatusChange, writer: StatusWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Server-side apply refuses such a member, and with it the whole status."""
+    apply = api.apply
+
+    async def strict(resource: Any, obj: Json, subresource: str) -> Json:
+        found = []
+        if "observedGeneration" in obj["status"]:
+            found.append(".status.observedGeneration: field not declared in schema")
+        if any("message" in row for row in obj["status"]["conditions"]):
+            found.append('.status.conditions[type="Ready"].message: field not declared in schema')
+        if found:
+            raise ApiError(500, f"failed to create typed patch object (n/a; v1, Kind=X): {found[0]}")
+        return await apply(resource, obj, subresource)
+
+    monkeypatch.setattr(api, "apply", strict)
+    assert await writer.write([change]) == 0
+    assert set(api.sent[0]["status"]) == {"conditions"}
+    assert len(api.sent[0]["status"]["conditions"]) == 4

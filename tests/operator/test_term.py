@@ -14,20 +14,27 @@ from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import ApiError
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.settings import Settings
+from evenhand_operator.signals import Signals
 from evenhand_operator.term import Surroundings, Term
+from evenhand_policy.push_document import understood_members
 
 Json = dict[str, Any]
+
+SETTINGS = Settings(quiet_seconds=0.005, longest_wait_seconds=0.02, settle_seconds=0.01)
 
 
 class Api:
     """The parts of KubeClient, Lister and Lease that a term uses. `before_read` is called before Secrets are read."""
 
-    def __init__(self, changes: Any) -> None:
-        self.cache = Cache(self)
+    def __init__(self, changes: Any, key: Any) -> None:
+        self.signals = Signals(SETTINGS)
+        self.cache = Cache(self.signals)
         self.secrets: dict[ObjectKey, Json] = {}
         self.written: list[Json] = []
         self.told: list[Json] = []  # by another field manager
-        self.stored: list[Json] = []  # bootstrap Secrets
+        self.bootstrap: dict[str, Json] = {}
+        self.stored: list[str] = []  # of these, what was written, by the ends of the names
+        self.key = SimpleNamespace(current=key, trusted=(key.public_key(),), refresh=None)
         self._objects: dict[str, Json] = {}
         self.before_read: Callable[[], None] = lambda: None
         self.fail_writes = 0
@@ -38,16 +45,17 @@ class Api:
         self._versions = iter(range(1000, 10**6))
         self._changes = changes
 
-    async def get(self, *_: object) -> Json:
-        raise ApiError(404, "not found")
+    async def get(self, _: object, namespace: str, name: str) -> Json:
+        if name not in self.bootstrap:
+            raise ApiError(404, "not found")
+        return self.bootstrap[name]
 
     async def apply(self, resource: Any, obj: Json, subresource: str | None = None, **told: str) -> Json:
         if told:
             self.told.append(obj)
             return obj
         if subresource != "status":
-            self.stored.append(obj)
-            return obj
+            return await self.create(resource, obj)
         if self.fail_writes:
             self.fail_writes -= 1
             raise ApiError(503, "away")
@@ -61,6 +69,11 @@ class Api:
         return stored
 
     async def create(self, resource: Any, obj: Json) -> Json:
+        if resource.kind != "Secret":
+            return obj
+        obj["metadata"]["resourceVersion"] = str(next(self._versions))
+        self.bootstrap[obj["metadata"]["name"]] = obj
+        self.stored.append(obj["metadata"]["name"].removeprefix("evenhand-bootstrap-default-"))
         return obj
 
     async def provide_secrets(self, keys: Iterable[ObjectKey]) -> None:
@@ -83,10 +96,27 @@ class Api:
         self._objects[obj["metadata"]["uid"]] = obj
         (self.cache.policies if kind == "TenantPolicy" else self.cache.pools).observe("ADDED", obj)
 
+    def edit(self, name: str, **spec: Any) -> None:
+        """Change the spec of a pool."""
+        [obj] = [obj for obj in self._objects.values() if obj["metadata"]["name"] == name]
+        obj["spec"] |= spec
+        obj["metadata"]["generation"] += 1
+        obj["metadata"]["resourceVersion"] = str(next(self._versions))
+        self.cache.pools.observe("MODIFIED", obj)
+
+    def delete(self, name: str) -> None:
+        """Delete a pool."""
+        [obj] = [obj for obj in self._objects.values() if obj["metadata"]["name"] == name]
+        self.cache.pools.observe("DELETED", obj)
+
+    def delete_pod(self, name: str) -> None:
+        """Delete a pod."""
+        self.cache.pods.observe("DELETED", {"metadata": self._meta(name) | {"uid": f"uid-{name}"}})
+
     def store_pod(self, name: str, url: str) -> None:
         """A ready engine pod, of which the watch tells."""
         host, _, port = url.removeprefix("http://").partition(":")
-        metadata = self._meta(name) | {"namespace": "inference", "labels": {"app": "engine"}}
+        metadata = self._meta(name) | {"uid": f"uid-{name}", "labels": {"app": "engine"}}
         ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
         ports = [{"name": "admin", "containerPort": int(port)}]
         self.cache.pods.observe(
@@ -101,8 +131,8 @@ class Api:
     def condition(self, name: str, kind: str) -> tuple[str, str]:
         """Status and reason as they are."""
         [obj] = [obj for obj in self._objects.values() if obj["metadata"]["name"] == name]
-        rows = {row["type"]: (str(row["status"]), row["reason"]) for row in obj["status"]["conditions"]}
-        return rows[kind]
+        rows = {row["type"]: (str(row["status"]), row["reason"]) for row in obj.get("status", {}).get("conditions", [])}
+        return rows.get(kind, ("", ""))
 
     def store_secret(self, name: str) -> None:
         value = base64.b64encode(f"a-key-that-nobody-can-guess-{name}".encode()).decode()
@@ -131,26 +161,11 @@ class Api:
             if condition["type"] == "Accepted"
         ]
 
-    def documents_changed(self) -> None:
-        if self.term:
-            self.term.documents_changed()
-
-    def pods_changed(self) -> None:
-        if self.term:
-            self.term.pods_changed()
-
-    def statuses_changed(self) -> None:
-        if self.term:
-            self.term.statuses_changed()
-
-    def gap_seen(self) -> None:
-        pass
-
 
 @contextlib.asynccontextmanager
 async def term(api: Api, client: EngineClient | None = None) -> AsyncIterator[None]:
-    settings = Settings(quiet_seconds=0.005, longest_wait_seconds=0.02, settle_seconds=0.01)
-    parts: Any = (settings, "c1", api.cache, api, client, api, api, SimpleNamespace(issuer=None), asyncio.Event())
+    issuer, told = SimpleNamespace(issuer=None), asyncio.Event()
+    parts: Any = (SETTINGS, "c1", api.cache, api.signals, api, client, api.key, api, api, issuer, told)
     around = Surroundings(*parts)
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -166,10 +181,9 @@ class _Over(Exception):
 
 
 @pytest.fixture
-def api(changes: Any) -> Api:
-    api = Api(changes)
+async def api(changes: Any, make: Any) -> Api:
+    api = Api(changes, make.key)
     api.store("EnginePool", "default", selector={"matchLabels": {"app": "engine"}})
-    api.store_secret("evenhand-push")
     return api
 
 
@@ -239,12 +253,12 @@ async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any)
     api.store("TenantPolicy", "a")
     async with term(api):
         await changes.until(lambda: len(api.written) == 2)
-    assert api.stored == [], "that waits for more changes"
+    assert api.stored == ["manifest"], "whom to believe is said at once, the document waits for more changes"
     assert api.term is not None
     assert await api.term.store()
-    assert [obj["metadata"]["name"] for obj in api.stored] == ["evenhand-bootstrap-default-0"]
+    assert api.stored == ["manifest", "0", "manifest"]
     assert await api.term.store()
-    assert len(api.stored) == 1, "what is stored is not stored again"
+    assert len(api.stored) == 3, "what is stored is not stored again"
 
 
 async def test_pool_of_another_installation_is_left_alone(api: Api, changes: Any) -> None:
@@ -270,7 +284,6 @@ async def test_policy_is_programmed_once_the_pod_enforces_it(
     api: Api, changes: Any, engine: Any, client: EngineClient
 ) -> None:
     stand_in = await engine()
-    store_push_key(api, stand_in)
     api.store_pod("pod-0", stand_in.url)
     async with term(api, client):
         api.store("TenantPolicy", "a", weight=5)
@@ -283,18 +296,139 @@ async def test_pod_that_knows_a_newer_document_is_overtaken(
     api: Api, changes: Any, engine: Any, client: EngineClient, make: Any
 ) -> None:
     stand_in = await engine()
-    await client.push(stand_in.url, make.offer(30, epoch=9))
-    store_push_key(api, stand_in)
+    pod, newer = make.pod("pod-0", stand_in.url), make.offer(30, epoch=9)
+    await client.send(pod, newer, (await client.read(pod, newer)).boot_id)
     api.store_pod("pod-0", stand_in.url)
     async with term(api, client):
         api.store("TenantPolicy", "a", weight=5)
         await changes.until(lambda: api.accepted("a") and api.condition("a", "Ready")[0] == "True")
-    config = stand_in.receiver.in_force.config
-    assert (config.epoch, [tenant.weight for tenant in config.tenants]) == (10, [5])
-    assert config.revision > 30
+    in_force = stand_in.receiver.in_force
+    assert [tenant.weight for tenant in in_force.config.tenants] == [5]
+    assert in_force.assignment.version.epoch == 10
+    assert in_force.assignment.version.revision > 30
 
 
-def store_push_key(api: Api, stand_in: Any) -> None:
-    """The pool's push key is the engine's."""
-    value = base64.b64encode((stand_in.keys / "current").read_bytes()).decode()
-    api.secrets["inference", "evenhand-push"]["data"] = {"current": value}
+async def test_pod_that_claims_an_epoch_that_nobody_could_overtake_bricks_nothing(
+    api: Api, changes: Any, engine: Any, client: EngineClient, make: Any
+) -> None:
+    liar, honest = await engine("pod-0"), await engine("pod-1")
+    claimed = make.offer(1, epoch=2**62)
+    pod = make.pod("pod-0", liar.url)
+    await client.send(pod, claimed, (await client.read(pod, claimed)).boot_id)
+    api.store_pod("pod-0", liar.url)
+    api.store_pod("pod-1", honest.url)
+    async with term(api, client):
+        api.store("TenantPolicy", "a", weight=5)
+        await changes.until(lambda: [each.weight for each in honest.receiver.in_force.config.tenants] == [5])
+        await asyncio.sleep(0.1)
+    assert api.epoch == 1
+    assert honest.receiver.in_force.assignment.version.epoch == 1
+
+
+async def test_new_leader_takes_over_without_sending_what_is_in_force(
+    api: Api, changes: Any, engine: Any, client: EngineClient
+) -> None:
+    stand_in = await engine()
+    api.store_pod("pod-0", stand_in.url)
+    api.store("TenantPolicy", "a", weight=5)
+    async with term(api, client):
+        await changes.until(lambda: api.accepted("a") and api.condition("a", "Ready")[0] == "True")
+        assert api.term
+        await api.term.store()
+    revision = stand_in.revision
+    stand_in.requests.clear()
+    api.epoch = 2
+    async with term(api, client):
+        await changes.until(lambda: stand_in.receiver.in_force.assignment.version.epoch == 2)
+    assert stand_in.revision == revision, "the same content is the same revision"
+    assert "PUT" not in stand_in.requests
+
+
+async def test_new_leader_that_finds_nothing_stored_goes_on_above_what_was_reported(
+    api: Api, changes: Any, engine: Any, client: EngineClient
+) -> None:
+    stand_in = await engine()
+    api.store_pod("pod-0", stand_in.url)
+    for weight in (5, 6):
+        async with term(api, client):
+            api.store("TenantPolicy", f"a{weight}", weight=weight)
+            await changes.until(lambda w=weight: api.condition(f"a{w}", "Ready")[0] == "True")  # type: ignore[misc]
+        before, api.bootstrap = stand_in.revision, {}
+        api.epoch += 1
+    async with term(api, client):
+        await changes.until(lambda: stand_in.receiver.in_force.assignment.version.epoch == 3)
+    assert stand_in.revision > before
+
+
+async def test_document_is_left_alone_while_the_pool_is_paused(
+    api: Api, changes: Any, engine: Any, client: EngineClient
+) -> None:
+    stand_in = await engine()
+    api.store_pod("pod-0", stand_in.url)
+    async with term(api, client):
+        api.store("TenantPolicy", "a", weight=5)
+        await changes.until(lambda: api.condition("a", "Ready")[0] == "True")
+        api.edit("default", paused=True)
+        api.store("TenantPolicy", "b", weight=6)
+        await changes.until(lambda: api.condition("b", "Ready") == ("False", "Paused"))
+        assert api.condition("default", "Ready") == ("False", "Paused")
+        assert [each.tenant_id for each in stand_in.receiver.in_force.config.tenants] == ["a"]
+        other = await engine("pod-1")
+        api.store_pod("pod-1", other.url)
+        await changes.until(lambda: other.revision > 0)
+        assert [each.tenant_id for each in other.receiver.in_force.config.tenants] == ["a"], (
+            "a new pod has what all have"
+        )
+        assert api.term and await api.term.store()
+    api.epoch = 2
+    async with term(api, client):
+        await changes.until(lambda: stand_in.receiver.in_force.assignment.version.epoch == 2)
+        assert [each.tenant_id for each in stand_in.receiver.in_force.config.tenants] == ["a"], (
+            "also under another leader"
+        )
+        api.edit("default", paused=False)
+        await changes.until(lambda: api.condition("b", "Ready")[0] == "True")
+
+
+@pytest.mark.parametrize(("on_deletion", "left"), [("Close", []), ("Keep", ["a"])])
+async def test_pool_that_is_deleted_closes_where_it_says_so(
+    api: Api, changes: Any, engine: Any, client: EngineClient, on_deletion: str, left: list[str]
+) -> None:
+    stand_in = await engine()
+    api.store_pod("pod-0", stand_in.url)
+    api.edit("default", onDeletion=on_deletion)
+    async with term(api, client):
+        api.store("TenantPolicy", "a", weight=5)
+        await changes.until(lambda: api.condition("a", "Ready")[0] == "True")
+        revision = stand_in.revision
+        api.delete("default")
+        await changes.until(lambda: api.condition("a", "Accepted") == ("False", "PoolNotFound"))
+        if on_deletion == "Close":
+            await changes.until(lambda: stand_in.revision > revision)
+            assert stand_in.receiver.in_force.config.unknown_tenants.action == "Reject"
+        assert [each.tenant_id for each in stand_in.receiver.in_force.config.tenants] == left
+
+
+async def test_document_is_made_for_what_every_pod_understands(
+    api: Api, changes: Any, engine: Any, client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of engines of two versions; then the older one goes."""
+    old, new = await engine("pod-0"), await engine("pod-1")
+    members = understood_members()
+    monkeypatch.setattr(
+        "evenhand_engine.frontend.push_receiver.understood_members", lambda: members - {"tenants.fairness"}
+    )
+    api.store_pod("pod-0", old.url)
+    async with term(api, client):
+        api.store("TenantPolicy", "a", fairness="PerUser", weight=3)
+        api.store("TenantPolicy", "b", weight=3)
+        await changes.until(lambda: api.condition("a", "Ready") == ("False", "NotUnderstood"))
+        await changes.until(lambda: api.condition("b", "Ready")[0] == "True")
+        assert [each.weight for each in old.receiver.in_force.config.tenants] == [3, 3]
+        monkeypatch.setattr("evenhand_engine.frontend.push_receiver.understood_members", lambda: members)
+        api.store_pod("pod-1", new.url)
+        await changes.until(lambda: new.revision > 0)
+        assert new.receiver.in_force.config == old.receiver.in_force.config
+        api.delete_pod("pod-0")
+        await changes.until(lambda: api.condition("a", "Ready")[0] == "True")
+        assert [str(each.fairness) for each in new.receiver.in_force.config.tenants] == ["PerUser", "FIFO"]

@@ -85,8 +85,6 @@ def test_a_full_policy_becomes_the_document_of_the_design(policy: Build, pool: B
         "schemaVersion": 1,
         "cluster": "",
         "pool": {"namespace": "inference", "name": "default"},
-        "epoch": 0,
-        "revision": 0,
         "prices": {"inputToken": 3, "outputToken": 5},
         "unknownTenants": {"action": "Reject", "weight": 1},
         "gateway": {"keyHashes": (sha256(KEY_B),), "tenantHeader": "x-tenant", "tenantHeaders": ()},

@@ -52,9 +52,12 @@ def quantity(value: str) -> int:
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
 @click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")
-@click.option("--push-keys", type=click.Path(path_type=Path), help="Folder of the pool's mounted push key Secret.")
 @click.option("--bootstrap", type=click.Path(path_type=Path), help="Folder of the pool's mounted bootstrap Secrets.")
+@click.option(
+    "--pod-token", type=click.Path(path_type=Path), help="File of the token that proves to it which pod this is."
+)
 @click.option("--last-good", type=click.Path(path_type=Path), help="File that keeps the last config across restarts.")
+@click.option("--allow-unconfigured", is_flag=True, help="With --pool: serve before any config was loaded or pushed.")
 @click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
 @click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
@@ -117,6 +120,7 @@ def serve(model: str | None, **options: Any) -> None:
         admin_port=options["admin_port"],
         policies=options["policies"],
         push=_push_settings(options),
+        allow_unconfigured=options["allow_unconfigured"],
         anonymous=options["anonymous"],
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
@@ -140,7 +144,11 @@ def serve(model: str | None, **options: Any) -> None:
 def _push_settings(options: dict[str, Any]) -> "PushSettings | None":
     """Raises UsageError where the options contradict each other."""
     if options["pool"] is None:
-        given = [f"--{name.replace('_', '-')}" for name in ("push_keys", "bootstrap", "last_good") if options[name]]
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("bootstrap", "pod_token", "last_good", "allow_unconfigured")
+            if options[name]
+        ]
         if given:
             raise click.UsageError(f"{', '.join(given)} means nothing without --pool NAMESPACE/NAME.")
         return None
@@ -148,8 +156,10 @@ def _push_settings(options: dict[str, Any]) -> "PushSettings | None":
         raise click.UsageError(
             "--pool and --policies exclude each other: either an operator or files set the policies."
         )
-    if options["push_keys"] is None:
-        raise click.UsageError("--pool needs --push-keys DIR, the folder where the pool's push key Secret is mounted.")
+    if options["bootstrap"] is None:
+        raise click.UsageError(
+            "--pool needs --bootstrap DIR, the folder where the pool's bootstrap Secrets are mounted."
+        )
     namespace, slash, name = options["pool"].partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise click.BadParameter(f"{options['pool']!r} is not NAMESPACE/NAME.", param_hint="--pool")
@@ -157,7 +167,7 @@ def _push_settings(options: dict[str, Any]) -> "PushSettings | None":
     from evenhand_policy.config import PoolReference
 
     pool = PoolReference(namespace=namespace, name=name)
-    return PushSettings(pool, options["push_keys"], options["bootstrap"], options["last_good"])
+    return PushSettings(pool, options["bootstrap"], options["pod_token"], options["last_good"])
 
 
 def _announce(running: "Running") -> None:

@@ -5,6 +5,7 @@ It never keeps, logs or returns a credential.
 """
 
 import re
+import time
 from collections.abc import Iterable
 
 import jwt
@@ -117,12 +118,15 @@ class _TokenVerifier:
                 issuer=self._issuer.issuer,
                 audience=self._issuer.audience,
                 leeway=_CLOCK_SKEW_SECONDS,
-                options={"require": ["exp", "iss", "aud", "sub"]},
+                options={"require": ["exp", "iss", "aud", "sub", *(["iat"] if self._issuer.max_age_seconds else [])]},
             )
         except jwt.ExpiredSignatureError as error:
             raise _unauthorized("The token has expired.") from error
         except jwt.PyJWTError as error:
             raise _unauthorized("The token is not valid here.") from error
+        oldest = self._issuer.max_age_seconds
+        if oldest is not None and time.time() - claims["iat"] > oldest + _CLOCK_SKEW_SECONDS:
+            raise _unauthorized("The token was issued too long ago; use one that is renewed, such as a projected one.")
         return str(claims["sub"])
 
 

@@ -4,15 +4,17 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from evenhand_policy.bootstrap import BootstrapError, unpack
+from evenhand_policy.bootstrap import KEYS_FILE, BootstrapError, mounted_keys, unpack
 from evenhand_policy.config import SchedulerConfig
-from evenhand_policy.push_document import DocumentRejectedError, read_document
-from evenhand_policy.push_protocol import MAX_DOCUMENT_BYTES, ConfigSource, PushKeys, body_digest, read_push_keys
+from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, DocumentRejectedError, body_digest, read_document
+from evenhand_policy.push_protocol import ConfigSource
+from evenhand_policy.signatures import PublicKeys
+from evenhand_policy.version import Assignment, Version
 
 log = logging.getLogger(__name__)
 
@@ -21,26 +23,24 @@ _MAX_FILE_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class StoredConfig:
-    """A config and where it came from. `digest` is that of the document as it was pushed."""
+    """A config, where it came from, what was said beside it, and the document as it came."""
 
     config: SchedulerConfig
-    digest: str
-    num_replicas: int
+    assignment: Assignment
     source: ConfigSource
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """What decides between two: epoch and revision."""
-        return self.config.epoch, self.config.revision
+    document: bytes = field(repr=False)
 
 
 def built_in_config() -> StoredConfig:
     """Everybody shares evenly, nobody is known."""
     config = SchedulerConfig()
-    return StoredConfig(config, config.digest(), 1, ConfigSource.BUILT_IN)
+    assignment = Assignment(Version(0, 0), config.digest(), 1)
+    return StoredConfig(config, assignment, ConfigSource.BUILT_IN, config.canonical_json())
 
 
 class _LastGood(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    epoch: int
+    revision: int
     digest: str
     num_replicas: int
     document: msgspec.Raw
@@ -52,9 +52,16 @@ class LastGoodFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def save(self, document: bytes, num_replicas: int) -> None:
+    def save(self, stored: StoredConfig) -> None:
         """Replace the file as a whole; only its owner may read it. Raises OSError."""
-        content = _LastGood(digest=body_digest(document), num_replicas=num_replicas, document=msgspec.Raw(document))
+        assignment = stored.assignment
+        content = _LastGood(
+            epoch=assignment.version.epoch,
+            revision=assignment.version.revision,
+            digest=assignment.digest,
+            num_replicas=assignment.num_replicas,
+            document=msgspec.Raw(stored.document),
+        )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=".last-good-")  # with mode 0600
         try:
@@ -81,32 +88,36 @@ class LastGoodFile:
         except (OSError, msgspec.DecodeError, DocumentRejectedError) as error:
             log.warning("the last good config cannot be used", extra={"fields": {"error": str(error)}})
             return None
-        return StoredConfig(config, content.digest, max(1, content.num_replicas), ConfigSource.LAST_GOOD)
+        version = Version(content.epoch, content.revision)
+        assignment = Assignment(version, content.digest, max(1, content.num_replicas))
+        return StoredConfig(config, assignment, ConfigSource.LAST_GOOD, document)
 
 
-class PushKeyFolder:
-    """The pool's push keys in the folder where their Secret is mounted; read anew each time, since it changes."""
+class BootstrapFolder:
+    """Where the pool's bootstrap Secrets are mounted; read anew each time, since they change."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def keys(self) -> PushKeys:
-        """The keys; none where the folder cannot be read."""
-        return read_push_keys(_read_folder(self._folder))
+    def keys(self) -> PublicKeys:
+        """The operator's public keys; none where there is no file with them."""
+        try:
+            return mounted_keys({KEYS_FILE: _read_file(self._folder / KEYS_FILE, _MAX_FILE_BYTES)})
+        except OSError:
+            return ()
 
-
-def read_bootstrap(folder: Path, keys: PushKeys) -> StoredConfig | None:
-    """The document in the folder where the bootstrap Secrets are mounted; None where there is none that is usable."""
-    files = _read_folder(folder)
-    if not files:
-        return None
-    try:
-        manifest, document = unpack(files, keys)
-        config = read_document(document)
-    except (BootstrapError, DocumentRejectedError) as error:
-        log.warning("the mounted bootstrap config cannot be used", extra={"fields": {"error": str(error)}})
-        return None
-    return StoredConfig(config, manifest.digest, max(1, manifest.num_replicas), ConfigSource.BOOTSTRAP)
+    def read(self) -> StoredConfig | None:
+        """The document to start with; None where there is none that is usable, which is logged."""
+        files = _read_folder(self._folder)
+        if not files:
+            return None
+        try:
+            manifest, document = unpack(files, mounted_keys(files))
+            config = read_document(document)
+        except (BootstrapError, DocumentRejectedError) as error:
+            log.warning("the mounted bootstrap config cannot be used", extra={"fields": {"error": str(error)}})
+            return None
+        return StoredConfig(config, manifest.assignment, ConfigSource.BOOTSTRAP, document)
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:

@@ -59,6 +59,7 @@ class Service:
 
     Attributes:
         config_state: the config in force.
+        is_configured: False while an operator's config was neither loaded nor pushed; requests are refused.
         draining: True once the server has been told to stop; new requests are refused.
         active: the requests that are being answered, probes aside.
         bodies: the memory that their bodies take.
@@ -76,6 +77,7 @@ class Service:
         self.tokenizer = tokenizer
         self.config_state = config_state
         self.created = int(time.time())
+        self.is_configured = settings.push is None or settings.allow_unconfigured
         self.draining = False
         config = config_state.config
         self.admission = Admission(config, max_model_len=self.info.max_model_len, now=time.monotonic())
@@ -108,6 +110,7 @@ class Service:
 
         `num_replicas` engines share its limits.
         """
+        self.is_configured = True
         if not self.config_state.apply(config, source, num_replicas):
             return
         self.authenticator = self._authenticator(config)
@@ -149,6 +152,15 @@ class Service:
             return "the engine is gone"  # why is in the log: it may tell of a tenant's request
         stalled = self.backend.seconds_without_progress(now)
         return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
+
+    def ailment(self) -> str | None:
+        """What is wrong with how the config in force is enforced, or with the engine; None: nothing."""
+        if problem := self.health(time.monotonic()):
+            return problem
+        stats = self.backend.stats
+        if stats is None or stats.config_digest != self.config_state.digest:
+            return "the engine's core does not enforce the config yet"
+        return None
 
     def _take_stats(self, stats: EngineStats) -> None:
         self.metrics.observe_stats(stats)

@@ -20,6 +20,7 @@ class ServerSettings:
         served_model_names: names under which clients may ask for the model; the first is the one that answers carry.
         policies: directory of TenantPolicy files, watched; None: everybody is the default tenant.
         push: how an operator pushes the config instead; never together with `policies`.
+        allow_unconfigured: with `push`, serve also before a config was ever loaded or pushed.
         anonymous: serve requests without credential as the default tenant.
         api_key: a key that admits to the default tenant; requests without credential are then refused.
         ssl_certfile: PEM certificate chain of the public port; None: plain HTTP.
@@ -40,6 +41,7 @@ class ServerSettings:
     served_model_names: tuple[str, ...] = ()
     policies: Path | None = None
     push: "PushSettings | None" = None
+    allow_unconfigured: bool = False
     anonymous: bool = True
     api_key: str | None = None
     ssl_certfile: Path | None = None

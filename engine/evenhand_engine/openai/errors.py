@@ -59,6 +59,11 @@ def refuse_draining() -> Refusal:
     return Refusal(503, "draining", "The server is shutting down.", retry_after=_RESTART_SECONDS)
 
 
+def refuse_unconfigured() -> Refusal:
+    """Who may use the engine is not known yet, so nobody may."""
+    return Refusal(503, "not_configured", "The server waits for its policies.", retry_after=_RESTART_SECONDS)
+
+
 def refuse_dead_engine(*, draining: bool) -> Refusal:
     """The process is about to exit: by itself, or because a drain took too long.
 

@@ -29,6 +29,7 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
     app = web.Application(middlewares=[log_access, answer_errors, guard])
     app[SERVICE] = service
     if receiver is not None:
+        app[_RECEIVER] = receiver
         app.add_routes(receiver.routes())
     app.add_routes(
         [
@@ -61,7 +62,8 @@ def _require_signature(receiver: PushReceiver) -> Middleware:
 
 async def show_config(request: web.Request) -> web.Response:
     """The config in force, where it came from, and why a newer one is not. It holds hashes of keys, never keys."""
-    service = request.app[SERVICE]
+    service, receiver = request.app[SERVICE], request.app.get(_RECEIVER)
+    version = receiver.in_force.assignment.version if receiver is not None else None
     state = service.config_state
     stats = service.backend.stats
     return json_response(
@@ -69,6 +71,8 @@ async def show_config(request: web.Request) -> web.Response:
             "source": state.source,
             "path": None if service.settings.policies is None else str(service.settings.policies),
             "digest": state.digest,
+            "epoch": version.epoch if version else None,
+            "revision": version.revision if version else None,
             "numReplicas": state.num_replicas,
             "appliedAt": state.applied_at,
             "engineDigest": None if stats is None else stats.config_digest,
@@ -144,4 +148,5 @@ async def show_metrics(request: web.Request) -> web.Response:
     return metrics_response(request.app[SERVICE].metrics.admin_text())
 
 
+_RECEIVER = web.AppKey("receiver", PushReceiver)
 _OPEN_HANDLERS = {show_health, show_ready, show_metrics}

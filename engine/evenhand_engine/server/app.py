@@ -20,7 +20,13 @@ from evenhand_engine.frontend.service import BODY, LOG_FIELDS, REQUEST_ID, SERVI
 from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.openai.chat import create_chat_completion
 from evenhand_engine.openai.completions import create_completion
-from evenhand_engine.openai.errors import error_response, refuse_dead_engine, refuse_draining, refuse_http
+from evenhand_engine.openai.errors import (
+    error_response,
+    refuse_dead_engine,
+    refuse_draining,
+    refuse_http,
+    refuse_unconfigured,
+)
 from evenhand_engine.openai.responses import json_response, metrics_response
 from evenhand_engine.openai.tokens import detokenize, tokenize
 
@@ -132,6 +138,8 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     service = request.app[SERVICE]
     if request.match_info.handler in _PROBES:
         return await handler(request)
+    if not service.is_configured:
+        raise refuse_unconfigured()
     request[TENANT_ID] = service.authenticator.authenticate(request.headers)
     if service.draining:
         raise refuse_draining()
@@ -201,9 +209,11 @@ async def show_health(request: web.Request) -> web.Response:
 
 
 async def show_ready(request: web.Request) -> web.Response:
-    """Like /health, and 503 as soon as the server drains, so that nothing new is sent here."""
+    """Like /health, and 503 before there is a config and as soon as the server drains, so that nothing is sent here."""
     if request.app[SERVICE].draining:
         return error_response(refuse_draining())
+    if not request.app[SERVICE].is_configured:
+        return error_response(refuse_unconfigured())
     return await show_health(request)
 
 

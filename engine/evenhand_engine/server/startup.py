@@ -109,9 +109,9 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
     from evenhand_engine.frontend.push_receiver import PushReceiver
 
     def apply(offered: "StoredConfig") -> None:
-        service.apply_config(offered.config, offered.source, offered.num_replicas)
+        service.apply_config(offered.config, offered.source, offered.assignment.num_replicas)
 
-    return PushReceiver(service.settings.push, apply)
+    return PushReceiver(service.settings.push, apply, ailment=service.ailment)
 
 
 async def _serve_app(

@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import urllib.parse
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,9 @@ from evenhand_engine.messages import (
     AbortRequest,
     AddRequest,
     EngineReady,
+    EngineStats,
     FromCore,
+    Reconfigure,
     Shutdown,
     StepOutputs,
     ToCore,
@@ -98,6 +101,27 @@ def token_ids(request: AddRequest) -> list[int]:
     return array("I", request.prompt_token_ids).tolist()
 
 
+def _stats(config_digest: str) -> EngineStats:
+    """Of a core that has nothing to do."""
+    return EngineStats(
+        time=time.monotonic(),
+        step_id=0,
+        num_running=0,
+        num_waiting=0,
+        num_deferred=0,
+        num_kv_blocks=64,
+        num_free_kv_blocks=64,
+        num_preemptions=0,
+        num_prefix_queries=0,
+        num_prefix_hits=0,
+        virtual_time=0.0,
+        config_digest=config_digest,
+        step_tokens=(),
+        step_seconds=(),
+        tenants=(),
+    )
+
+
 M = TypeVar("M", bound=ToCore)
 Reply = Callable[[AddRequest], Iterable[RequestOutput]]
 
@@ -109,11 +133,13 @@ class ScriptedCore:
     Attributes:
         reply: the outputs of a request; None: the test sends them itself.
         received: what the HTTP side sent, in order.
+        tells_config: whether it says which config it enforces, as a core does after its next step.
     """
 
     reply: Reply | None = None
     received: "queue.Queue[ToCore]" = field(default_factory=queue.Queue)
     max_model_len: int = 256
+    tells_config: bool = False
     _connection: Connection | None = None
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _open: set[str] = field(default_factory=set)  # requests without an end
@@ -144,6 +170,8 @@ class ScriptedCore:
                 self.received.put(message)
                 if isinstance(message, Shutdown):
                     return self.die()
+                if isinstance(message, Reconfigure) and self.tells_config:
+                    self.send(StepOutputs(outputs=(), stats=_stats(message.config.digest())))
                 if isinstance(message, AddRequest):
                     self._open.add(message.request_id)
                     for output in self.reply(message) if self.reply is not None else ():
