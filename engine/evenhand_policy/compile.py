@@ -160,7 +160,8 @@ def _compile_gateway(
 def _compile_prices(pool: EnginePool | None) -> Prices:
     if pool is None:
         return Prices()
-    return Prices(input_token=pool.spec.prices.input_token, output_token=pool.spec.prices.output_token)
+    prices = pool.spec.prices
+    return Prices(input_token=prices.input_token, output_token=prices.output_token, context_token=prices.context_token)
 
 
 def _compile_unknown_tenants(pool: EnginePool | None) -> UnknownTenants:

@@ -65,6 +65,7 @@ class Prices(_Document, frozen=True, kw_only=True):
 
     input_token: Positive = 1
     output_token: Positive = 2
+    context_token: Natural = 0  # of 1,000 tokens that a computed token attends to
 
 
 class UnknownTenants(_Document, frozen=True, kw_only=True):

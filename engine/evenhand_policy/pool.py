@@ -46,6 +46,15 @@ class PricesSpec(Model, frozen=True, kw_only=True):
 
     input_token: Annotated[int, Meta(ge=1, le=1000, description="Cost of a prompt token that is computed.")] = 1
     output_token: Annotated[int, Meta(ge=1, le=1000, description="Cost of a token that is generated.")] = 2
+    context_token: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1000,
+            description="Cost of 1,000 tokens before it that a computed token attends to, for machines on which a long "
+            "context makes a step long.",
+        ),
+    ] = 0
 
 
 class UnknownTenantsSpec(Model, frozen=True, kw_only=True):

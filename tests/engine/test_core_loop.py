@@ -73,7 +73,7 @@ def test_the_books_are_looked_at_when_idle(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("evenhand_engine.core.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
     idle._commands.put(AbortRequest(request_id="unknown", reason=FinishReason.ABORT))
     idle._execute_commands()
-    idle._scheduler.roster.num_running += 1
+    idle._scheduler.roster.capacity.take_seat()
     now[0] += 59.0
     idle._commands.put(AbortRequest(request_id="unknown", reason=FinishReason.ABORT))
     idle._execute_commands()

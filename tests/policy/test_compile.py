@@ -77,7 +77,11 @@ def test_a_full_policy_becomes_the_document_of_the_design(policy: Build, pool: B
         suspend=True,
     )
     gateway = {"apiKeys": {"secretRef": {"name": "gateway-key"}}, "tenantHeader": "x-tenant"}
-    engines = pool(prices={"inputToken": 3, "outputToken": 5}, unknownTenants={"action": "Reject"}, gateway=gateway)
+    engines = pool(
+        prices={"inputToken": 3, "outputToken": 5, "contextToken": 7},
+        unknownTenants={"action": "Reject"},
+        gateway=gateway,
+    )
     secrets = [secret("chatbot-keys", current=KEY_A + "\n"), secret("gateway-key", key=KEY_B)]
     config, problems = compiled([chatbot], engines, secrets)
     assert not problems
@@ -85,7 +89,7 @@ def test_a_full_policy_becomes_the_document_of_the_design(policy: Build, pool: B
         "schemaVersion": 1,
         "cluster": "",
         "pool": {"namespace": "inference", "name": "default"},
-        "prices": {"inputToken": 3, "outputToken": 5},
+        "prices": {"inputToken": 3, "outputToken": 5, "contextToken": 7},
         "unknownTenants": {"action": "Reject", "weight": 1},
         "gateway": {"keyHashes": (sha256(KEY_B),), "tenantHeader": "x-tenant", "tenantHeaders": ()},
         "serviceAccounts": None,

@@ -11,7 +11,7 @@ from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutp
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_engine.scheduler.step_time import shape_of
 from evenhand_engine.simulator.device import LinearStepTime
-from evenhand_policy.config import SchedulerConfig, TenantConfig
+from evenhand_policy.config import Prices, SchedulerConfig, TenantConfig
 
 EOS = 2
 
@@ -25,6 +25,7 @@ class PretendEngine:
         settings: SchedulerSettings,
         tenants: Iterable[TenantConfig] = (),
         *,
+        prices: Prices | None = None,
         depth: int = 1,
         check_kv: bool = False,
     ) -> None:
@@ -32,11 +33,11 @@ class PretendEngine:
         that every token finds the keys and values of exactly the tokens before it (slow)."""
         self.settings = settings
         self.check_kv = check_kv
-        self.scheduler = Scheduler(settings, SchedulerConfig(tenants=tuple(tenants)))
+        self.scheduler = Scheduler(settings, SchedulerConfig(tenants=tuple(tenants), prices=prices or Prices()))
         self.depth = depth
         self.charged = 0
-        self._charge = self.scheduler.shares.charge
-        self.scheduler.shares.charge = self._count_charge  # type: ignore[method-assign]
+        self._charge = self.scheduler.ledger.shares.charge
+        self.scheduler.ledger.shares.charge = self._count_charge  # type: ignore[method-assign]
         self.now = 0.0
         self.step_seconds = 1.0
         self.step_time: LinearStepTime | None = None  # instead of `step_seconds`: by what the step computes

@@ -14,6 +14,7 @@ from evenhand_policy.config import (
     KvCacheShare,
     LatencyClass,
     Limits,
+    Prices,
     SchedulerConfig,
     Slo,
     TenantConfig,
@@ -95,6 +96,7 @@ class Ledger:
     computed: dict[str, set[int]] = field(default_factory=dict)  # prompt positions, first time
     num_samples: Counter[str] = field(default_factory=Counter)
     num_batches: int = 0
+    context_price: int = 0
 
     def read(self, engine: PretendEngine) -> None:
         first = self.num_batches
@@ -112,7 +114,17 @@ class Ledger:
     def service(self, request: Request, num_counted_outputs: int) -> int:
         computed = self.computed.get(request.request_id, set())
         cached = min(request.num_cached_tokens, request.num_prompt_tokens) if computed else 0
-        return len(computed) - cached + 2 * num_counted_outputs
+        service = len(computed) - cached + 2 * num_counted_outputs
+        for position in computed - set(range(cached)):
+            service += self.context_cost(position)
+        for number in range(1, num_counted_outputs):  # the first one is computed from the prompt's last token
+            service += self.context_cost(request.num_prompt_tokens + number - 1)
+        return service
+
+    def context_cost(self, position: int) -> int:
+        """Of the token at `position`: what is owed up to and with it, less what was owed before."""
+        owed_before, owed = (sum(range(end)) * self.context_price // 1000 for end in (position, position + 1))
+        return owed - owed_before
 
 
 def run_operation(engine: PretendEngine, operation: tuple, kept: dict[str, int]) -> None:
@@ -131,16 +143,21 @@ def run_operation(engine: PretendEngine, operation: tuple, kept: dict[str, int])
                         min(num_output_tokens, request.num_output_tokens), request.num_output_tokens - most
                     )
         case ("reconfigure", tenants):
-            engine.scheduler.reconfigure(SchedulerConfig(tenants=tenants))
+            engine.scheduler.reconfigure(SchedulerConfig(tenants=tenants, prices=engine.scheduler.config.prices))
         case ("step", count):
             engine.run(count)
 
 
 def check_whatever_comes(
-    scheduler_settings: SchedulerSettings, tenants: tuple[TenantConfig, ...], operations: list, depth: int
+    scheduler_settings: SchedulerSettings,
+    tenants: tuple[TenantConfig, ...],
+    operations: list,
+    depth: int,
+    context_price: int,
 ) -> None:
-    engine = PretendEngine(scheduler_settings, tenants, depth=depth, check_kv=True)
-    ledger, kept = Ledger(), {}
+    prices = Prices(context_token=context_price)
+    engine = PretendEngine(scheduler_settings, tenants, prices=prices, depth=depth, check_kv=True)
+    ledger, kept = Ledger(context_price=context_price), {}
     for operation in (*operations, ("reconfigure", ()), ("step", 1)):
         run_operation(engine, operation, kept)
         engine.scheduler.roster.check_integrity()
@@ -167,18 +184,26 @@ def check_whatever_comes(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2))
+@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2), st.sampled_from((0, 50)))
 def test_whatever_comes(
-    scheduler_settings: SchedulerSettings, tenants: tuple[TenantConfig, ...], operations: list, depth: int
+    scheduler_settings: SchedulerSettings,
+    tenants: tuple[TenantConfig, ...],
+    operations: list,
+    depth: int,
+    context_price: int,
 ) -> None:
-    check_whatever_comes(scheduler_settings, tenants, operations, depth)
+    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2))
+@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2), st.sampled_from((0, 50)))
 def test_whatever_comes_for_long(
-    scheduler_settings: SchedulerSettings, tenants: tuple[TenantConfig, ...], operations: list, depth: int
+    scheduler_settings: SchedulerSettings,
+    tenants: tuple[TenantConfig, ...],
+    operations: list,
+    depth: int,
+    context_price: int,
 ) -> None:
-    check_whatever_comes(scheduler_settings, tenants, operations, depth)
+    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price)

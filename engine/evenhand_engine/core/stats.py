@@ -34,9 +34,10 @@ class StatsRecorder:
         scheduler, roster = self._scheduler, self._scheduler.roster
         if self._config is not scheduler.config:
             self._config, self._digest = scheduler.config, scheduler.config.digest()
-        queue = scheduler.queue
-        highest = max((queue.service(tenant) for tenant in roster.tenants.values()), default=0)
-        bound = queue.lag_bound()
+        ledger = scheduler.ledger
+        highest = max((ledger.service(tenant) for tenant in roster.tenants.values()), default=0)
+        competing = (*roster.active.values(), *roster.running_tenants.values())
+        bound = ledger.lag_bound(tenant.weight for tenant in competing)
         tenants = {i: self._tenant_stats(tenant, highest, bound) for i, tenant in roster.tenants.items()}
         changed = tuple(stats for tenant_id, stats in tenants.items() if self._reported.get(tenant_id) != stats)
         retired = tuple(tenant_id for tenant_id in self._reported if tenant_id not in tenants)
@@ -53,7 +54,7 @@ class StatsRecorder:
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queries=roster.blocks.num_prefix_queries,
             num_prefix_hits=roster.blocks.num_prefix_hits,
-            virtual_time=scheduler.shares.virtual_time / VIRTUAL_UNIT,
+            virtual_time=scheduler.ledger.shares.virtual_time / VIRTUAL_UNIT,
             config_digest=self._digest,
             step_tokens=tuple(num_tokens for num_tokens, _ in steps),
             step_seconds=tuple(seconds for _, seconds in steps),
@@ -63,7 +64,7 @@ class StatsRecorder:
 
     def _tenant_stats(self, tenant: Tenant, highest: int, bound: int) -> TenantStats:
         """`highest`: virtual service of the tenant furthest ahead; `bound`: how far behind it one may be."""
-        shares = self._scheduler.shares
+        shares = self._scheduler.ledger.shares
         virtual_service = shares.virtual_service(tenant.tenant_id)
         waits = tenant.has_prompts and tenant.may_start
         return TenantStats(

@@ -2,7 +2,7 @@
 
 Where the engine's scheduler computes a request step by step, a dispatcher sends it and is told what comes back: its prompt is
 charged when it is sent, its outputs as they stream, and what turns out different is given back or added at its end. Tenants,
-users, classes, weights, concurrency limits, queue timeouts and suspension are `Roster` and `FairQueue`, as in the engine.
+users, classes, weights, concurrency limits, queue timeouts and suspension are `Roster`, `Ledger` and `Order`, as in the engine.
 What a sidecar cannot do it does not pretend: a sent request is never preempted or paused, and KV guarantees and ceilings
 are not enforced.
 """
@@ -14,8 +14,8 @@ from msgspec import structs
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.dispatch.window import Flight, Gauges, Window
-from evenhand_engine.scheduler.fair_queue import FairQueue
-from evenhand_engine.scheduler.fair_share import FairShare
+from evenhand_engine.scheduler.ledger import Ledger
+from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams
 from evenhand_engine.scheduler.roster import Roster
@@ -90,7 +90,7 @@ class Dispatcher:
     """Queues requests and hands out those that may be sent.
 
     Attributes:
-        queue: order and charges of the tenants.
+        ledger: what every tenant was served.
         roster: who is queued and who is in flight ("running").
     """
 
@@ -104,9 +104,9 @@ class Dispatcher:
     ) -> None:
         self.window = window
         scheduler_settings = (settings or DispatchSettings()).scheduler_settings()
-        self.shares = FairShare()
-        self.roster = Roster(scheduler_settings, self.shares)
-        self.queue = FairQueue(scheduler_settings, self.shares, self.roster)
+        self.ledger = Ledger(scheduler_settings)
+        self.roster = roster = Roster(scheduler_settings, self.ledger.shares)
+        self._order = Order(self.ledger, roster.capacity, roster.active, roster.running_tenants, is_fair=True)
         self.num_sent = 0
         self._timeouts = QueueTimeouts(self.roster)
         self._mean_output = _FIRST_EXPECTED_TOKENS
@@ -126,7 +126,7 @@ class Dispatcher:
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
         """Enforce another config from now on; requests in flight go on, queued ones of a suspended tenant end."""
         config = _without_memory(config)
-        self.queue.prices = config.prices
+        self.ledger.prices = config.prices
         self.roster.configure(config, num_replicas)
         for request in list(self.roster.requests.values()):
             if request.started_at is None and self.roster.tenants[request.tenant_id].is_suspended:
@@ -164,23 +164,21 @@ class Dispatcher:
     def generated(self, errand: Errand, num_tokens: int) -> None:
         """So many more tokens of its output came."""
         if errand.flight is not None and num_tokens > 0:
-            errand.num_charged_outputs += num_tokens
             self.window.grow(errand.flight, num_tokens)
-            self.queue.charge_outputs(self.roster.tenants[errand.tenant_id], (errand,), num_tokens)
+            self._charge_outputs(errand, errand.num_charged_outputs + num_tokens)
 
     def sized(self, errand: Errand, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         """The upstream says how long the prompt was, and how much of it a prefix hit spared: that is not charged."""
         if errand.flight is not None:
             self.window.resize_prompt(errand.flight, num_prompt_tokens)
             tenant = self.roster.tenants[errand.tenant_id]
-            self.queue.correct_prompt(tenant, errand, max(0, num_prompt_tokens - num_cached_tokens))
+            self.ledger.correct_prompt(tenant, errand, max(0, num_prompt_tokens - num_cached_tokens))
 
     def counted(self, errand: Errand, num_output_tokens: int) -> None:
         """The upstream says how many output tokens there were in all: more or fewer than were seen to come."""
         if errand.flight is not None and (more := num_output_tokens - errand.num_charged_outputs):
-            errand.num_charged_outputs += more
             self.window.grow(errand.flight, more)
-            self.queue.charge_outputs(self.roster.tenants[errand.tenant_id], (errand,), more)
+            self._charge_outputs(errand, num_output_tokens)
 
     def end(self, errand: Errand, reason: FinishReason = FinishReason.STOP) -> None:
         """It has ended or its client is gone, queued or in flight. One that has ended: nothing."""
@@ -203,9 +201,9 @@ class Dispatcher:
     def _next(self) -> Errand | None:
         """The head of the queue whose turn it is, if the window has room for it. None is bypassed for want of room:
         the room that comes free is for it."""
-        if self.roster.num_missing_seats > 0:
+        if self.roster.capacity.num_missing_seats > 0:
             return None
-        tenant = self.queue.next_tenant((), may_admit=True)
+        tenant = self._order.next_tenant((), may_admit=True)
         request = tenant.next_prompt() if tenant is not None else None
         if not isinstance(request, Errand):
             return None
@@ -216,19 +214,26 @@ class Dispatcher:
         self.roster.admit(errand, now)
         self.roster.end_prefill(errand)  # what has been sent waits for nobody here
         self.roster.outputs.pop()  # that it has started: the upstream tells when it really does
-        self.queue.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
+        self.ledger.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
         errand.flight = self.window.send(
             errand.num_prompt_tokens, self._expected(errand), now, is_silent=errand.is_silent
         )
         self.num_sent += 1
         return errand
 
+    def _charge_outputs(self, errand: Errand, num_output_tokens: int) -> None:
+        """Charge what came since the last time, or give back what did not."""
+        tenant, start = self.roster.tenants[errand.tenant_id], errand.num_prompt_tokens
+        self.ledger.correct_outputs(tenant, errand, start + errand.num_charged_outputs, start + num_output_tokens)
+        errand.num_charged_outputs = num_output_tokens
+
     def _expected(self, errand: Errand) -> int:
         return min(errand.max_output_tokens, int(self._mean_output))
 
     def _close(self) -> None:
         """Advance the virtual time: what waits here is left out."""
-        self.queue.close_step(set())
+        waits = self._order.least_served()
+        self.ledger.close_step({waits.tenant_id} if waits else set())
 
 
 def _without_memory(config: SchedulerConfig) -> SchedulerConfig:

@@ -2,4 +2,34 @@
 
 Lives in the engine core process, in the simulator and in tests: all drive this very code. Imports the policy contract and
 the engine's settings, nothing else of the engine.
+
+A step (`scheduler`, which reads top to bottom as this list):
+
+    expire    queued requests past their tenant's queue timeout leave                                  queue_timeouts
+    limit     the least served who contends sets how far ahead one may be                      order, ledger
+    room      whoever the last step starved of memory or a seat may preempt                              preemption
+    pause     what runs for tenants beyond the limit keeps its memory and computes nothing               preemption
+    budget    tokens, and the seconds that inter-token objectives leave                                  pace, step_time
+    decode    one token for every stream; where there is no room for all they take turns                 turns
+    prefill   chunks of prompts, the least served tenant's first, while the budget lasts                 order, capacity
+    close     the virtual time moves to the least served of those left out                               ledger
+
+The rule on a line. Virtual service v is what a tenant was served, over its weight:
+
+    virtual time V                                                   limit = v of the least served + lead
+         │                                                                │
+    ─────●──────────●─────────────●───────────────●───────────────────────┼─────●──────▶ v
+      left out      computes      computes        computes                │     held: starts nothing, pauses
+      last step     first                         last
+
+Nobody's v is below V, so silence earns nothing; a step that leaves nobody out moves V to the highest v, so using what
+nobody wanted costs nothing. docs/fairness.md says what follows and proves it.
+
+Who owns what:
+
+    ledger, fair_share               charges, virtual service and time; no memory, no seats
+    roster, tenant, request_queue    a request's place: waiting, prefilling, decoding, gone
+    capacity, block_manager          seats; KV blocks, prefixes, guarantees
+    pace, step_time                  the fit of step times
+    request, batch                   one prompt; what one step computes, as data for the runner
 """

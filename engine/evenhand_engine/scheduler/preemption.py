@@ -1,11 +1,13 @@
-"""Who gives way when memory or seats run out: pure choices, made by the scheduler between steps.
+"""Preemption: who gives way when memory, seats or patience run out, and when.
 
-Four occasions, each with its victims:
+Five occasions, each with its victims:
 
-    reclaim   a tenant within its KV guarantee needs blocks: the tenant holding most beyond its guarantee gives way
+    reclaim   a prompt within its tenant's KV guarantee needs blocks: the tenant holding most beyond its guarantee gives
+              way
     service   a tenant is far behind in service and its prompt does not fit: the most over-served tenant gives way, but
               never blocks of its guarantee, only requests past their minimum run, and only if it stays ahead
               afterwards, so that two requests can never preempt each other in turn
+    pause     a tenant is beyond the limit: what could be preempted for service keeps its blocks and computes nothing
     growth    a running request needs its next block: somebody must yield, if need be the request itself
     ceiling   the same, but its tenant holds all that it may: one of its own must yield
 
@@ -14,83 +16,166 @@ recompute tax to be the choice of the victim).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.scheduler.request import Request
+from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
+from evenhand_engine.scheduler.capacity import Fit, KvCapacity
+from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
+from evenhand_engine.scheduler.ledger import Ledger
+from evenhand_engine.scheduler.order import Order
+from evenhand_engine.scheduler.request import FinishReason, Request
 from evenhand_engine.scheduler.roster import Roster
 from evenhand_engine.scheduler.tenant import Tenant
 
-VirtualService = Callable[[str], int]
-
 
 class Preemption:
-    """The rules over the tenants' live state. Changes nothing."""
+    """Makes room in memory and among the seats. The moves are the roster's; the choices are here."""
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster, virtual_service: VirtualService) -> None:
+    def __init__(self, settings: SchedulerSettings, roster: Roster, ledger: Ledger, order: Order) -> None:
         self._settings = settings
         self._roster = roster
-        self._blocks = roster.blocks
-        self._virtual_service = virtual_service
+        self._capacity = roster.capacity
+        self._ledger = ledger
+        self._order = order
+        self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
 
-    def reclaim(self, request: Request, tenants: Iterable[Tenant]) -> list[Request]:
+    # -- before a step: room for prompts that the last one starved
+
+    def make_room(self, now: float) -> None:
+        """For prompts within a KV guarantee, then for the tenant that is furthest behind."""
+        for _ in range(self._settings.max_num_seqs):
+            if not self._reclaim(now):
+                break
+        self._serve_furthest_behind(now)
+
+    def _reclaim(self, now: float) -> bool:
+        """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""
+        roster = self._roster
+        for tenant in sorted(roster.guaranteed_tenants(), key=self._ledger.service):
+            request = tenant.waiting.first((), may_start=tenant.may_start and not self._ledger.is_ahead(tenant))
+            if request is None or not self._capacity.is_within_guarantee(request):
+                continue
+            fit = self._capacity.fit(request)
+            if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
+                roster.admit(request, now)
+                return True
+            if fit is Fit.STARVED and self._replace(self._victims_of_reclaim(request), request, now):
+                return True
+        return False
+
+    def _serve_furthest_behind(self, now: float) -> None:
+        """Preempt for the least served tenant while it is owed a place: once because it is far behind, and again while
+        somebody that far ahead would still run more for its weight, so that the lead does not grow any more."""
+        tenant = self._order.least_served()
+        if tenant is None or tenant.prefilling:
+            return
+        rivals = list(self._roster.running_tenants.values())
+        for _ in range(self._settings.max_num_seqs):
+            request = tenant.waiting.first((), may_start=tenant.may_start)
+            if request is None or self._capacity.fit(request) is not Fit.STARVED:
+                return
+            limit = self._ledger.service(tenant) + self._cost_of_starting(tenant, request)
+            if not self._replace(self._victims_of_service(request, limit, rivals, now), request, now):
+                return
+            rivals = [r for r in rivals if r.num_running * tenant.weight > tenant.num_running * r.weight]
+
+    def _replace(self, victims: list[Request], request: Request, now: float) -> bool:
+        for victim in victims:
+            self._roster.preempt(victim)
+        if victims:
+            self._roster.admit(request, now)
+        return bool(victims)
+
+    def _cost_of_starting(self, tenant: Tenant, request: Request) -> int:
+        """Virtual service that the tenant's prompts will be charged once `request` runs too, and the preemption lag."""
+        cost_of = self._ledger.prompt_cost
+        num_cached = len(self._capacity.blocks.cached_prefix(request)) * self._settings.block_size
+        num_spared = min(request.num_prompt_tokens, max(request.num_charged_tokens, num_cached))
+        cost = cost_of(num_spared, request.num_prompt_tokens) + self._settings.preemption_lag
+        cost += sum(cost_of(r.num_charged_tokens, r.num_prompt_tokens) for r in tenant.prefilling.values())
+        return cost * VIRTUAL_UNIT // tenant.weight
+
+    # -- during a step: who is too far ahead pauses
+
+    def pause(self, now: float) -> None:
+        """Nothing that could be preempted for service computes while its tenant is too far ahead."""
+        if self._ledger.limit is not None:
+            for tenant in filter(self._ledger.is_ahead, self._roster.running_tenants.values()):
+                tenant.paused = {request.request_id: request for request in self._preemptible(tenant, now)}
+
+    def resume(self) -> None:
+        """End the pause."""
+        for tenant in self._roster.running_tenants.values():
+            tenant.paused = {}
+
+    # -- during a step: room for running requests to grow
+
+    def grow(self, decodes: Iterable[Request]) -> None:
+        """Give each stream room for its next token, in its last block or a new one, where others or it itself must not
+        yield; `KvCapacity.has_room` tells who has it."""
+        for request in [request for request in decodes if not self._capacity.has_room(request)]:
+            if request.block_table:  # else it was preempted for the growth of another
+                self._grow(request)
+
+    def _grow(self, request: Request) -> None:
+        """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
+        roster, capacity, tenant = self._roster, self._capacity, self._roster.tenants[request.tenant_id]
+        while (at_ceiling := capacity.is_at_ceiling(tenant)) or not capacity.blocks.grow(request, request.num_tokens):
+            num_rivals = tenant.num_running if at_ceiling else roster.num_running
+            if num_rivals == 1:
+                if request.num_in_flight_tokens == 0:  # else it ends when its last token has been told
+                    roster.finish(request, FinishReason.LENGTH)
+                return
+            if at_ceiling:
+                victim = _least_computed_first(tenant.running())[0]
+            elif self._is_fair:
+                victim = self._victim_of_growth(tenant)
+            else:
+                running = (r for t in roster.running_tenants.values() for r in t.running())
+                victim = max(running, key=lambda request: request.position)
+            roster.preempt(victim)
+            if victim is request:
+                return
+
+    # -- the choices
+
+    def _victims_of_reclaim(self, request: Request) -> list[Request]:
         """Victims who make room for a request within its tenant's guarantee; empty if they cannot."""
-        victims = _Victims(self._roster, request)
-        others = [t for t in tenants if t.tenant_id != request.tenant_id and self._beyond_guarantee(t) > 0]
-        for tenant in sorted(others, key=self._beyond_guarantee, reverse=True):
-            beyond = self._beyond_guarantee(tenant)
+        victims, beyond_guarantee = _Victims(self._capacity, request), self._capacity.num_beyond_guarantee
+        tenants = self._roster.running_tenants.values()
+        others = [t for t in tenants if t.tenant_id != request.tenant_id and beyond_guarantee(t) > 0]
+        for tenant in sorted(others, key=beyond_guarantee, reverse=True):
+            beyond = beyond_guarantee(tenant)
             for victim in _least_computed_first(tenant.running()):
                 if victims.suffice or beyond <= 0:
                     break
                 beyond -= victims.add(victim)
         return victims.chosen if victims.suffice else []
 
-    def service(self, request: Request, limit: int, tenants: Iterable[Tenant], now: float) -> list[Request]:
+    def _victims_of_service(self, request: Request, limit: int, rivals: list[Tenant], now: float) -> list[Request]:
         """Victims who make room for a request of a tenant that is far behind; empty if they cannot.
 
         Only tenants whose virtual service is beyond `limit` give way: what the beneficiary's will be once the prompt
         is charged, and the preemption lag. So who gives way stays ahead by that much.
         """
-        victims = _Victims(self._roster, request)
-        ahead = [t for t in tenants if t.tenant_id != request.tenant_id and self._virtual_service(t.tenant_id) > limit]
-        for tenant in sorted(ahead, key=lambda t: self._virtual_service(t.tenant_id), reverse=True):
-            for victim in self.preemptible(tenant, now):
+        victims, service = _Victims(self._capacity, request), self._ledger.service
+        ahead = [t for t in rivals if t.tenant_id != request.tenant_id and service(t) > limit]
+        for tenant in sorted(ahead, key=service, reverse=True):
+            for victim in self._preemptible(tenant, now):
                 if victims.suffice:
                     return victims.chosen
                 victims.add(victim)
         return victims.chosen if victims.suffice else []
 
-    def preemptible(self, tenant: Tenant, now: float) -> Iterator[Request]:
+    def _preemptible(self, tenant: Tenant, now: float) -> Iterator[Request]:
         """What may be preempted for service, the first victim first: past its minimum run, not preempted too often
         already, and beyond the tenant's guarantee."""
-        beyond = self._beyond_guarantee(tenant)
+        beyond = self._capacity.num_beyond_guarantee(tenant)
         for request in _least_computed_first(filter(lambda request: self._has_run(request, now), tenant.running())):
-            num_blocks = self._blocks.num_reclaimable_blocks(request)
+            num_blocks = self._capacity.blocks.num_reclaimable_blocks(request)
             if num_blocks <= beyond:
                 beyond -= num_blocks
                 yield request
-
-    def ceiling(self, owner: Tenant) -> Request:
-        """The one who yields a block so that another of the same tenant, which holds all that it may, can go on."""
-        return _least_computed_first(owner.running())[0]
-
-    def growth(self, owner: Tenant, tenants: Iterable[Tenant]) -> Request:
-        """The one who yields a block so that a running request of `owner` can go on; maybe that request itself."""
-        holders = [tenant for tenant in tenants if tenant.num_running]
-        if self._held(owner) < owner.guaranteed_blocks:
-            victim_tenant = max(holders, key=self._beyond_guarantee)
-        else:
-            beyond = [tenant for tenant in holders if self._beyond_guarantee(tenant) > 0] or holders
-            victim_tenant = max(beyond, key=lambda tenant: self._virtual_service(tenant.tenant_id))
-        victims = list(victim_tenant.running())
-        spared = [victim for victim in victims if victim.num_preemptions < self._settings.max_preemptions]
-        return _least_computed_first(spared or victims)[0]
-
-    def _held(self, tenant: Tenant) -> int:
-        return self._blocks.num_held_blocks(tenant.tenant_id)
-
-    def _beyond_guarantee(self, tenant: Tenant) -> int:
-        return self._held(tenant) - tenant.guaranteed_blocks
 
     def _has_run(self, request: Request, now: float) -> bool:
         assert request.started_at is not None
@@ -99,28 +184,40 @@ class Preemption:
             and request.num_preemptions < self._settings.max_preemptions
         )
 
+    def _victim_of_growth(self, owner: Tenant) -> Request:
+        """The one who yields a block so that a running request of `owner` can go on; maybe that request itself."""
+        holders, beyond_guarantee = list(self._roster.running_tenants.values()), self._capacity.num_beyond_guarantee
+        if beyond_guarantee(owner) < 0:
+            tenant = max(holders, key=beyond_guarantee)
+        else:
+            beyond = [tenant for tenant in holders if beyond_guarantee(tenant) > 0] or holders
+            tenant = max(beyond, key=self._ledger.service)
+        victims = list(tenant.running())
+        spared = [victim for victim in victims if victim.num_preemptions < self._settings.max_preemptions]
+        return _least_computed_first(spared or victims)[0]
+
 
 class _Victims:
     """Victims chosen so far, and whether they make room for a waiting request."""
 
-    def __init__(self, roster: Roster, request: Request) -> None:
+    def __init__(self, capacity: KvCapacity, request: Request) -> None:
         self.chosen: list[Request] = []
-        self._roster = roster
+        self._capacity = capacity
         self._request = request
-        self._prefix = set(roster.blocks.cached_prefix(request))  # it needs none of these anew, whoever holds them
+        self._prefix = set(capacity.blocks.cached_prefix(request))  # it needs none of these anew, whoever holds them
         self._released: Counter[int] = Counter()
-        self._missing_blocks = roster.blocks.num_missing_blocks(request) - roster.blocks.num_free_blocks
+        self._missing_blocks = capacity.blocks.num_missing_blocks(request) - capacity.blocks.num_free_blocks
 
     @property
     def suffice(self) -> bool:
         num_victims = len(self.chosen)
-        num_growth_blocks = self._roster.num_growth_blocks(self._request, self._roster.num_running - num_victims)
-        return self._missing_blocks + num_growth_blocks <= 0 and self._roster.num_missing_seats <= num_victims
+        num_growth_blocks = self._capacity.num_growth_blocks(self._request, self._capacity.num_running - num_victims)
+        return self._missing_blocks + num_growth_blocks <= 0 and self._capacity.num_missing_seats <= num_victims
 
     def add(self, victim: Request) -> int:
         """Choose another; returns how many blocks it frees, those included that only victims held."""
         self._released.update(victim.block_table)
-        blocks = self._roster.blocks
+        blocks = self._capacity.blocks
         freed = [block for block in victim.block_table if self._released[block] == blocks.num_references(block)]
         self.chosen.append(victim)
         self._missing_blocks -= sum(block not in self._prefix for block in freed)

@@ -7,32 +7,21 @@
 It makes each move whole, keeps the counts right and tells the news; the scheduler decides which move is made.
 """
 
-from enum import Enum, auto
-
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.scheduler.block_manager import BlockManager
+from evenhand_engine.scheduler.capacity import KvCapacity
 from evenhand_engine.scheduler.fair_share import FairShare
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
 
 
-class Fit(Enum):
-    """Whether a waiting request can start now."""
-
-    FITS = auto()
-    CAPPED = auto()  # its tenant's own ceiling holds it back: nobody else is to blame, no credit is earned
-    STARVED = auto()  # no seat, or not enough free blocks
-    UNSETTLED = auto()  # a token that it sampled before it was preempted is not known yet
-    NEVER = auto()  # larger than the cache or its tenant's ceiling
-
-
 class Roster:
     """All live requests and their tenants.
 
     Attributes:
+        capacity: the seats and the KV blocks.
+        blocks: the KV blocks.
         active: tenants with a prompt that waits or is in progress, by id.
-        prefilling_tenants: tenants with a prompt in progress, by id.
         running_tenants: tenants with a running request, by id.
         num_preemptions: since the start.
         outputs: news of requests that nobody has collected: first starts, tokens, ends.
@@ -40,15 +29,12 @@ class Roster:
 
     def __init__(self, settings: SchedulerSettings, shares: FairShare) -> None:
         """Tenants enter `shares` when they become active, and leave its line when they no longer are."""
-        self.blocks = BlockManager(
-            settings.num_kv_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching
-        )
         self.tenants: dict[str, Tenant] = {}
+        self.capacity = KvCapacity(settings, self.tenants)
+        self.blocks = self.capacity.blocks
         self.active: dict[str, Tenant] = {}
-        self.prefilling_tenants: dict[str, Tenant] = {}
         self.running_tenants: dict[str, Tenant] = {}
         self.requests: dict[str, Request] = {}
-        self.num_running = 0
         self.num_preemptions = 0
         self.outputs: list[RequestOutput] = []
         self._settings = settings
@@ -56,8 +42,10 @@ class Roster:
         self._configs: dict[str, TenantConfig] = {}
         self._num_replicas = 1
         self._num_added = 0
-        self._free_seats = list(range(settings.max_num_seqs - 1, -1, -1))
-        self._left_seats: list[int] = []  # since somebody last asked
+
+    @property
+    def num_running(self) -> int:
+        return self.capacity.num_running
 
     @property
     def num_waiting(self) -> int:
@@ -92,57 +80,9 @@ class Roster:
                 if tenant.tenant_id in self.active:
                     self._shares.enter(tenant.tenant_id, tenant.class_rank)
 
-    def fit(self, request: Request) -> Fit:
-        """Whether the waiting request finds a seat and blocks for all its tokens and one more."""
-        blocks, tenant = self.blocks, self.tenants[request.tenant_id]
-        if blocks.num_blocks_for(request.num_tokens + 1) > min(blocks.num_blocks, tenant.max_blocks):
-            return Fit.NEVER
-        has_ceiling = tenant.max_blocks < blocks.num_blocks
-        if has_ceiling:
-            num_held = blocks.num_held_blocks(tenant.tenant_id)
-            if num_held + blocks.num_missing_blocks(request) > tenant.max_blocks:
-                return Fit.CAPPED
-        if request.num_in_flight_tokens:
-            return Fit.UNSETTLED
-        is_starved = self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0
-        return Fit.STARVED if is_starved else Fit.FITS
-
     def guaranteed_tenants(self) -> list[Tenant]:
         """Active tenants with a KV guarantee."""
         return [self.active[tenant_id] for tenant_id in self.blocks.guarantees if tenant_id in self.active]
-
-    def is_within_guarantee(self, request: Request) -> bool:
-        """Whether its tenant, with this request too, would hold no more blocks than it is guaranteed."""
-        tenant = self.tenants[request.tenant_id]
-        num_held = self.blocks.num_held_blocks(tenant.tenant_id)
-        return num_held + self.blocks.num_missing_blocks(request) <= tenant.guaranteed_blocks
-
-    def num_missing_blocks(self, request: Request) -> int:
-        """Blocks that must be cleared before the request may start; negative: blocks to spare."""
-        num_missing = self.blocks.num_missing_blocks(request) - self.blocks.num_free_blocks
-        return num_missing + self.num_growth_blocks(request, self.num_running)
-
-    def num_growth_blocks(self, request: Request, num_running: int) -> int:
-        """Blocks that a request beyond its tenant's guarantee leaves free when it starts: room for `num_running` to
-        grow until one of them finishes. Else each admission is paid for with a preemption."""
-        if self.tenants[request.tenant_id].guaranteed_blocks and self.is_within_guarantee(request):
-            return 0
-        return int(num_running * self._settings.growth_blocks)
-
-    @property
-    def num_missing_seats(self) -> int:
-        """Seats that must be cleared before one more request can run; negative: seats to spare."""
-        return self.num_running + 1 - self._settings.max_num_seqs
-
-    def is_at_ceiling(self, tenant: Tenant) -> bool:
-        """Whether the tenant holds all the blocks that it may; one that may hold the whole cache has no ceiling."""
-        has_ceiling = tenant.max_blocks < self.blocks.num_blocks
-        return has_ceiling and self.blocks.num_held_blocks(tenant.tenant_id) >= tenant.max_blocks
-
-    def take_freed_seats(self) -> list[int]:
-        """Seats that were left since the last call; some may be taken again."""
-        left, self._left_seats = self._left_seats, []
-        return left
 
     # -- moves
 
@@ -171,13 +111,12 @@ class Roster:
         num_prompt_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         request.num_charged_tokens = max(request.num_charged_tokens, num_prompt_tokens)
         request.started_at = now
-        request.seat = self._free_seats.pop()
+        request.seat = self.capacity.take_seat()
         request.num_sent_blocks = 0
         tenant.waiting.remove(request)
         tenant.prefilling[request.request_id] = request
         tenant.num_bypasses = 0
-        self.prefilling_tenants[tenant.tenant_id] = self.running_tenants[tenant.tenant_id] = tenant
-        self.num_running += 1
+        self.running_tenants[tenant.tenant_id] = tenant
 
     def end_prefill(self, request: Request) -> None:
         """Prefilling to decoding."""
@@ -230,19 +169,17 @@ class Roster:
 
     def check_integrity(self) -> None:
         """Assert that every request has exactly one place and every count is right. For tests and idle moments."""
-        self.blocks.check_integrity()
         tenants = self.tenants.values()
         waiting, running = [r for t in tenants for r in t.waiting], [r for t in tenants for r in t.running()]
+        self.capacity.check_integrity(running)
         assert len(running) == self.num_running and len(waiting) == self.num_waiting
         assert {r.request_id for r in (*waiting, *running)} == set(self.requests)
         assert all(r.num_pending_tokens == 1 for t in tenants for r in t.decoding.values())
         assert all(not r.block_table and r.started_at is None for r in waiting)
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
         assert sorted(self.active) == sorted(tenant_id for _, _, tenant_id in self._shares.in_order())
-        assert set(self.prefilling_tenants) == {t.tenant_id for t in tenants if t.prefilling}
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
-        assert sorted((*self._free_seats, *(r.seat for r in running))) == list(range(self._settings.max_num_seqs))
         assert len(table_blocks) == sum(self.blocks.num_held_blocks(t.tenant_id) for t in tenants)
 
     def _wait(self, tenant: Tenant, request: Request) -> None:
@@ -251,12 +188,10 @@ class Roster:
 
     def _stop_running(self, tenant: Tenant, request: Request) -> None:
         self.blocks.release(request)
-        self._free_seats.append(request.seat)
-        self._left_seats.append(request.seat)
+        self.capacity.leave_seat(request.seat)
         request.seat = -1
         if tenant.prefilling.pop(request.request_id, None) is None:
             del tenant.decoding[request.request_id]
-        self.num_running -= 1
         if not tenant.num_running:
             del self.running_tenants[tenant.tenant_id]
         self._deactivate(tenant)
@@ -266,16 +201,14 @@ class Roster:
         self._shares.enter(tenant.tenant_id, tenant.class_rank)
 
     def _deactivate(self, tenant: Tenant) -> None:
-        if not tenant.prefilling:
-            self.prefilling_tenants.pop(tenant.tenant_id, None)
-            if not tenant.waiting and self.active.pop(tenant.tenant_id, None) is not None:
-                self._shares.leave(tenant.tenant_id)
+        if not tenant.has_prompts and self.active.pop(tenant.tenant_id, None) is not None:
+            self._shares.leave(tenant.tenant_id)
 
     def _retire(self, tenant: Tenant) -> None:
         """The tenant is gone: what it has left belongs to the default tenant."""
         if tenant.tenant_id in self.active:
             self._shares.leave(tenant.tenant_id)
-        for tenants in (self.tenants, self.active, self.prefilling_tenants, self.running_tenants):
+        for tenants in (self.tenants, self.active, self.running_tenants):
             tenants.pop(tenant.tenant_id, None)
         heir = self.tenant(DEFAULT_TENANT_ID)
         self.blocks.transfer(tenant.tenant_id, heir.tenant_id)
@@ -284,8 +217,6 @@ class Roster:
         heir.waiting.extend(tenant.waiting)
         heir.prefilling |= tenant.prefilling
         heir.decoding |= tenant.decoding
-        if heir.prefilling:
-            self.prefilling_tenants[heir.tenant_id] = heir
         if heir.num_running:
             self.running_tenants[heir.tenant_id] = heir
         if heir.has_prompts:

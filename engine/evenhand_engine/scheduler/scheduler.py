@@ -4,12 +4,12 @@ Pure: no clock, no I/O, no randomness; time comes in as an argument, so that sim
 that serves. A step, in order:
 
     1. expire     queued requests past their tenant's queue timeout leave
-    2. relieve    a tenant that the last step starved of memory or a seat may preempt (relief.py, preemption.py); what
+    2. relieve    a tenant that the last step starved of memory or a seat may preempt (preemption.py); what
                   runs for a tenant too far ahead pauses
     3. decode     every running request that generates computes one token; those of tenants that are ahead take turns
                   where somebody's inter-token objective, or the budget, has no room for all (turns.py)
     4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
-    5. close      the virtual time advances to the least virtual service of those left out (fair_queue.py)
+    5. close      the virtual time advances to the least virtual service of those left out (ledger.py)
 
 A step may be planned before the previous batch's results are known: an output in flight counts as a token whose value
 only the runner knows, and what a request computed past its end is discarded and not charged.
@@ -20,14 +20,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.scheduler.batch import Batch, BatchPlan
-from evenhand_engine.scheduler.fair_queue import FairQueue
-from evenhand_engine.scheduler.fair_share import FairShare
+from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
+from evenhand_engine.scheduler.capacity import Fit
+from evenhand_engine.scheduler.ledger import Ledger
+from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.pace import Pace
+from evenhand_engine.scheduler.preemption import Preemption
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
-from evenhand_engine.scheduler.relief import Relief
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
-from evenhand_engine.scheduler.roster import Fit, Roster
+from evenhand_engine.scheduler.roster import Roster
 from evenhand_engine.scheduler.step_time import StepBudget, StepLoad
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_engine.scheduler.turns import take_turns
@@ -52,8 +53,7 @@ class Scheduler:
 
     Attributes:
         roster: the requests' places and the KV blocks.
-        queue: the order of tenants by service.
-        shares: the tenants' virtual service.
+        ledger: what every tenant was served.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class Scheduler:
     ) -> None:
         """`token_budgets`: those of the steps to come, without end, instead of max_num_batched_tokens (for replays)."""
         self.settings = settings
-        self.shares = FairShare()
-        self.roster = Roster(settings, self.shares)
-        self.queue = FairQueue(settings, self.shares, self.roster)
+        self.ledger = Ledger(settings)
+        self.roster = roster = Roster(settings, self.ledger.shares)
         self.step_id = 0
-        self._relief = Relief(settings, self.roster, self.queue)
-        self._pace = Pace(settings, self.roster, token_budgets)
-        self._timeouts = QueueTimeouts(self.roster)
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
+        self._order = Order(self.ledger, roster.capacity, roster.active, roster.running_tenants, is_fair=self._is_fair)
+        self._preemption = Preemption(settings, roster, self.ledger, self._order)
+        self._pace = Pace(settings, self.roster, token_budgets)
+        self._timeouts = QueueTimeouts(self.roster)
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._in_flight: deque[_Step] = deque()
         self._last_update = -_NEVER
@@ -92,7 +92,7 @@ class Scheduler:
         self.roster.add(request)
         if self.roster.tenants[request.tenant_id].is_suspended:
             self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
-        elif self.roster.fit(request) is Fit.NEVER:
+        elif self.roster.capacity.fit(request) is Fit.NEVER:
             self.roster.finish(request, FinishReason.OVERLOADED)
         else:
             self._timeouts.watch(request)
@@ -107,16 +107,15 @@ class Scheduler:
         if request is None:
             return
         if num_output_tokens is not None:
-            surplus = max(0, request.num_output_tokens - num_output_tokens)
-            surplus = min(surplus, self.settings.max_refunded_tokens)
-            self.queue.charge_outputs(self.roster.tenants[request.tenant_id], (request,), -surplus)
+            surplus = min(max(0, request.num_output_tokens - num_output_tokens), self.settings.max_refunded_tokens)
+            self._give_back(request, len(request.token_ids) - surplus, surplus)
         self.roster.finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
         """Enforce another config from the next step on. Running requests go on; what a deleted tenant has left is
         served under the share of unknown tenants; queued requests of a suspended tenant end."""
         self.config = config
-        self.queue.prices = config.prices
+        self.ledger.prices = config.prices
         self.roster.configure(config, num_replicas)
         for request in list(self.roster.requests.values()):
             is_queued = request.started_at is None and request.num_preemptions == 0
@@ -132,20 +131,22 @@ class Scheduler:
             self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
         if self._is_static:
             self._form_static_batch(now)
-        self.queue.open_step()
+        self.ledger.open_step(self._order.least_served_of_all() if self._is_fair and self.ledger.is_congested else None)
         if self._is_fair and self._is_starved:
-            self._relief.relieve(now)
-        self._relief.pause(now)
+            self._preemption.make_room(now)
+        self._preemption.pause(now)
         budget = self._pace.budget(now)
         plan = BatchPlan()
         left_out = self._schedule_decodes(budget, plan)
         self._schedule_prompts(budget, plan, now)
-        self._relief.resume()
-        self.queue.close_step(left_out)
+        self._preemption.resume()
+        if tenant := self._order.least_served():
+            left_out.add(tenant.tenant_id)
+        self.ledger.close_step(left_out)
         if not plan.requests:
             return None
         self.step_id += 1
-        batch = plan.build(self.step_id, self.roster.take_freed_seats())
+        batch = plan.build(self.step_id, self.roster.capacity.take_freed_seats())
         self._in_flight.append(_Step(batch, plan.requests, now, budget.load))
         return batch
 
@@ -160,7 +161,7 @@ class Scheduler:
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
                 if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
-                    self._give_back(request, item.num_samples)
+                    self._give_back(request, _first_output(item), item.num_samples)
                 continue
             start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
             if result is not None and len(result.token_ids) < item.num_samples:
@@ -183,7 +184,7 @@ class Scheduler:
                 request.num_in_flight_tokens -= item.num_samples
                 self.roster.finish(request, FinishReason.ERROR)
             if item.num_samples:
-                self._give_back(request, item.num_samples)
+                self._give_back(request, _first_output(item), item.num_samples)
         return self.collect()
 
     def collect(self) -> list[RequestOutput]:
@@ -198,7 +199,7 @@ class Scheduler:
         if self.roster.num_running:
             return
         for request in sorted(self.roster.requests.values(), key=lambda request: request.position):
-            fit = self.roster.fit(request)
+            fit = self.roster.capacity.fit(request)
             if fit is Fit.NEVER:
                 self.roster.finish_oversized(request)
             elif fit is Fit.FITS and self.roster.tenants[request.tenant_id].may_start:
@@ -211,17 +212,17 @@ class Scheduler:
     def _schedule_decodes(self, budget: StepBudget, plan: BatchPlan) -> set[str]:
         """One token for every stream, or for those whose turn it is where there is no room for all; returns the tenants
         of which streams were left out."""
-        queue, relief = self.queue, self._relief
-        turns = take_turns(self.roster.running_tenants.values(), budget, queue.service, queue.output_cost)
-        relief.grow([request for _, requests in turns.taken for request in requests])
+        ledger, has_room = self.ledger, self.roster.capacity.has_room
+        turns = take_turns(self.roster.running_tenants.values(), budget, ledger.service, ledger.next_output_cost)
+        self._preemption.grow([request for _, requests in turns.taken for request in requests])
         context = 0
         for tenant, requests in turns.taken:
-            computed = [request for request in requests if relief.has_room(request)]
+            computed = [request for request in requests if has_room(request)]
             for request in computed:
                 context += request.num_computed_tokens
                 plan.add_decode(request)
             if computed:
-                queue.charge_outputs(tenant, computed)
+                ledger.charge_outputs(tenant, computed)
             if tenant.tenant_id in turns.left_out:
                 tenant.end_turns(computed)
         budget.spend_decodes(len(plan.requests), context)
@@ -236,17 +237,17 @@ class Scheduler:
         """
         misfits: dict[str, Tenant] = {}
         capped: set[str] = set()
-        may_admit = not self._is_static and self.roster.num_missing_seats <= 0
+        may_admit = not self._is_static and self.roster.capacity.num_missing_seats <= 0
         while budget.fit(0, 1) > 0:
             blocked = misfits.keys() | capped
-            tenant = self.queue.next_tenant(blocked, may_admit=may_admit)
+            tenant = self._order.next_tenant(blocked, may_admit=may_admit)
             if tenant is None:
                 break
-            may_start = may_admit and tenant.tenant_id not in blocked and not self.queue.is_ahead(tenant)
+            may_start = may_admit and tenant.tenant_id not in blocked and not self.ledger.is_ahead(tenant)
             request = tenant.next_prompt(may_start=may_start)
             assert request is not None
             if request.started_at is None:
-                fit = self.roster.fit(request)
+                fit = self.roster.capacity.fit(request)
                 if fit is Fit.NEVER:
                     self.roster.finish_oversized(request)
                 elif fit in (Fit.CAPPED, Fit.UNSETTLED):
@@ -258,7 +259,7 @@ class Scheduler:
                     self.roster.admit(request, now)
                     for bypassed in misfits.values():
                         bypassed.num_bypasses += 1
-                    may_admit = self.roster.num_missing_seats <= 0
+                    may_admit = self.roster.capacity.num_missing_seats <= 0
                 if fit is not Fit.FITS:
                     continue
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
@@ -281,9 +282,9 @@ class Scheduler:
         is_last = end == request.num_tokens
         plan.add_chunk(request, num_tokens)
         budget.spend(start, num_tokens)
-        self.queue.charge_prompt(tenant, request, start, end)
+        self.ledger.charge_prompt(tenant, request, start, end)
         if is_last:
-            self.queue.charge_outputs(tenant, (request,))
+            self.ledger.charge_outputs(tenant, (request,))
             self.roster.end_prefill(request)
 
     # -- update
@@ -303,7 +304,7 @@ class Scheduler:
                 break
         token_ids, logprobs = result.token_ids, result.logprobs
         if num_taken < len(token_ids):
-            self._give_back(request, len(token_ids) - num_taken)
+            self._give_back(request, len(request.token_ids), len(token_ids) - num_taken)
             token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
         if not token_ids:
             self.roster.finish(request, FinishReason.ERROR)
@@ -318,9 +319,15 @@ class Scheduler:
         """Take back the last sampled positions of a batch: drafts that were wrong, or logits without a token."""
         request.num_in_flight_tokens -= num_tokens
         request.num_computed_tokens -= num_tokens
-        self._give_back(request, num_tokens)
+        self._give_back(request, request.num_tokens, num_tokens)
         return num_tokens
 
-    def _give_back(self, request: Request, num_tokens: int) -> None:
-        """Outputs that were charged when they were planned, and are no outputs."""
-        self.queue.charge_outputs(self.roster.tenant(request.tenant_id), (request,), -num_tokens)
+    def _give_back(self, request: Request, start: int, count: int) -> None:
+        """The outputs at the positions [start, start + count) were charged when they were planned, and are no outputs."""
+        if count:
+            self.ledger.correct_outputs(self.roster.tenant(request.tenant_id), request, start + count, start)
+
+
+def _first_output(item: ScheduledRequest) -> int:
+    """Position in its request of the first output that the item gives."""
+    return item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1

@@ -47,7 +47,6 @@ class Tenant:
         self.queue_timeout = _seconds(limits.queue_timeout_ms if enforced else None)
         concurrent = limits.max_concurrent_requests if enforced else None
         self.max_running = _NEVER if concurrent is None else -(-concurrent // num_replicas)
-        self.guaranteed_blocks = num_kv_blocks * config.kv_cache.guaranteed_percent // 100
         self.max_blocks = max(1, num_kv_blocks * config.kv_cache.max_percent // 100)
         group = config.kv_cache.prefix_sharing_group
         self.cache_salt = f"group {group}" if group else f"tenant {config.tenant_id} {config.uid}"
@@ -71,7 +70,7 @@ class Tenant:
         yield from self.prefilling.values()
         yield from self.decoding.values()
 
-    def begun(self) -> Iterable[Request]:
+    def in_progress(self) -> Iterable[Request]:
         """Prompts in progress that may go on in this step, in order of admission."""
         if not self.paused:
             return self.prefilling.values()
@@ -115,7 +114,7 @@ class Tenant:
 
     def next_prompt(self, *, may_start: bool = True) -> Request | None:
         """The prompt that computes next: one in progress, or one from the queue if one more may start."""
-        return self.waiting.first(self.begun(), may_start=may_start and self.may_start)
+        return self.waiting.first(self.in_progress(), may_start=may_start and self.may_start)
 
 
 def _seconds(milliseconds: int | None) -> float:

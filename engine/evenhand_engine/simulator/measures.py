@@ -2,7 +2,7 @@
 
 The service difference, the accumulated gap and the throughput are those of "Fairness in Serving Large Language Models"
 (Sheng et al., OSDI'24), as its artifact computes them: fed with its recorded runs, this module gives its figures. A
-token's price is 1 for input and 2 for output. Everything here is computed after the fact; nothing here decides.
+token's price is the pool's default, 1 for input and 2 for output. Everything here is computed after the fact; nothing here decides.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from evenhand_policy.config import Prices
+
 FloatArray = NDArray[np.float64]
 
-INPUT_PRICE = 1
-OUTPUT_PRICE = 2
+INPUT_PRICE = Prices().input_token
+OUTPUT_PRICE = Prices().output_token
 
 
 @dataclass(frozen=True, slots=True)
