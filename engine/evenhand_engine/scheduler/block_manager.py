@@ -35,6 +35,7 @@ class BlockManager:
         self._owner: list[str] = [""] * num_blocks  # tenant that filled it
         self._hash: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
+        self._expected: Counter[bytes] = Counter()  # hashes of blocks that batches in flight will have filled
         self._held: Counter[str] = Counter()  # referenced blocks by owner
         self._cached: dict[str, OrderedDict[int, int]] = {_SHARED: OrderedDict()}  # block: when it was last used
         self._num_cached = 0
@@ -149,6 +150,31 @@ class BlockManager:
             if self._hash[block] is None and digest not in self._block_of_hash:
                 self._hash[block] = digest
                 self._block_of_hash[digest] = block
+
+    def expect(self, request: Request, start: int, end: int) -> list[bytes]:
+        """A batch is about to fill the full blocks of the prompt's tokens [start, end); returns their hashes, which
+        `forget` takes when the batch's results are known, whatever came of it."""
+        if not self._enable_prefix_caching:
+            return []
+        blocks = range(start // self.block_size, min(end, len(request.token_ids)) // self.block_size)
+        digests = [self._hash_of(request, index) for index in blocks]
+        self._expected.update(digests)
+        return digests
+
+    def forget(self, digests: list[bytes]) -> None:
+        """The batch that `expect` announced has its results."""
+        for digest in digests:
+            self._expected[digest] -= 1
+            if not self._expected[digest]:
+                del self._expected[digest]
+
+    def is_next_block_expected(self, request: Request) -> bool:
+        """Whether a batch in flight computes the first block of the request's prompt that is not known yet."""
+        if not self._expected:
+            return False
+        index = len(self.cached_prefix(request))
+        has_more = index < (len(request.token_ids) - 1) // self.block_size
+        return has_more and self._hash_of(request, index) in self._expected
 
     def num_references(self, block: int) -> int:
         """How many requests hold the block."""

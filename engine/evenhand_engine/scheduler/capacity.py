@@ -22,7 +22,7 @@ class Fit(Enum):
     FITS = auto()
     CAPPED = auto()  # its tenant's own ceiling holds it back: nobody else is to blame, no credit is earned
     STARVED = auto()  # no seat, or not enough free blocks
-    UNSETTLED = auto()  # a token that it sampled before it was preempted is not known yet
+    UNSETTLED = auto()  # the next block of its prompt, or a token it sampled before it was preempted, is in flight
     NEVER = auto()  # larger than the cache or its tenant's ceiling
 
 
@@ -90,7 +90,7 @@ class KvCapacity:
             num_held = blocks.num_held_blocks(tenant.tenant_id)
             if num_held + blocks.num_missing_blocks(request) > tenant.max_blocks:
                 return Fit.CAPPED
-        if request.num_in_flight_tokens:
+        if request.num_in_flight_tokens or blocks.is_next_block_expected(request):
             return Fit.UNSETTLED
         is_starved = self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0
         return Fit.STARVED if is_starved else Fit.FITS

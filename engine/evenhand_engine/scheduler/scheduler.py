@@ -35,7 +35,7 @@ from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
-_MAX_MISFITS = 4  # prompts without room that one step looks at before it stops admitting
+_MAX_WITHOUT_ROOM = 4  # prompts without room that one step looks at before it stops admitting
 _LARGE_PROMPT = 8  # a prompt is large if it needs more than the cache divided by this
 
 
@@ -46,6 +46,7 @@ class _Step(NamedTuple):
     requests: list[Request]  # whose the batch's items are
     planned_at: float
     load: StepLoad
+    expected: list[bytes]  # hashes of prompt blocks that the batch fills
 
 
 class Scheduler:
@@ -138,7 +139,7 @@ class Scheduler:
         budget = self._pace.budget(now)
         plan = BatchPlan()
         left_out = self._schedule_decodes(budget, plan)
-        self._schedule_prompts(budget, plan, now)
+        expected = self._schedule_prompts(budget, plan, now)
         self._preemption.resume()
         if tenant := self._order.least_served():
             left_out.add(tenant.tenant_id)
@@ -147,12 +148,13 @@ class Scheduler:
             return None
         self.step_id += 1
         batch = plan.build(self.step_id, self.roster.capacity.take_freed_seats())
-        self._in_flight.append(_Step(batch, plan.requests, now, budget.load))
+        self._in_flight.append(_Step(batch, plan.requests, now, budget.load, expected))
         return batch
 
     def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]:
         """Take in the results of the oldest batch without any: one for each of its items with samples, in order."""
         step = self._in_flight.popleft()
+        self.roster.blocks.forget(step.expected)
         self._pace.step_time.observe(step.load, now - max(step.planned_at, self._last_update))
         self._last_update = now
         results = iter(sampled)
@@ -178,6 +180,7 @@ class Scheduler:
         What they were charged for is given back where it was sampled only; nothing of the batch enters the prefix cache.
         """
         step = self._in_flight.popleft()
+        self.roster.blocks.forget(step.expected)
         self._last_update = now
         for item, request in zip(step.batch.scheduled, step.requests, strict=True):
             if request.finish_reason is None:
@@ -230,16 +233,17 @@ class Scheduler:
 
     # -- 4. prefill
 
-    def _schedule_prompts(self, budget: StepBudget, plan: BatchPlan, now: float) -> None:
-        """Chunks of prompts while the budget lasts.
+    def _schedule_prompts(self, budget: StepBudget, plan: BatchPlan, now: float) -> list[bytes]:
+        """Chunks of prompts while the budget lasts; returns the hashes of blocks that they fill.
 
-        Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
+        A prompt whose next block is in flight waits for it instead of computing it too, for a step or two. Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
         """
-        misfits: dict[str, Tenant] = {}
-        capped: set[str] = set()
+        without_room: dict[str, Tenant] = {}
+        held_back: set[str] = set()
+        expected: list[bytes] = []
         may_admit = not self._is_static and self.roster.capacity.num_missing_seats <= 0
         while budget.fit(0, 1) > 0:
-            blocked = misfits.keys() | capped
+            blocked = without_room.keys() | held_back
             tenant = self._order.next_tenant(blocked, may_admit=may_admit)
             if tenant is None:
                 break
@@ -251,13 +255,13 @@ class Scheduler:
                 if fit is Fit.NEVER:
                     self.roster.finish_oversized(request)
                 elif fit in (Fit.CAPPED, Fit.UNSETTLED):
-                    capped.add(tenant.tenant_id)
+                    held_back.add(tenant.tenant_id)
                 elif fit is Fit.STARVED:
-                    misfits[tenant.tenant_id] = tenant
-                    may_admit = self._may_bypass(tenant, request) and len(misfits) < _MAX_MISFITS
+                    without_room[tenant.tenant_id] = tenant
+                    may_admit = self._may_bypass(tenant, request) and len(without_room) < _MAX_WITHOUT_ROOM
                 else:
                     self.roster.admit(request, now)
-                    for bypassed in misfits.values():
+                    for bypassed in without_room.values():
                         bypassed.num_bypasses += 1
                     may_admit = self.roster.capacity.num_missing_seats <= 0
                 if fit is not Fit.FITS:
@@ -265,8 +269,9 @@ class Scheduler:
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
-            self._schedule_chunk(tenant, request, num_tokens, budget, plan)
-        self._is_starved = bool(misfits) or not may_admit
+            expected += self._schedule_chunk(tenant, request, num_tokens, budget, plan)
+        self._is_starved = bool(without_room) or not may_admit
+        return expected
 
     def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
         """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
@@ -276,7 +281,7 @@ class Scheduler:
 
     def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, plan: BatchPlan
-    ) -> None:
+    ) -> list[bytes]:
         """Put the next tokens of a prompt into the batch; the last chunk gives the first output token."""
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
         is_last = end == request.num_tokens
@@ -286,6 +291,7 @@ class Scheduler:
         if is_last:
             self.ledger.charge_outputs(tenant, (request,))
             self.roster.end_prefill(request)
+        return self.roster.blocks.expect(request, start, end)
 
     # -- update
 
