@@ -1,6 +1,7 @@
 """ModelConfig: the shape of a decoder, read from a checkpoint's `config.json` and resolved to the last default."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ SUPPORTED_ARCHITECTURES = (
     "SmolLM3ForCausalLM",
 )
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_SCALING_PARAMETERS = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "long_factor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +140,14 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
     """Resolve a `config.json` document; `origin` names it in errors. Raises StartupError."""
     _require_architecture(document, origin)
     try:
-        fields = msgspec.convert(document, _Json, strict=False)
+        fields = msgspec.convert(_without_nulls(document), _Json, strict=False)
     except msgspec.ValidationError as error:
         raise StartupError(f"{origin}: {error}") from error
     architecture = fields.architectures[0]
     qwen2, qwen3, smollm3 = (architecture.startswith(name) for name in ("Qwen2", "Qwen3", "SmolLM3"))
-    num_kv_heads = fields.num_key_value_heads or (
-        8 if architecture.startswith("Mistral") else fields.num_attention_heads
-    )
+    num_kv_heads = fields.num_key_value_heads or fields.num_attention_heads
+    if architecture.startswith("Mistral") and "num_key_value_heads" not in document:
+        num_kv_heads = 8
     rope = _rope(fields, 2e6 if smollm3 else 1e4, origin)
     config = ModelConfig(
         architecture=architecture,
@@ -170,6 +172,11 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
     )
     _check(fields, config, origin)
     return config
+
+
+def _without_nulls(document: dict[str, Any]) -> dict[str, Any]:
+    """As transformers reads it: null is false, or none given. Only a sliding window means another thing by it."""
+    return {name: value for name, value in document.items() if value is not None or name == "sliding_window"}
 
 
 def _require_architecture(document: Any, origin: str) -> None:
@@ -224,8 +231,13 @@ def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
 
 def _rope(fields: _Json, default_theta: float, origin: str) -> RopeConfig:
     """Both spellings: `rope_parameters` of today, `rope_theta` with `rope_scaling` of before."""
-    parameters = fields.rope_parameters or fields.rope_scaling or {}
+    parameters = _rope_parameters(fields, origin)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type == "default" and (unused := parameters.keys() & _SCALING_PARAMETERS):
+        raise StartupError(
+            f"{origin}: rope parameters have {_listed(sorted(unused))} but no rope_type: say which, one of "
+            f"{_listed(SUPPORTED_ROPE_TYPES)}"
+        )
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise StartupError(
             f"{origin}: rope type {rope_type} is not supported; supported are {_listed(SUPPORTED_ROPE_TYPES)}"
@@ -248,6 +260,19 @@ def _rope(fields: _Json, default_theta: float, origin: str) -> RopeConfig:
         return msgspec.convert(known | resolved, RopeConfig, strict=False)
     except msgspec.ValidationError as error:
         raise StartupError(f"{origin}: rope parameters: {error}") from error
+
+
+def _rope_parameters(fields: _Json, origin: str) -> dict[str, Any]:
+    """Those of all layers. They may be written by type of layer, if they are the same for each type."""
+    parameters = fields.rope_parameters or fields.rope_scaling or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    if not by_layer_type:
+        return parameters
+    if len(by_layer_type) < len(parameters) or any(each != by_layer_type[0] for each in by_layer_type):
+        raise StartupError(
+            f"{origin}: rope parameters that differ between {_listed(sorted(parameters))} layers are not supported"
+        )
+    return dict(by_layer_type[0])
 
 
 def _context_length(fields: _Json, rope: RopeConfig) -> int:
@@ -282,5 +307,5 @@ def _rope_layers(fields: _Json) -> tuple[bool, ...]:
     return tuple((layer + 1) % fields.no_rope_layer_interval != 0 for layer in range(fields.num_hidden_layers))
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)

@@ -67,8 +67,14 @@ class Checkpoint:
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
         self._stack = ExitStack()
-        self._files = [self._open(path) for path in sorted(set(_shards(model_dir)))]
-        self._untaken = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._untaken: dict[str, Any] = {}
+        for path, names in _shards(model_dir).items():
+            file = self._open(path)
+            held = set(file.keys())
+            for name in held if names is None else names:
+                if name not in held:
+                    raise StartupError(f"{model_dir / INDEX_FILE}: {path.name} should hold tensor {name}, and does not")
+                self._untaken[name] = file
 
     def __enter__(self) -> Self:
         return self
@@ -203,21 +209,23 @@ def _layer(
 def checkpoint_bytes(model_dir: Path) -> int:
     """Size of the files of a checkpoint. Raises StartupError if one of them is missing."""
     try:
-        return sum(path.stat().st_size for path in set(_shards(model_dir)))
+        return sum(path.stat().st_size for path in _shards(model_dir))
     except FileNotFoundError as error:
         raise StartupError(f"{error.filename}: no such file") from error
 
 
-def _shards(model_dir: Path) -> list[Path]:
+def _shards(model_dir: Path) -> dict[Path, set[str] | None]:
+    """The weight files, each with the tensors that its index has it for; None: all that it holds."""
     index = model_dir / INDEX_FILE
     if not index.is_file():
         if not (model_dir / WEIGHTS_FILE).is_file():
             raise StartupError(
                 f"model {model_dir}: no {WEIGHTS_FILE} and no {INDEX_FILE}; weights in other formats are not supported"
             )
-        return [model_dir / WEIGHTS_FILE]
+        return {model_dir / WEIGHTS_FILE: None}
     try:
         weight_map = msgspec.json.decode(index.read_bytes(), type=dict[str, object])["weight_map"]
-        return [model_dir / name for name in msgspec.convert(weight_map, dict[str, str]).values()]
+        files = msgspec.convert(weight_map, dict[str, str])
     except (KeyError, msgspec.MsgspecError) as error:
         raise StartupError(f"{index}: no valid weight map: {error}") from error
+    return {model_dir / file: {name for name in files if files[name] == file} for file in sorted(set(files.values()))}

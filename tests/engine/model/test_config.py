@@ -60,6 +60,28 @@ def test_scaling_lengthens_the_context_where_the_config_does_not_say_so_already(
     assert parse_model_config(LLAMA | {"rope_parameters": parameters}, "").max_position_embeddings == context
 
 
+def test_null_is_what_transformers_takes_it_for() -> None:
+    biases = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+    shape = ("head_dim", "num_key_value_heads", "hidden_act")
+    rope = ("rope_scaling", "rope_theta", "partial_rotary_factor")
+    windows = ("use_sliding_window", "max_window_layers", "layer_types")
+    nulls = dict.fromkeys((*biases, *shape, *rope, *windows))
+    assert parse_model_config(LLAMA | nulls, "") == parse_model_config(LLAMA, "")
+    qwen = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+    assert parse_model_config(qwen | nulls, "") == parse_model_config(qwen, "")
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": None, "sliding_window": None}
+    assert parse_model_config(mistral, "").num_kv_heads == 4
+    assert parse_model_config(mistral, "").sliding_windows == (None,) * 4
+
+
+def test_rope_parameters_by_type_of_layer_are_honoured_where_they_are_the_same() -> None:
+    parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    nested = {"full_attention": parameters, "sliding_attention": dict(parameters)}
+    assert parse_model_config(LLAMA | {"rope_parameters": nested}, "") == parse_model_config(
+        LLAMA | {"rope_parameters": parameters}, ""
+    )
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -85,6 +107,11 @@ def test_scaling_lengthens_the_context_where_the_config_does_not_say_so_already(
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "mrope"}}, "rope type mrope is not supported; supported are default"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "rope parameters: Expected `float`"),
+        ({"rope_scaling": {"factor": 4}}, "rope parameters have factor but no rope_type: say which"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
+            "rope parameters that differ between full_attention, sliding_attention layers are not supported",
+        ),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "8 factors"),
         (
             {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "layer_types": ["full_attention"]},

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.model_runner import load_model
 from evenhand_engine.errors import StartupError
-from evenhand_engine.model import memory
+from evenhand_engine.model import memory, weights
 
 Checkpoint = Callable[..., tuple[Path, PreTrainedModel]]
 Edit = Callable[[dict[str, Tensor]], object]
@@ -105,6 +105,25 @@ def sharded_dir(model_dir: Path) -> Path:
 
 def test_several_files_load_by_their_index(sharded_dir: Path) -> None:
     load(sharded_dir)
+
+
+def test_the_index_decides_which_of_two_shards_a_tensor_is_from(sharded_dir: Path) -> None:
+    name = "model.norm.weight"
+    index = json.loads((sharded_dir / "model.safetensors.index.json").read_text())
+    first, other = index["weight_map"][name], {"a.safetensors", "b.safetensors"} - {index["weight_map"][name]}
+    tensors = load_file(sharded_dir / other.copy().pop())
+    save_file(tensors | {name: torch.full((96,), 7.0)}, sharded_dir / other.pop())
+    expected = load_file(sharded_dir / first)[name]
+    with weights.Checkpoint(sharded_dir) as checkpoint:
+        assert torch.equal(checkpoint.take(name, 96), expected)
+
+
+def test_an_index_that_names_the_wrong_shard(sharded_dir: Path) -> None:
+    path = sharded_dir / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    wrong = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[index["weight_map"][NAME]]
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {NAME: wrong}}))
+    assert_refused(sharded_dir, rf"index\.json: {wrong} should hold tensor {NAME}, and does not")
 
 
 def test_a_missing_shard(sharded_dir: Path) -> None:
