@@ -1,24 +1,20 @@
 """Tokenizer: text to token ids and back, and the model's chat template. Needs neither torch nor transformers.
 
-Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and `generation_config.json` of a model
-directory. Immutable once loaded; every method may be called from any thread.
+Reads `tokenizer.json`, the files beside it that name special tokens and chat templates, and `generation_config.json` of
+a model directory. Immutable once loaded; every method may be called from any thread.
 """
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import msgspec
 import tokenizers
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.text.chat_template import ChatTemplate
+from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
+from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 
 _MANY_TOKENS = 256
 
@@ -29,10 +25,6 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-
-
-class ChatTemplateError(Exception):
-    """The chat template does not accept these messages; the message is the template's own."""
 
 
 class TextTooLongError(Exception):
@@ -71,12 +63,10 @@ class Tokenizer:
         tokenizer_config = _read_json(directory / "tokenizer_config.json")
         generation_config = _read_json(directory / "generation_config.json")
         model_config = _read_json(directory / "config.json")
-        self._special_tokens = {
-            name: content
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-            if (content := _token_content(tokenizer_config.get(name))) is not None
-        }
-        self._template = _load_template(directory, tokenizer_config)
+        special_tokens = _special_tokens(directory, tokenizer_config)
+        add_special_tokens(self._tokenizer, special_tokens)
+        self._eos_token = special_tokens.named.get("eos_token")
+        self._template = ChatTemplate.load(directory, tokenizer_config, special_tokens.named)
         size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._longest_token = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
         self.vocab_size: int = size if isinstance(size, int) else known
@@ -84,8 +74,7 @@ class Tokenizer:
         self.sampling_defaults = _sampling_defaults(directory, generation_config)
 
     def _find_eos_ids(self, *configs: Mapping[str, Any]) -> list[int]:
-        eos = self._special_tokens.get("eos_token")
-        found = [] if eos is None else [self._tokenizer.token_to_id(eos)]
+        found = [] if self._eos_token is None else [self._tokenizer.token_to_id(self._eos_token)]
         for config in configs:
             ids = config.get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
@@ -132,26 +121,12 @@ class Tokenizer:
         """The prompt text of a conversation; raises ChatTemplateError if the template refuses it."""
         if self._template is None:
             raise ChatTemplateError("the model has no chat template: use /v1/completions")
-        try:
-            text = self._template.render(
-                {
-                    **self._special_tokens,
-                    **(variables or {}),
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except Exception as error:  # a template is the model's program: whatever it raises is about these messages
-            raise ChatTemplateError(str(error)) from error
-        return _cut_after_final_message(text, messages) if continue_final_message else text
-
-
-def _cut_after_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    final = str(messages[-1]["content"]).strip()
-    at = text.rfind(final)
-    if at < 0:
-        raise ChatTemplateError("the chat template changes the final message, so it cannot be continued")
-    return text[: at + len(final)]
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -171,54 +146,10 @@ def _sampling_defaults(directory: Path, generation_config: dict[str, Any]) -> Sa
     return SamplingDefaults() if generation_config.get("do_sample") is False else defaults
 
 
-def _token_content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its content."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _load_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> jinja2.Template | None:
-    path = directory / "chat_template.jinja"
+def _special_tokens(directory: Path, tokenizer_config: Mapping[str, Any]) -> SpecialTokens:
+    special_tokens_map = _read_json(directory / "special_tokens_map.json")
+    added_tokens = _read_json(directory / "added_tokens.json")
     try:
-        source = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
-        if isinstance(source, list):  # several named ones: [{"name": ..., "template": ...}]
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        return None if source is None else _environment().from_string(source)
-    except (jinja2.TemplateError, OSError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise StartupError(f"the chat template of {directory} is broken: {error}") from error
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks an assistant's words for training; for a prompt it only passes them on."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """Templates are written for these settings; the sandbox is needed because they come with the model."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike jinja2's own filter this escapes no HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+        return read_special_tokens(tokenizer_config, special_tokens_map, added_tokens)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise StartupError(f"the special tokens of {directory} are malformed: {error}") from error

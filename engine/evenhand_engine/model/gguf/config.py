@@ -60,8 +60,10 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any]:
     kind = file.get(Keys.Rope.SCALING_TYPE, str) or "none"
     factor = file.get(Keys.Rope.SCALING_FACTOR, float) or 1.0
     attention_factor = file.get(Keys.Rope.SCALING_ATTN_FACTOR, float) or 1.0
+    used: set[str] = set()
     match kind:
         case "none" if ROPE_FREQUENCIES in file.tensors:
+            used = {ROPE_FREQUENCIES}
             factors = file.tensors[ROPE_FREQUENCIES].data.tolist()
             scaling = {
                 "rope_type": "longrope",
@@ -70,6 +72,7 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any]:
                 "attention_factor": 1.0,
             }
         case "longrope" if ROPE_FACTORS_SHORT in file.tensors and ROPE_FACTORS_LONG in file.tensors:
+            used = {ROPE_FACTORS_SHORT, ROPE_FACTORS_LONG}
             scaling = {
                 "rope_type": kind,
                 "short_factor": file.tensors[ROPE_FACTORS_SHORT].data.tolist(),
@@ -92,4 +95,9 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any]:
                 f"has {file.name_of(Keys.Rope.SCALING_TYPE)} {kind!r}, which is not supported; supported are none, linear, "
                 "yarn, longrope"
             )
+    if ignored := sorted((ROPE_TENSORS & file.tensors.keys()) - used):
+        raise file.error(
+            f"has a tensor {ignored[0]}, which its {file.name_of(Keys.Rope.SCALING_TYPE)} {kind!r} does not use: "
+            "this variant is not supported"
+        )
     return parameters | scaling
