@@ -99,12 +99,16 @@ class StopMatcher:
         self._held = ""  # a suffix of the text so far that may begin a stop string
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The characters that are certainly not part of a stop string; nothing more once one has matched."""
+    def push(self, text: str, *, counts: bool = True) -> str:
+        """The characters that are certainly not part of a stop string; nothing more once one has matched.
+
+        A stop string that ends within text that does not count is none, but one may begin there.
+        """
         if not self._stop:
             return text
-        text = self._held + text
-        matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        num_old, text = len(self._held), self._held + text
+        starts = [(stop, text.find(stop, max(0, num_old + 1 - len(stop)))) for stop in self._stop] if counts else []
+        matches = [(at + len(stop), at, stop) for stop, at in starts if at >= 0]
         if matches:
             end, start, self.matched = min(matches)
             self._held = ""
@@ -130,7 +134,7 @@ class Detokenizer:
     Args:
         decode: text of a list of token ids.
         stop: strings at which the text ends; not part of it unless `include_stop`.
-        min_tokens: stop strings that end within so many tokens do not count.
+        min_tokens: stop strings that end within so many tokens do not count; one that begins there may end later.
         context: the last few tokens of the prompt, so that a word's leading space is kept.
 
     Attributes:
@@ -172,7 +176,7 @@ class Detokenizer:
             text = self._decoder.push(token_id)
             self._held.append((self._num_decoded, token_id, None if logprobs is None else logprobs[index]))
             self._num_decoded += len(text)
-            shown = text if self.num_tokens < self._min_tokens else self._matcher.push(text)
+            shown = self._matcher.push(text, counts=self.num_tokens > self._min_tokens)
             if shown:
                 pieces.append(self._piece(shown))
         return pieces
@@ -183,7 +187,8 @@ class Detokenizer:
             return []
         rest = self._decoder.flush()
         self._num_decoded += len(rest)
-        piece = self._piece(self._matcher.push(rest) + self._matcher.flush(), everything=not self.stopped)
+        shown = self._matcher.push(rest, counts=self.num_tokens > self._min_tokens)
+        piece = self._piece(shown + self._matcher.flush(), everything=not self.stopped)
         return [piece] if piece.text or piece.token_ids else []
 
     def _piece(self, shown: str, *, everything: bool = False) -> Piece:

@@ -151,6 +151,24 @@ def test_tokens_after_a_stop_string_are_ignored() -> None:
     assert (detokenizer.num_tokens, detokenizer.stopped, detokenizer.flush()) == (2, True, [])
 
 
+@pytest.mark.parametrize(
+    "min_tokens, stop, shown",
+    [(3, "c", "abcdef"), (2, "c", "ab"), (3, "bcd", "a"), (3, "bc", "abcdef"), (3, "cd", "ab"), (6, "f", "abcdef")],
+)
+def test_a_stop_string_counts_where_it_ends(min_tokens: int, stop: str, shown: str) -> None:
+    """As vLLM has it: not with the last of the tokens that must come, but one may begin within them."""
+    detokenizer = Detokenizer(decode_bytes, [stop], min_tokens=min_tokens)
+    assert text_of(detokenizer.push(b"abcdef")) + text_of(detokenizer.flush()) == shown
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(0, 8))
+def test_text_ends_at_the_first_stop_string_that_counts(text: str, stop: list[str], min_tokens: int) -> None:
+    ends = [(end, -len(s)) for s in stop for end in range(min_tokens + 1, len(text) + 1) if text[:end].endswith(s)]
+    end, length = min(ends, default=(len(text), 0))
+    detokenizer = Detokenizer(decode_bytes, stop, min_tokens=min_tokens)
+    assert text_of(detokenizer.push(text.encode())) + text_of(detokenizer.flush()) == text[: end + length]
+
+
 def test_min_tokens_delays_stop_strings() -> None:
     detokenizer = Detokenizer(decode_bytes, ["b"], min_tokens=3)
     assert text_of(detokenizer.push(b"abab!")) == "aba"
