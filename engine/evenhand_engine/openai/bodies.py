@@ -16,11 +16,12 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.openai.schema import UNSUPPORTED, SamplingFields, TokenId
+from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields, TokenId
 
 _MAX_NEUTRAL_BYTES = 1024  # a value that asks for nothing is short
 _SHORT = ("stop", "stop_token_ids")  # lists, typed, of which a client must not have millions made
 _MAX_SHORT_BYTES = 65536
+_MAX_NUMBER_BYTES = 64
 _CHUNK_BYTES = 65536  # of a list of numbers that are decoded at once
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -44,13 +45,16 @@ def parse_body(body: bytes, kind: type[S]) -> S:
     """Decode and validate a body; raises Refusal 400 that names the field."""
     with refusing_malformed():
         request: S = msgspec.json.decode(body, type=_raw_first(kind))
-    short = {
-        name: _decode_short(value, kind, name)
-        for name in _SHORT
+    typed = {
+        name: decode(value, kind, name)
+        for names, decode in ((_SHORT, _decode_short), (_integers(kind), _decode_integer))
+        for name in names
         if isinstance(value := getattr(request, name, None), Raw)
     }
-    request = msgspec.structs.replace(request, **short)
+    request = msgspec.structs.replace(request, **typed)
     for name, neutral in UNSUPPORTED.items():
+        if _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET)):
+            continue
         if isinstance(value := getattr(request, name, UNSET), Raw) and not _asks_for_nothing(value, neutral):
             message = f"`{name}` is not supported by this engine: leave it out."
             raise Refusal(400, "unsupported_parameter", message, param=name)
@@ -101,10 +105,11 @@ def token_ids(raw: Raw, param: str) -> "array[int]":
 
 @functools.cache
 def _raw_first(kind: type[S]) -> type[S]:
-    """`kind` with every unsupported field that it does not define, and its short lists, raw."""
+    """`kind` with every unsupported field that it does not define, its short lists and its integers, raw."""
     own = set(kind.__struct_fields__)
-    names = (UNSUPPORTED.keys() - own) | (own & set(_SHORT))
-    fields: list[Any] = [(name, Raw | UnsetType, UNSET) for name in sorted(names)]
+    names = (UNSUPPORTED.keys() - own) | (own & set(_SHORT)) | set(_integers(kind))
+    defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
+    fields: list[Any] = [(name, Raw | UnsetType, defaults.get(name, UNSET)) for name in sorted(names)]
     return msgspec.defstruct(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)  # type: ignore[return-value]
 
 
@@ -112,6 +117,28 @@ def _decode_short(raw: Raw, kind: type[msgspec.Struct], name: str) -> Any:
     if len(bytes(raw)) > _MAX_SHORT_BYTES:
         raise Refusal(400, "invalid_value", f"`{name}` has more than {_MAX_SHORT_BYTES} bytes.", param=name)
     return decode_raw(raw, _hints(kind)[name], name)
+
+
+def _decode_integer(raw: Raw, kind: type[msgspec.Struct], name: str) -> Any:
+    """To JSON 2.0 is an integer, and clients whose language has one kind of number write it so."""
+    if len(bytes(raw)) > _MAX_NUMBER_BYTES:
+        raise Refusal(400, "invalid_value", f"`{name}` is no number of up to {_MAX_NUMBER_BYTES} bytes.", param=name)
+    with refusing_malformed(name):
+        value = msgspec.json.decode(raw)
+        return msgspec.convert(
+            int(value) if isinstance(value, float) and value.is_integer() else value, _hints(kind)[name]
+        )
+
+
+@functools.cache
+def _integers(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """The fields that hold one."""
+    return tuple(name for name, hint in _hints(kind).items() if int in map(_plain, typing.get_args(hint)))
+
+
+def _plain(hint: Any) -> Any:
+    """Without its limits."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
 @functools.cache
@@ -124,6 +151,10 @@ def _bounded_array(limit: int) -> type[msgspec.Struct]:
     """An array of which `limit` elements are kept."""
     fields: list[Any] = [(f"element_{number}", Raw | UnsetType, UNSET) for number in range(limit)]
     return msgspec.defstruct("Array", fields, array_like=True, frozen=True)
+
+
+def _is_none(choice: object) -> bool:
+    return isinstance(choice, Raw) and bytes(choice) == b'"none"'
 
 
 def _asks_for_nothing(raw: Raw, neutral: tuple[Any, ...]) -> bool:

@@ -53,7 +53,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     num_taken = service.admission.check(tenant_id, time.monotonic())
     body, prompt = await read_request(request, functools.partial(_read, service))
     form = _ChatFormat(
-        completion_id=f"chatcmpl-{request[REQUEST_ID]}",
+        completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
     )

@@ -52,18 +52,19 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     num_taken = service.admission.check(tenant_id, time.monotonic())
     body, prompts, echoes = await read_request(request, functools.partial(_read, service))
     form = _CompletionFormat(
-        completion_id=f"cmpl-{request[REQUEST_ID]}",
+        completion_id=f"cmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
         echoes=echoes,
     )
-    with begin(service, tenant_id, body, prompts, body.max_tokens, num_taken=num_taken) as generations:
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    with begin(service, tenant_id, body, prompts, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 
 def _read(service: Service, raw: bytes) -> "tuple[CompletionRequest, list[array[int]], list[str] | None]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
-    prompts = PromptReader(service.tokenizer, service.info.max_model_len).completion(body)
-    echoes = [service.tokenizer.decode(prompt) for prompt in prompts] if body.echo else None
-    return without_raw(body), prompts, echoes
+    reader = PromptReader(service.tokenizer, service.info.max_model_len)
+    prompts = reader.completion(body)
+    return without_raw(body), prompts, reader.echoes(body, prompts) if body.echo else None

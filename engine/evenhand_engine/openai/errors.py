@@ -90,7 +90,7 @@ def refuse_finished(reason: FinishReason, queue_delay: float) -> Refusal | None:
             return Refusal(403, "tenant_suspended", "The tenant was suspended while the request was queued.")
         case FinishReason.OVERLOADED:
             message = "The request can never fit into the tenant's part of the KV cache. Shorten it."
-            return Refusal(503, "overloaded", message)
+            return Refusal(400, "overloaded", message)
         case FinishReason.ABORT:
             return refuse_draining()
         case FinishReason.ERROR:

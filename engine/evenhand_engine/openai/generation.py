@@ -206,7 +206,7 @@ def _sampling_params(service: Service, body: SamplingFields, max_tokens: int) ->
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_p=_first(body.top_p, defaults.top_p, 1.0),
         top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        seed=secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**63,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=eos | frozenset(body.stop_token_ids or ()),
     )

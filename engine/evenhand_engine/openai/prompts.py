@@ -20,6 +20,7 @@ from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, 
 _MAX_PROMPTS = 256
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 1024  # of one message
+_RESERVED_VARIABLES = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
 _MAX_UNTYPED_BYTES = 2**19  # of what is for the template alone: two of these bytes may become an object of sixty
 
 
@@ -56,6 +57,17 @@ class PromptReader:
         texts = (decode_raw(prompt, str, "prompt") for prompt in prompts)
         return [self.text(text, "prompt", add_special_tokens=add_special_tokens) for text in texts]
 
+    def echoes(self, body: CompletionRequest, prompts: "Sequence[array[int]]") -> list[str]:
+        """Each of these prompts as it was sent, or what its token ids stand for."""
+        raw = given(body.prompt)
+        parts = [raw] if raw is None or bytes(raw)[:1] == b'"' else first_elements(raw, len(prompts), "prompt")
+        return [
+            decode_raw(part, str, "prompt")
+            if part is not None and bytes(part)[:1] == b'"'
+            else self.tokenizer.decode(prompt, skip_special_tokens=False)
+            for part, prompt in zip(parts, prompts, strict=True)
+        ]
+
     def chat(self, body: ChatFields) -> "array[int]":
         """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
 
@@ -68,7 +80,7 @@ class PromptReader:
         variables = untyped.decode(given(body.chat_template_kwargs), dict[str, Any], "chat_template_kwargs") or {}
         if body.reasoning_effort is not None:
             variables["reasoning_effort"] = body.reasoning_effort
-        if reserved := variables.keys() & {"messages", "add_generation_prompt"}:
+        if reserved := variables.keys() & _RESERVED_VARIABLES:
             message = f"`chat_template_kwargs` must not set {', '.join(sorted(reserved))}."
             raise _invalid(message, "chat_template_kwargs")
         try:
@@ -136,14 +148,17 @@ def _messages(raw: Raw | None, untyped: _Untyped) -> list[dict[str, Any]]:
 
 def _message(message: ChatMessage, untyped: _Untyped) -> dict[str, Any]:
     tool_calls = untyped.decode(given(message.tool_calls), list[dict[str, Any]], "messages")
+    reasoning = message.reasoning_content or message.reasoning  # templates read it by either name
     optional = {
         "name": message.name,
-        "reasoning_content": message.reasoning_content,
+        "reasoning": reasoning,
+        "reasoning_content": reasoning,
         "tool_calls": tool_calls,
         "tool_call_id": message.tool_call_id,
     }
     given_fields = {name: value for name, value in optional.items() if value is not None}
-    return {"role": message.role, "content": _content(given(message.content)), **given_fields}
+    role = "system" if message.role == "developer" else message.role  # OpenAI's newer word for it
+    return {"role": role, "content": _content(given(message.content)), **given_fields}
 
 
 def _content(raw: Raw | None) -> str:

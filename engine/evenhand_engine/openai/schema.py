@@ -18,6 +18,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 UserName = Annotated[str, Meta(max_length=512)]  # the scheduler remembers thousands of them
 ShortText = Annotated[str, Meta(max_length=64)]
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
+RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 
 # Known fields that cannot be honoured -> the values, besides null, that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -25,19 +26,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
+    "echo": (False,),  # of chat; completions have it
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
+    "guided_decoding_backend": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logit_bias": ({},),
+    "logits_processors": ([],),
     "logprob_token_ids": ([],),
     "logprobs": (False,),
     "min_p": (0,),
@@ -45,7 +50,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "prediction": (),
     "presence_penalty": (0,),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "repetition_detection": (),
@@ -65,6 +69,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "web_search_options": (),
 }
+
+
+DECLINED_BY = {"tools": "tool_choice", "functions": "function_call"}
+"""An offer, and the field whose "none" says that it must not be taken: then the answer is as if there were none."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -88,6 +96,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: NonNegative | None = None
     skip_special_tokens: bool | None = None
+    request_id: RequestId | None = None
     user: UserName | None = None
 
     @property
@@ -108,6 +117,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
     prompt: Raw | UnsetType  # text, token ids, or a list of either
     max_tokens: Positive | None = 16
+    max_completion_tokens: Positive | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
@@ -122,6 +132,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     role: str
     content: Raw | UnsetType = UNSET  # a string or text parts
     name: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: Raw | UnsetType = UNSET  # of any shape: for the template alone
     tool_call_id: str | None = None

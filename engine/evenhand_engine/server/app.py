@@ -119,7 +119,10 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except EngineDeadError:
         return refuse(request, refuse_dead_engine(draining=request.app[SERVICE].draining))
     except web.HTTPException as error:
-        return refuse(request, refuse_http(error))
+        response = refuse(request, refuse_http(error))
+        if "Allow" in error.headers:  # of a 405
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except ConnectionResetError:
         raise
     except Exception:

@@ -134,9 +134,16 @@ def test_completion_stream_of_two_prompts(paris: Server) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo(paris: Server, stream: bool) -> None:
-    answer = paris.client().completions.create(model="tiny", prompt="Say: ", echo=True, stream=stream, max_tokens=50)
+    prompt = "Say <|im_end|> \n: "
+    answer = paris.client().completions.create(model="tiny", prompt=prompt, echo=True, stream=stream, max_tokens=50)
     chunks = list(answer) if stream else [answer]
-    assert "".join(chunk.choices[0].text for chunk in chunks) == "Say: " + PARIS
+    assert "".join(chunk.choices[0].text for chunk in chunks) == prompt + PARIS
+
+
+def test_token_ids_are_echoed_as_what_they_stand_for(paris: Server) -> None:
+    prompts = httpx2.post(f"{paris.url}/tokenize", json={"prompt": "<|im_end|> a"}).json()["tokens"]
+    answer = paris.client().completions.create(model="tiny", prompt=[prompts, prompts], echo=True, max_tokens=50)
+    assert [choice.text for choice in answer.choices] == ["<|im_end|> a" + PARIS] * 2
 
 
 def test_stream_never_splits_a_character(serve: Serve, say: Say) -> None:
@@ -187,17 +194,49 @@ def test_sampling_parameters_arrive(paris: Server) -> None:
         paris.client(),
         temperature=0.5,
         top_p=0.9,
-        seed=-1,
-        max_tokens=7,
+        seed=-2,
+        max_tokens=7.0,  # type: ignore[arg-type] # an integer all the same
         extra_body={"top_k": -1, "min_tokens": 2, "stop_token_ids": [9]},
     )
     params = paris.core.expect(AddRequest).sampling_params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.9, 0, 7)
-    assert params.seed == 2**63 - 1
+    assert params.seed == 2**63 - 2
     assert params.min_tokens == 2
     assert params.stop_token_ids == {2, 9}
     ask(paris.client(), max_tokens=3, extra_body={"ignore_eos": True})
     assert paris.core.expect(AddRequest).sampling_params.stop_token_ids == frozenset()
+    for _ in range(2):
+        ask(paris.client(), seed=-1)
+    seeds = {paris.core.expect(AddRequest).sampling_params.seed for _ in range(2)}
+    assert len(seeds) == 2, "-1 asks for a random seed"
+
+
+def test_a_completion_may_be_limited_by_either_name(paris: Server) -> None:
+    body = {"max_completion_tokens": 5}
+    paris.client().completions.create(model="tiny", prompt="x", extra_body=body)
+    assert paris.core.expect(AddRequest).sampling_params.max_tokens == 5
+
+
+def test_a_request_may_bring_its_own_id(paris: Server) -> None:
+    assert ask(paris.client(), extra_body={"request_id": "mine-1"}).id == "chatcmpl-mine-1"
+
+
+def test_a_developer_speaks_as_the_system(paris: Server) -> None:
+    prompts = []
+    for role in ("developer", "system"):
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        paris.client().chat.completions.create(model="tiny", messages=messages)  # type: ignore[arg-type]
+        prompts.append(token_ids(paris.core.expect(AddRequest)))
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"), [("GET", "/v1/chat/completions", "POST"), ("DELETE", "/v1/models", "GET,HEAD")]
+)
+def test_a_method_that_is_not_allowed_says_which_are(paris: Server, method: str, path: str, allowed: str) -> None:
+    answer = httpx2.request(method, paris.url + path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert answer.headers["Allow"] == allowed
 
 
 def test_chat_without_max_tokens_may_fill_the_context(paris: Server) -> None:
@@ -211,7 +250,7 @@ def test_chat_without_max_tokens_may_fill_the_context(paris: Server) -> None:
     [
         (FinishReason.QUEUE_TIMEOUT, 503, "queue_timeout"),
         (FinishReason.TENANT_SUSPENDED, 403, "tenant_suspended"),
-        (FinishReason.OVERLOADED, 503, "overloaded"),
+        (FinishReason.OVERLOADED, 400, "overloaded"),
         (FinishReason.ERROR, 500, "engine_error"),
     ],
 )

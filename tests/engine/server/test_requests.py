@@ -66,6 +66,9 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "7"}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": [7] * 100}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"request_id": "a b"}, "request_id"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
@@ -110,6 +113,9 @@ def test_bad_values_name_the_field(server: Server, fields: dict[str, Any], param
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tools": [{}]}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"documents": [{}]}}, "chat_template_kwargs"),
+        ({"echo": True}, "echo"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
     ],
 )
@@ -135,8 +141,9 @@ def test_bad_chats_name_the_field(server: Server, fields: dict[str, Any], param:
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
         {"suffix": "x"},
-        {"priority": 1},
-        {"cache_salt": "x"},
+        {"guided_decoding_backend": "xgrammar"},
+        {"logits_processors": ["f"]},
+        {"include_reasoning": False},
         {"use_beam_search": True},
         {"structured_outputs": {"regex": "a"}},
     ],
@@ -146,6 +153,13 @@ def test_known_but_unsupported_fields_are_refused(server: Server, fields: dict[s
     for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
         status, answer = error(server, path, body | fields)
         assert (status, answer["param"], answer["code"]) == (400, name, "unsupported_parameter")
+
+
+def test_tools_that_must_not_be_called_are_none(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert post(server, "/v1/chat/completions", CHAT | {"tools": tools, "tool_choice": "none"})[0] == 200
+    functions = {"functions": [{"name": "f"}], "function_call": "none"}
+    assert post(server, "/v1/chat/completions", CHAT | functions)[0] == 200
 
 
 def test_fields_that_ask_for_nothing_and_unknown_ones_pass(server: Server) -> None:
@@ -163,6 +177,9 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_pass(server: Server) -> No
         "unheard_of": {"a": [1]},
         "metadata": {"a": "b"},
         "store": False,
+        "priority": 1,
+        "cache_salt": "x",
+        "include_reasoning": True,
         "temperature": None,
         "max_tokens": None,
     }
