@@ -118,7 +118,7 @@ def test_operator_that_is_told_to_stop_has_stored_what_is_in_force(
         enforce(stage, "stored", weight=weight)
     leader.stop()
     manifest, document = unpack(bootstrap_files(stage), mounted_keys(bootstrap_files(stage)))
-    assert json.loads(document)["tenants"][0]["weight"] == 13
+    assert {tenant["tenantId"]: tenant.get("weight", 1) for tenant in json.loads(document)["tenants"]}["stored"] == 13
     enforced = [(document["epoch"], document["revision"]) for document in stage.documents()]
     assert enforced == [(manifest.epoch, manifest.revision)] * 2
     for replica in replicas:

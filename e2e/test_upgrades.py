@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cluster.control_plane import ControlPlane
-from cluster.fixtures import CRDS, install_crds
+from cluster.fixtures import CRDS
 from harness.fixtures import Operators
 from harness.objects import Object, policy
 from harness.operator_process import OperatorProcess
@@ -35,7 +35,7 @@ def change_crds(cluster: ControlPlane, crds: None) -> Iterator[Callable[[Callabl
             cluster.kubectl("replace", "-f", "-", stdin=json.dumps(versioned(cluster, crd)))
 
     yield change
-    install_crds(cluster)
+    change(lambda _: None)
 
 
 def versioned(cluster: ControlPlane, crd: Object) -> Object:

@@ -154,7 +154,7 @@ class BootstrapStore:
             stored = await self._kube.create(SECRETS, secret)
         else:
             secret["metadata"]["resourceVersion"] = before.resource_version
-            stored = await self._kube.apply(SECRETS, secret)
+            stored = await self._kube.replace(SECRETS, secret)
         held[place] = _Held(stored["metadata"]["resourceVersion"], observed.uid, data)
 
     async def _look(self, pool: ObjectKey) -> dict[int | None, _Held | None]:

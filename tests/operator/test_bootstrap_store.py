@@ -46,7 +46,7 @@ class Secrets:
             raise ApiError(409, "exists")
         return self._store(obj)
 
-    async def apply(self, _: object, obj: Json) -> Json:
+    async def replace(self, _: object, obj: Json) -> Json:
         metadata = obj["metadata"]
         if metadata["resourceVersion"] != self.stored[metadata["name"]]["metadata"]["resourceVersion"]:
             raise ApiError(409, "changed meanwhile")

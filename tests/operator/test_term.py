@@ -68,6 +68,9 @@ class Api:
         self._changes.notify()
         return stored
 
+    async def replace(self, resource: Any, obj: Json) -> Json:
+        return await self.create(resource, obj)
+
     async def create(self, resource: Any, obj: Json) -> Json:
         if resource.kind != "Secret":
             return obj
