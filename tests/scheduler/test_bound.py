@@ -23,7 +23,7 @@ from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.preemption import Preemption
 from evenhand_engine.scheduler.request import FinishReason, Request, Sampled
 from evenhand_engine.scheduler.request_queue import RequestQueue
-from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.scheduler.results import Results
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_engine.simulator.device import LinearStepTime
 from evenhand_policy.config import (
@@ -485,18 +485,18 @@ def charged_at_the_end(self: Ledger, tenant: Tenant, requests: Sequence[Request]
     """Outputs are charged when a request ends."""
 
 
-def finished_and_charged(self: Scheduler, request: Request, result: Sampled) -> None:
+def finished_and_charged(self: Results, request: Request, result: Sampled) -> None:
     TAKE(self, request, result)
     if request.finish_reason is not None:
-        tenant = self.roster.tenants[request.tenant_id]
-        self.ledger._charge(tenant, (request,), lambda request: OUTPUT_PRICE * request.num_output_tokens)
+        tenant = self._roster.tenants[request.tenant_id]
+        self._ledger._charge(tenant, (request,), lambda request: OUTPUT_PRICE * request.num_output_tokens)
 
 
 def never(*_: object) -> None:
     """The rule is dropped."""
 
 
-CHARGE_PROMPT, TAKE = Ledger.charge_prompt, Scheduler._take
+CHARGE_PROMPT, TAKE = Ledger.charge_prompt, Results._append
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ CHARGE_PROMPT, TAKE = Ledger.charge_prompt, Scheduler._take
         pytest.param(recompute, [(Ledger, "charge_prompt", charged_again)], id="recompute charged"),
         pytest.param(
             late_charge,
-            [(Ledger, "charge_outputs", charged_at_the_end), (Scheduler, "_take", finished_and_charged)],
+            [(Ledger, "charge_outputs", charged_at_the_end), (Results, "_append", finished_and_charged)],
             id="charged at the end",
         ),
         pytest.param(

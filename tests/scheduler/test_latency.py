@@ -3,7 +3,8 @@
 import pytest
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.scheduler.step_time import StepBudget, StepLoad, StepTimeModel
+from evenhand_engine.scheduler.pace import StepBudget
+from evenhand_engine.scheduler.step_time import StepShape, StepTimeModel
 from evenhand_policy.config import Fairness, LatencyClass, Slo, TenantConfig
 
 from .conftest import PretendEngine
@@ -116,11 +117,11 @@ class TestStepTimeModel:
     def fitted(self) -> StepTimeModel:
         model = StepTimeModel()
         for index in range(200):
-            load = StepLoad()
-            for _ in range(index % 7):
-                load.add(300 + 17 * index, 1)
-            load.add((index * 37) % 1500, 1 + (index * 53) % 400)
-            model.observe(load, 0.02 + 1e-3 * load.num_tokens + 1e-6 * load.decode_context + 2e-7 * load.chunk_pairs)
+            decodes = index % 7
+            shape = StepShape().with_decodes(decodes, decodes * (300 + 17 * index))
+            shape = shape.with_chunk(1 + (index * 53) % 400, (index * 37) % 1500)
+            num_tokens = shape.num_decode_tokens + shape.num_prefill_tokens
+            model.observe(shape, 0.02 + 1e-3 * num_tokens + 1e-6 * shape.decode_context + 2e-7 * shape.prefill_pairs)
         return model
 
     def test_it_recovers_the_coefficients(self) -> None:
@@ -134,9 +135,7 @@ class TestStepTimeModel:
         num_tokens = budget.fit(context, 100_000)
 
         def seconds(num_tokens: int) -> float:
-            load = StepLoad()
-            load.add(context, num_tokens)
-            return model.predict(load)
+            return model.predict(StepShape().with_chunk(num_tokens, context))
 
         assert num_tokens >= 1
         assert num_tokens == 1 or seconds(num_tokens) <= max_seconds * 1.002
@@ -145,7 +144,7 @@ class TestStepTimeModel:
     def test_prompts_have_a_floor_of_their_own(self) -> None:
         """Twenty streams leave next to nothing of the objective: prompts advance by 16 tokens all the same."""
         model = self.fitted()
-        budget = StepBudget(1000, model, [model.predict(StepLoad(20, 20_000)) + 1e-4], 16)
+        budget = StepBudget(1000, model, [model.predict(StepShape().with_decodes(20, 20_000)) + 1e-4], 16)
         budget.spend_decodes(20, 20_000)
         assert budget.fit(0, 500) == 16
         budget.spend(0, 10)
@@ -153,7 +152,7 @@ class TestStepTimeModel:
 
     def test_an_objective_that_streams_alone_miss_does_not_bind_prompts(self) -> None:
         model = self.fitted()
-        seconds = model.predict(StepLoad(20, 20_000))
+        seconds = model.predict(StepShape().with_decodes(20, 20_000))
         budget = StepBudget(1000, model, [seconds - 1e-3, seconds + 0.1], 16)
         budget.spend_decodes(20, 20_000)
         assert 16 < budget.fit(0, 1000) < 200, "the other one does"
@@ -164,9 +163,7 @@ class TestStepTimeModel:
     def test_tokens_that_seem_to_cost_nothing_are_bounded_by_what_is_pending(self) -> None:
         model = StepTimeModel()
         for index in range(50):
-            load = StepLoad()
-            load.add(0, 1 + index)
-            model.observe(load, 1e-310 * load.num_tokens)
+            model.observe(StepShape().with_chunk(1 + index, 0), 1e-310 * index)
         assert StepBudget(10_000, model, [1.0], 16).fit(0, 500) == 500
 
     def test_without_an_objective_only_tokens_count(self) -> None:

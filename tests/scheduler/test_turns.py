@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evenhand_engine.scheduler.pace import StepBudget
 from evenhand_engine.scheduler.request import Request, SamplingParams
-from evenhand_engine.scheduler.step_time import StepBudget, StepLoad, StepTimeModel
+from evenhand_engine.scheduler.step_time import StepShape, StepTimeModel
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_engine.scheduler.turns import Turns, take_turns
 from evenhand_policy.config import Slo, TenantConfig
@@ -18,8 +19,9 @@ NEVER = float("inf")
 def fitted() -> StepTimeModel:
     model = StepTimeModel()
     for index in range(100):
-        load = StepLoad(1 + index * 7 % 30, index * 131 % 5000)
-        model.observe(load, PER_STEP + PER_TOKEN * load.num_tokens + PER_CONTEXT * load.decode_context)
+        num_tokens, context = 1 + index * 7 % 30, index * 131 % 5000
+        shape = StepShape().with_decodes(num_tokens, context)
+        model.observe(shape, PER_STEP + PER_TOKEN * num_tokens + PER_CONTEXT * context)
     return model
 
 
@@ -92,8 +94,10 @@ def test_nobody_passes_who_waits_and_only_who_is_ahead_waits_for_an_objective(ca
 @given(streams())
 def test_with_room_for_all_nobody_waits(case: Streams) -> None:
     everything = [request for tenant in case.tenants for request in tenant.decodes()]
-    load = StepLoad(len(everything), sum(request.num_computed_tokens for request in everything))
-    if MODEL.predict(load) > min(tenant.inter_token_latency for tenant in case.tenants):
+    context = sum(request.num_computed_tokens for request in everything)
+    if MODEL.predict(StepShape().with_decodes(len(everything), context)) > min(
+        tenant.inter_token_latency for tenant in case.tenants
+    ):
         return
     turns = case.take(60)
     assert not turns.left_out

@@ -136,7 +136,7 @@ class Dispatcher:
     def dispatch(self, now: float) -> Iterator[Errand]:
         """Requests to be sent now, in this order, each charged for its prompt. Each must be told of until `end`."""
         self.window.advance(now)
-        for request in self._timeouts.overdue(now):
+        for request in self._timeouts.take_overdue(now):
             self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
         while (errand := self._next()) is not None:
             yield self._send(errand, now)

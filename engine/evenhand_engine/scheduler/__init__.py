@@ -14,6 +14,10 @@ A step (`scheduler`, which reads top to bottom as this list):
     prefill   chunks of prompts, the least served tenant's first, while the budget lasts                 order, capacity
     close     the virtual time moves to the least served of those left out                               ledger
 
+and when its batch was computed, one step or `pipeline_depth` steps later:
+
+    update    tokens are appended, blocks become known for reuse, requests end                           results
+
 The rule on a line. Virtual service v is what a tenant was served, over its weight:
 
     virtual time V                                                   limit = v of the least served + lead

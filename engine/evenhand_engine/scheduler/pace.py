@@ -1,12 +1,74 @@
 """Pace: how much goes into each step: the token budget, and the seconds that inter-token objectives leave."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.scheduler.roster import Roster
-from evenhand_engine.scheduler.step_time import StepBudget, StepTimeModel
+from evenhand_engine.scheduler.step_time import StepShape, StepTimeModel
 
 _NEVER = float("inf")
+
+
+class StepBudget:
+    """Room left in the step that is being planned: tokens, and seconds where inter-token objectives bind."""
+
+    def __init__(
+        self, max_tokens: int, model: StepTimeModel, objectives: Sequence[float], min_prefill_tokens: int
+    ) -> None:
+        """`objectives`: seconds that the step should not exceed. `min_prefill_tokens`: what prompts may use beyond these,
+        so that they advance whatever decodes take."""
+        self.tokens = max_tokens
+        self.shape = StepShape()
+        self._model = model
+        self._objectives = objectives
+        self._max_seconds = min(objectives, default=_NEVER)
+        self._min_prefill_tokens = min_prefill_tokens
+        self._num_prompt_tokens = 0
+
+    def spend(self, num_computed_tokens: int, num_scheduled_tokens: int) -> None:
+        """Note that a part of a prompt was scheduled."""
+        self.tokens -= num_scheduled_tokens
+        self._num_prompt_tokens += num_scheduled_tokens
+        self.shape = self.shape.with_chunk(num_scheduled_tokens, num_computed_tokens)
+
+    def spend_decodes(self, num_decodes: int, context: int) -> None:
+        """Note what all streams compute in this step: a token each, after `context` tokens in all.
+
+        An objective that they miss alone no longer binds: shorter chunks of prompts could not meet it either.
+        """
+        self.tokens -= num_decodes
+        self.shape = self.shape.with_decodes(num_decodes, context)
+        if self._model.is_fitted:
+            seconds = self._model.predict(self.shape)
+            self._max_seconds = min((limit for limit in self._objectives if limit >= seconds), default=_NEVER)
+
+    def has_room_for_decodes(self, num_decodes: int, context: int, max_seconds: float) -> bool:
+        """Whether so many streams may compute a token each, after `context` tokens in all, if nothing else is planned;
+        `max_seconds`: the objective that binds them. Before steps can be predicted, no objective does."""
+        if num_decodes > self.tokens:
+            return False
+        if max_seconds == _NEVER or not self._objectives or not self._model.is_fitted:
+            return True
+        return self._model.predict(StepShape().with_decodes(num_decodes, context)) <= max_seconds
+
+    def fit(self, num_computed_tokens: int, num_pending_tokens: int) -> int:
+        """How many of a prompt's pending tokens still go into this step; 0: none."""
+        most = min(num_pending_tokens, self.tokens)
+        if self._max_seconds == _NEVER or most <= 0:
+            return max(0, most)
+        if not self._model.is_fitted:
+            return max(0, min(most, 4 * self._min_prefill_tokens - self._num_prompt_tokens))
+        _, per_token, _, per_pair = self._model.coefficients
+        seconds = self._max_seconds - self._model.predict(self.shape)
+        # largest x with per_token * x + per_pair * x * (2 * context + x + 1) / 2 <= seconds
+        slope, half = per_token + per_pair * (num_computed_tokens + 0.5), per_pair / 2
+        if seconds <= 0:
+            affordable = 0.0
+        elif half * most * most < 1e-3 * slope * most or half == 0:
+            affordable = seconds / slope if slope else float(most)
+        else:
+            affordable = (-slope + (slope * slope + 4 * half * seconds) ** 0.5) / (2 * half)
+        return max(0, min(most, max(int(min(affordable, most)), self._min_prefill_tokens - self._num_prompt_tokens)))
 
 
 class Pace:

@@ -34,7 +34,7 @@ class QueueTimeouts:
         """When the next one may be due; infinite: none."""
         return self._due[0][0] if self._due else _NEVER
 
-    def overdue(self, now: float) -> Iterator[Request]:
+    def take_overdue(self, now: float) -> Iterator[Request]:
         """Take out those that are due; one that ran, even if it was preempted since, had its turn."""
         while self._due and self._due[0][0] < now:
             request = self._roster.requests.get(heappop(self._due)[1])

@@ -20,16 +20,17 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
 from evenhand_engine.scheduler.capacity import Fit
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
-from evenhand_engine.scheduler.pace import Pace
+from evenhand_engine.scheduler.pace import Pace, StepBudget
 from evenhand_engine.scheduler.preemption import Preemption
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
+from evenhand_engine.scheduler.results import Results
 from evenhand_engine.scheduler.roster import Roster
-from evenhand_engine.scheduler.step_time import StepBudget, StepLoad
+from evenhand_engine.scheduler.step_time import StepShape
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
@@ -45,7 +46,7 @@ class _Step(NamedTuple):
     batch: Batch
     requests: list[Request]  # whose the batch's items are
     planned_at: float
-    load: StepLoad
+    shape: StepShape
     expected: list[bytes]  # hashes of prompt blocks that the batch fills
 
 
@@ -76,6 +77,7 @@ class Scheduler:
         self._preemption = Preemption(settings, roster, self.ledger, self._order)
         self._pace = Pace(settings, self.roster, token_budgets)
         self._timeouts = QueueTimeouts(self.roster)
+        self._results = Results(self.roster, self.ledger)
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._in_flight: deque[_Step] = deque()
         self._last_update = -_NEVER
@@ -109,7 +111,7 @@ class Scheduler:
             return
         if num_output_tokens is not None:
             surplus = min(max(0, request.num_output_tokens - num_output_tokens), self.settings.max_refunded_tokens)
-            self._give_back(request, len(request.token_ids) - surplus, surplus)
+            self._results.give_back(request, len(request.token_ids) - surplus, surplus)
         self.roster.finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
@@ -128,7 +130,7 @@ class Scheduler:
 
     def step(self, now: float) -> Batch | None:
         """Plan the next batch; None if there is nothing to compute now."""
-        for request in self._timeouts.overdue(now):
+        for request in self._timeouts.take_overdue(now):
             self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
         if self._is_static:
             self._form_static_batch(now)
@@ -148,47 +150,28 @@ class Scheduler:
             return None
         self.step_id += 1
         batch = plan.build(self.step_id, self.roster.capacity.take_freed_seats())
-        self._in_flight.append(_Step(batch, plan.requests, now, budget.load, expected))
+        self._in_flight.append(_Step(batch, plan.requests, now, budget.shape, expected))
         return batch
 
     def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]:
         """Take in the results of the oldest batch without any: one for each of its items with samples, in order."""
-        step = self._in_flight.popleft()
-        self.roster.blocks.forget(step.expected)
-        self._pace.step_time.observe(step.load, now - max(step.planned_at, self._last_update))
+        step = self._end_step()
+        self._pace.step_time.observe(step.shape, now - max(step.planned_at, self._last_update))
         self._last_update = now
-        results = iter(sampled)
-        block_size = self.settings.block_size
-        for item, request in zip(step.batch.scheduled, step.requests, strict=True):
-            result = next(results) if item.num_samples else None
-            if request.finish_reason is not None:
-                if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
-                    self._give_back(request, _first_output(item), item.num_samples)
-                continue
-            start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
-            if result is not None and len(result.token_ids) < item.num_samples:
-                end -= self._reject(request, item.num_samples - len(result.token_ids))
-            if end % block_size == 0 or item.num_scheduled_tokens > 1:
-                self.roster.blocks.commit(request, start, min(end, request.num_computed_tokens))
-            if result is not None:
-                self._take(request, result)
+        self._results.take(step.batch, step.requests, sampled)
         return self.collect()
 
     def fail(self, now: float) -> list[RequestOutput]:
-        """The oldest batch without results has none, since it could not be computed: its requests end with an error.
+        """The oldest batch without results has none, since it could not be computed: its requests end with an error."""
+        step = self._end_step()
+        self._last_update = now
+        self._results.fail(step.batch, step.requests)
+        return self.collect()
 
-        What they were charged for is given back where it was sampled only; nothing of the batch enters the prefix cache.
-        """
+    def _end_step(self) -> "_Step":
         step = self._in_flight.popleft()
         self.roster.blocks.forget(step.expected)
-        self._last_update = now
-        for item, request in zip(step.batch.scheduled, step.requests, strict=True):
-            if request.finish_reason is None:
-                request.num_in_flight_tokens -= item.num_samples
-                self.roster.finish(request, FinishReason.ERROR)
-            if item.num_samples:
-                self._give_back(request, _first_output(item), item.num_samples)
-        return self.collect()
+        return step
 
     def collect(self) -> list[RequestOutput]:
         """News of requests since the last call: first starts, tokens, ends."""
@@ -292,48 +275,3 @@ class Scheduler:
             self.ledger.charge_outputs(tenant, (request,))
             self.roster.end_prefill(request)
         return self.roster.blocks.expect(request, start, end)
-
-    # -- update
-
-    def _take(self, request: Request, result: Sampled) -> None:
-        """Append what was sampled, up to the token that ends the request."""
-        params, num_taken, reason = request.sampling_params, 0, None
-        request.num_in_flight_tokens -= len(result.token_ids)
-        for token_id in result.token_ids:
-            request.token_ids.append(token_id)
-            num_taken += 1
-            if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
-                reason = FinishReason.STOP
-            elif len(request.token_ids) >= request.max_num_tokens:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                break
-        token_ids, logprobs = result.token_ids, result.logprobs
-        if num_taken < len(token_ids):
-            self._give_back(request, len(request.token_ids), len(token_ids) - num_taken)
-            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
-        if not token_ids:
-            self.roster.finish(request, FinishReason.ERROR)
-        elif reason is not None:
-            self.roster.finish(request, reason, token_ids, logprobs)
-        else:
-            self.roster.outputs.append(
-                RequestOutput(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
-            )
-
-    def _reject(self, request: Request, num_tokens: int) -> int:
-        """Take back the last sampled positions of a batch: drafts that were wrong, or logits without a token."""
-        request.num_in_flight_tokens -= num_tokens
-        request.num_computed_tokens -= num_tokens
-        self._give_back(request, request.num_tokens, num_tokens)
-        return num_tokens
-
-    def _give_back(self, request: Request, start: int, count: int) -> None:
-        """The outputs at the positions [start, start + count) were charged when they were planned, and are no outputs."""
-        if count:
-            self.ledger.correct_outputs(self.roster.tenant(request.tenant_id), request, start + count, start)
-
-
-def _first_output(item: ScheduledRequest) -> int:
-    """Position in its request of the first output that the item gives."""
-    return item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1

@@ -1,6 +1,5 @@
-"""StepTimeModel: how long a step takes, fitted online, and StepBudget: how much may go into one step."""
+"""StepTimeModel: how long a step takes, fitted online; StepShape: what of a step its time depends on."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evenhand_engine.scheduler.batch import Batch
@@ -11,7 +10,6 @@ FEWEST_STEPS = 8
 _SCALES = (1.0, 1e-2, 1e-4, 1e-6)  # bring the four features to the order of one
 _FORGETTING = 0.99  # a sample's weight halves every 70 steps
 _FEWEST_SAMPLES = 8
-_NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,54 +24,45 @@ class StepShape:
         prefill_pairs: query-key pairs of the chunks: each token with itself and all before it. What their attention costs.
     """
 
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    prefill_context: int
-    decode_context: int
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_context: int = 0
+    decode_context: int = 0
     prefill_pairs: int = 0
+
+    def with_decodes(self, num_tokens: int, context: int) -> "StepShape":
+        """And so many streams with a token each, after `context` tokens in all."""
+        return StepShape(
+            self.num_prefill_tokens,
+            self.num_decode_tokens + num_tokens,
+            self.prefill_context,
+            self.decode_context + context,
+            self.prefill_pairs,
+        )
+
+    def with_chunk(self, num_tokens: int, context: int) -> "StepShape":
+        """And so many tokens of a prompt, after `context` tokens of it."""
+        return StepShape(
+            self.num_prefill_tokens + num_tokens,
+            self.num_decode_tokens,
+            self.prefill_context + context,
+            self.decode_context,
+            self.prefill_pairs + num_tokens * (2 * context + num_tokens + 1) // 2,
+        )
 
 
 def shape_of(batch: Batch) -> StepShape:
-    decodes, chunks = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
-    prefill = prefill_context = prefill_pairs = 0
-    for item in chunks:
-        num_tokens, context = item.num_scheduled_tokens, item.num_computed_tokens
-        prefill += num_tokens
-        prefill_context += context
-        prefill_pairs += num_tokens * (2 * context + num_tokens + 1) // 2
-    return StepShape(
-        num_prefill_tokens=prefill,
-        num_decode_tokens=sum(item.num_scheduled_tokens for item in decodes),
-        prefill_context=prefill_context,
-        decode_context=sum(item.num_computed_tokens for item in decodes),
-        prefill_pairs=prefill_pairs,
+    decodes = batch.scheduled[: batch.num_decodes]
+    shape = StepShape().with_decodes(
+        sum(item.num_scheduled_tokens for item in decodes), sum(item.num_computed_tokens for item in decodes)
     )
-
-
-@dataclass(slots=True)
-class StepLoad:
-    """What makes a step slow: tokens, context read by single tokens, and query-key pairs of longer chunks."""
-
-    num_tokens: int = 0
-    decode_context: int = 0
-    chunk_pairs: int = 0
-
-    def add(self, num_computed_tokens: int, num_scheduled_tokens: int) -> None:
-        """Count one request's part: `num_scheduled_tokens` after a context of `num_computed_tokens`."""
-        self.num_tokens += num_scheduled_tokens
-        if num_scheduled_tokens == 1:
-            self.decode_context += num_computed_tokens
-        else:
-            self.chunk_pairs += num_scheduled_tokens * (2 * num_computed_tokens + num_scheduled_tokens) // 2
-
-    def features(self) -> tuple[float, ...]:
-        """The load as a vector, scaled, with a constant first."""
-        values = (1.0, self.num_tokens, self.decode_context, self.chunk_pairs)
-        return tuple(value * scale for value, scale in zip(values, _SCALES, strict=True))
+    for item in batch.scheduled[batch.num_decodes :]:
+        shape = shape.with_chunk(item.num_scheduled_tokens, item.num_computed_tokens)
+    return shape
 
 
 class StepTimeModel:
-    """seconds = a + b * tokens + c * decode context + d * chunk pairs, by recursive least squares with forgetting.
+    """seconds = a + b * tokens + c * decode context + d * prefill pairs, by recursive least squares with forgetting.
 
     Recursive least squares: Haykin, Adaptive Filter Theory, chapter 10. Small on purpose: four features, no matrix
     library, a few microseconds a step.
@@ -95,14 +84,14 @@ class StepTimeModel:
         """Seconds: per step, per token, per token of decode context, per query-key pair; never negative."""
         return tuple(max(0.0, value) * scale for value, scale in zip(self._coefficients, _SCALES, strict=True))
 
-    def predict(self, load: StepLoad) -> float:
-        """Seconds that a step of this load takes."""
-        values = (1, load.num_tokens, load.decode_context, load.chunk_pairs)
-        return sum(value * seconds for value, seconds in zip(values, self.coefficients, strict=True))
+    def predict(self, shape: StepShape) -> float:
+        """Seconds that a step of this shape takes."""
+        return sum(value * seconds for value, seconds in zip(_features(shape), self.coefficients, strict=True))
 
-    def observe(self, load: StepLoad, seconds: float) -> None:
+    def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from one step."""
-        features, covariance = load.features(), self._covariance
+        features = [value * scale for value, scale in zip(_features(shape), _SCALES, strict=True)]
+        covariance = self._covariance
         gains = [sum(p * x for p, x in zip(row, features, strict=True)) for row in covariance]
         scale = _FORGETTING + sum(x * gain for x, gain in zip(features, gains, strict=True))
         error = seconds - sum(c * x for c, x in zip(self._coefficients, features, strict=True))
@@ -116,64 +105,6 @@ class StepTimeModel:
         self._num_samples += 1
 
 
-class StepBudget:
-    """Room left in the step that is being planned: tokens, and seconds where inter-token objectives bind."""
-
-    def __init__(
-        self, max_tokens: int, model: StepTimeModel, objectives: Sequence[float], min_prefill_tokens: int
-    ) -> None:
-        """`objectives`: seconds that the step should not exceed. `min_prefill_tokens`: what prompts may use beyond these,
-        so that they advance whatever decodes take."""
-        self.tokens = max_tokens
-        self.load = StepLoad()
-        self._model = model
-        self._objectives = objectives
-        self._max_seconds = min(objectives, default=_NEVER)
-        self._min_prefill_tokens = min_prefill_tokens
-        self._num_prompt_tokens = 0
-
-    def spend(self, num_computed_tokens: int, num_scheduled_tokens: int) -> None:
-        """Note that a part of a prompt was scheduled."""
-        self.tokens -= num_scheduled_tokens
-        self._num_prompt_tokens += num_scheduled_tokens
-        self.load.add(num_computed_tokens, num_scheduled_tokens)
-
-    def spend_decodes(self, num_decodes: int, context: int) -> None:
-        """Note what all streams compute in this step: a token each, after `context` tokens in all.
-
-        An objective that they miss alone no longer binds: shorter chunks of prompts could not meet it either.
-        """
-        self.tokens -= num_decodes
-        self.load.num_tokens += num_decodes
-        self.load.decode_context += context
-        if self._model.is_fitted:
-            seconds = self._model.predict(self.load)
-            self._max_seconds = min((limit for limit in self._objectives if limit >= seconds), default=_NEVER)
-
-    def has_room_for_decodes(self, num_decodes: int, context: int, max_seconds: float) -> bool:
-        """Whether so many streams may compute a token each, after `context` tokens in all, if nothing else is planned;
-        `max_seconds`: the objective that binds them. Before steps can be predicted, no objective does."""
-        if num_decodes > self.tokens:
-            return False
-        if max_seconds == _NEVER or not self._objectives or not self._model.is_fitted:
-            return True
-        return self._model.predict(StepLoad(num_decodes, context)) <= max_seconds
-
-    def fit(self, num_computed_tokens: int, num_pending_tokens: int) -> int:
-        """How many of a prompt's pending tokens still go into this step; 0: none."""
-        most = min(num_pending_tokens, self.tokens)
-        if self._max_seconds == _NEVER or most <= 0:
-            return max(0, most)
-        if not self._model.is_fitted:
-            return max(0, min(most, 4 * self._min_prefill_tokens - self._num_prompt_tokens))
-        _, per_token, _, per_pair = self._model.coefficients
-        seconds = self._max_seconds - self._model.predict(self.load)
-        # largest x with (per_token + per_pair * context) * x + per_pair / 2 * x^2 <= seconds
-        slope, half = per_token + per_pair * num_computed_tokens, per_pair / 2
-        if seconds <= 0:
-            affordable = 0.0
-        elif half * most * most < 1e-3 * slope * most or half == 0:
-            affordable = seconds / slope if slope else float(most)
-        else:
-            affordable = (-slope + (slope * slope + 4 * half * seconds) ** 0.5) / (2 * half)
-        return max(0, min(most, max(int(min(affordable, most)), self._min_prefill_tokens - self._num_prompt_tokens)))
+def _features(shape: StepShape) -> tuple[int, ...]:
+    """What the coefficients stand before. Fewer than a recorded run is fitted by: a few steps must be enough."""
+    return 1, shape.num_prefill_tokens + shape.num_decode_tokens, shape.decode_context, shape.prefill_pairs

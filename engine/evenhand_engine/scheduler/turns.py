@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from evenhand_engine.scheduler.pace import StepBudget
 from evenhand_engine.scheduler.request import Request
-from evenhand_engine.scheduler.step_time import StepBudget
 from evenhand_engine.scheduler.tenant import Tenant
 
 _NEVER = float("inf")

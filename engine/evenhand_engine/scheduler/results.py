@@ -1,0 +1,86 @@
+"""Results: what a computed batch changes: tokens are appended, blocks become known, requests end."""
+
+from collections.abc import Sequence
+
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.ledger import Ledger
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
+from evenhand_engine.scheduler.roster import Roster
+
+
+class Results:
+    """Takes in results, in the order in which batches were planned."""
+
+    def __init__(self, roster: Roster, ledger: Ledger) -> None:
+        self._roster = roster
+        self._ledger = ledger
+
+    def take(self, batch: Batch, requests: Sequence[Request], sampled: Sequence[Sampled]) -> None:
+        """The batch, whose its items are, and what was sampled for each of them with samples, in order."""
+        blocks, results = self._roster.blocks, iter(sampled)
+        for item, request in zip(batch.scheduled, requests, strict=True):
+            result = next(results) if item.num_samples else None
+            if request.finish_reason is not None:
+                if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
+                    self.give_back(request, _first_output(item), item.num_samples)
+                continue
+            start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
+            if result is not None and len(result.token_ids) < item.num_samples:
+                end -= self._reject(request, item.num_samples - len(result.token_ids))
+            if end % blocks.block_size == 0 or item.num_scheduled_tokens > 1:
+                blocks.commit(request, start, min(end, request.num_computed_tokens))
+            if result is not None:
+                self._append(request, result)
+
+    def fail(self, batch: Batch, requests: Sequence[Request]) -> None:
+        """The batch could not be computed. What its requests were charged for is given back where it was sampled only;
+        nothing of it enters the prefix cache."""
+        for item, request in zip(batch.scheduled, requests, strict=True):
+            if request.finish_reason is None:
+                request.num_in_flight_tokens -= item.num_samples
+                self._roster.finish(request, FinishReason.ERROR)
+            if item.num_samples:
+                self.give_back(request, _first_output(item), item.num_samples)
+
+    def give_back(self, request: Request, start: int, count: int) -> None:
+        """The outputs at the positions [start, start + count) were charged when they were planned, and are no outputs."""
+        if count:
+            self._ledger.correct_outputs(self._roster.tenant(request.tenant_id), request, start + count, start)
+
+    def _append(self, request: Request, result: Sampled) -> None:
+        """Append what was sampled, up to the token that ends the request."""
+        params, num_taken, reason = request.sampling_params, 0, None
+        request.num_in_flight_tokens -= len(result.token_ids)
+        for token_id in result.token_ids:
+            request.token_ids.append(token_id)
+            num_taken += 1
+            if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
+                reason = FinishReason.STOP
+            elif len(request.token_ids) >= request.max_num_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                break
+        token_ids, logprobs = result.token_ids, result.logprobs
+        if num_taken < len(token_ids):
+            self.give_back(request, len(request.token_ids), len(token_ids) - num_taken)
+            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
+        if not token_ids:
+            self._roster.finish(request, FinishReason.ERROR)
+        elif reason is not None:
+            self._roster.finish(request, reason, token_ids, logprobs)
+        else:
+            self._roster.outputs.append(
+                RequestOutput(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
+            )
+
+    def _reject(self, request: Request, num_tokens: int) -> int:
+        """Take back the last sampled positions of a batch: drafts that were wrong, or logits without a token."""
+        request.num_in_flight_tokens -= num_tokens
+        request.num_computed_tokens -= num_tokens
+        self.give_back(request, request.num_tokens, num_tokens)
+        return num_tokens
+
+
+def _first_output(item: ScheduledRequest) -> int:
+    """Position in its request of the first output that the item gives."""
+    return item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1
