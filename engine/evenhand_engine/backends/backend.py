@@ -130,8 +130,8 @@ class Stream(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Generates, one stream for each request, under one scheduler config."""
+class Enforcer(Protocol):
+    """Whatever enforces one scheduler config, and says how it goes."""
 
     @property
     def stats(self) -> EngineStats | None:
@@ -158,11 +158,6 @@ class Backend(Protocol):
         """Requests that have not ended, closed ones that the backend has yet to let go among them."""
         ...
 
-    def generate(self, request: GenerationRequest, observer: Observer) -> Stream:
-        """Begin a request; it is in the backend's hands when this returns. Raises EngineDeadError, and then no
-        Observer is told anything."""
-        ...
-
     def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None:
         """Enforce `config` from now on; `num_replicas` backends share its limits."""
         ...
@@ -177,4 +172,13 @@ class Backend(Protocol):
 
     async def close(self, timeout: float = 5.0) -> None:
         """End it; every stream ends with EngineDeadError, and every Observer is told."""
+        ...
+
+
+class Backend(Enforcer, Protocol):
+    """Generates, one stream for each request."""
+
+    def generate(self, request: GenerationRequest, observer: Observer) -> Stream:
+        """Begin a request; it is in the backend's hands when this returns. Raises EngineDeadError, and then no
+        Observer is told anything."""
         ...

@@ -3,6 +3,7 @@
 import click
 
 from evenhand_engine.commands.serve import serve
+from evenhand_engine.commands.sidecar import sidecar
 from evenhand_engine.commands.simulate import simulate
 
 
@@ -13,4 +14,5 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(sidecar)
 main.add_command(simulate)

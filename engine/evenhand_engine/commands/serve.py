@@ -119,7 +119,7 @@ def serve(model: str | None, **options: Any) -> None:
         admin_host=options["admin_host"],
         admin_port=options["admin_port"],
         policies=options["policies"],
-        push=_push_settings(options),
+        push=push_settings(options),
         allow_unconfigured=options["allow_unconfigured"],
         anonymous=options["anonymous"],
         served_model_names=options["served_model_name"],
@@ -141,7 +141,7 @@ def serve(model: str | None, **options: Any) -> None:
     sys.exit(code)
 
 
-def _push_settings(options: dict[str, Any]) -> "PushSettings | None":
+def push_settings(options: dict[str, Any]) -> "PushSettings | None":
     """Raises UsageError where the options contradict each other."""
     if options["pool"] is None:
         given = [

@@ -1,20 +1,34 @@
 """Snapshots of the scheduler for metrics and people."""
 
 from collections import deque
+from typing import Protocol
 
 from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
-from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.scheduler.ledger import Ledger
+from evenhand_engine.scheduler.roster import Roster
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
 
 _INTERVAL_SECONDS = 0.1
 
 
+class Observed(Protocol):
+    """Whose state is told: the engine's scheduler, or a sidecar's dispatcher."""
+
+    roster: Roster
+    ledger: Ledger
+    config: SchedulerConfig
+    step_id: int
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+
 class StatsRecorder:
     """Collects each step's size and duration, and says every 100 ms what changed since."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Observed) -> None:
         self._scheduler = scheduler
         self._steps: deque[tuple[int, float]] = deque()
         self._due = 0.0

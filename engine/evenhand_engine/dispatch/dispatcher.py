@@ -92,6 +92,8 @@ class Dispatcher:
     Attributes:
         ledger: what every tenant was served.
         roster: who is queued and who is in flight ("running").
+        config: what is enforced.
+        step_id: requests sent so far.
     """
 
     def __init__(
@@ -107,10 +109,15 @@ class Dispatcher:
         self.ledger = Ledger(scheduler_settings)
         self.roster = roster = Roster(scheduler_settings, self.ledger.shares)
         self._order = Order(self.ledger, roster.capacity, roster.active, roster.running_tenants, is_fair=True)
-        self.num_sent = 0
+        self.step_id = 0
         self._timeouts = QueueTimeouts(self.roster)
         self._mean_output = _FIRST_EXPECTED_TOKENS
         self.reconfigure(config, num_replicas=num_replicas)
+
+    @property
+    def num_preemptions(self) -> int:
+        """What has been sent is never taken back."""
+        return 0
 
     # -- commands
 
@@ -125,6 +132,7 @@ class Dispatcher:
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
         """Enforce another config from now on; requests in flight go on, queued ones of a suspended tenant end."""
+        self.config = config
         config = _without_memory(config)
         self.ledger.prices = config.prices
         self.roster.configure(config, num_replicas)
@@ -218,7 +226,7 @@ class Dispatcher:
         errand.flight = self.window.send(
             errand.num_prompt_tokens, self._expected(errand), now, is_silent=errand.is_silent
         )
-        self.num_sent += 1
+        self.step_id += 1
         return errand
 
     def _charge_outputs(self, errand: Errand, num_output_tokens: int) -> None:

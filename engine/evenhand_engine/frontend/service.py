@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from evenhand_engine.backends.backend import Backend, ModelInfo
+from evenhand_engine.backends.backend import Backend, Enforcer, ModelInfo
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import Admission
 from evenhand_engine.frontend.auth import Authenticator
@@ -55,7 +55,7 @@ class ActiveRequests:
 
 
 class Service:
-    """The running server: backend, tokenizer, and what the current config makes of authentication and admission.
+    """A running front end, whoever generates: what the current config makes of authentication and admission.
 
     Attributes:
         config_state: the config in force.
@@ -68,13 +68,11 @@ class Service:
     def __init__(
         self,
         settings: ServerSettings,
-        backend: Backend,
-        tokenizer: Tokenizer,
+        backend: Enforcer,
         config_state: ConfigState,
     ) -> None:
         self.settings = settings
-        self.backend = backend
-        self.tokenizer = tokenizer
+        self._enforcer = backend
         self.config_state = config_state
         self.created = int(time.time())
         self.is_configured = settings.push is None or settings.allow_unconfigured
@@ -87,7 +85,6 @@ class Service:
         self.tenants: dict[str, TenantStats] = {}
         self.shares = ShareTracker()
         self.metrics = Metrics(self.model_names[0], self.info.max_model_len, self._snapshot)
-        self._executor = FairExecutor(_TOKENIZER_THREADS)
         backend.on_stats(self._take_stats)
         backend.reconfigure(config)
 
@@ -96,6 +93,11 @@ class Service:
         return Authenticator(
             config, anonymous=self.settings.anonymous and key is None, shared_keys=[] if key is None else [key]
         )
+
+    @property
+    def backend(self) -> Enforcer:
+        """Who enforces the config behind the door."""
+        return self._enforcer
 
     @property
     def info(self) -> ModelInfo:
@@ -136,15 +138,6 @@ class Service:
             raise Refusal(
                 404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
             )
-
-    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
-        """The result of `function`, which works through `num_bytes` of a body.
-
-        A large one is worked on off the event loop and in the tenant's turn.
-        """
-        if num_bytes <= _INLINE_BYTES:
-            return function()
-        return await self._executor.run(tenant_id, function)
 
     def health(self, now: float) -> str | None:
         """What is wrong with the engine; None while it makes progress or has nothing to do."""
@@ -193,11 +186,37 @@ class Service:
             audited={tenant_id: account.audited for tenant_id, account in self.admission.accounts.items()},
         )
 
+
+class EngineService(Service):
+    """The front end of our own engine, which tokenizes here."""
+
+    def __init__(
+        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, config_state: ConfigState
+    ) -> None:
+        self._generator = backend
+        super().__init__(settings, backend, config_state)
+        self.tokenizer = tokenizer
+        self._executor = FairExecutor(_TOKENIZER_THREADS)
+
+    @property
+    def backend(self) -> Backend:
+        return self._generator
+
+    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
+        """The result of `function`, which turns a body of `num_bytes` into tokens or back.
+
+        A large one is worked on off the event loop and in the tenant's turn.
+        """
+        if num_bytes <= _INLINE_BYTES:
+            return function()
+        return await self._executor.run(tenant_id, function)
+
     def close(self) -> None:
         self._executor.close()
 
 
 SERVICE = web.AppKey("service", Service)
+ENGINE = web.AppKey("engine", EngineService)
 TENANT_ID = web.RequestKey("tenant_id", str)
 REQUEST_ID = web.RequestKey("request_id", str)
 BODY = web.RequestKey("body", HeldBody)

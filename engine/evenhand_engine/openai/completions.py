@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, TENANT_ID, Service
+from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.prompts import PromptReader
@@ -48,7 +48,7 @@ class _CompletionFormat:
 
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
-    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
+    service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = service.admission.check(tenant_id, time.monotonic())
     body, prompts, echoes = await read_request(request, functools.partial(_read, service))
     form = _CompletionFormat(
@@ -62,7 +62,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         return await answer(request, body, generations, form)
 
 
-def _read(service: Service, raw: bytes) -> "tuple[CompletionRequest, list[array[int]], list[str] | None]":
+def _read(service: EngineService, raw: bytes) -> "tuple[CompletionRequest, list[array[int]], list[str] | None]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
     reader = PromptReader(service.tokenizer, service.info.max_model_len)

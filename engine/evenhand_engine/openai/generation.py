@@ -18,7 +18,7 @@ from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, S
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.account import Cost, Reservation
 from evenhand_engine.frontend.metrics import RequestMetrics
-from evenhand_engine.frontend.service import Service
+from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.openai.errors import refuse_finished
 from evenhand_engine.openai.prompts import check_token_ids
 from evenhand_engine.openai.schema import SamplingFields
@@ -43,7 +43,7 @@ class Generation:
 
     def __init__(
         self,
-        service: Service,
+        service: EngineService,
         request: GenerationRequest,
         reservation: Reservation,
         *,
@@ -138,7 +138,7 @@ class Generation:
 
 @contextlib.contextmanager
 def begin(
-    service: Service,
+    service: EngineService,
     tenant_id: str,
     body: SamplingFields,
     prompts: "Sequence[array[int]]",
@@ -183,7 +183,7 @@ def begin(
 
 
 def _request(
-    service: Service, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int
+    service: EngineService, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
@@ -198,7 +198,7 @@ def _request(
     )
 
 
-def _sampling_params(service: Service, body: SamplingFields, max_tokens: int) -> SamplingParams:
+def _sampling_params(service: EngineService, body: SamplingFields, max_tokens: int) -> SamplingParams:
     defaults = service.tokenizer.sampling_defaults
     eos = frozenset[int]() if body.ignore_eos else service.tokenizer.eos_token_ids
     return SamplingParams(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from evenhand_engine.frontend.requests import read_body
-from evenhand_engine.frontend.service import BODY, SERVICE, TENANT_ID
+from evenhand_engine.frontend.service import BODY, ENGINE, TENANT_ID
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -18,7 +18,7 @@ async def read_request(request: web.Request, read: Callable[[bytes], T]) -> T:
     From then on the tenant is held to account for the token ids and texts in the result alone.
     """
     raw = await read_body(request)
-    result = await request.app[SERVICE].compute(request[TENANT_ID], len(raw), lambda: read(raw))
+    result = await request.app[ENGINE].compute(request[TENANT_ID], len(raw), lambda: read(raw))
     if (held := request.get(BODY)) is not None:
         held.resize(_num_bytes(result))
     return result

@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import SERVICE, TENANT_ID, Service
+from evenhand_engine.frontend.service import ENGINE, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import given, parse_body, token_ids
 from evenhand_engine.openai.prompts import PromptReader, check_token_ids
 from evenhand_engine.openai.reading import read_request
@@ -15,13 +15,13 @@ from evenhand_engine.openai.schema import DetokenizeRequest, TokenizeRequest
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
+    service = request.app[ENGINE]
     service.admission.count_request(request[TENANT_ID], time.monotonic())
     (answer,) = await read_request(request, functools.partial(_tokenize, service))
     return web.Response(body=answer, content_type="application/json")
 
 
-def _tokenize(service: Service, raw: bytes) -> tuple[bytes]:
+def _tokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
     """The whole answer as JSON: it may be much larger than the body."""
     body = parse_body(raw, TokenizeRequest)
     service.check_model(body.model)
@@ -38,13 +38,13 @@ def _tokenize(service: Service, raw: bytes) -> tuple[bytes]:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
+    service = request.app[ENGINE]
     service.admission.count_request(request[TENANT_ID], time.monotonic())
     (answer,) = await read_request(request, functools.partial(_detokenize, service))
     return web.Response(body=answer, content_type="application/json")
 
 
-def _detokenize(service: Service, raw: bytes) -> tuple[bytes]:
+def _detokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
     body = parse_body(raw, DetokenizeRequest)
     service.check_model(body.model)
     if (tokens := given(body.tokens)) is None:

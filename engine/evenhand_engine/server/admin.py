@@ -20,7 +20,7 @@ from evenhand_engine.frontend.service import SERVICE, Service
 from evenhand_engine.frontend.share_tracker import Share
 from evenhand_engine.messages import TenantStats
 from evenhand_engine.openai.responses import json_response, metrics_response
-from evenhand_engine.server.app import Handler, answer_errors, log_access, show_health, show_ready
+from evenhand_engine.server.app import PROBES, Handler, answer_errors, is_probe, log_access, show_health, show_ready
 
 
 def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> web.Application:
@@ -28,6 +28,7 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
     guard = require_loopback if receiver is None else _require_signature(receiver)
     app = web.Application(middlewares=[log_access, answer_errors, guard])
     app[SERVICE] = service
+    app[PROBES] = frozenset({show_health, show_ready, show_metrics})
     if receiver is not None:
         app[_RECEIVER] = receiver
         app.add_routes(receiver.routes())
@@ -45,7 +46,7 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
 
 @web.middleware
 async def require_loopback(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.match_info.handler not in _OPEN_HANDLERS and not is_local(request):
+    if not is_probe(request) and not is_local(request):
         raise Refusal(403, "not_local", "This is answered to requests from the machine itself only.")
     return await handler(request)
 
@@ -53,7 +54,7 @@ async def require_loopback(request: web.Request, handler: Handler) -> web.Stream
 def _require_signature(receiver: PushReceiver) -> Middleware:
     @web.middleware
     async def require_signature(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.match_info.handler in _OPEN_HANDLERS:
+        if is_probe(request):
             return await handler(request)
         return await receiver.require_signature(request, handler)
 
@@ -149,4 +150,3 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 
 _RECEIVER = web.AppKey("receiver", PushReceiver)
-_OPEN_HANDLERS = {show_health, show_ready, show_metrics}

@@ -16,7 +16,16 @@ from aiohttp import web
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_engine.frontend.requests import request_id
-from evenhand_engine.frontend.service import BODY, LOG_FIELDS, REQUEST_ID, SERVICE, TENANT_ID, WRITES, Service
+from evenhand_engine.frontend.service import (
+    BODY,
+    ENGINE,
+    LOG_FIELDS,
+    REQUEST_ID,
+    SERVICE,
+    TENANT_ID,
+    WRITES,
+    EngineService,
+)
 from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.openai.chat import create_chat_completion
 from evenhand_engine.openai.completions import create_completion
@@ -36,16 +45,19 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("evenhand.access")
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only in the log
+PROBES = web.AppKey("probes", frozenset[Any])
 _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody's
 
 
-def build_app(service: Service) -> web.Application:
+def build_app(service: EngineService) -> web.Application:
     app = web.Application(
         middlewares=[bound_writes, log_access, answer_errors, authenticate, hold_body],
         client_max_size=service.settings.max_request_bytes,
     )
     app[SERVICE] = service
-    app.on_response_prepare.append(_add_headers)
+    app[ENGINE] = service
+    app[PROBES] = frozenset({show_health, show_ready, show_version, show_metrics})
+    app.on_response_prepare.append(add_headers)
     app.add_routes(
         [
             web.post("/v1/completions", create_completion),
@@ -106,7 +118,7 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
         }
         extra = request[LOG_FIELDS]
         fields |= extra
-        level = logging.DEBUG if request.match_info.handler in _PROBES else logging.INFO
+        level = logging.DEBUG if is_probe(request) else logging.INFO
         access_log.log(level, "request", extra={"fields": fields})
 
 
@@ -139,7 +151,7 @@ def refuse(request: web.Request, refusal: Refusal) -> web.Response:
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Before the body is read: a stranger costs a hash and no memory."""
     service = request.app[SERVICE]
-    if request.match_info.handler in _PROBES:
+    if is_probe(request):
         return await handler(request)
     if not service.is_configured:
         raise refuse_unconfigured()
@@ -164,7 +176,7 @@ async def hold_body(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
 
 
-async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "evenhand"
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     if (tenant_id := request.get(TENANT_ID)) is None:
@@ -183,17 +195,17 @@ def _add_rate_limit(response: web.StreamResponse, unit: str, bucket: TokenBucket
 
 
 async def list_models(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
+    service = request.app[ENGINE]
     return json_response({"object": "list", "data": [_model(service, name) for name in service.model_names]})
 
 
 async def show_model(request: web.Request) -> web.Response:
-    service, name = request.app[SERVICE], request.match_info["model"]
+    service, name = request.app[ENGINE], request.match_info["model"]
     service.check_model(name)
     return json_response(_model(service, name))
 
 
-def _model(service: Service, name: str) -> dict[str, object]:
+def _model(service: EngineService, name: str) -> dict[str, object]:
     return {
         "id": name,
         "object": "model",
@@ -229,4 +241,6 @@ async def show_metrics(request: web.Request) -> web.Response:
     return metrics_response(request.app[SERVICE].metrics.public_text())
 
 
-_PROBES = {show_health, show_ready, show_version, show_metrics}
+def is_probe(request: web.Request) -> bool:
+    """Whether anybody may ask, since the answer says nothing of tenants and costs nothing."""
+    return request.match_info.handler in request.app[PROBES]

@@ -1,6 +1,7 @@
 """The life of the server after its start: signals, drain, the engine's death, the exit code."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine
@@ -31,9 +32,16 @@ async def serve(
 
     A signal during start-up ends it. Raises StartupError. Must run in the main thread, as the main task.
     """
+    return await run_until_stopped(start_server(settings, config, spawn=spawn), announce)
+
+
+async def run_until_stopped(
+    server: contextlib.AbstractAsyncContextManager[Running], announce: Callable[[Running], None]
+) -> int:
+    """`serve`, for any server that is not started yet."""
     stop = _StopSignals()
     try:
-        async with start_server(settings, config, spawn=spawn) as running:
+        async with server as running:
             stop.started()
             announce(running)
             return await _serve_until_stopped(running.service, stop)

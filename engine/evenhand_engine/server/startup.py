@@ -34,6 +34,7 @@ from evenhand_engine.server.listener import (
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from evenhand_engine.backends.upstream import UpstreamSettings
     from evenhand_engine.frontend.config_state import ConfigState
     from evenhand_engine.frontend.config_store import StoredConfig
     from evenhand_engine.frontend.push_receiver import PushReceiver
@@ -70,7 +71,7 @@ async def start_server(
         backend = LocalBackend(*spawn(config))
         stack.push_async_callback(backend.close)
 
-        from evenhand_engine.frontend.service import Service
+        from evenhand_engine.frontend.service import EngineService
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
         from evenhand_engine.server.malformed import keep_out_of_logs
@@ -79,7 +80,7 @@ async def start_server(
         config_state = await _in_daemon_thread(lambda: _initial_config(settings))
         tokenizer = backend.tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
         await backend.start()
-        service = Service(settings, backend, tokenizer, config_state)
+        service = EngineService(settings, backend, tokenizer, config_state)
         stack.callback(service.close)
         keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
@@ -89,6 +90,55 @@ async def start_server(
             await stack.enter_async_context(_background(watch_certificate(settings, tls)))
         gc.collect()
         gc.freeze()  # what lives as long as the server need not be looked at again
+        yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
+
+
+@contextlib.asynccontextmanager
+async def start_sidecar(
+    settings: ServerSettings,
+    upstream_settings: "UpstreamSettings",
+    *,
+    priority: str = "off",
+    salts_caches: bool = False,
+    kv_tokens: int | None = None,
+) -> AsyncIterator[Running]:
+    """A sidecar that accepts requests, whether or not its upstream does yet; on leaving, everything is stopped.
+
+    Raises StartupError.
+    """
+    from evenhand_engine.backends.upstream import Upstream
+    from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings
+    from evenhand_engine.dispatch.window import Window
+    from evenhand_engine.server.admin import build_admin_app
+    from evenhand_engine.server.malformed import keep_out_of_logs
+    from evenhand_engine.server.sidecar_app import build_sidecar_app
+    from evenhand_engine.sidecar.service import SidecarService, UpstreamPriority
+
+    async with contextlib.AsyncExitStack() as stack:
+        allow_many_connections()
+        tls = tls_context(settings)
+        public = stack.enter_context(listen(settings.host, settings.port, "--port"))
+        admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
+        config_state = await _in_daemon_thread(lambda: _initial_config(settings))
+        dispatcher = Dispatcher(
+            Window(kv_tokens=kv_tokens),
+            config_state.config,
+            DispatchSettings(max_model_len=upstream_settings.max_model_len),
+        )
+        upstream = Upstream(upstream_settings, dispatcher)
+        stack.push_async_callback(upstream.close)
+        service = SidecarService(
+            settings, upstream, config_state, priority=UpstreamPriority(priority), salts_caches=salts_caches
+        )
+        upstream.start()
+        keep_out_of_logs()
+        await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
+        await _serve_app(stack, build_sidecar_app(service), public, tls)
+        await stack.enter_async_context(_watch_policies(service))
+        if tls is not None:
+            await stack.enter_async_context(_background(watch_certificate(settings, tls)))
+        gc.collect()
+        gc.freeze()
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
 
 

@@ -1,0 +1,219 @@
+"""Upstream: the connection to an engine that somebody else wrote, and the queue before it.
+
+Lives in the HTTP process, on its event loop. Owns the pooled session, the dispatcher and who waits for it. A request asks for
+its turn (`turn`), is sent by whoever asked, and tells what comes back; the dispatcher decides nothing by itself, so every
+event ends with `pump`. The upstream may be down, or restart, at any time: that is news for a probe, never an end of ours.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from yarl import URL
+
+from evenhand_engine.backends.backend import ModelInfo
+from evenhand_engine.backends.upstream_metrics import read_gauges
+from evenhand_engine.core.stats import StatsRecorder
+from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
+from evenhand_engine.messages import EngineStats
+from evenhand_engine.scheduler.request import FinishReason
+from evenhand_policy.config import SchedulerConfig
+
+_PROBE_SECONDS = 1.0
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+_STATS_SECONDS = 0.1
+_MAX_METRICS_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamSettings:
+    """How the upstream is reached.
+
+    Attributes:
+        url: its origin, such as http://127.0.0.1:8001; with `socket`, only the Host header is taken from it.
+        socket: path of a Unix socket to connect to instead.
+        api_key: sent as its bearer token; a client's own credential is ours and never goes on.
+        connect_timeout: seconds for a connection; one that cannot be made is tried again until then, as nothing was sent.
+        idle_timeout: seconds without a byte of an answer after which it has failed.
+        max_model_len: the upstream's context.
+    """
+
+    url: str
+    socket: Path | None = None
+    api_key: str | None = None
+    connect_timeout: float = 5.0
+    idle_timeout: float = 600.0
+    max_model_len: int = 131_072
+
+
+class Upstream:
+    """An `Enforcer` whose engine is another server.
+
+    Attributes:
+        dispatcher: who is sent next.
+        problem: why the upstream cannot be used now, by the last probe; None: it can.
+        metrics_text: its `/metrics` as last scraped.
+    """
+
+    def __init__(self, settings: UpstreamSettings, dispatcher: Dispatcher) -> None:
+        self.settings = settings
+        self.dispatcher = dispatcher
+        self.problem: str | None = "the upstream was not reached yet"
+        self.metrics_text = b""
+        self.stats: EngineStats | None = None
+        self.died = asyncio.Event()  # never set: the upstream may come back
+        self._loop = asyncio.get_running_loop()
+        self._origin = settings.url.rstrip("/")
+        self._turns: dict[str, asyncio.Future[FinishReason | None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._recorder = StatsRecorder(dispatcher)
+        self._listeners: list[Callable[[EngineStats], None]] = []
+        self._kv_tokens: int | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.session = self._session()
+
+    def _session(self) -> aiohttp.ClientSession:
+        settings = self.settings
+        # No limit of connections: aiohttp's own of 100 would be a window that nobody sees.
+        connector: aiohttp.BaseConnector
+        if settings.socket is not None:
+            connector = aiohttp.UnixConnector(str(settings.socket), limit=0)
+        else:
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=10)
+        return aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=settings.connect_timeout, sock_read=settings.idle_timeout
+            ),
+        )
+
+    def start(self) -> None:
+        """Begin to probe the upstream and to tell the state."""
+        self._tasks = [asyncio.create_task(self._probe()), asyncio.create_task(self._report())]
+
+    def url(self, raw_path: str) -> URL:
+        """Where a request for this path and query, as the client wrote it, goes."""
+        return URL(self._origin + raw_path, encoded=True)
+
+    # -- turns
+
+    @contextlib.asynccontextmanager
+    async def turn(self, errand: Errand) -> AsyncIterator[FinishReason | None]:
+        """Wait until the request may be sent; yields None, or why it never will be. On leaving it has ended, and what it
+        was charged stands."""
+        future: asyncio.Future[FinishReason | None] = self._loop.create_future()
+        self._turns[errand.request_id] = future
+        self.dispatcher.add(errand, time.monotonic())
+        self.pump()
+        try:
+            yield await future
+        finally:
+            self._turns.pop(errand.request_id, None)
+            self.dispatcher.end(errand, FinishReason.ABORT)
+            self.pump()
+
+    def pump(self) -> None:
+        """Send whoever may be sent now, and tell whoever may not be at all."""
+        for errand in self.dispatcher.dispatch(time.monotonic()):
+            self._resolve(errand.request_id, None)
+        for request_id, reason in self.dispatcher.refused():
+            self._resolve(request_id, reason)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if (due := self.dispatcher.next_event) != float("inf"):
+            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()) + 1e-3, self.pump)
+
+    def _resolve(self, request_id: str, reason: FinishReason | None) -> None:
+        future = self._turns.get(request_id)
+        if future is not None and not future.done():
+            future.set_result(reason)
+
+    # -- backend.Enforcer
+
+    @property
+    def failure(self) -> str | None:
+        return None
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(model_name="upstream", max_model_len=self.settings.max_model_len)
+
+    @property
+    def num_in_flight(self) -> int:
+        return self.dispatcher.window.num_in_flight
+
+    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None:
+        self.dispatcher.reconfigure(config, num_replicas=num_replicas)
+        self.pump()
+
+    def on_stats(self, listener: Callable[[EngineStats], None]) -> None:
+        self._listeners.append(listener)
+
+    def seconds_without_progress(self, now: float) -> float:
+        return 0.0
+
+    async def close(self, timeout: float = 5.0) -> None:
+        """Cut every connection to the upstream; what is in flight ends."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.session.close()
+
+    # -- what the upstream says of itself
+
+    async def _probe(self) -> None:
+        while True:
+            self.problem = await self._check_health()
+            if self.problem is None:
+                await self._scrape()
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def _check_health(self) -> str | None:
+        try:
+            async with self._get("/health") as response:
+                if response.status >= 500:
+                    return f"the upstream answers {response.status} to /health"
+                return None
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            return "the upstream does not answer"
+
+    async def _scrape(self) -> None:
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            async with self._get("/metrics") as response:
+                if response.status != 200:
+                    return
+                text = await response.content.read(_MAX_METRICS_BYTES)
+                while chunk := await response.content.read(_MAX_METRICS_BYTES):
+                    if len(text) + len(chunk) > _MAX_METRICS_BYTES:
+                        return
+                    text += chunk
+            gauges, kv_tokens = read_gauges(text.decode(errors="replace"))
+            self.metrics_text = text
+            if kv_tokens is not None and kv_tokens != self._kv_tokens:
+                self._kv_tokens = kv_tokens
+                self.dispatcher.window.resize_kv(kv_tokens)
+            self.dispatcher.correct(gauges, time.monotonic())
+            self.pump()
+
+    def _get(self, path: str) -> "aiohttp.client._RequestContextManager":
+        headers = {} if self.settings.api_key is None else {"Authorization": f"Bearer {self.settings.api_key}"}
+        return self.session.get(self.url(path), timeout=_PROBE_TIMEOUT, headers=headers, allow_redirects=False)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_STATS_SECONDS)
+            stats = self._recorder.snapshot(time.monotonic(), is_idle=True)
+            if stats is not None:
+                self.stats = stats
+                for listener in self._listeners:
+                    listener(stats)

@@ -1,0 +1,136 @@
+"""`evenhand sidecar`: parses arguments and nothing else. What it needs is imported when it runs."""
+
+import sys
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evenhand_engine.commands.serve import push_settings, quantity
+
+if TYPE_CHECKING:
+    from evenhand_engine.server.startup import Running
+
+_UPSTREAM_KEY_VARIABLE = "EVENHAND_UPSTREAM_API_KEY"
+
+
+def _origin(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """scheme://host:port, or unix:/path."""
+    if value.startswith("unix:/"):
+        return value
+    parts = urllib.parse.urlsplit(value)
+    try:
+        is_origin = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_origin = False
+    if not is_origin or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise click.BadParameter(f"{value!r} is not http://HOST:PORT or unix:/PATH.", ctx, param)
+    return value.rstrip("/")
+
+
+@click.command()
+@click.option(
+    "--upstream",
+    required=True,
+    callback=_origin,
+    help="The engine: http://127.0.0.1:8001, or unix:/path of a socket.",
+)
+@click.option("--upstream-api-key", envvar=_UPSTREAM_KEY_VARIABLE, help="Bearer token that the upstream wants.")
+@click.option(
+    "--upstream-priority",
+    type=click.Choice(["off", "vllm", "sglang"]),
+    default="off",
+    help="Pass on the tenant's class as `priority`, in whose sense.",
+)
+@click.option(
+    "--upstream-cache-salt/--no-upstream-cache-salt", default=False, help="Salt prefix caches by tenant: vLLM."
+)
+@click.option("--upstream-connect-timeout", type=click.FloatRange(0, min_open=True), default=5.0)
+@click.option(
+    "--upstream-idle-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    help="Seconds without a byte after which an answer has failed.",
+)
+@click.option("--max-model-len", type=quantity, default="128K", help="The upstream's context.")
+@click.option("--kv-tokens", type=quantity, help="Size of its KV cache in tokens; default: what it says of itself.")
+@click.option("--host", default="0.0.0.0", help="Address of the public port.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Public port; 0 takes any free one.")
+@click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
+@click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")
+@click.option("--bootstrap", type=click.Path(path_type=Path), help="Folder of the pool's mounted bootstrap Secrets.")
+@click.option(
+    "--pod-token", type=click.Path(path_type=Path), help="File of the token that proves to it which pod this is."
+)
+@click.option("--last-good", type=click.Path(path_type=Path), help="File that keeps the last config across restarts.")
+@click.option("--allow-unconfigured", is_flag=True, help="With --pool: serve before any config was loaded or pushed.")
+@click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
+@click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
+@click.option("--ssl-certfile", type=click.Path(path_type=Path), help="PEM certificate chain of the public port.")
+@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
+@click.option("--max-request-bytes", type=quantity, default="32M", help="Largest body that is held.")
+@click.option("--max-tenant-body-bytes", type=quantity, default="256M", help="Most of all bodies of one tenant.")
+@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
+@click.option(
+    "--write-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    help="Seconds that a client may take to read what is buffered for it.",
+)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+def sidecar(**options: Any) -> None:
+    """Share an engine that you already run: queue, order and bound what tenants send to vLLM, SGLang or llama.cpp.
+
+    \b
+    evenhand sidecar --upstream http://127.0.0.1:8001 --policies policies/
+    """
+    import asyncio
+
+    import uvloop
+
+    from evenhand_engine.backends.upstream import UpstreamSettings
+    from evenhand_engine.errors import StartupError
+    from evenhand_engine.frontend.settings import ServerSettings
+    from evenhand_engine.logs import configure_logging
+    from evenhand_engine.server.run import run_until_stopped
+    from evenhand_engine.server.startup import start_sidecar
+
+    configure_logging(options["log_level"])
+    is_socket = options["upstream"].startswith("unix:")
+    upstream = UpstreamSettings(
+        url="http://localhost" if is_socket else options["upstream"],
+        socket=Path(options["upstream"].removeprefix("unix:")) if is_socket else None,
+        api_key=options["upstream_api_key"] or None,
+        connect_timeout=options["upstream_connect_timeout"],
+        idle_timeout=options["upstream_idle_timeout"],
+        max_model_len=options["max_model_len"],
+    )
+    same = (
+        *("host", "port", "admin_host", "admin_port", "policies", "anonymous", "ssl_certfile", "ssl_keyfile"),
+        *("max_request_bytes", "max_tenant_body_bytes", "drain_timeout", "write_timeout", "allow_unconfigured"),
+    )
+    settings = ServerSettings(push=push_settings(options), **{name: options[name] for name in same})
+
+    async def run() -> int:
+        server = start_sidecar(
+            settings,
+            upstream,
+            priority=options["upstream_priority"],
+            salts_caches=options["upstream_cache_salt"],
+            kv_tokens=options["kv_tokens"],
+        )
+        return await run_until_stopped(server, _announce)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            code = runner.run(run())
+        except StartupError as error:
+            click.echo(f"evenhand: {error}", err=True)
+            code = 1
+    sys.exit(code)
+
+
+def _announce(running: "Running") -> None:
+    click.echo(f"\nEvenhand shares the upstream at {running.url}\n", err=True)

@@ -1,0 +1,121 @@
+"""EventReader: what a sidecar reads of an event stream that passes through it. Pure, and without parsing what need not be.
+
+The stream goes on byte for byte, cut where an event ends, so that one may be left out: the usage that we asked for and the
+client did not. An event is one token unless the usage says otherwise at the end.
+"""
+
+import re
+
+import msgspec
+
+_BOUNDARY = re.compile(rb"\r?\n\r?\n")
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:')
+_MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """OpenAI's, and Anthropic's names for the same."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        return self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens
+
+    @property
+    def num_output_tokens(self) -> int | None:
+        return self.completion_tokens if self.completion_tokens is not None else self.output_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
+
+    def is_plausible(self, num_prompt_tokens: int, num_output_tokens: int) -> bool:
+        """Whether no count is negative or beyond these."""
+        prompt, output = self.num_prompt_tokens or 0, self.num_output_tokens or 0
+        return 0 <= self.num_cached_tokens <= prompt <= num_prompt_tokens and 0 <= output <= num_output_tokens
+
+
+class _WithUsage(msgspec.Struct, frozen=True):
+    usage: Usage | None = None
+
+
+def usage_of(body: bytes) -> Usage | None:
+    """The usage in a JSON answer or event; None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(body, type=_WithUsage).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+class EventReader:
+    """Reads one event stream.
+
+    Args:
+        hides_usage: leave the event out that holds nothing but usage.
+
+    Attributes:
+        num_events: data events that came, but for usage and the end.
+        usage: of the last event that had one and no choices.
+        is_done: `[DONE]` came, or an error in its place.
+    """
+
+    def __init__(self, *, hides_usage: bool) -> None:
+        self.num_events = 0
+        self.usage: Usage | None = None
+        self.is_done = False
+        self._hides_usage = hides_usage
+        self._held = b""
+        self._passes_rest = False  # the event that goes on is too long to be held, and is known not to be hidden
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take in what came; returns what goes to the client now."""
+        data = self._held + chunk if self._held else chunk
+        start, out = 0, []
+        for match in _BOUNDARY.finditer(data, max(0, len(self._held) - 3)):
+            end = match.end()
+            if self._passes_rest:
+                self._passes_rest = False
+                self.num_events += 1
+                out.append(data[start:end])
+            elif self._keeps(data[start:end]):
+                out.append(data[start:end])
+            start = end
+        self._held = data[start:]
+        if self._passes_rest or len(self._held) > _MAX_HELD_BYTES:
+            self._passes_rest = True
+            out.append(self._held[:-3])  # three bytes may be the beginning of a boundary
+            self._held = self._held[-3:]
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def flush(self) -> bytes:
+        """The last event, if nothing ended it."""
+        held, self._held = self._held, b""
+        if held.strip() and not self._passes_rest and not self._keeps(held):
+            return b""
+        return held
+
+    def _keeps(self, event: bytes) -> bool:
+        if b"data:" not in event:
+            return True  # a comment
+        if b"[DONE]" in event[:32]:
+            self.is_done = True
+            return True
+        if b'"usage"' in event and _NO_CHOICES.search(event) and _USAGE.search(event):
+            self.usage = usage_of(event[event.index(b"data:") + 5 :]) or self.usage
+            return not self._hides_usage
+        if _ERROR.match(event.lstrip()):
+            self.is_done = True
+            return True
+        self.num_events += 1
+        return True

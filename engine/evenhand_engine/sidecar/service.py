@@ -1,0 +1,155 @@
+"""SidecarService: the front end before an engine that somebody else wrote."""
+
+import hmac
+import secrets
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from evenhand_engine.backends.upstream import Upstream
+from evenhand_engine.frontend.config_state import ConfigState
+from evenhand_engine.frontend.service import Service
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.sidecar.body import BytesPerToken
+from evenhand_policy.config import LatencyClass
+
+_TOKENIZE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+_CLASSES = tuple(LatencyClass)
+_MANAGEMENT = {  # of vLLM, SGLang and llama.cpp: for whoever runs the engine, on its own port
+    *("/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/scale_elastic_ep"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/start_profile", "/stop_profile", "/flush_cache"),
+    *("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_distributed"),
+    *("/init_weights_update_group", "/release_memory_occupation", "/resume_memory_occupation", "/pause", "/resume"),
+    *("/load_lora_adapter", "/unload_lora_adapter", "/set_internal_state", "/abort_request", "/abort_requests"),
+    *(
+        "/configure_logging",
+        "/clear_hicache_storage_backend",
+        "/props",
+        "/slots",
+        "/lora-adapters",
+        "/pause_generation",
+    ),
+    *("/continue_generation", "/models/load", "/models/unload", "/freeze_gc", "/get_server_info", "/server_info"),
+}
+
+
+class UpstreamPriority(StrEnum):
+    """Whose sense of a body's `priority` is used to pass on a tenant's class."""
+
+    OFF = "off"
+    VLLM = "vllm"  # the lowest goes first
+    SGLANG = "sglang"  # the highest goes first
+
+
+class SidecarService(Service):
+    """The running sidecar.
+
+    Attributes:
+        upstream: the engine behind it, and the queue before that.
+        bytes_per_token: of each tenant's bodies, for estimates.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        upstream: Upstream,
+        config_state: ConfigState,
+        *,
+        priority: UpstreamPriority = UpstreamPriority.OFF,
+        salts_caches: bool = False,
+    ) -> None:
+        super().__init__(settings, upstream, config_state)
+        self.upstream = upstream
+        self.bytes_per_token = BytesPerToken()
+        self._priority = priority
+        self._salt_key = secrets.token_bytes(32) if salts_caches else None
+        self._window = CollectorRegistry()
+        self._window.register(_WindowCollector(upstream))
+        self.metrics.tenant_registry.register(_WindowCollector(upstream))
+
+    def health(self, now: float) -> str | None:
+        return self.upstream.problem
+
+    def window_metrics(self) -> bytes:
+        """The window's state in Prometheus' text format."""
+        return generate_latest(self._window)
+
+    def is_management(self, path: str) -> bool:
+        """Whether the path changes or reveals the engine for all tenants."""
+        parts = [part for part in path.split("/") if part]
+        return any("/" + "/".join(parts[:length]) in _MANAGEMENT for length in range(1, len(parts) + 1))
+
+    def upstream_priority(self, tenant_id: str) -> int | None:
+        """The `priority` of a tenant's requests for the upstream; None: it gets none."""
+        rank = _CLASSES.index(self.admission.account(tenant_id).config.latency_class)
+        match self._priority:
+            case UpstreamPriority.OFF:
+                return None
+            case UpstreamPriority.VLLM:
+                return rank
+            case UpstreamPriority.SGLANG:
+                return len(_CLASSES) - 1 - rank
+
+    def cache_salt(self, tenant_id: str) -> str | None:
+        """What keeps the tenant's cached prefixes apart, which nobody can guess; None: the upstream is not asked to."""
+        if self._salt_key is None:
+            return None
+        config = self.admission.account(tenant_id).config
+        group = config.kv_cache.prefix_sharing_group
+        name = f"group {group}" if group else f"tenant {tenant_id} {config.uid}"
+        return hmac.new(self._salt_key, name.encode(), "sha256").hexdigest()
+
+    async def tokenize(self, fields: dict[str, Any]) -> int | None:
+        """Tokens of a prompt, by the upstream's own tokenizer; None if it has none that answers."""
+        headers = {"Content-Type": "application/json"}
+        if self.upstream.settings.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.upstream.settings.api_key}"
+        try:
+            async with self.upstream.session.post(
+                self.upstream.url("/tokenize"),
+                data=msgspec.json.encode(fields),
+                headers=headers,
+                timeout=_TOKENIZE_TIMEOUT,
+                allow_redirects=False,
+            ) as response:
+                if response.status != 200:
+                    return None
+                return msgspec.json.decode(await response.read(), type=_Tokenized).count
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError):
+            return None
+
+
+class _Tokenized(msgspec.Struct, frozen=True):
+    count: int | None = None
+
+
+class _WindowCollector(Collector):
+    """The window's state, read at the time of a scrape."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    def collect(self) -> Iterable[Metric]:
+        dispatcher = self._upstream.dispatcher
+        window, roster = dispatcher.window, dispatcher.roster
+        for name, text, value in (
+            ("upstream_up", "1 if the upstream was usable when last probed.", self._upstream.problem is None),
+            ("queued_requests", "Requests that wait here for their turn.", roster.num_waiting),
+            ("inflight_requests", "Requests at the upstream.", window.num_in_flight),
+            ("inflight_tokens", "Their prompts, outputs and expected outputs.", window.num_tokens),
+            ("unstarted_requests", "Of these, without a first chunk.", window.num_unstarted),
+            ("unstarted_tokens", "Prompt tokens of those.", window.num_unstarted_tokens),
+            ("window_batch_tokens", "Prompt tokens that may be unstarted, as learned.", window.batch_tokens),
+            ("window_kv_tokens", "Tokens that may be in flight; Inf: unbounded.", window.kv_tokens),
+        ):
+            yield GaugeMetricFamily(f"evenhand_sidecar_{name}", text, value=float(value))
+
+
+SIDECAR = web.AppKey("sidecar", SidecarService)

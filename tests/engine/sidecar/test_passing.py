@@ -1,0 +1,300 @@
+"""What passes through the sidecar: bytes as they are, identity and quota at the door, turns by the dispatcher, counts."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from evenhand_policy.config import LatencyClass, Limits, SchedulerConfig, TenantConfig
+from evenhand_policy.credentials import key_hash
+
+from .conftest import DONE, WAIT_SECONDS, ScriptedUpstream, Sidecar, Start, event, open_stream, usage_event
+
+TEAM_KEY = "a-key-of-the-team-0123456789"
+
+
+async def say_three(request: web.Request) -> web.StreamResponse:
+    response = await open_stream(request)
+    for _ in range(3):
+        await response.write(event())
+    await response.write(usage_event(prompt=11, output=3, cached=4))
+    await response.write(DONE)
+    return response
+
+
+async def test_usage_is_asked_for_and_hidden(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    upstream.script = say_three
+    status, text = await sidecar.stream()
+    assert (status, text) == (200, event() * 3 + DONE)
+    assert upstream.body()["stream_options"] == {"include_usage": True}
+    await sidecar.settled()
+    assert sidecar.tokens() == (7, 3)
+
+
+async def test_usage_is_shown_to_whoever_asks(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    upstream.script = say_three
+    _, text = await sidecar.stream(stream_options={"include_usage": True, "other": 1})
+    assert usage_event(11, 3, 4) in text
+    assert upstream.body()["stream_options"] == {"include_usage": True, "other": 1}
+
+
+async def test_bodies_that_need_no_change_are_not_written_anew(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}})
+
+    upstream.script = answer
+    raw = b'{"messages" : [],  "unknown":{"a":1.50}, "messages":[]}'
+    async with sidecar.session.post(
+        URL(sidecar.url + "/v1/chat/completions?x=%2F", encoded=True),
+        data=raw,
+        headers={"Content-Type": "application/json", "X-Other": "1"},
+    ) as response:
+        assert (await response.json())["usage"]["completion_tokens"] == 2
+    path, headers, body = upstream.received[-1]
+    assert (path, body, headers["X-Other"]) == ("/v1/chat/completions?x=%2F", raw, "1")
+    assert headers["X-Request-Id"] == response.headers["X-Request-Id"]
+    await sidecar.settled()
+    assert sidecar.tokens() == (5, 2)
+
+
+async def test_a_clients_priority_and_key_do_not_reach_the_upstream(
+    upstream: ScriptedUpstream, sidecar: Sidecar
+) -> None:
+    upstream.script = say_three
+    async with sidecar.post(
+        {"messages": [], "stream": True, "priority": -5, "kept": 1}, headers={"Authorization": "Bearer secret"}
+    ) as response:
+        await response.read()
+    assert "priority" not in upstream.body() and upstream.body()["kept"] == 1
+    assert "Authorization" not in upstream.received[-1][1]
+
+
+async def test_caches_are_salted_by_tenant_and_priorities_set_by_class(
+    upstream: ScriptedUpstream, start: Start
+) -> None:
+    sidecar = await start(upstream.url, salts_caches=True, priority="vllm")
+    team = TenantConfig(tenant_id="team", key_hashes=(key_hash(TEAM_KEY),), latency_class=LatencyClass.BATCH)
+    sidecar.apply(SchedulerConfig(tenants=(team,)))
+    upstream.script = say_three
+    for headers in ({}, {"Authorization": f"Bearer {TEAM_KEY}"}):
+        async with sidecar.post({"stream": True, "cache_salt": "mine"}, headers=headers) as response:
+            await response.read()
+    default, teams = upstream.body(0), upstream.body(1)
+    assert len({"mine", default["cache_salt"], teams["cache_salt"]}) == 3
+    assert default["priority"] < teams["priority"]
+
+
+async def test_a_stream_is_passed_on_event_by_event(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await open_stream(request)
+        await response.write(event("first"))
+        await go_on.wait()
+        await response.write(DONE)
+        return response
+
+    upstream.script = answer
+    async with asyncio.timeout(WAIT_SECONDS), sidecar.post({"stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == event("first")
+        go_on.set()
+        assert await response.content.read() == DONE
+
+
+async def test_a_client_that_leaves_is_charged_what_came_and_ends_it_upstream(
+    upstream: ScriptedUpstream, sidecar: Sidecar
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await open_stream(request)
+        await response.write(event() * 5)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    upstream.script = answer
+    async with sidecar.post({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}) as response:
+        await response.content.readuntil(b"\n\n")
+        response.close()
+    await sidecar.settled()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not upstream.num_cancelled:
+            await asyncio.sleep(0.01)
+    assert sidecar.tokens()[1] == 5 and sidecar.tokens()[0] > 100
+
+
+async def test_a_queued_client_that_leaves_sends_nothing(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    hold = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await hold.wait()
+        return await say_three(request)
+
+    upstream.script = answer
+    sidecar.upstream.dispatcher.window.batch_tokens = 1.0
+    running = [asyncio.create_task(sidecar.stream()) for _ in range(2)]
+    async with asyncio.timeout(WAIT_SECONDS):
+        while upstream.num_open < 2:
+            await asyncio.sleep(0.01)
+        queued = asyncio.create_task(sidecar.stream())
+        while sidecar.upstream.dispatcher.roster.num_waiting != 1:
+            await asyncio.sleep(0.01)
+    queued.cancel()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while sidecar.upstream.dispatcher.roster.num_waiting:
+            await asyncio.sleep(0.01)
+    hold.set()
+    await asyncio.gather(*running)
+    assert len(upstream.received) == 2
+    await sidecar.settled()
+
+
+async def test_tenants_are_proved_and_limited_as_in_the_engine(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    team = TenantConfig(
+        tenant_id="team", key_hashes=(key_hash(TEAM_KEY),), limits=Limits(requests_per_minute=1, max_output_tokens=7)
+    )
+    sidecar.apply(SchedulerConfig(tenants=(team,)))
+    upstream.script = say_three
+    key = {"Authorization": f"Bearer {TEAM_KEY}"}
+    async with sidecar.post({"stream": True}, headers=key) as response:
+        assert response.status == 200
+        await response.read()
+    assert upstream.body()["max_tokens"] == 7
+    async with sidecar.post({"stream": True}, headers=key) as response:
+        assert (response.status, response.headers["X-Evenhand-Reason"]) == (429, "requests_per_minute")
+        assert int(response.headers["Retry-After"]) >= 1
+    async with sidecar.post({"stream": True, "max_tokens": 8}, headers=key) as response:
+        assert response.status in (400, 429)
+    async with sidecar.post({"stream": True}, headers={"Authorization": "Bearer wrong"}) as response:
+        assert response.status == 401
+    async with sidecar.session.get(sidecar.admin_url + "/v1/tenants") as response:
+        (row,) = [t for t in (await response.json())["tenants"] if t["tenantId"] == "team"]
+    assert row["refusals"]["requests_per_minute"] >= 1
+
+
+async def test_other_paths_pass_and_those_that_change_the_engine_do_not(
+    upstream: ScriptedUpstream, sidecar: Sidecar
+) -> None:
+    async with sidecar.session.get(sidecar.url + "/v1/models") as response:
+        assert (await response.json())["data"][0]["id"] == "m"
+
+    async def echo(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=await request.read(), headers={"X-Kept": "1", "Content-Type": "audio/wav"})
+
+    upstream.script = echo
+    async with sidecar.session.post(
+        sidecar.url + "/v1/audio/anything", data=b"w" * 2**20, headers={"Content-Type": "audio/wav"}
+    ) as response:
+        assert (await response.read(), response.headers["X-Kept"]) == (b"w" * 2**20, "1")
+    for path in ("/flush_cache", "//flush_cache", "/sleep", "/v1/load_lora_adapter", "/v1/../flush_cache", "/%73leep"):
+        async with sidecar.session.post(sidecar.url + path, json={}) as response:
+            assert response.status == 403, path
+    assert len(upstream.received) == 2
+    await sidecar.settled()
+
+
+async def test_probes_and_metrics_tell_of_the_upstream(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    upstream.metrics = (
+        'vllm:num_requests_waiting{model_name="m"} 3.0\n'
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
+    )
+    async with asyncio.timeout(WAIT_SECONDS):
+        while sidecar.upstream.dispatcher.window.kv_tokens == float("inf"):
+            await asyncio.sleep(0.05)
+    assert sidecar.upstream.dispatcher.window.kv_tokens == 0.95 * 1_600
+    async with sidecar.session.get(sidecar.url + "/ready") as response:
+        assert response.status == 200
+    async with sidecar.session.get(sidecar.url + "/metrics") as response:
+        text = await response.text()
+    assert "vllm:num_requests_waiting" in text and "evenhand_sidecar_upstream_up 1.0" in text
+    async with sidecar.session.get(sidecar.admin_url + "/metrics") as response:
+        assert "evenhand_sidecar_queued_requests" in await response.text()
+
+
+async def test_a_unix_socket_and_more_connections_than_aiohttp_allows_by_itself(tmp_path: Path, start: Start) -> None:
+    release, num_open = asyncio.Event(), 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal num_open
+        response = await open_stream(request)
+        await response.write(event())
+        num_open += 1
+        await release.wait()
+        await response.write(DONE)
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.UnixSite(runner, str(tmp_path / "engine.sock")).start()
+    sidecar = await start("http://localhost", socket=tmp_path / "engine.sock", connect_timeout=10.0)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        sidecar.session = session
+        streams = [asyncio.create_task(sidecar.stream()) for _ in range(120)]
+        async with asyncio.timeout(WAIT_SECONDS):
+            while num_open < 120:
+                await asyncio.sleep(0.02)
+        release.set()
+        assert {status for status, _ in await asyncio.gather(*streams)} == {200}
+    await sidecar.settled()
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("num_bytes", [1, 7, 64])
+async def test_events_may_come_in_any_pieces(upstream: ScriptedUpstream, sidecar: Sidecar, num_bytes: int) -> None:
+    whole = event("é\n") + b": comment\r\n\r\n" + usage_event(9, 2) + event("z") + DONE
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await open_stream(request)
+        for start in range(0, len(whole), num_bytes):
+            await response.write(whole[start : start + num_bytes])
+            await asyncio.sleep(0)
+        return response
+
+    upstream.script = answer
+    assert await sidecar.stream() == (200, whole.replace(usage_event(9, 2), b""))
+    await sidecar.settled()
+    assert sidecar.tokens() == (9, 2)
+
+
+async def test_refusals_of_the_upstream_pass_and_cost_nothing(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "too long"}}, status=400, headers={"X-Theirs": "1"})
+
+    upstream.script = answer
+    async with sidecar.post({"messages": [{"content": "x" * 4_000}]}) as response:
+        assert (response.status, response.headers["X-Theirs"]) == (400, "1")
+        assert json.loads(await response.read()) == {"error": {"message": "too long"}}
+    await sidecar.settled()
+    assert sidecar.tokens() == (0, 0)
+
+
+async def test_a_stream_ends_when_the_quota_is_used_up(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    """Without a limit of its own it reserves what is usual, and more while there is some: here for one of two."""
+    both, one_is_cut = asyncio.Barrier(2), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await open_stream(request)
+        await both.wait()
+        await response.write(event() * 300)
+        await one_is_cut.wait()
+        await response.write(DONE)
+        return response
+
+    upstream.script = answer
+    team = TenantConfig(tenant_id="team", key_hashes=(key_hash(TEAM_KEY),), limits=Limits(tokens_per_minute=600))
+    sidecar.apply(SchedulerConfig(tenants=(team,)))
+
+    async def ask() -> bytes:
+        async with sidecar.post({"stream": True}, headers={"Authorization": f"Bearer {TEAM_KEY}"}) as response:
+            text = await response.read()
+        one_is_cut.set()
+        return bytes(text)
+
+    texts = await asyncio.gather(ask(), ask())
+    assert sorted(b'"tokens_per_minute"' in text for text in texts) == [False, True]
+    assert 256 < upstream.body()["max_tokens"] < 600  # the most that the quota can ever give
+    await sidecar.settled()
