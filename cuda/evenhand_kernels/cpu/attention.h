@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "norm.h"
@@ -108,12 +109,17 @@ class Attender {
     begin -= begin % SPAN;
     for (int32_t token = begin; token < end; token += SPAN) {
       const int num_tokens = std::min(SPAN, end - token);
-      for (int group = 0; group * GROUP < num_tokens; group++) use(place_of(item, token + group * GROUP), group);
-      compute_scores(item, rows, token, num_tokens, end);
+      for (int group = 0; group * GROUP < num_tokens; group++) places_[group] = place_of(item, token + group * GROUP);
+      // A single row tile widens what it reads itself; several share what is widened once.
+      const bool widens = sizeof(T) < 4 && num_row_tiles(rows) > 1;
+      if (widens) widen(num_tokens);
+      widens ? compute_scores(wide_keys_of(), GROUP, item, rows, token, num_tokens, end)
+             : compute_scores(keys_of(), layer_.block_size, item, rows, token, num_tokens, end);
       mask(rows, num_heads, first_position, token, num_tokens);
       raise_maxima(rows, num_tokens);
       weigh(rows, num_tokens);
-      accumulate_values(item, rows, token, num_tokens, end);
+      widens ? accumulate_values(wide_values_of(), item, rows, token, num_tokens, end)
+             : accumulate_values(values_of(), item, rows, token, num_tokens, end);
     }
     write_output(start + item.first, rows, first_head, num_heads);
   }
@@ -141,30 +147,42 @@ class Attender {
             static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_};
   }
 
-  // Make the keys and values there, as float32, those of a group of the span.
-  void use(Place place, int group) {
-    if constexpr (sizeof(T) == 4) {
-      key_groups_[group] = place.keys;
-      value_groups_[group] = place.values;
-    } else {
+  // Where the numbers of each group of the span begin.
+  template <typename N>
+  using Groups = std::array<const N*, SPAN / GROUP>;
+
+  template <typename N, typename F>
+  Groups<N> groups(const F& begin_of) const {
+    Groups<N> result;
+    for (int group = 0; group < SPAN / GROUP; group++) result[group] = begin_of(group);
+    return result;
+  }
+
+  Groups<T> keys_of() const { return groups<T>([&](int group) { return places_[group].keys; }); }
+  Groups<T> values_of() const { return groups<T>([&](int group) { return places_[group].values; }); }
+  Groups<float> wide_keys_of() const { return groups<float>([&](int group) { return wide_keys_ + group * GROUP * dim_; }); }
+  Groups<float> wide_values_of() const { return groups<float>([&](int group) { return wide_values_ + group * GROUP * width_; }); }
+
+  // Keys and values of the span in float32: [dim_][GROUP] and [GROUP][width_] of each group.
+  void widen(int num_tokens) {
+    for (int group = 0; group * GROUP < num_tokens; group++) {
+      const Place place = places_[group];
       float *keys = wide_keys_ + group * GROUP * dim_, *values = wide_values_ + group * GROUP * width_;
       for (int i = 0; i < dim_; i++)
         for (int j = 0; j < GROUP; j += LANES) store(keys + i * GROUP + j, load(place.keys + i * layer_.block_size + j));
       for (int i = 0; i < GROUP * width_; i += LANES) store(values + i, load(place.values + i));
-      key_groups_[group] = keys;
-      value_groups_[group] = values;
     }
   }
 
   // Meanwhile asks for the keys of the same group of the next span.
-  void compute_scores(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
-    const long key_stride = sizeof(T) == 4 ? layer_.block_size : GROUP;
+  template <typename N>
+  void compute_scores(Groups<N> keys, long stride, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
     const long prefetch_stride = layer_.block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
     for (int group = 0; group * GROUP < num_tokens; group++) {
       Prefetch prefetch;
       if (const int32_t next = token + SPAN + group * GROUP; next < end)
         prefetch = {reinterpret_cast<const char*>(place_of(item, next).keys), prefetch_stride};
-      multiply<GROUP_VECS, true>(rows, queries_, dim_, {key_groups_ + group, dim_, key_stride}, dim_,
+      multiply<GROUP_VECS, true>(rows, queries_, dim_, RightSide<N>{&keys[group], dim_, stride}, dim_,
                                  scores_ + group * GROUP, SPAN, prefetch);
     }
   }
@@ -216,16 +234,17 @@ class Attender {
   }
 
   // Meanwhile asks for the values of the next span, each column for as many as it reads itself.
-  void accumulate_values(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+  template <typename N>
+  void accumulate_values(Groups<N> values, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
     const long prefetch_stride = GROUP * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
     for (int column = 0; column < width_; column += GROUP) {
-      const float* groups[SPAN / GROUP];
-      for (int group = 0; group * GROUP < num_tokens; group++) groups[group] = value_groups_[group] + column;
+      const N* columns[SPAN / GROUP];
+      for (int group = 0; group * GROUP < num_tokens; group++) columns[group] = values[group] + column;
       Prefetch prefetch;
       const int first = column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
       if (const int32_t next = token + SPAN + group * GROUP; next < end)
         prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)), prefetch_stride};
-      multiply<GROUP_VECS>(rows, scores_, SPAN, {groups, GROUP, width_}, num_tokens, output_ + column, width_, prefetch);
+      multiply<GROUP_VECS>(rows, scores_, SPAN, RightSide<N>{columns, GROUP, width_}, num_tokens, output_ + column, width_, prefetch);
     }
   }
 
@@ -242,7 +261,7 @@ class Attender {
   const float* qkv_;
   float* out_;
   const int dim_, width_;
-  const float *key_groups_[SPAN / GROUP], *value_groups_[SPAN / GROUP];
+  Place places_[SPAN / GROUP] = {};  // of the span's keys and values
   alignas(64) float queries_[MAX_QUERIES * MAX_HEAD_DIM];
   alignas(64) float output_[MAX_QUERIES * MAX_HEAD_DIM];
   alignas(64) float scores_[MAX_QUERIES * SPAN];

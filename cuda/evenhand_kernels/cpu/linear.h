@@ -148,7 +148,7 @@ static void multiply_many(int rows, const float* x, const char* panel, long inpu
     }
     const long bytes = F::panel_bytes(k + depth, group) - F::panel_bytes(k, group);
     const Prefetch next_block = {panel + F::panel_bytes(k + depth, group), bytes / depth / num_row_tiles(rows)};
-    multiply<2>(rows, x + k, inputs, {&b, depth, PANEL}, depth, c, PANEL, next_block);
+    multiply<2>(rows, x + k, inputs, RightSide<float>{&b, depth, PANEL}, depth, c, PANEL, next_block);
   }
 }
 

@@ -89,6 +89,19 @@ static inline float largest(Vec v) {
   return v[0];
 }
 
+// Whether a comparison holds in any lane.
+static inline bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int result = 0;
+  for (int i = 0; i < LANES; i++) result |= mask[i];
+  return result != 0;
+#endif
+}
+
 // Narrowing, round to nearest even. Numbers that are not finite stay so.
 static inline void narrow(float x, float* to) { *to = x; }
 
@@ -130,18 +143,19 @@ struct Prefetch {
   long stride = 0;
 };
 
-// The right side of a product: rows of NV * LANES floats in groups of `group` rows, `stride` floats apart, at groups[0],
-// groups[1], ...
+// The right side of a product: rows of NV * LANES numbers in groups of `group` rows, `stride` numbers apart, at groups[0],
+// groups[1], ... Numbers of 16 bits are widened by each row tile anew.
+template <typename T>
 struct RightSide {
-  const float* const* groups;
+  const T* const* groups;
   int group;
   long stride;
 };
 
 // The register tile of all matrix products here: c[m][...] += sum over k < depth of a[m * lda + k] * b[k][...].
 // FRESH: c counts as zero.
-template <int ROWS, int NV, bool FRESH>
-static inline void multiply_tile(const float* __restrict a, long lda, RightSide b, int depth, float* __restrict c, long ldc,
+template <int ROWS, int NV, bool FRESH, typename T>
+static inline void multiply_tile(const float* __restrict a, long lda, RightSide<T> b, int depth, float* __restrict c, long ldc,
                                  Prefetch& prefetch) {
   // A third of the rows each, so that three pointers and one stride address all of them without further arithmetic.
   constexpr int THIRD = (ROWS + 2) / 3;
@@ -151,7 +165,7 @@ static inline void multiply_tile(const float* __restrict a, long lda, RightSide 
   for (int m = 0; m < ROWS; m++)
     for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
   for (; depth > 0; depth -= b.group, b.groups++) {
-    const float* __restrict row_of_b = *b.groups;
+    const T* __restrict row_of_b = *b.groups;
     for (int k = depth < b.group ? depth : b.group; k > 0; k--, a++, a1++, a2++, row_of_b += b.stride) {
       __builtin_prefetch(next, 0, 2);
       next += prefetch.stride;
@@ -173,8 +187,8 @@ static inline void multiply_tile(const float* __restrict a, long lda, RightSide 
   prefetch.next = next;
 }
 
-template <int ROWS, int NV, bool FRESH>
-static void multiply_tiles(int num_tiles, const float* a, long lda, RightSide b, int depth, float* c, long ldc,
+template <int ROWS, int NV, bool FRESH, typename T>
+static void multiply_tiles(int num_tiles, const float* a, long lda, RightSide<T> b, int depth, float* c, long ldc,
                            Prefetch& prefetch) {
   for (; num_tiles > 0; num_tiles--, a += ROWS * lda, c += ROWS * ldc)
     multiply_tile<ROWS, NV, FRESH>(a, lda, b, depth, c, ldc, prefetch);
@@ -183,8 +197,8 @@ static void multiply_tiles(int num_tiles, const float* a, long lda, RightSide b,
 static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
 // The product for any number of rows: num_row_tiles(rows) tiles, as even as they can be, each of which prefetches.
-template <int NV, bool FRESH = false>
-static void multiply(int rows, const float* a, long lda, RightSide b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
+template <int NV, bool FRESH = false, typename T>
+static void multiply(int rows, const float* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
   const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
   const auto run = [&](int size, int num_tiles) {
     switch (size) {
