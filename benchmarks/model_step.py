@@ -1,5 +1,6 @@
 """Time of one step of the default model by its number of tokens, and which operations take it.
 
+A step is timed as it is served, and by turns with its operations called one by one, which tells their shares.
 Two kinds of steps: decodes (one token each of as many requests) and one chunk of a prompt. The floor of a step is what
 its arithmetic, or reading its weights, keys and values takes at the best rates that this machine shows in one product
 of large matrices and in one of a vector with a large matrix, whichever is more. A third table times the sampler.
@@ -41,6 +42,7 @@ from evenhand_kernels.kernels import (
     AttentionBatch,
     AttentionLayer,
     AttentionPlan,
+    Draw,
     Embedding,
     Kernels,
     KvCacheShape,
@@ -111,34 +113,37 @@ class TimedKernels:
     """Kernels that add up the seconds spent in each kind of operation."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+        self.untimed = kernels
         self.name = kernels.name
         self.seconds: dict[str, float] = defaultdict(float)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        return self._timed("linear", self._kernels.linear(weight, bias))
+        return self._timed("linear", self.untimed.linear(weight, bias))
 
     def embedding(self, weight: Weight) -> Embedding:
-        return self._kernels.embedding(weight)
+        return self.untimed.embedding(weight)
 
     def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
-        embedding, linear = self._kernels.tied_embedding(weight)
+        embedding, linear = self.untimed.tied_embedding(weight)
         return embedding, self._timed("linear", linear)
 
     def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        return self._timed("gated_linear", self._kernels.gated_linear(weight, bias))
+        return self._timed("gated_linear", self.untimed.gated_linear(weight, bias))
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
-        return self._kernels.plan(batch)
+        return self.untimed.plan(batch)
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
-        return self._timed("attention", self._kernels.attention(layer, cache))
+        return self._timed("attention", self.untimed.attention(layer, cache))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._timed("norm", self._kernels.rms_norm)(x, weight, eps)
+        return self._timed("norm", self.untimed.rms_norm)(x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._timed("norm", self._kernels.add_rms_norm)(x, residual, weight, eps)
+        return self._timed("norm", self.untimed.add_rms_norm)(x, residual, weight, eps)
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+        return self.untimed.draw(logits, draws)
 
     def _timed(self, name: str, operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def timed(*args: object) -> Tensor:
@@ -170,12 +175,16 @@ def main() -> None:
     kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
     weight_bytes = precision.dtype.itemsize if precision.dtype else checkpoint_bytes(model_dir) / config.num_parameters
     floor = Floor.measured(kernels, config, weight_bytes, kv_dtype.itemsize)
-    runner = _runner(kernels, config, precision, kv_dtype)
+    runners = [_runner(each, config, precision, kv_dtype) for each in (kernels.untimed, kernels)]
     decodes = {
-        size: _measure(runner, kernels, floor, _decodes(size), seconds) for size in options.sizes if size <= MAX_DECODES
+        size: _measure(runners, kernels, floor, _decodes(size), seconds)
+        for size in options.sizes
+        if size <= MAX_DECODES
     }
-    chunks = {size: _measure(runner, kernels, floor, _chunk(size), seconds) for size in options.sizes}
-    sampling = {rows: [_sampling_ms(rows, config.vocab_size, params) for params in SAMPLING] for rows in SAMPLED_ROWS}
+    chunks = {size: _measure(runners, kernels, floor, _chunk(size), seconds) for size in options.sizes}
+    sampling = {
+        rows: [_sampling_ms(kernels, rows, config.vocab_size, params) for params in SAMPLING] for rows in SAMPLED_ROWS
+    }
     common.console.print(f"best rates: {floor.flops / 1e9:.0f} GFLOP/s, {floor.bandwidth / 1e9:.1f} GB/s")
     _print(f"decodes, {DECODE_CONTEXT} tokens of context each", decodes)
     _print(f"one chunk of a prompt behind {CHUNK_CONTEXT} tokens", chunks)
@@ -226,35 +235,38 @@ def _chunk(size: int) -> Batch:
     return plan.build(0, ())
 
 
-def _sampling_ms(num_rows: int, vocab_size: int, params: dict[str, Any]) -> float:
+def _sampling_ms(kernels: Kernels, num_rows: int, vocab_size: int, params: dict[str, Any]) -> float:
     """Of the fastest of several calls. The logits are as spread as those of a model that is sure of little."""
     logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
     rows = [SamplingRow(SamplingParams(max_tokens=9, seed=number, **params), 0) for number in range(num_rows)]
-    return 1e3 * min(timeit.repeat(lambda: sample(logits, rows), number=1, repeat=7))
+    return 1e3 * min(timeit.repeat(lambda: sample(logits, rows, kernels), number=1, repeat=7))
 
 
 def _measure(
-    runner: ModelRunner,
-    kernels: TimedKernels,
-    floor: Floor,
-    batch: Batch,
-    seconds: float,
+    runners: Sequence[ModelRunner], kernels: TimedKernels, floor: Floor, batch: Batch, seconds: float
 ) -> dict[str, float]:
-    """Medians in ms: of the whole step, and of each kind of operation in it."""
+    """Medians in ms: of the whole step, and of each kind of operation where they are called one by one.
+
+    The first runner computes the step as it is served, the second one with the timed kernels; they take turns.
+    """
     samples: list[dict[str, float]] = []
     started_at = time.perf_counter()
     while len(samples) < 4 or time.perf_counter() - started_at < seconds:
         kernels.seconds.clear()
-        step_at = time.perf_counter()
-        runner.submit(batch)
-        runner.collect()
-        samples.append({"step": time.perf_counter() - step_at} | kernels.seconds)
+        step, one_by_one = [timeit.timeit(lambda: _step(runner, batch), number=1) for runner in runners]  # noqa: B023
+        samples.append({"step": step, "one_by_one": one_by_one} | kernels.seconds)
     samples = samples[1:]
-    row = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in ("step", *OPERATIONS)}
+    names = ("step", "one_by_one", *OPERATIONS)
+    row = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in names}
     row["least"] = 1e3 * min(sample["step"] for sample in samples)
     row["floor"] = floor.milliseconds(batch.scheduled)
     row["tokens_per_s"] = 1e3 * batch.num_tokens / row["step"]
     return row
+
+
+def _step(runner: ModelRunner, batch: Batch) -> None:
+    runner.submit(batch)
+    runner.collect()
 
 
 def _print(title: str, rows: dict[int, dict[str, float]]) -> None:
@@ -281,7 +293,7 @@ def _print(title: str, rows: dict[int, dict[str, float]]) -> None:
                 f"{row['tokens_per_s']:.0f}",
                 f"{row['tokens_per_s'] / best:.0%}",
                 *(f"{row[name]:.1f}" for name in OPERATIONS),
-                f"{row['step'] - sum(row[name] for name in OPERATIONS):.1f}",
+                f"{row['one_by_one'] - sum(row[name] for name in OPERATIONS):.1f}",
             ]
             for size, row in rows.items()
         ],

@@ -4,9 +4,9 @@ All work on torch tensors. On the CPU activations and sums are float32; weights 
 the KV cache is float32, bfloat16 or float16. What a kernel can prepare once (the layout of a weight, the memory of a KV cache) is prepared when its operation is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -122,6 +122,21 @@ Forward = Callable[[Tensor, AttentionPlan, Tensor], Tensor]
 ascending, to their logits, float32 [num_samples, vocab_size]."""
 
 
+class Draw(NamedTuple):
+    """How one row of logits becomes a token.
+
+    Temperature 0: the likeliest, the first of equals. `top_k` 0 and `top_p` 1 keep all tokens; top_p counts the mass that
+    top_k left, and what is as likely as the last token kept is kept too. `seed`, below 2**64, and `counter` give the number
+    by which a token is drawn: the first output of numpy's Philox(key=seed, counter=counter).
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    counter: int
+
+
 class Kernels(Protocol):
     """Operations of one device. Inputs are contiguous; results are new tensors."""
 
@@ -160,6 +175,13 @@ class Kernels(Protocol):
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Add x to `residual` in place; return the rms_norm of that."""
+        ...
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+        """A token of each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten.
+
+        None for a row that holds a NaN or an infinity, or allows no token.
+        """
         ...
 
 

@@ -4,16 +4,19 @@ It also runs the engine on a CPU where nothing can be compiled, with oneDNN's pa
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evenhand_kernels.drawing import draw_rows
 from evenhand_kernels.kernels import (
     Attention,
     AttentionBatch,
     AttentionLayer,
     AttentionPlan,
+    Draw,
     Embedding,
     KvCacheShape,
     Linear,
@@ -66,6 +69,9 @@ class ReferenceKernels:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(residual.add_(x), weight, eps)
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+        return draw_rows(logits, draws)
 
 
 class _Attention:

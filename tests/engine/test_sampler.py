@@ -1,6 +1,7 @@
 """The sampler draws from exactly the distribution that its parameters define, and reproducibly."""
 
 import math
+import shutil
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -11,25 +12,39 @@ import torch
 from torch import Tensor
 
 from evenhand_engine.core.sampler import SamplingRow, Seats, Token, accept, sample
+from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
 from evenhand_engine.scheduler.request import Sampled, SamplingParams
+from evenhand_kernels.cpu.kernels import CpuKernels
+from evenhand_kernels.kernels import Draw, Kernels
+from evenhand_kernels.reference import ReferenceKernels
 
 PROBABILITIES = (0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.7  # any constant
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each implementation that runs without a GPU."""
+    if request.param == "torch":
+        return ReferenceKernels()
+    if not any(map(shutil.which, ("g++", "c++"))):
+        pytest.skip("no C++ compiler")
+    return CpuKernels(cache_dir() / "kernels", num_threads=3)
 
 
 def row(index: int = 0, **params: Any) -> SamplingRow:
     return SamplingRow(SamplingParams(max_tokens=10_000, **params), index)
 
 
-def ids(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-    return [None if token is None else token.token_id for token in sample(logits, rows)]
+def ids(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> list[int | None]:
+    return [None if token is None else token.token_id for token in sample(logits, rows, kernels)]
 
 
-def draw(logits: Tensor, num_draws: int, **params: Any) -> Tensor:
+def draw(kernels: Kernels, logits: Tensor, num_draws: int, **params: Any) -> Tensor:
     """How often each token is drawn by the first output tokens of one request."""
     rows = [row(index, seed=5, **params) for index in range(num_draws)]
-    token_ids = ids(logits.expand(num_draws, -1).clone(), rows)
+    token_ids = ids(logits.expand(num_draws, -1).clone(), rows, kernels)
     return torch.bincount(torch.tensor(token_ids), minlength=len(logits)).double()
 
 
@@ -57,9 +72,9 @@ ALL = set(range(8))
         ({"temperature": 2.0, "top_p": 0.5}, {1, 3, 5}),  # of the distribution after the temperature
     ],
 )
-def test_draws_follow_the_distribution(params: dict[str, Any], kept: set[int]) -> None:
+def test_draws_follow_the_distribution(kernels: Kernels, params: dict[str, Any], kept: set[int]) -> None:
     num_draws = 8_000
-    counts = draw(LOGITS, num_draws, **params)
+    counts = draw(kernels, LOGITS, num_draws, **params)
     expected = expected_distribution(params.get("temperature", 1.0), kept) * num_draws
 
     assert counts[expected == 0].sum() == 0, "a token that should be cut off was drawn"
@@ -69,14 +84,14 @@ def test_draws_follow_the_distribution(params: dict[str, Any], kept: set[int]) -
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees) + 4
 
 
-def test_a_large_vocabulary_is_cut_exactly() -> None:
+def test_a_large_vocabulary_is_cut_exactly(kernels: Kernels) -> None:
     """top_p must not lose mass to the tail, whose tokens are many and tiny."""
     logits = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 2
     probabilities = logits.double().softmax(-1)
     order = probabilities.argsort(descending=True)
     num_kept = int((probabilities[order].cumsum(0) < 0.9).sum()) + 1
 
-    drawn = set(draw(logits, 4_000, top_p=0.9).nonzero()[:, 0].tolist())
+    drawn = set(draw(kernels, logits, 4_000, top_p=0.9).nonzero()[:, 0].tolist())
 
     assert drawn <= set(order[:num_kept].tolist())
     assert drawn & set(order[num_kept // 2 : num_kept].tolist()), "the kept tail is never drawn"
@@ -84,7 +99,7 @@ def test_a_large_vocabulary_is_cut_exactly() -> None:
 
 @pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 5_000])
 @pytest.mark.parametrize("top_k", [0, 1, 20, 400])
-def test_every_token_is_drawn_by_its_own_share(vocab_size: int, top_k: int) -> None:
+def test_every_token_is_drawn_by_its_own_share(kernels: Kernels, vocab_size: int, top_k: int) -> None:
     """At any vocabulary size the token drawn is the one at which the kept tokens' cumulated share passes the number."""
     logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 2
     probabilities = logits.double().softmax(-1)
@@ -93,67 +108,69 @@ def test_every_token_is_drawn_by_its_own_share(vocab_size: int, top_k: int) -> N
     cumulative = (probabilities / probabilities.sum()).cumsum(0)
 
     for index in range(200):
-        drawn = ids(logits[None].clone(), [row(index=index, seed=9, top_k=top_k)])[0]
+        drawn = ids(logits[None].clone(), [row(index=index, seed=9, top_k=top_k)], kernels)[0]
         number = (np.random.Philox(key=9, counter=index).random_raw() >> 11) * 2.0**-53
         assert cumulative[drawn] > number - 1e-6
         assert drawn == 0 or cumulative[drawn - 1] < number + 1e-6
         assert probabilities[drawn] > 0
 
 
-def test_temperature_zero_takes_the_best_token_and_the_first_of_equals() -> None:
+def test_temperature_zero_takes_the_best_token_and_the_first_of_equals(kernels: Kernels) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    assert ids(logits, [row(temperature=0), row(temperature=0, top_p=0.1, seed=3)]) == [1, 0]
+    assert ids(logits, [row(temperature=0), row(temperature=0, top_p=0.1, seed=3)], kernels) == [1, 0]
 
 
 @pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}, {"temperature": 1e-30}])
-def test_the_narrowest_settings_are_greedy(params: dict[str, Any]) -> None:
-    assert draw(LOGITS, 50, **params)[1] == 50
+def test_the_narrowest_settings_are_greedy(kernels: Kernels, params: dict[str, Any]) -> None:
+    assert draw(kernels, LOGITS, 50, **params)[1] == 50
 
 
-def test_a_token_depends_on_seed_and_index_alone() -> None:
+def test_a_token_depends_on_seed_and_index_alone(kernels: Kernels) -> None:
     logits = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1))
     rows = [row(index=7, seed=1), row(temperature=0), row(index=2, seed=3, top_p=0.8), row(seed=-5, top_k=40)]
-    alone = [ids(logits[number : number + 1].clone(), [rows[number]])[0] for number in range(4)]
+    alone = [ids(logits[number : number + 1].clone(), [rows[number]], kernels)[0] for number in range(4)]
 
-    assert ids(logits[:4].clone(), rows) == alone
-    assert ids(logits[[3, 2, 1, 0]].clone(), rows[::-1]) == alone[::-1]
-    assert ids(logits[:4].clone(), rows) == alone, "no hidden state"
+    assert ids(logits[:4].clone(), rows, kernels) == alone
+    assert ids(logits[[3, 2, 1, 0]].clone(), rows[::-1], kernels) == alone[::-1]
+    assert ids(logits[:4].clone(), rows, kernels) == alone, "no hidden state"
 
 
-def test_seeds_and_positions_give_independent_numbers() -> None:
+def test_seeds_and_positions_give_independent_numbers(kernels: Kernels) -> None:
     logits = torch.zeros(1, 1000)
-    by_index = {ids(logits.clone(), [row(index=index, seed=1)])[0] for index in range(300)}
-    by_seed = {ids(logits.clone(), [row(seed=seed)])[0] for seed in range(300)}
+    by_index = {ids(logits.clone(), [row(index=index, seed=1)], kernels)[0] for index in range(300)}
+    by_seed = {ids(logits.clone(), [row(seed=seed)], kernels)[0] for seed in range(300)}
     assert min(len(by_index), len(by_seed)) > 230  # 259 of 1,000 are expected
 
 
-def test_no_stop_token_before_min_tokens() -> None:
+def test_no_stop_token_before_min_tokens(kernels: Kernels) -> None:
     logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]])
     params = {"min_tokens": 3, "stop_token_ids": frozenset({1, 2}), "temperature": 0}
-    assert [ids(logits.clone(), [row(index=index, **params)])[0] for index in range(5)] == [3, 3, 3, 1, 1]
+    assert [ids(logits.clone(), [row(index=index, **params)], kernels)[0] for index in range(5)] == [3, 3, 3, 1, 1]
 
 
-def test_no_rows_no_tokens() -> None:
-    assert ids(torch.empty(0, 10), []) == []
+def test_no_rows_no_tokens(kernels: Kernels) -> None:
+    assert ids(torch.empty(0, 10), [], kernels) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}])
-def test_a_row_that_is_not_finite_has_no_token_and_spoils_no_other(bad: float, params: dict[str, Any]) -> None:
+def test_a_row_that_is_not_finite_has_no_token_and_spoils_no_other(
+    kernels: Kernels, bad: float, params: dict[str, Any]
+) -> None:
     logits = torch.stack([LOGITS, LOGITS.clone(), LOGITS])
     logits[1, 3 if bad > 0 or math.isnan(bad) else slice(None)] = bad
     rows = [row(seed=4, **params)] * 3
-    good = ids(LOGITS[None].clone(), rows[:1])[0]
-    assert ids(logits, rows) == [good, None, good]
+    good = ids(LOGITS[None].clone(), rows[:1], kernels)[0]
+    assert ids(logits, rows, kernels) == [good, None, good]
 
 
-def test_a_row_whose_every_token_is_forbidden_has_none() -> None:
-    assert ids(torch.zeros(1, 3), [row(min_tokens=1, stop_token_ids=frozenset(range(3)))]) == [None]
+def test_a_row_whose_every_token_is_forbidden_has_none(kernels: Kernels) -> None:
+    assert ids(torch.zeros(1, 3), [row(min_tokens=1, stop_token_ids=frozenset(range(3)))], kernels) == [None]
 
 
-def test_log_probabilities_are_those_of_the_model_itself() -> None:
+def test_log_probabilities_are_those_of_the_model_itself(kernels: Kernels) -> None:
     params = {"temperature": 0, "min_tokens": 1, "stop_token_ids": frozenset({1}), "num_logprobs": 3}
-    (token,) = sample(LOGITS[None].clone(), [row(**params)])
+    (token,) = sample(LOGITS[None].clone(), [row(**params)], kernels)
     assert token is not None and token.logprobs is not None
     assert token.token_id == 3, "token 1, the likeliest, may not come yet"
     assert token.logprobs.logprob == pytest.approx(math.log(0.25), abs=1e-6)
@@ -163,11 +180,13 @@ def test_log_probabilities_are_those_of_the_model_itself() -> None:
 
 
 @pytest.mark.parametrize(("num_logprobs", "num_told"), [(0, 0), (8, 8), (20, 8)])
-def test_as_many_log_probabilities_as_asked_for_and_there_are(num_logprobs: int, num_told: int) -> None:
-    (token,) = sample(LOGITS[None].clone(), [row(num_logprobs=num_logprobs)])
+def test_as_many_log_probabilities_as_asked_for_and_there_are(
+    kernels: Kernels, num_logprobs: int, num_told: int
+) -> None:
+    (token,) = sample(LOGITS[None].clone(), [row(num_logprobs=num_logprobs)], kernels)
     assert token is not None and token.logprobs is not None
     assert len(token.logprobs.top_token_ids) == len(token.logprobs.top_logprobs) == num_told
-    assert sample(LOGITS[None].clone(), [row()]) == [Token(token.token_id)]
+    assert sample(LOGITS[None].clone(), [row()], kernels) == [Token(token.token_id)]
 
 
 def test_each_seat_is_sampled_as_who_has_it_asked() -> None:
@@ -206,3 +225,11 @@ def test_drafts_count_as_far_as_they_are_what_was_sampled(
     )
     tokens = [Token(5), *(None if token is None else Token(token) for token in sampled)]
     assert accept(Batch(1, items, num_decodes=2), tokens) == [Sampled((5,)), Sampled(accepted)]
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 10.0])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (50, 1.0), (0, 0.9), (0, 0.1), (40, 0.9), (1, 0.5)])
+def test_all_kernels_draw_the_same_tokens(kernels: Kernels, spread: float, top_k: int, top_p: float) -> None:
+    logits = spread * torch.randn(60, 9_001, generator=torch.Generator().manual_seed(0))
+    draws = [Draw(0.8, top_p, top_k, 2**64 - 1 - number, 2**40 + number) for number in range(len(logits))]
+    assert kernels.draw(logits.clone(), draws) == ReferenceKernels().draw(logits.clone(), draws)

@@ -52,7 +52,7 @@ def check_embedding(device: Device, *, tokens: int, size: int, dtype: torch.dtyp
     rng, kernels = np.random.default_rng(tokens), CudaKernels(device, dtype)
     table = random_tensor(rng, 11, size, dtype=dtype, device=device)
     token_ids = torch.from_numpy(rng.integers(0, 11, tokens).astype(np.int32)).to(device.torch_device)
-    assert torch.equal(kernels.embed(table, token_ids), table[token_ids.long()])
+    assert torch.equal(kernels.embedding(table)(token_ids), table[token_ids.long()])
 
 
 def check_block_copy(device: Device, *, pairs: int, block_bytes: int) -> None:

@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "pool.h"
+#include "sample.h"
 
 extern "C" {
 
@@ -64,5 +65,9 @@ long evenhand_activation_floats(const Decoder* decoder) { return Activations::fl
 void evenhand_forward(Pool* pool, const Decoder* decoder, const AttentionBatch* batch, const int32_t* input_ids,
                       const int32_t* logits_indices, long num_samples, float* memory, float* logits) {
   forward(*pool, *decoder, *batch, input_ids, logits_indices, num_samples, memory, logits);
+}
+
+void evenhand_draw(Pool* pool, float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
+  draw_rows(*pool, logits, rows, size, draws, token_ids);
 }
 }

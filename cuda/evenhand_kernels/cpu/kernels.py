@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from evenhand_kernels.cpu.native import (
     AttentionStructure,
     BatchStructure,
     DecoderStructure,
+    DrawStructure,
     LayerStructure,
     Native,
     WeightStructure,
@@ -23,6 +25,7 @@ from evenhand_kernels.kernels import (
     AttentionLayer,
     AttentionPlan,
     DecoderOperations,
+    Draw,
     Embedding,
     Forward,
     KvCacheShape,
@@ -86,6 +89,13 @@ class CpuKernels:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x.data_ptr(), residual, weight, eps)
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+        _check(logits)
+        token_ids = (ctypes.c_int32 * len(draws))()
+        structures = (DrawStructure * len(draws))(*(DrawStructure(*draw) for draw in draws))
+        self._native.library.evenhand_draw(self._native.pool, logits.data_ptr(), *logits.shape, structures, token_ids)
+        return [None if token_id < 0 else token_id for token_id in token_ids]
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)

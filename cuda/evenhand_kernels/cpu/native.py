@@ -2,7 +2,7 @@
 
 import ctypes
 import weakref
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_long, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_long, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -63,6 +63,16 @@ class DecoderStructure(ctypes.Structure):
     )
 
 
+class DrawStructure(ctypes.Structure):
+    """`Draw` of sample.h."""
+
+    _fields_ = (
+        *((name, c_float) for name in ("temperature", "top_p")),
+        ("top_k", c_int32),
+        *((name, c_uint64) for name in ("seed", "counter")),
+    )
+
+
 _SIGNATURES = {
     "evenhand_new_pool": (c_void_p, [c_int]),
     "evenhand_delete_pool": (None, [c_void_p]),
@@ -76,6 +86,7 @@ _SIGNATURES = {
         None,
         [c_void_p, POINTER(AttentionStructure), POINTER(BatchStructure), c_void_p, c_void_p],
     ),
+    "evenhand_draw": (None, [c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p]),
     "evenhand_activation_floats": (c_long, [POINTER(DecoderStructure)]),
     "evenhand_forward": (
         None,

@@ -4,6 +4,7 @@ Activations, weights and the residual are bfloat16 or float16; norms, softmax an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import Tensor
 from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.plan import HEADER_WORDS, WORDS, Capacity, Planner
 from evenhand_kernels.device import Device
-from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape, Linear
+from evenhand_kernels.drawing import draw_rows
+from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, Draw, Embedding, KvCacheShape, Linear
+from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 LOG2_E = 1 / math.log(2)
 NO_WINDOW = 1 << 30
@@ -74,12 +77,12 @@ class CudaKernels:
 
     # ------------------------------------------------------------------------------------------------- projections
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        weight, bias = self._to_device(weight), None if bias is None else self._to_device(bias)
-        return lambda x: F.linear(x, weight, bias)
+    def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        dense, bias = self._dense(weight), None if bias is None else self._to_device(bias)
+        return lambda x: F.linear(x, dense, bias)
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        gate_up, size = self.linear(weight, bias), len(weight) // 2
+    def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        gate_up, size = self.linear(weight, bias), weight.shape[0] // 2
 
         def gated(x: Tensor) -> Tensor:
             both = gate_up(x)
@@ -90,12 +93,21 @@ class CudaKernels:
 
         return gated
 
-    def embed(self, embedding: Tensor, input_ids: Tensor) -> Tensor:
-        size = embedding.shape[1]
-        x = embedding.new_empty(len(input_ids), size)
-        blocks = -(-len(input_ids) * size // (8 * 256))
-        self._embedding(blocks, token_ids=input_ids, table=embedding, output=x, num_tokens=len(input_ids), size=size)
-        return x
+    def embedding(self, weight: Weight) -> Embedding:
+        table = self._dense(weight)
+        size = table.shape[1]
+
+        def rows(input_ids: Tensor) -> Tensor:
+            x = table.new_empty(len(input_ids), size)
+            blocks = -(-len(input_ids) * size // (8 * 256))
+            self._embedding(blocks, token_ids=input_ids, table=table, output=x, num_tokens=len(input_ids), size=size)
+            return x
+
+        return rows
+
+    def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
+        table = self._dense(weight)
+        return self.embedding(table), self.linear(table, None)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(None, x, weight, eps)
@@ -108,6 +120,12 @@ class CudaKernels:
         launch = self.device.load(variants.rms_norm(self.dtype, residual.shape[-1]))
         launch(len(residual), x=x, residual=residual, weight=weight, output=y, eps=eps)
         return y
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+        return draw_rows(logits.float().cpu(), draws)
+
+    def _dense(self, weight: Weight) -> Tensor:
+        return self._to_device(weight.dequantized() if isinstance(weight, QuantizedTensor) else weight)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device.torch_device, self.dtype)

@@ -54,7 +54,7 @@ class ModelRunner:
         model_input = self._staging.fill(batch)
         rows = self._seats.prepare(batch)
         logits = forward(self._decoder, model_input)
-        results = accept(batch, sample(logits, rows))
+        results = accept(batch, sample(logits, rows, self._decoder.kernels))
         for item, result in zip((item for item in batch.scheduled if item.num_samples), results, strict=True):
             first = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1
             self._staging.append(item.seat, first, result.token_ids)

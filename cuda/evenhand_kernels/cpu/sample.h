@@ -1,0 +1,172 @@
+// One token of each row of logits, as sampler.py defines it: the inverse of the cumulative distribution, in the order of
+// token ids, at a number that depends on (seed, counter) alone. Rows are drawn in parallel.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "pool.h"
+#include "vec.h"
+
+struct Draw {
+  float temperature, top_p;  // temperature 0: the likeliest token; top_p 1: all
+  int32_t top_k;             // 0: all
+  uint64_t seed, counter;
+};
+
+constexpr int32_t INVALID = -1;  // instead of a token: the row holds a NaN or an infinity, or allows no token
+constexpr int RUN = 256;         // tokens whose weights are summed before one of them is looked for
+
+// The first output of numpy's Philox(key=seed, counter=start), Philox4x64-10 (doi 10.1145/2063384.2063405), as [0, 1).
+static inline double uniform(uint64_t seed, uint64_t start) {
+  uint64_t counter[4] = {start + 1, start + 1 == 0, 0, 0}, key[2] = {seed, 0};
+  for (int round = 0; round < 10; round++) {
+    const auto even = static_cast<unsigned __int128>(0xD2E7470EE14C6C93u) * counter[0];
+    const auto odd = static_cast<unsigned __int128>(0xCA5A826395121157u) * counter[2];
+    counter[0] = static_cast<uint64_t>(odd >> 64) ^ counter[1] ^ key[0];
+    counter[1] = static_cast<uint64_t>(odd);
+    counter[2] = static_cast<uint64_t>(even >> 64) ^ counter[3] ^ key[1];
+    counter[3] = static_cast<uint64_t>(even);
+    key[0] += 0x9E3779B97F4A7C15u, key[1] += 0xBB67AE8584CAA73Bu;
+  }
+  return static_cast<double>(counter[0] >> 11) * 0x1p-53;
+}
+
+// The largest logit; NaN if there is one.
+static inline float highest(const float* logits, long size) {
+  Vec high = splat(-INFINITY);
+  IntVec unordered = {};
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    const Vec v = load(logits + i);
+    high = max(high, v), unordered |= v != v;
+  }
+  float result = largest(high);
+  bool has_nan = any(unordered);
+  for (; i < size; i++) result = std::max(result, logits[i]), has_nan |= logits[i] != logits[i];
+  return has_nan ? NAN : result;
+}
+
+// Logits become weights relative to the largest one's; what is below e^-87 counts as 0, as an excluded token does.
+static inline void weigh(float* logits, long size, float high, float temperature) {
+  const float factor = 1.0f / temperature;
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    const Vec x = (load(logits + i) - high) * factor;
+    store(logits + i, x > -87.0f ? exp(x) : Vec{});
+  }
+  for (; i < size; i++) {
+    const float x = (logits[i] - high) * factor;
+    logits[i] = x > -87.0f ? std::exp(x) : 0.0f;
+  }
+}
+
+// Sums of runs of those weights that are at least `least`.
+static inline double sum_runs(const float* weights, long size, float least, std::vector<double>& runs) {
+  runs.clear();
+  double total = 0;
+  for (long run = 0; run < size; run += RUN) {
+    const long end = std::min(size, run + RUN);
+    Vec sums = {};
+    long i = run;
+    for (; i + LANES <= end; i += LANES) {
+      const Vec v = load(weights + i);
+      sums += v >= least ? v : Vec{};
+    }
+    double partial = sum(sums);
+    for (; i < end; i++) partial += weights[i] >= least ? weights[i] : 0;
+    runs.push_back(partial);
+    total += partial;
+  }
+  return total;
+}
+
+// The weights that are at least `bound`, which is above 0.
+static std::vector<float> at_least(const float* weights, long size, float bound) {
+  std::vector<float> result;
+  long i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    if (!any(load(weights + i) >= bound)) continue;
+    for (int lane = 0; lane < LANES; lane++)
+      if (weights[i + lane] >= bound) result.push_back(weights[i + lane]);
+  }
+  for (; i < size; i++)
+    if (weights[i] >= bound) result.push_back(weights[i]);
+  return result;
+}
+
+// Keeps of many weights those in one bin of a histogram over their leading bits: that in which the walk of `walk_down` ends.
+// Takes what lies above it off `num` and `mass`.
+static void keep_last_bin(std::vector<float>& weights, long& num, double& mass) {
+  constexpr int SHIFT = 19, BINS = 1 << 12;  // a float's sign, which is 0, and 19 bits of its fraction do not count
+  const auto bin_of = [](float weight) {
+    uint32_t bits;
+    std::memcpy(&bits, &weight, 4);
+    return bits >> SHIFT;
+  };
+  std::vector<double> masses(BINS);
+  std::vector<int32_t> counts(BINS);
+  for (const float weight : weights) masses[bin_of(weight)] += weight, counts[bin_of(weight)]++;
+  uint32_t last = 0;
+  for (int bin = BINS - 1; bin >= 0; bin--) {
+    if (counts[bin] == 0) continue;
+    last = bin;
+    if (counts[bin] >= num || masses[bin] >= mass) break;
+    num -= counts[bin], mass -= masses[bin];
+  }
+  std::erase_if(weights, [&](float weight) { return bin_of(weight) != last; });
+}
+
+// Walks down the weights that are at least `bound`, from the largest, until `num` of them or this mass is reached; the last
+// one seen.
+static float walk_down(const float* weights, long size, float bound, long num, double mass) {
+  constexpr size_t MANY = 1024;
+  std::vector<float> candidates = at_least(weights, size, bound);
+  if (candidates.size() > MANY) keep_last_bin(candidates, num, mass);
+  std::sort(candidates.begin(), candidates.end(), std::greater<float>());
+  for (const float weight : candidates)
+    if (--num == 0 || (mass -= weight) <= 0) return weight;
+  return candidates.back();
+}
+
+// The least weight that top_k, then top_p keep; what equals it is kept too, whatever its place.
+static float least_kept(const float* weights, long size, const Draw& draw, std::vector<double>& runs) {
+  float least = 0x1p-149f;
+  if (draw.top_k > 0 && draw.top_k < size) least = walk_down(weights, size, least, draw.top_k, INFINITY);
+  if (draw.top_p < 1) {
+    const double mass = sum_runs(weights, size, least, runs);
+    // All tokens below this bound together have less than the mass that top_p leaves out.
+    const float bound = std::max(least, static_cast<float>((1 - draw.top_p) * mass / size * 0.999));
+    least = walk_down(weights, size, bound, size + 1, draw.top_p * mass);
+  }
+  return least;
+}
+
+// Overwrites the logits.
+static int32_t draw_row(float* logits, long size, const Draw& draw) {
+  const float high = highest(logits, size);
+  if (!std::isfinite(high)) return INVALID;
+  if (draw.temperature == 0) return static_cast<int32_t>(std::find(logits, logits + size, high) - logits);
+  weigh(logits, size, high, draw.temperature);
+  std::vector<double> runs;
+  const float least = least_kept(logits, size, draw, runs);
+  double target = uniform(draw.seed, draw.counter) * sum_runs(logits, size, least, runs);
+  long run = 0, last = 0;
+  for (long i = 0; i < static_cast<long>(runs.size()); i++)
+    if (runs[i] > 0) last = i;  // where rounding may carry the target at most
+  for (; run < last && target >= runs[run]; run++) target -= runs[run];
+  int32_t token = 0;
+  for (long i = run * RUN; i < std::min(size, (run + 1) * RUN); i++) {
+    if (logits[i] < least) continue;
+    token = static_cast<int32_t>(i);
+    if ((target -= logits[i]) < 0) break;
+  }
+  return token;
+}
+
+static void draw_rows(Pool& pool, float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
+  pool.run(rows, [&](long row) { token_ids[row] = draw_row(logits + row * size, size, draws[row]); });
+}
