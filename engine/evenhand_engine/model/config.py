@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.model.packed_int import PackedFormat, parse_packed_format
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -57,6 +58,7 @@ class ModelConfig:
         sliding_windows: for each layer, how many tokens a query sees, itself included; None: all.
         rope_layers: for each layer, whether it rotates queries and keys at all.
         dtype: in which the checkpoint is stored, "float32" if it does not say.
+        packed_format: of projections that it holds as packed integers; None: it has none.
     """
 
     architecture: str
@@ -78,6 +80,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     rope_layers: tuple[bool, ...]
     dtype: str
+    packed_format: PackedFormat | None
 
     @property
     def num_parameters(self) -> int:
@@ -169,6 +172,9 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
         sliding_windows=_sliding_windows(fields),
         rope_layers=_rope_layers(fields),
         dtype=(fields.dtype or fields.torch_dtype or "float32").removeprefix("torch."),
+        packed_format=(
+            None if fields.quantization_config is None else parse_packed_format(fields.quantization_config, origin)
+        ),
     )
     _check(fields, config, origin)
     return config
@@ -194,9 +200,6 @@ def _require_architecture(document: Any, origin: str) -> None:
 
 def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
     """Refuse what the decoder would compute wrongly."""
-    if fields.quantization_config is not None:
-        method = fields.quantization_config.get("quant_method", "unknown")
-        raise StartupError(f"{origin}: weights quantised by {method} are not supported; use a float or GGUF checkpoint")
     if fields.hidden_act != "silu":
         raise StartupError(f"{origin}: hidden_act {fields.hidden_act} is not supported; supported is silu")
     if config.num_heads % config.num_kv_heads:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
+from evenhand_engine.model.packed_int import PackedFormat, read_packed
 from evenhand_engine.model.precision import Precision
 from evenhand_kernels.kernels import Embedding, Kernels, Linear
 from evenhand_kernels.quantized import QuantizedTensor, Weight, stacked, widened
@@ -64,8 +65,10 @@ class Checkpoint:
     Every error in the files is a StartupError that names the file or the tensor.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, packed_format: PackedFormat | None = None) -> None:
+        """`packed_format`: of the projections that it holds as packed integers."""
         self._model_dir = model_dir
+        self._packed_format = packed_format
         self._stack = ExitStack()
         self._untaken: dict[str, Any] = {}
         for path, names in _shards(model_dir).items():
@@ -84,9 +87,12 @@ class Checkpoint:
 
     def take(self, name: str, *shape: int) -> Weight:
         """Raises StartupError if the tensor is missing or has another shape."""
-        if name + CODES in self._untaken:
+        prefix = name.removesuffix(".weight")
+        if self._packed_format is not None and f"{prefix}.qweight" in self._untaken:
+            weight: Weight = read_packed(self._read, self._untaken.__contains__, prefix, self._packed_format)
+        elif name + CODES in self._untaken:
             minima = self._read(name + MINIMA) if name + MINIMA in self._untaken else None
-            weight: Weight = QuantizedTensor(self._read(name + CODES), self._read(name + SCALES), minima)
+            weight = QuantizedTensor(self._read(name + CODES), self._read(name + SCALES), minima)
         else:
             weight = self._read(name)
         if tuple(weight.shape) != shape:
@@ -145,7 +151,7 @@ class RandomTensors:
 
 def load_weights(model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:
     """Read the checkpoint in `model_dir`. Raises StartupError for missing, unexpected, mis-shaped or torn tensors."""
-    with Checkpoint(model_dir) as checkpoint:
+    with Checkpoint(model_dir, config.packed_format) as checkpoint:
         weights = assemble(checkpoint, config, precision, kernels)
         if config.tie_word_embeddings:
             checkpoint.discard("lm_head.weight")

@@ -103,7 +103,12 @@ def test_rope_parameters_by_type_of_layer_are_honoured_where_they_are_the_same()
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 4}}, "low_freq_factor"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -5}, r"Expected `int` >= 1 - at `\$.sliding"),
         ({"dtype": "int8"}, "dtype int8"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq are not supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+            "gptq weights of 3 bits .* supported are 4 or 8",
+        ),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, "awq version gemv is not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "mrope"}}, "rope type mrope is not supported; supported are default"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "rope parameters: Expected `float`"),
