@@ -66,7 +66,7 @@ def serve(*flags: str) -> Iterator[Server]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
-            _await_port(process, port, log)
+            await_port(process, port, log, "/ready")
             yield Server(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
         finally:
             process.send_signal(signal.SIGTERM)
@@ -77,7 +77,8 @@ def serve(*flags: str) -> Iterator[Server]:
                 process.wait()
 
 
-def _await_port(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
+def await_port(process: subprocess.Popen[bytes], port: int, log: Any, path: str) -> None:
+    """Until the server answers there. Raises SystemExit with its log if it ends before."""
     import urllib.error
     import urllib.request
 
@@ -85,12 +86,12 @@ def _await_port(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
-            raise SystemExit(f"evenhand serve ended with {process.returncode}:\n{log.read().decode()}")
+            raise SystemExit(f"the server ended with {process.returncode}:\n{log.read().decode()}")
         with contextlib.suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).close()
             return
         time.sleep(0.1)
-    raise SystemExit("evenhand serve did not become ready")
+    raise SystemExit("the server did not become ready")
 
 
 @dataclass

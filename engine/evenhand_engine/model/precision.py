@@ -19,7 +19,7 @@ class Precision:
 
     Attributes:
         dtype: of all weights; None: each as the checkpoint stores it, quantised ones included.
-        int8: quantise what is not, with a scale for each INT8_GROUP inputs.
+        int8: quantise what is not after that, with a scale for each INT8_GROUP inputs.
     """
 
     dtype: torch.dtype | None = None
@@ -27,9 +27,11 @@ class Precision:
 
     def of(self, weight: Weight) -> Weight:
         """A matrix in this form."""
+        if self.dtype is not None:
+            weight = widened(weight).to(self.dtype)
         if self.int8 and isinstance(weight, Tensor) and weight.shape[1] % INT8_GROUP == 0:
             return quantized_to_int8(weight)
-        return weight if self.dtype is None else widened(weight).to(self.dtype)
+        return weight
 
 
 def resolve_precision(dtype: str, quantization: str) -> Precision:

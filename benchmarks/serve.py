@@ -1,0 +1,196 @@
+"""Output tokens per second with 1, 8 and 32 requests in flight, time to first token, time per token and start-up.
+
+Closed loops of requests over HTTP: prompts of random tokens, no two alike, and a fixed number of output tokens. A peer
+that is installed takes the same loops by turns with Evenhand, so that both meet the same state of the machine:
+`--peer llama.cpp --peer-model FILE.gguf`, or `--peer vllm` with the same model directory or hub id as ours.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import openai
+from serving import MODEL, await_port, free_port, serve
+
+LOADS = (1, 8, 32)
+REQUESTS_PER_PLACE = 2  # in flight
+MIN_REQUESTS = 6
+NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 256, 64
+HIGHEST_TOKEN = 40_000
+PEERS = ("llama.cpp", "vllm")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A running server."""
+
+    name: str
+    client: openai.AsyncOpenAI
+    startup_seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one streamed request: seconds to its first token, seconds between tokens, number of tokens."""
+
+    first: float
+    gap: float
+    num_tokens: int
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--model", help="a Hugging Face directory, hub id or GGUF file; default: the default model")
+    parser.add_argument("--flags", default="", help="more flags for `evenhand serve`, in one argument")
+    parser.add_argument("--peer", choices=PEERS)
+    parser.add_argument("--peer-model", help="what the peer serves; default: the same")
+    parser.add_argument("--peer-flags", default="", help="more flags for the peer, in one argument")
+    options = parser.parse_args()
+    loads = LOADS[:2] if options.quick else LOADS
+    model = [options.model] if options.model else []
+    with contextlib.ExitStack() as stack:
+        contenders = [stack.enter_context(_evenhand([*model, *options.flags.split()]))]
+        if options.peer:
+            peer_model = options.peer_model or options.model
+            if peer_model is None:
+                parser.error("--peer-model is needed: the peer has no default model")
+            contenders.append(stack.enter_context(_peer(options.peer, peer_model, options.peer_flags.split())))
+        results = asyncio.run(_measure(contenders, loads, options.seed, 1 if options.quick else 2))
+    common.print_table(
+        f"{NUM_PROMPT_TOKENS} tokens in, {NUM_OUTPUT_TOKENS} out",
+        ["", *(f"{load} in flight, tokens/s" for load in loads), "TTFT p50, s", "TPOT p50, ms", "start, s"],
+        [
+            [
+                name,
+                *(f"{result['output_tokens_per_s'][str(load)]:.1f}" for load in loads),
+                f"{result['ttft_p50_s']:.2f}",
+                f"{result['tpot_p50_ms']:.1f}",
+                f"{result['startup_s']:.1f}",
+            ]
+            for name, result in results.items()
+        ],
+    )
+    ours = results.pop("evenhand")
+    common.finish("serve", ours | ({"peers": results} if results else {}))
+
+
+@contextlib.contextmanager
+def _evenhand(flags: Sequence[str]) -> Iterator[Contender]:
+    started_at = time.monotonic()
+    with serve("--no-enable-prefix-caching", *flags) as server:
+        yield Contender("evenhand", server.client("none"), time.monotonic() - started_at)
+
+
+@contextlib.contextmanager
+def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
+    """The peer's own OpenAI-compatible server, with as many slots as the largest load."""
+    program = {"llama.cpp": "llama-server", "vllm": "vllm"}[name]
+    path = shutil.which(program)
+    if path is None:
+        raise SystemExit(f"{program} is not on PATH: install {name}, or leave --peer out")
+    port, slots = free_port(), max(LOADS)
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    if name == "llama.cpp":
+        context = slots * (NUM_PROMPT_TOKENS + NUM_OUTPUT_TOKENS + 64)
+        command = [path, "-m", model, *address, "--parallel", str(slots), "-c", str(context), "--alias", MODEL]
+    else:
+        command = [path, "serve", model, *address, "--served-model-name", MODEL, "--no-enable-prefix-caching"]
+    started_at = time.monotonic()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, *flags], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            await_port(process, port, log, "/health")
+            seconds = time.monotonic() - started_at
+            client = openai.AsyncOpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=3600
+            )
+            yield Contender(name, client, seconds)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+async def _measure(
+    contenders: Sequence[Contender], loads: Sequence[int], seed: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Each load by each contender, by turns, `rounds` times; the median of the rounds' rates."""
+    generator = random.Random(seed)
+    rates: dict[tuple[str, int], list[float]] = {}
+    alone: dict[str, list[Answer]] = {contender.name: [] for contender in contenders}
+    for contender in contenders:
+        await _loop(contender.client, generator, 1, 2)  # nothing is measured at first use
+    for _ in range(rounds):
+        for load in loads:
+            for contender in contenders:
+                num_requests = max(MIN_REQUESTS, REQUESTS_PER_PLACE * load)
+                started_at = time.monotonic()
+                answers = await _loop(contender.client, generator, load, num_requests)
+                seconds = time.monotonic() - started_at
+                rate = sum(answer.num_tokens for answer in answers) / seconds
+                rates.setdefault((contender.name, load), []).append(rate)
+                if load == 1:
+                    alone[contender.name] += answers
+    return {
+        contender.name: {
+            "output_tokens_per_s": {str(load): statistics.median(rates[contender.name, load]) for load in loads},
+            "ttft_p50_s": statistics.median(answer.first for answer in alone[contender.name]),
+            "tpot_p50_ms": 1e3 * statistics.median(answer.gap for answer in alone[contender.name]),
+            "startup_s": contender.startup_seconds,
+        }
+        for contender in contenders
+    }
+
+
+async def _loop(
+    client: openai.AsyncOpenAI, generator: random.Random, in_flight: int, num_requests: int
+) -> list[Answer]:
+    """So many requests, as many of them at a time as may be in flight."""
+    prompts = [[generator.randrange(100, HIGHEST_TOKEN) for _ in range(NUM_PROMPT_TOKENS)] for _ in range(num_requests)]
+    answers: list[Answer] = []
+
+    async def place() -> None:
+        while prompts:
+            answers.append(await _ask(client, prompts.pop()))
+
+    await asyncio.gather(*(place() for _ in range(in_flight)))
+    return answers
+
+
+async def _ask(client: openai.AsyncOpenAI, prompt: list[int]) -> Answer:
+    sent_at = time.monotonic()
+    chunks = await client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=NUM_OUTPUT_TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    first_at = last_at = None
+    num_tokens = 0
+    async for chunk in chunks:
+        if chunk.usage:
+            num_tokens = chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].text:
+            last_at = time.monotonic()
+            first_at = first_at or last_at
+    assert first_at is not None and last_at is not None and num_tokens > 1, "the server answered without text"
+    return Answer(first_at - sent_at, (last_at - first_at) / (num_tokens - 1), num_tokens)
+
+
+if __name__ == "__main__":
+    main()
