@@ -170,10 +170,8 @@ class _Attention:
             )
         padded_head_dim = -(-layer.head_dim // 16) * 16
         blocks = (cache.num_blocks, layer.num_kv_heads)
-        self._keys = torch.zeros(*blocks, layer.head_dim, cache.block_size, dtype=cache.dtype)
-        self._values = torch.zeros(*blocks, cache.block_size, padded_head_dim, dtype=cache.dtype)
-        for memory in (self._keys, self._values):
-            native.prefer_huge_pages(memory)
+        self._keys = native.zeros((*blocks, layer.head_dim, cache.block_size), cache.dtype)
+        self._values = native.zeros((*blocks, cache.block_size, padded_head_dim), cache.dtype)
         self._layer = layer  # keeps alive what the structure points to
         self.structure = AttentionStructure(
             num_heads=layer.num_heads,

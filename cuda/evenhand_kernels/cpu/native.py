@@ -1,6 +1,8 @@
 """The compiled kernels as Python sees them: the structures of their headers, their functions, their threads and memory."""
 
 import ctypes
+import math
+import mmap
 import weakref
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_long, c_uint64, c_void_p
 from pathlib import Path
@@ -116,6 +118,13 @@ class Native:
             self.prefer_huge_pages(self._chunk)
         memory, self._chunk = self._chunk[:num_bytes], self._chunk[size:]
         return memory
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a KV cache, which is taken from the system only as it is used: torch.zeros would write to all of it."""
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        memory = torch.frombuffer(pages, dtype=dtype)
+        self.prefer_huge_pages(memory)
+        return memory.view(shape)
 
     def prefer_huge_pages(self, memory: Tensor) -> None:
         self.library.evenhand_prefer_huge_pages(memory.data_ptr(), memory.nbytes)
