@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster import build
-from cluster.api_client import ApiClient
+from cluster.api_client import ApiClient, ApiError
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import install_crds
+from evenhand_policy.secret import API_KEYS_TYPE
 from harness.crowd import Crowd
 from harness.fixtures import install_operator_rights
 from harness.objects import api_key, policy, pool, secret
@@ -20,7 +23,8 @@ from harness.operator_process import OperatorProcess
 
 Object = dict[str, Any]
 
-NAMESPACE = "inference"
+NAMESPACE, STRANGERS = "inference", "strangers"
+ALL_NAMESPACES = build.SOURCES.parents[1] / "manifests/components/all-namespaces/rbac.yaml"
 _POLICIES = f"/apis/evenhand.dev/v1alpha1/namespaces/{NAMESPACE}/tenantpolicies"
 _SECRETS = f"/api/v1/namespaces/{NAMESPACE}/secrets"
 _IN_FLIGHT = 24
@@ -40,12 +44,32 @@ class PoolStage:
         async def create(index: int) -> None:
             name = f"team-{index}"
             key = secret(NAMESPACE, f"{name}-keys", key=f"a-key-that-nobody-can-guess-{index:05}")
+            key["type"] = API_KEYS_TYPE
             await self.client.call("POST", _SECRETS, key)
             limits = {"requestsPerMinute": 600, "maxConcurrentRequests": 32}
             spec = {"weight": 1, "limits": limits, "identities": [api_key(f"{name}-keys")]}
             await self.client.call("POST", _POLICIES, policy(NAMESPACE, name, **spec))
 
         await _at_once(create, indices)
+
+    async def create_strangers(self, number: int) -> None:
+        """Pods and Secrets of others, in a namespace of their own."""
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": STRANGERS}}
+        await self.client.call("POST", "/api/v1/namespaces", namespace)
+        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+        with contextlib.suppress(ApiError):  # a controller makes it too
+            await self.client.call("POST", f"/api/v1/namespaces/{STRANGERS}/serviceaccounts", account)
+        spec = {"containers": [{"name": "main", "image": "stranger"}]}
+
+        async def create(index: int) -> None:
+            name = f"stranger-{index}"
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+            await self.client.call("POST", f"/api/v1/namespaces/{STRANGERS}/pods", pod)
+            await self.client.call(
+                "POST", f"/api/v1/namespaces/{STRANGERS}/secrets", secret(STRANGERS, name, text="x" * 1000)
+            )
+
+        await _at_once(create, range(number))
 
     async def set_weight(self, name: str, weight: int) -> Object:
         """Change a policy; returns it as it was stored."""
@@ -126,8 +150,9 @@ async def _at_once(do: Callable[[Any], Awaitable[object]], items: Iterable[Any])
 
 
 @contextlib.asynccontextmanager
-async def pool_stage(num_pods: int, num_processes: int) -> AsyncIterator[PoolStage]:
-    """Everything but the policies; the operator is not started. Exits where the control plane is not built."""
+async def pool_stage(num_pods: int, num_processes: int, *, cluster_wide: bool = False) -> AsyncIterator[PoolStage]:
+    """Everything but the policies; the operator, of one namespace or `cluster_wide`, is not started. Exits where the
+    control plane is not built."""
     if missing := build.missing_programs():
         sys.exit(f"no control plane: {', '.join(missing)} not built (make cluster)")
     with (
@@ -136,7 +161,12 @@ async def pool_stage(num_pods: int, num_processes: int) -> AsyncIterator[PoolSta
     ):
         folder = Path(name) / "crowd"
         with Crowd(cluster, NAMESPACE, num_pods, num_processes, folder) as crowd:
-            operator = OperatorProcess(cluster, _install(cluster), folder / "operator.log", [NAMESPACE])
+            namespaces = [] if cluster_wide else [NAMESPACE]
+            options = ["--pod-selector=evenhand.dev/pool"] if cluster_wide else []
+            kubeconfig = _install(cluster)
+            if cluster_wide:
+                cluster.apply(*yaml.safe_load_all(ALL_NAMESPACES.read_text()))
+            operator = OperatorProcess(cluster, kubeconfig, folder / "operator.log", namespaces, *options)
             async with cluster.api_client() as client:
                 await crowd.join(client)
                 try:

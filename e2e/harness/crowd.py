@@ -120,7 +120,12 @@ class Crowd:
 def _pod(name: str) -> Object:
     port = {"name": "admin", "containerPort": ADMIN_PORT}
     spec = {"nodeName": NODE, "containers": [{"name": "engine", "image": "light-engine", "ports": [port]}]}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": ENGINE_LABELS}, "spec": spec}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": ENGINE_LABELS | {"evenhand.dev/pool": "default"}},
+        "spec": spec,
+    }
 
 
 def _status(address: str) -> Object:

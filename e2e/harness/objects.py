@@ -74,8 +74,9 @@ def light_engines(namespace: str, replicas: int, *options: str, pool: str = "def
         {"name": "state", "emptyDir": {}},
     ]
     labels = ENGINE_LABELS | {"engines": name}
+    told = {"evenhand.dev/pool": pool}
     template = {
-        "metadata": {"labels": labels},
+        "metadata": {"labels": labels | told},
         "spec": {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": 1},
     }
     return {
