@@ -117,11 +117,13 @@ def policy_status(
     first: Version | None,
     programmed: Verdict,
     now: float,
+    warning: str = "",
 ) -> TenantPolicyStatus:
-    """Status of a policy; `first` is the first version that holds it, None where it has problems."""
+    """Status of a policy; `first` is the first version that holds it, None where it has problems. `warning` is told
+    where it has none."""
     is_programmed = programmed.status is ConditionStatus.TRUE
     return TenantPolicyStatus(
-        conditions=_conditions(observed, observed.status.conditions, problems, programmed, now),
+        conditions=_conditions(observed, observed.status.conditions, problems, programmed, now, warning),
         observed_generation=observed.generation,
         programmed_revision=_programmed_revision(observed, first) if is_programmed else None,
     )
@@ -164,14 +166,15 @@ def pool_status(
     num_tenants: int,
     pool: PoolState | None,
     now: float,
+    warning: str = "",
 ) -> EnginePoolStatus:
-    """Status of a pool; `pool` is None where it cannot be read."""
+    """Status of a pool; `pool` is None where it cannot be read. `warning` is told where it has no problem."""
     if pool is None:
         programmed = Verdict(ConditionStatus.FALSE, "NotAccepted", "The pool cannot be read")
         conditions = _conditions(observed, observed.status.conditions, problems, programmed, now)
         return EnginePoolStatus(conditions=conditions, observed_generation=observed.generation)
     return EnginePoolStatus(
-        conditions=_conditions(observed, observed.status.conditions, problems, _pool_programmed(pool), now),
+        conditions=_conditions(observed, observed.status.conditions, problems, _pool_programmed(pool), now, warning),
         observed_generation=observed.generation,
         epoch=pool.current[0],
         revision=pool.current[1],
@@ -219,11 +222,13 @@ def _pod_row(report: PodReport) -> PodStatus:
     )
 
 
-def _accepted(observed: ObservedPolicy | ObservedPool, problems: Sequence[PolicyProblem]) -> Verdict:
+def _accepted(observed: ObservedPolicy | ObservedPool, problems: Sequence[PolicyProblem], warning: str) -> Verdict:
     if not problems:
         message = "The object is valid and has what it claims"
         if observed.ignored:
             message += "; ignored, since only a newer operator knows it: " + ", ".join(observed.ignored)
+        if warning:
+            message += f"; {warning}"
         return Verdict(ConditionStatus.TRUE, "Accepted", message[:_MAX_MESSAGE_CHARACTERS])
     texts = (f"{problem.path}: {problem.message}" if problem.path else problem.message for problem in problems)
     return Verdict(ConditionStatus.FALSE, str(problems[0].reason), "; ".join(texts)[:_MAX_MESSAGE_CHARACTERS])
@@ -235,9 +240,10 @@ def _conditions(
     problems: Sequence[PolicyProblem],
     programmed: Verdict,
     now: float,
+    warning: str = "",
 ) -> tuple[Condition, ...]:
     """All four; a condition whose status stays the same keeps the time of its last transition."""
-    accepted = _accepted(observed, problems)
+    accepted = _accepted(observed, problems, warning)
     verdicts = {
         ConditionType.ACCEPTED: accepted,
         ConditionType.PROGRAMMED: programmed,

@@ -72,7 +72,7 @@ class Documents:
             for key, pool in self.plan.pools.items()
             if key not in existing and pool.pool.spec.on_deletion is OnDeletion.CLOSE
         }
-        plan = Plan({**plan.pools, **closed}, plan.problems)
+        plan = Plan({**plan.pools, **closed}, plan.problems, plan.warnings)
         for key in plan.pools.keys() - self._rollouts.keys():
             self._rollouts[key] = await self._continue(plan.pools[key])
         self.plan, self.policies = plan, {observed.uid: observed for observed in world.policies}

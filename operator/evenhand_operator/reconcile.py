@@ -1,13 +1,14 @@
 """From everything that was observed to what should be so. Pure: no clock, no network, no order of arrival."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
+from evenhand_operator.secret_references import secrets_of
 from evenhand_policy.admission import NamespaceLabels, pool_not_found
 from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import (
@@ -19,7 +20,7 @@ from evenhand_policy.config import (
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of
 from evenhand_policy.pool import EnginePool, default_audience
 from evenhand_policy.schema import milliseconds
-from evenhand_policy.secret import Secret
+from evenhand_policy.secret import API_KEYS_TYPE, Secret
 from evenhand_policy.spec import TenantPolicy
 
 
@@ -60,10 +61,12 @@ class Plan:
     Attributes:
         pools: by namespace and name; a pool that cannot be read has no plan.
         problems: of each policy and pool that has any, most important first.
+        warnings: what works all the same, and should not stay so.
     """
 
     pools: Mapping[ObjectKey, PoolPlan]
     problems: Mapping[ResourceReference, tuple[PolicyProblem, ...]]
+    warnings: Mapping[ResourceReference, str] = field(default_factory=dict)
 
 
 def make_plan(world: World) -> Plan:
@@ -79,7 +82,19 @@ def make_plan(world: World) -> Plan:
             plans[observed.key], problems = _plan_pool(world, observed, observed.pool, policies)
             found += problems
     found += [pool_not_found(policy) for policies in by_pool.values() for policy in policies]
-    return Plan(plans, _problems_by_resource(found))
+    return Plan(plans, _problems_by_resource(found), dict(_warnings(world)))
+
+
+def _warnings(world: World) -> Iterator[tuple[ResourceReference, str]]:
+    """Secrets of another type than ours are watched with everything else in their namespace."""
+    naming: list[ObservedPolicy | ObservedPool] = [*world.policies, *world.pools]
+    for observed in naming:
+        named = (key for key in secrets_of(observed) if key in world.secrets)
+        if others := sorted(
+            {name for namespace, name in named if world.secrets[namespace, name].type != API_KEYS_TYPE}
+        ):
+            advice = f"{', '.join(others)} should be of type {API_KEYS_TYPE}, by which the operator selects Secrets"
+            yield observed.reference, advice
 
 
 def _policies_by_pool(observed: Iterable[ObservedPolicy]) -> dict[ObjectKey, list[TenantPolicy]]:

@@ -24,7 +24,7 @@ from evenhand_policy.version import Version
 _LOOK_SECONDS = 2.0  # what depends on time alone, such as the grace of new pods and writes that failed
 _MAX_BATCH = 256  # then it is looked again at what is most urgent
 
-_Basis = tuple[ObservedPolicy, tuple[PolicyProblem, ...], Version | None, Verdict]
+_Basis = tuple[ObservedPolicy, tuple[PolicyProblem, ...], Version | None, Verdict, str]
 
 
 class Reporter:
@@ -92,7 +92,7 @@ class Reporter:
         for index, basis in enumerate(due):
             if len(changes) >= _MAX_BATCH:
                 return changes, len(due) - index
-            change = StatusChange(basis[0], policy_status(*basis, now))
+            change = StatusChange(basis[0], policy_status(*basis[:4], now, basis[4]))
             if self._writer.is_due(change):
                 changes.append(change)
             elif not change.is_needed:
@@ -124,7 +124,14 @@ class Reporter:
             if overlap := self._documents.overlaps.get(observed.reference):
                 problems = (*problems, overlap)
             num_tenants = len(planned.config.tenants) if planned else 0
-            status = pool_status(observed, problems, num_tenants, states.get(observed.key), now)
+            status = pool_status(
+                observed,
+                problems,
+                num_tenants,
+                states.get(observed.key),
+                now,
+                plan.warnings.get(observed.reference, ""),
+            )
             status = replace(status, operator=self._installation)
             if self._writer.is_due(change := StatusChange(observed, status)):
                 yield change
@@ -148,7 +155,8 @@ class Reporter:
         first, state = None, None
         if not problems and key in states:
             first, state = self._documents.rollout(key).first_version(observed), states[key]
-        return observed, problems, first, policy_programmed(observed, problems, first, state)
+        warning = self._documents.plan.warnings.get(observed.reference, "")
+        return observed, problems, first, policy_programmed(observed, problems, first, state), warning
 
 
 def _is_observed(policy: ObservedPolicy) -> bool:

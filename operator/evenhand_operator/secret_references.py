@@ -8,19 +8,16 @@ from evenhand_operator.observed import ObservedPolicy, ObservedPool
 
 def referenced_secrets(policies: Iterable[ObservedPolicy], pools: Iterable[ObservedPool]) -> set[ObjectKey]:
     """Namespace and name of each."""
-    return {*_of_policies(policies), *_of_pools(pools)}
+    naming: list[ObservedPolicy | ObservedPool] = [*policies, *pools]
+    return {key for observed in naming for key in secrets_of(observed)}
 
 
-def _of_policies(policies: Iterable[ObservedPolicy]) -> Iterator[ObjectKey]:
-    for observed in policies:
+def secrets_of(observed: ObservedPolicy | ObservedPool) -> Iterator[ObjectKey]:
+    """Namespace and name of each that one object names; none of one that cannot be read."""
+    namespace, _ = observed.key
+    if isinstance(observed, ObservedPolicy):
         for identity in observed.policy.spec.identities if observed.policy else ():
             if identity.api_key is not None:
-                yield observed.key[0], identity.api_key.secret_ref.name
-
-
-def _of_pools(pools: Iterable[ObservedPool]) -> Iterator[ObjectKey]:
-    for observed in pools:
-        if observed.pool is None:
-            continue
-        if observed.pool.spec.gateway is not None:
-            yield observed.key[0], observed.pool.spec.gateway.api_keys.secret_ref.name
+                yield namespace, identity.api_key.secret_ref.name
+    elif observed.pool is not None and observed.pool.spec.gateway is not None:
+        yield namespace, observed.pool.spec.gateway.api_keys.secret_ref.name

@@ -22,7 +22,7 @@ from evenhand_policy.config import SchedulerConfig, ServiceAccountIssuer, Tenant
 from evenhand_policy.decode import decode
 from evenhand_policy.errors import PolicyProblem, Reason
 from evenhand_policy.push_document import encode_document
-from evenhand_policy.secret import Secret
+from evenhand_policy.secret import API_KEYS_TYPE, Secret
 from evenhand_policy.status import Condition, ConditionStatus, EnginePoolStatus, PodState, TenantPolicyStatus
 from evenhand_policy.version import Version
 
@@ -195,6 +195,26 @@ def test_every_policy_is_in_one_document_or_has_a_problem(observed: list[Observe
     included = [tenant.uid for each in made.pools.values() for tenant in each.config.tenants]
     refused = [each.uid for each in observed if each.reference in made.problems]
     assert sorted(included + refused) == sorted(each.uid for each in observed)
+
+
+def test_secret_of_another_type_works_and_is_warned_about() -> None:
+    def keyed(name: str) -> ObservedPolicy:
+        identity = {"name": "k", "type": "APIKey", "apiKey": {"secretRef": {"name": name}}}
+        return policy(name, spec={"identities": [identity]})
+
+    ours = msgspec.structs.replace(secret("ours", "a-key-that-nobody-can-guess-0001"), type=API_KEYS_TYPE)
+    old = secret("old", "a-key-that-nobody-can-guess-0002")
+    gateway = pool(spec={"gateway": {"apiKeys": {"secretRef": {"name": "old-gateway"}}}})
+    key = secret("old-gateway", "a-key-that-nobody-can-guess-0003")
+    made = plan([keyed("ours"), keyed("old"), keyed("missing")], [gateway], ours, old, key)
+    advice = "{} should be of type evenhand.dev/api-keys, by which the operator selects Secrets".format
+    assert made.warnings == {keyed("old").reference: advice("old"), gateway.reference: advice("old-gateway")}
+    verdict = policy_programmed(keyed("old"), (), None, None)
+    accepted = policy_status(keyed("old"), (), None, verdict, NOW, made.warnings[keyed("old").reference]).conditions[0]
+    assert (accepted.status, accepted.reason) == (ConditionStatus.TRUE, "Accepted")
+    assert accepted.message == f"The object is valid and has what it claims; {advice('old')}"
+    told = pool_status(gateway, (), 0, PoolState([], [], Version(1, 1), NOW, 0), NOW, made.warnings[gateway.reference])
+    assert told.conditions[0].message.endswith(advice("old-gateway"))
 
 
 def test_named_secrets_and_no_others_are_wanted() -> None:
