@@ -27,6 +27,8 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"operator/evenhand_operator": "tests/operator", "engine/evenhand_policy": "tests/policy"}
+TESTS = ("tests/policy", "tests/operator", "tests/engine")
+SCHEMA_TESTS = "tests/policy/test_crd.py"  # every annotation is in the committed CRDs
 PATHS = ("operator", "engine", "cuda", "e2e", "tools")
 _TEST_SECONDS = 180.0
 # `X | None` is nearly always a type, and a decorator what a function is: neither says anything about tests
@@ -62,8 +64,14 @@ def draw(only: str, number: int, seed: int) -> list[MutationSpec]:
     """So many of all mutants, each as likely as any other."""
     modules = sorted(path for package in PACKAGES for path in Path(package).glob("*.py") if only in str(path))
     found = [item.mutations[0] for item in _all_work_items(modules, {})]
-    telling = [each for each in found if not each.operator_name.startswith(_UNTELLING)]
+    telling = [each for each in found if is_telling(each)]
     return random.Random(seed).sample(telling, min(number, len(telling)))
+
+
+def is_telling(mutant: MutationSpec) -> bool:
+    """Whether a test could notice: not what only type checkers read, nor the options of a struct, such as frozen."""
+    line = Path(mutant.module_path).read_text(encoding="utf-8").splitlines()[mutant.start_pos[0] - 1]
+    return not mutant.operator_name.startswith(_UNTELLING) and not line.lstrip().startswith("class ")
 
 
 def run(mutants: Iterable[MutationSpec], budget: float) -> Iterator[tuple[MutationSpec, str, str]]:
@@ -85,8 +93,14 @@ def tests_of(module: Path) -> list[str]:
     """Unit tests that import the module, or all of its package's where none does: it is used by the others."""
     folder = PACKAGES[str(module.parent)]
     name = ".".join(module.with_suffix("").parts[1:])
-    importing = [str(path) for path in sorted(Path(folder).glob("test_*.py")) if name in imports(path)]
-    return importing or [folder]
+    files = sorted(
+        path for each in TESTS for path in Path(each).rglob("*.py") if path.name.startswith(("test_", "conf"))
+    )
+    importing = [path for path in files if name in imports(path)]
+    tests = [str(path) for path in importing if path.name.startswith("test_")]
+    tests += [str(path.parent) for path in importing if path.name == "conftest.py" and str(path.parent) == folder]
+    schema = [SCHEMA_TESTS] if folder == "tests/policy" and tests else []
+    return [*schema, *tests] or [folder]
 
 
 def imports(path: Path) -> set[str]:

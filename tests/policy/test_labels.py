@@ -51,3 +51,12 @@ def test_all_conditions_must_hold() -> None:
 )
 def test_labels_that_are_not_known_decide_nothing(selector: LabelSelector, expected: bool | None) -> None:
     assert selector.matches_known({"team": "chat"}) is expected
+
+
+def test_texts_are_compared_and_not_objects() -> None:
+    """What the API server sends is never the object that the selector has."""
+    sent = {"".join(["te", "am"]): "".join(["ch", "at"])}
+    assert LabelSelector(match_labels={"team": "chat"}).matches(sent)
+    assert LabelSelector(match_labels={"team": "chat"}).matches_known(sent)
+    assert expression(LabelOperator.IN, "chat").matches(sent)
+    assert not expression(LabelOperator.NOT_IN, "chat").matches(sent)
