@@ -38,3 +38,10 @@ def test_with_equal_memory_paging_gains_beyond_scheduling(static: dict[str, Any]
     assert found["gain"] == pytest.approx(found["scheduling"] * found["paging"])
     assert 1.0 < found["scheduling"] < found["scheduling_bound"] < found["paging"]
     assert found["reserved"]["running"] <= found["slots"] < found["paged"]["running"]
+
+
+def test_the_front_end_loses_no_token() -> None:
+    """It asserts so itself; here it is shown to run, and to count what one core can write."""
+    found = results_of("frontend")
+    assert found["tokens_per_s_per_core"] > 1000
+    assert 0 < found["parts"]["calm"]["added_p50_ms"] <= found["added_p99_ms"]

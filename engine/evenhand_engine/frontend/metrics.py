@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 
 from evenhand_engine.frontend.metrics_collector import PublicCollector, Snapshot, TenantCollector, TenantLabels
+from evenhand_engine.frontend.token_meter import INTERVAL_BUCKETS, PublicTokens, TenantTokens, TokenMeters
 from evenhand_engine.messages import EngineStats
 
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-_TOKEN_BUCKETS = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 _REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
@@ -53,6 +50,9 @@ class Metrics:
         self._token_counts = _count_buckets(max_model_len)
         self._create_public()
         self._create_tenant()
+        self.tokens = TokenMeters()
+        self.public_registry.register(PublicTokens(self._names, self.tokens))
+        self.tenant_registry.register(TenantTokens(self.tokens))
         self.public_registry.register(PublicCollector(self._names, snapshot))
         self.tenant_registry.register(TenantCollector(self.label, snapshot))
 
@@ -64,9 +64,8 @@ class Metrics:
             return family.labels(*self._names.values())
 
         self.time_to_first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
-        self.inter_token_latency = histogram("inter_token_latency_seconds", "Between tokens.", _TOKEN_BUCKETS)
         self.time_per_output_token = histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_BUCKETS
+            "request_time_per_output_token_seconds", "Mean time per token after the first.", INTERVAL_BUCKETS
         )
         self.request_latency = histogram("e2e_request_latency_seconds", "Arrival to end.", _REQUEST_BUCKETS)
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first step.", _REQUEST_BUCKETS)
@@ -82,9 +81,6 @@ class Metrics:
         self.params_n = histogram("request_params_n", "Outputs asked of a request.", _N_BUCKETS)
         self.request_preemptions = histogram("request_num_preemptions", "Preemptions of a request.", _N_BUCKETS)
         self.iteration_tokens = histogram("iteration_tokens_total", "Tokens of one step.", _STEP_BUCKETS)
-        self.num_prompt_tokens = self._public_counter("prompt_tokens", "Prompt tokens of requests that have started.")
-        self.num_cached_tokens = self._public_counter("prompt_tokens_cached", "Of these, found in the prefix cache.")
-        self.num_generation_tokens = self._public_counter("generation_tokens", "Tokens generated.")
         self.successes = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -99,16 +95,11 @@ class Metrics:
             registry=self.public_registry,
         )
 
-    def _public_counter(self, name: str, text: str) -> Counter:
-        family = Counter(f"vllm:{name}", text, tuple(self._names), registry=self.public_registry)
-        return family.labels(*self._names.values())
-
     def _create_tenant(self) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"evenhand_{name}", text, ("tenant",), registry=self.tenant_registry, buckets=buckets)
 
         self.tenant_first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
-        self.tenant_inter_token = histogram("inter_token_latency_seconds", "Between tokens.", _TOKEN_BUCKETS)
         self.tenant_queue_time = histogram("queue_time_seconds", "Arrival to first step.", _REQUEST_BUCKETS)
         self.step_time = Histogram(
             "evenhand_step_seconds", "Duration of one step.", registry=self.tenant_registry, buckets=_STEP_TIME_BUCKETS
@@ -126,12 +117,6 @@ class Metrics:
             "evenhand_stalled_clients",
             "Connections that were ended because the client did not read its answer.",
             ("tenant",),
-            registry=self.tenant_registry,
-        )
-        self.tenant_tokens = Counter(
-            "evenhand_tokens",
-            "Tokens by kind: prompt, cached (of the prompt, found in the prefix cache), generation.",
-            ("tenant", "kind"),
             registry=self.tenant_registry,
         )
 
@@ -168,6 +153,7 @@ class RequestMetrics:
     def __init__(self, metrics: Metrics, tenant_id: str, num_prompt_tokens: int, max_tokens: int, now: float) -> None:
         self._metrics = metrics
         self._tenant = metrics.label(tenant_id)
+        self._meter = metrics.tokens.meter(self._tenant)
         self._num_prompt_tokens = num_prompt_tokens
         self._max_tokens = max_tokens
         self._arrived_at = now
@@ -183,26 +169,22 @@ class RequestMetrics:
         metrics, waited = self._metrics, now - self._arrived_at
         metrics.queue_time.observe(waited)
         metrics.tenant_queue_time.labels(self._tenant).observe(waited)
-        metrics.num_prompt_tokens.inc(self._num_prompt_tokens)
-        metrics.num_cached_tokens.inc(num_cached_tokens)
-        metrics.tenant_tokens.labels(self._tenant, "prompt").inc(self._num_prompt_tokens)
-        metrics.tenant_tokens.labels(self._tenant, "cached").inc(num_cached_tokens)
+        self._meter.num_prompt += self._num_prompt_tokens
+        self._meter.num_cached += num_cached_tokens
 
     def take_tokens(self, num_tokens: int, now: float) -> None:
         if num_tokens == 0:
             return
-        metrics = self._metrics
         if self._first_token_at is None:
             self._first_token_at = now
+            metrics = self._metrics
             metrics.time_to_first_token.observe(now - self._arrived_at)
             metrics.tenant_first_token.labels(self._tenant).observe(now - self._arrived_at)
         else:
-            metrics.inter_token_latency.observe(now - self._last_token_at)
-            metrics.tenant_inter_token.labels(self._tenant).observe(now - self._last_token_at)
+            self._meter.observe_interval(now - self._last_token_at)
         self._last_token_at = now
         self._num_tokens += num_tokens
-        metrics.num_generation_tokens.inc(num_tokens)
-        metrics.tenant_tokens.labels(self._tenant, "generation").inc(num_tokens)
+        self._meter.num_generated += num_tokens
 
     def end(self, outcome: str, reason: str, num_preemptions: int, now: float) -> None:
         """`outcome`: finished, refused, aborted or failed; `reason`: a finish reason or a refusal's code."""

@@ -235,6 +235,9 @@ def test_drain_lets_running_streams_finish(tiny: Start) -> None:
         assert last.choices[0].finish_reason == "length"
     assert server.wait() == 0
     core.wait(STOP_SECONDS)
+    draining = next(number for number, line in enumerate(server.log) if " draining " in line)
+    rest = [line for line in server.log[draining + 1 :] if " evenhand.access " not in line]
+    assert rest == [], "a clean end says nothing more, neither of its own nor of a library's"
 
 
 def test_drain_timeout_ends_streams_with_a_reason(tiny: Start) -> None:

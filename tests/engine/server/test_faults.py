@@ -101,6 +101,49 @@ def test_a_slow_reader_delays_nobody(serve: Serve, say: Say) -> None:
             assert answer.choices[0].text == "word word "
 
 
+def test_a_client_that_never_reads_is_ended_and_counted(serve: Serve) -> None:
+    server = serve(write_timeout=0.2, served_model_names=("m" * 20_000,))  # which every event carries
+    with connect(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = {"prompt": "x", "stream": True, "max_tokens": 200}
+        connection.sendall(post("/v1/completions", json.dumps(body).encode()))
+        request_id = server.core.expect(AddRequest).request_id
+        deadline = time.monotonic() + WAIT_SECONDS
+        while server.core.received.empty():
+            assert time.monotonic() < deadline
+            server.core.output(RequestOutput(request_id=request_id, token_ids=(70,)))
+            time.sleep(0.002)
+        assert server.core.expect(AbortRequest).reason is FinishReason.ABORT
+    until_metric(server, 'evenhand_stalled_clients_total{tenant="default"} 1.0')
+    until_metric(server, 'evenhand_requests_total{outcome="aborted",reason="client_gone",tenant="default"} 1.0')
+    assert httpx2.get(f"{server.admin_url}/v1/tenants").json()["tenants"][0]["inFlight"] == 0
+
+
+def until_metric(server: Server, line: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while line not in httpx2.get(f"{server.admin_url}/metrics").text:
+        assert time.monotonic() < deadline, line
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_stream_that_waits_sends_comments(serve: Serve, refused: bool) -> None:
+    """On request, since a refusal in the queue can then be an event only."""
+    server = serve(queue_heartbeat=0.05)
+    with connect(server) as connection, connection.makefile("rb") as lines:
+        connection.sendall(post("/v1/completions", json.dumps({"prompt": "x", "stream": True}).encode()))
+        request_id = server.core.expect(AddRequest).request_id
+        assert b" 200 " in next(lines)
+        beats = [line for line in (next(lines) for _ in range(40)) if line == b": waiting\n"]
+        assert len(beats) > 2
+        reason = FinishReason.QUEUE_TIMEOUT if refused else FinishReason.LENGTH
+        token_ids = () if refused else (70,)
+        server.core.output(RequestOutput(request_id=request_id, token_ids=token_ids, finish_reason=reason))
+        event = next(line for line in lines if line.startswith(b"data: "))
+        assert (b"queue_timeout" in event) == refused
+        assert any(line == b"data: [DONE]\n" for line in lines)
+
+
 def test_a_body_that_never_comes_is_a_408(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_requests, "_BODY_TIMEOUT_SECONDS", 0.05)
     with connect(serve(say("ok"))) as connection:

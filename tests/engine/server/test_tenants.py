@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
+    AbortRequest,
     AddRequest,
     EngineStats,
     Reconfigure,
@@ -157,6 +158,23 @@ def test_rate_limit_headers(serve: Serve, say: Say, policies: Path) -> None:
     assert "x-should-retry" not in refused.headers
     assert "x-ratelimit-limit-requests" not in complete(server, BATCH_KEY).headers
     assert tenant(server, "chat")["refusals"] == {"requests_per_minute": 1}
+
+
+def test_quota_is_what_was_computed_though_the_client_has_left(serve: Serve, policies: Path) -> None:
+    class Ahead(ScriptedCore):
+        def ending(self, abort: AbortRequest) -> RequestOutput:
+            return RequestOutput(request_id=abort.request_id, finish_reason=abort.reason, num_output_tokens=70)
+
+    write(policies, "chat", policy("chat", CHAT_KEY, limits={"tokensPerMinute": 100}))
+    server = serve(core=Ahead(), policies=policies)
+    with connect(server) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {CHAT_KEY}\r\n"
+        body = b'{"prompt": "x", "max_tokens": 90, "stream": true}'
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.core.output(RequestOutput(request_id=server.core.expect(AddRequest).request_id))
+        assert b" 200 " in connection.recv(4096)
+    until(lambda: tenant(server, "chat")["inFlight"] == 0, "the core has let go")
+    assert 25 <= tenant(server, "chat")["quota"]["tokens"]["remaining"] <= 40
 
 
 def test_streams_carry_rate_limit_headers(serve: Serve, say: Say, policies: Path) -> None:

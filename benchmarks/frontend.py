@@ -1,0 +1,209 @@
+"""What the HTTP side costs: a scripted engine core, no model, and clients that read event streams.
+
+Three processes: the server as `evenhand serve` runs it, a core that sends one token to every stream in each step, and
+clients that note when each token comes. The first part sends more than one core of the machine can write: what is not
+written yet is coalesced, and each token counts. The second sends the steps of a calm engine: how much later than the core
+sent it does a token reach its client.
+
+`tokens_per_s_per_core`: tokens delivered for each second of CPU that the server used. `added_ms`: from the core's `send` to the
+client's `recv`, so with the pipe, the socket and the client's own share.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from array import array
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import common
+import msgspec
+import tokenizers
+import uvloop
+from tokenizers import decoders, models
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.messages import AddRequest, EngineReady, FromCore, Shutdown, StepOutputs, ToCore
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
+from evenhand_engine.server.startup import start_server
+
+_KEYS = {
+    "tokens_per_s": "tokens/s",
+    "tokens_per_s_per_core": "tokens/s of CPU",
+    "added_p50_ms": "added p50 ms",
+    "added_p99_ms": "p99 ms",
+    "max_rss_mib": "MiB",
+}
+LETTER = 97  # the token, and the character that it is
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def make_model(directory: Path) -> None:
+    """A vocabulary of bytes, and the config of a model that is never loaded."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({chr(code): code for code in range(128)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "eos_token_id": 0}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (directory / "config.json").write_text(json.dumps(config | sizes | {"max_position_embeddings": 65536}))
+
+
+def run_core(connection: Connection, num_streams: int, num_steps: int, step_seconds: float, sent: Connection) -> None:
+    """Once all streams have come, send each a token in every step; then tell when each step was sent."""
+    decoder, encoder = msgspec.msgpack.Decoder(ToCore), msgspec.msgpack.Encoder()
+
+    def send(message: FromCore) -> None:
+        connection.send_bytes(encoder.encode(message))
+
+    send(
+        EngineReady(
+            model_name="scripted", max_model_len=65536, num_kv_blocks=64, block_size=16, dtype="float32", device="none"
+        )
+    )
+    request_ids: list[str] = []
+    while len(request_ids) < num_streams:
+        if isinstance(message := decoder.decode(connection.recv_bytes()), AddRequest):
+            request_ids.append(message.request_id)
+    send(StepOutputs(outputs=tuple(RequestOutput(request_id=i) for i in request_ids)))
+    time.sleep(0.5)
+    times, due = array("d"), time.monotonic()
+    for step in range(num_steps):
+        reason = FinishReason.LENGTH if step == num_steps - 1 else None
+        outputs = tuple(
+            RequestOutput(request_id=i, token_ids=(LETTER,), finish_reason=reason, num_output_tokens=num_steps)
+            for i in request_ids
+        )
+        message_bytes = encoder.encode(StepOutputs(outputs=outputs))
+        due += step_seconds
+        time.sleep(max(0.0, due - time.monotonic()))
+        times.append(time.monotonic())
+        connection.send_bytes(message_bytes)
+    sent.send(times)
+    while not isinstance(decoder.decode(connection.recv_bytes()), Shutdown):
+        pass
+
+
+def run_server(model: Path, core: Connection, control: Connection) -> None:
+    """Serve until told to stop; tells where, and at the end how much CPU the streams took."""
+
+    async def serve() -> None:
+        settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0)
+        process = SPAWN.Process()  # never started: the core is not this process's to end
+        process.join = lambda timeout=None: None  # type: ignore[method-assign]
+        process.kill = lambda: None  # type: ignore[method-assign]
+        async with start_server(settings, EngineConfig(model=str(model)), spawn=lambda _: (process, core)) as running:
+            control.send(running.url)
+            await asyncio.to_thread(control.recv)  # the streams are open
+            before = time.process_time()
+            await asyncio.to_thread(control.recv)  # the streams have ended
+            control.send((time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+    uvloop.run(serve())
+
+
+class Reader(asyncio.Protocol):
+    """One client: asks, then notes when each token came."""
+
+    def __init__(self, body: bytes, opened: "asyncio.Queue[None]", ended: "asyncio.Queue[array[float]]") -> None:
+        self._body = body
+        self._opened = opened
+        self._ended = ended
+        self._times = array("d")
+        self._tail = b""
+        self._is_open = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is not registered as one
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(self._body)}\r\n\r\n"
+        transport.write(head.encode() + self._body)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
+        if not self._is_open:
+            self._is_open = True
+            self._opened.put_nowait(None)
+        *events, self._tail = (self._tail + data).split(b"\n\n")
+        for event in events:
+            at = event.find(b'"text":"')
+            num_tokens = event.find(b'"', at + 8) - at - 8 if at >= 0 else 0
+            self._times.extend([now] * num_tokens)
+            if b"data: [DONE]" in event:
+                self._ended.put_nowait(self._times)
+                self._transport.close()
+
+
+async def read_streams(url: str, num_streams: int, num_tokens: int, control: Connection) -> "list[array[float]]":
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "x", "stream": True, "max_tokens": num_tokens, "ignore_eos": True}).encode()
+    opened: asyncio.Queue[None] = asyncio.Queue()
+    ended: asyncio.Queue[array[float]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for _ in range(num_streams):
+        await loop.create_connection(lambda: Reader(body, opened, ended), host, int(port))
+    for _ in range(num_streams):
+        await opened.get()
+    control.send("open")
+    times = [await ended.get() for _ in range(num_streams)]
+    control.send("ended")
+    return times
+
+
+def measure(model: Path, num_streams: int, tokens_per_second: float, seconds: float) -> dict[str, Any]:
+    """One part: so many streams, each of which gets its part of the tokens."""
+    step_seconds = num_streams / tokens_per_second
+    num_steps = max(2, round(seconds / step_seconds))
+    to_core, from_server = SPAWN.Pipe(duplex=True)
+    sent, sends = SPAWN.Pipe(duplex=False)
+    control, servers_control = SPAWN.Pipe(duplex=True)
+    core = SPAWN.Process(target=run_core, args=(to_core, num_streams, num_steps, step_seconds, sends), daemon=True)
+    server = SPAWN.Process(target=run_server, args=(model, from_server, servers_control), daemon=True)
+    core.start()
+    server.start()
+    to_core.close()
+    from_server.close()
+    try:
+        received = uvloop.run(read_streams(control.recv(), num_streams, num_steps, control))
+        cpu_seconds, max_rss = control.recv()
+        times = sent.recv()
+    finally:
+        server.join(10)
+        core.kill()
+    assert all(len(each) == num_steps for each in received), "a token was lost"
+    added = sorted(1000 * (came - went) for each in received for came, went in zip(each, times, strict=True))
+    wall = max(each[-1] for each in received) - times[0]
+    return {
+        "tokens_per_s": round(num_streams * num_steps / wall),
+        "tokens_per_s_per_core": round(num_streams * num_steps / cpu_seconds),
+        "added_p50_ms": round(added[len(added) // 2], 2),
+        "added_p99_ms": round(added[len(added) * 99 // 100], 2),
+        "max_rss_mib": round(max_rss / 1024),
+    }
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--flood", type=float, default=45_000, help="tokens a second of the first part")
+    parser.add_argument("--calm", type=float, default=5_000, help="tokens a second of the second part")
+    options = parser.parse_args()
+    seconds, num_streams = (0.5, 16) if options.quick else (4.0, options.streams)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        parts = {
+            "flood": measure(Path(folder), num_streams, options.flood, seconds),
+            "calm": measure(Path(folder), num_streams, options.calm, seconds),
+        }
+    rows = [[name, *(f"{part[key]:,}" for key in _KEYS)] for name, part in parts.items()]
+    common.print_table(f"{num_streams} streams", ["part", *_KEYS.values()], rows)
+    flood, calm = parts["flood"], parts["calm"]
+    results = {"tokens_per_s_per_core": flood["tokens_per_s_per_core"], "added_p99_ms": calm["added_p99_ms"]}
+    common.finish("frontend", results | {"num_streams": num_streams, "parts": parts})
+
+
+if __name__ == "__main__":
+    main()
