@@ -1,5 +1,8 @@
 """OpenAI's wire format, with vLLM's additions: bodies in, answers, event streams and errors out.
 
+    bytes ─bodies─▶ typed fields (schema) ─prompts─▶ token ids ─generation─▶ deltas ─stream─▶ JSON or events
+
 Lives in the HTTP process. Knows JSON and server-sent events, not who the tenant is or what generates. A new field, endpoint
-or error of the API belongs here.
+or error of the API belongs here: its type in `schema`, what it does to a prompt in `prompts`, to the sampling in `generation`,
+to the answer in the endpoint's `Format` (`chat`, `completions`).
 """

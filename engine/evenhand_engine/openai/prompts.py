@@ -21,7 +21,7 @@ _MAX_PROMPTS = 256
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 1024  # of one message
 _RESERVED_VARIABLES = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
-_MAX_UNTYPED_BYTES = 2**19  # of what is for the template alone: two of these bytes may become an object of sixty
+_MAX_VALUES = 20_000  # in all that is for the template alone, where two bytes may become an object of sixty
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +121,18 @@ def check_token_ids(tokenizer: Tokenizer, token_ids: Sequence[int], param: str) 
 
 
 class _Untyped:
-    """Decodes members of any shape, up to a number of bytes in all."""
+    """Decodes members of any shape, up to a number of values in all."""
 
     def __init__(self) -> None:
-        self._num_bytes = 0
+        self._num_values = 0
 
     def decode(self, raw: Raw | None, kind: Any, param: str) -> Any:
         if raw is None:
             return None
-        self._num_bytes += len(bytes(raw))
-        if self._num_bytes > _MAX_UNTYPED_BYTES:
-            message = f"`chat_template_kwargs` and `tool_calls` have more than {_MAX_UNTYPED_BYTES} bytes together."
+        text = bytes(raw)
+        self._num_values += sum(map(text.count, (b"[", b"{", b",")))  # or fewer: some may be in strings
+        if self._num_values > _MAX_VALUES:
+            message = f"`chat_template_kwargs` and `tool_calls` hold more than {_MAX_VALUES} values together."
             raise _invalid(message, param)
         return decode_raw(raw, kind, param)
 

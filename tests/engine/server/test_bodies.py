@@ -50,6 +50,7 @@ HOSTILE = {
     "parts": chat(b'{"role":"u","content":' + many(b'{"type":"text","text":""}') + b"}"),
     "tool calls": chat(b'{"role":"u","tool_calls":' + many(b"{}") + b"}"),
     "kwargs": b'{"messages":[{"role":"u"}],"chat_template_kwargs":{"a":' + many(b"[]") + b"}}",
+    "wide kwargs": b'{"messages":[{"role":"u"}],"chat_template_kwargs":{"a":"' + b"a" * SIZE + b'"}}',
     "nothing": b'{"prompt":"x"' + b" " * SIZE + b"}",
 }
 
