@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
@@ -18,6 +19,7 @@ from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason
 from evenhand_engine.text.detokenizer import Piece
 
+_MAX_BUFFERED_BYTES = 16384  # of events that a client has not taken; what comes then is coalesced
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -162,9 +164,10 @@ def _reason(delta: Delta) -> str | None:
 class EventStream:
     """Server-sent events, ended by `[DONE]` as OpenAI's are."""
 
-    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse, writer: AbstractStreamWriter) -> None:
         self._writes = request[WRITES]
         self._response = response
+        self._writer = writer
 
     @classmethod
     async def open(cls, request: web.Request) -> "EventStream":
@@ -175,8 +178,11 @@ class EventStream:
             "X-Accel-Buffering": "no",
         }
         response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        return cls(request, response)
+        writer = await response.prepare(request)
+        if writer is None or request.transport is None:
+            raise ConnectionResetError("the client is gone")
+        request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
+        return cls(request, response, writer)
 
     async def send(self, event: dict[str, Any]) -> None:
         """Waits while the client reads too slowly."""
@@ -192,4 +198,9 @@ class EventStream:
         return self._response
 
     async def _write(self, data: bytes) -> None:
-        await self._writes.wait(self._response.write(data))
+        await self._writes.wait(self._write_and_drain(data))
+
+    async def _write_and_drain(self, data: bytes) -> None:
+        """aiohttp waits for the client after 64 KiB only: too much, with a thousand clients that do not read."""
+        await self._response.write(data)
+        await self._writer.drain()
