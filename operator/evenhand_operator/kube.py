@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from evenhand_operator.objects import Json
 FIELD_MANAGER = "evenhand-operator"
 PAGE_SIZE = 500
 REQUEST_SECONDS = 15.0
+_MOST_TRIES = 3
+_LONGEST_PAUSE_SECONDS = 10.0
+_SILENCE_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
 _SILENCE_SECONDS = 120.0  # a bookmark comes about once a minute
 _SHOWN_CHARACTERS = 500
@@ -88,12 +92,14 @@ class _WatchEvent(msgspec.Struct):
 class KubeClient:
     """One connection pool, reused. Use within one event loop.
 
-    Every method raises ApiError. Credentials are read again once, when they are no longer accepted.
+    Every method raises ApiError. Credentials are read again when they are no longer accepted, and when nobody has answered for
+    half a minute; a request that was too much (429) is sent again after as long as the server asks for.
     """
 
     def __init__(self, log_in: Callable[[], kopf.ConnectionInfo]) -> None:
         self._log_in = log_in
         self._info = log_in()
+        self._answered_at = time.monotonic()
         self._session = self._connect()
 
     def _connect(self) -> aiohttp.ClientSession:
@@ -215,18 +221,36 @@ class KubeClient:
         query: dict[str, str] | None = None,
     ) -> bytes:
         data = msgspec.json.encode(body) if body is not None else None
-        try:
-            return await self._request(method, path, data, content_type, query)
-        except ApiError as error:
-            if error.status != 401:
-                raise
-        await self._renew_credentials()
-        return await self._request(method, path, data, content_type, query)
+        tries = _MOST_TRIES
+        while True:
+            tries -= 1
+            try:
+                answer = await self._request(method, path, data, content_type, query)
+            except ApiError as error:
+                if not await self._may_try_again(error) or not tries:
+                    raise
+            else:
+                self._answered_at = time.monotonic()
+                return answer
 
-    async def _renew_credentials(self) -> None:
-        info = self._log_in()
-        if info == self._info:
-            return
+    async def _may_try_again(self, error: ApiError) -> bool:
+        """Waits as long as the server asks for, and brings the credentials up to date where they may be why it failed.
+
+        What has not answered for long may be asked with an authority that was replaced, of which nothing but the content
+        of a file tells.
+        """
+        if error.status == 429 and 0 < error.retry_after <= _LONGEST_PAUSE_SECONDS:
+            await asyncio.sleep(error.retry_after)
+            return True
+        if error.status == 0 and time.monotonic() - self._answered_at > _SILENCE_SECONDS:
+            self._answered_at = time.monotonic()
+            await self._renew_credentials(self._log_in())
+        elif error.status == 401 and (info := self._log_in()) != self._info:
+            await self._renew_credentials(info)
+            return True
+        return False
+
+    async def _renew_credentials(self, info: kopf.ConnectionInfo) -> None:
         self._info, outdated = info, self._session
         self._session = self._connect()
         await asyncio.sleep(0)  # other requests may still be in it; they fail and are sent again

@@ -29,7 +29,7 @@ async def test_renewed_token_is_taken_once_the_old_one_is_refused(api: Any, kube
         (403, {}, False, 0),
         (404, {}, False, 0),
         (409, {}, False, 0),
-        (429, {"Retry-After": "3"}, True, 3),
+        (429, {"Retry-After": "60"}, True, 60),
         (500, {}, True, 0),
         (503, {"Retry-After": "soon"}, True, 0),
     ],
@@ -41,6 +41,43 @@ async def test_refusal_says_what_and_whether_to_try_again(
     with pytest.raises(ApiError, match=rf"{status}: GET /apis/evenhand.dev/.*/n/enginepools/a: not today") as caught:
         await kube.get(ENGINE_POOLS, "n", "a")
     assert (caught.value.is_transient, caught.value.retry_after) == (is_transient, retry_after)
+
+
+async def test_what_was_too_much_is_asked_again_after_as_long_as_the_server_says(
+    api: Any, kube: KubeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("evenhand_operator.kube.asyncio.sleep", sleep)
+    api.refusals += [(429, {"message": "too many"}, {"Retry-After": "3"})] * 2
+    await kube.get(ENGINE_POOLS, "n", "a")
+    assert pauses == [3, 3]
+    api.refusals += [(429, {"message": "too many"}, {"Retry-After": "3"})] * 3
+    with pytest.raises(ApiError, match="too many"):
+        await kube.get(ENGINE_POOLS, "n", "a")
+    assert len(api.requests) == 6
+
+
+async def test_credentials_are_read_again_when_nobody_has_answered_for_long(
+    unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The authority may be another, in a file of the same name."""
+    read = []
+
+    def log_in() -> kopf.ConnectionInfo:
+        read.append(None)
+        return kopf.ConnectionInfo(server=f"http://127.0.0.1:{unused_tcp_port}", token="t")
+
+    client = KubeClient(log_in)
+    for silence, expected in ((30.0, 1), (0.0, 2)):
+        monkeypatch.setattr("evenhand_operator.kube._SILENCE_SECONDS", silence)
+        with pytest.raises(ApiError):
+            await client.get(ENGINE_POOLS, "n", "a")
+        assert len(read) == expected
+    await client.close()
 
 
 async def test_server_that_is_away_is_transient(unused_tcp_port: int) -> None:
