@@ -9,14 +9,17 @@ from typing import Any
 
 from aiohttp import web
 
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
+from evenhand_engine.openai.logprobs import chat_logprobs
 from evenhand_engine.openai.prompts import PromptReader
 from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
 from evenhand_engine.text.detokenizer import Piece, text_of
+from evenhand_engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class _ChatFormat:
     completion_id: str
     model: str
     created: int
+    tokenizer: Tokenizer | None  # where log probabilities are asked for
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
@@ -45,7 +49,8 @@ class _ChatFormat:
             message = {"delta": {"content": text} if text else {}}
         else:
             message = {"message": {"role": "assistant", "content": text}}
-        return {"index": index, **message, "logprobs": None, "finish_reason": finish_reason}
+        logprobs = chat_logprobs(self.tokenizer, pieces) if self.tokenizer and pieces else None
+        return {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
@@ -56,6 +61,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
+        tokenizer=None if body.num_logprobs is None else service.tokenizer,
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     with begin(service, tenant_id, body, [prompt], max_tokens, num_taken=num_taken) as generations:
@@ -65,4 +71,6 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, array[int]]":
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
     return without_raw(body), PromptReader(service.tokenizer, service.info.max_model_len).chat(body)

@@ -26,6 +26,8 @@ from evenhand_engine.scheduler.request import FinishReason, SamplingParams
 
 T = TypeVar("T")
 
+_MAX_CHOICES = 256  # of one body
+
 
 class Generation:
     """One choice: an async iterator of its Deltas, and the backend's Observer.
@@ -144,7 +146,6 @@ def begin(
     prompts: "Sequence[array[int]]",
     max_tokens: int | None,
     *,
-    num_choices: int = 1,
     num_taken: int = 0,
 ) -> Iterator[list[Generation]]:
     """Reserve quota for all choices of all prompts and begin them, or raise Refusal or EngineDeadError.
@@ -159,14 +160,16 @@ def begin(
     limits = [max_tokens or admission.max_output_tokens(tenant_id, len(prompt)) for prompt in prompts]
     if min(limits) < (body.min_tokens or 0):
         raise Refusal(400, "invalid_value", f"`min_tokens` is above {min(limits)}, the most.", param="min_tokens")
-    choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(num_choices)]
+    choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(body.n or 1)]
+    if len(choices) > _MAX_CHOICES:
+        raise Refusal(400, "invalid_value", f"`n` choices of each prompt are more than {_MAX_CHOICES}.", param="n")
     expected = None if max_tokens else admission.expected_output_tokens(tenant_id)
     costs = [Cost(len(prompts[prompt]), limits[prompt], expected) for prompt, _ in choices]
     reservations = admission.reserve(tenant_id, costs, time.monotonic(), num_taken)
     generations = [
         Generation(
             service,
-            _request(service, tenant_id, body, prompts[prompt], limits[prompt]),
+            _request(service, tenant_id, body, prompts[prompt], limits[prompt], choice),
             reservation,
             prompt_index=prompt,
             choice_index=choice,
@@ -183,13 +186,13 @@ def begin(
 
 
 def _request(
-    service: EngineService, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int
+    service: EngineService, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int, choice: int
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
         tenant_id=tenant_id,
         prompt_token_ids=prompt,
-        sampling_params=_sampling_params(service, body, max_tokens),
+        sampling_params=_sampling_params(service, body, max_tokens, choice),
         arrival_time=time.monotonic(),
         user=body.user or "",
         stop=body.stop_strings,
@@ -198,7 +201,8 @@ def _request(
     )
 
 
-def _sampling_params(service: EngineService, body: SamplingFields, max_tokens: int) -> SamplingParams:
+def _sampling_params(service: EngineService, body: SamplingFields, max_tokens: int, choice: int) -> SamplingParams:
+    """Choices of a seeded request differ from each other, each as reproducible as the first."""
     defaults = service.tokenizer.sampling_defaults
     eos = frozenset[int]() if body.ignore_eos else service.tokenizer.eos_token_ids
     return SamplingParams(
@@ -206,9 +210,10 @@ def _sampling_params(service: EngineService, body: SamplingFields, max_tokens: i
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_p=_first(body.top_p, defaults.top_p, 1.0),
         top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
-        seed=secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**63,
+        seed=secrets.randbits(63) if body.seed is None or body.seed == -1 else (body.seed + choice) % 2**63,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=eos | frozenset(body.stop_token_ids or ()),
+        num_logprobs=body.num_logprobs,
     )
 
 

@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 _INT64 = 2**63
 _MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
 
 NonNegative = Annotated[int, Meta(ge=0, lt=2**31)]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -44,10 +45,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
-    "logprobs": (False,),
     "min_p": (0,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
     "presence_penalty": (0,),
     "prompt_embeds": (),
@@ -89,6 +88,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
     seed: Annotated[int, Meta(ge=-_INT64, le=_INT64 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=_MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
@@ -102,6 +102,11 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likely tokens to tell beside each output token; None: no log probabilities at all."""
+        return None
 
     @property
     def includes_usage(self) -> bool:
@@ -118,8 +123,13 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prompt: Raw | UnsetType  # text, token ids, or a list of either
     max_tokens: Positive | None = 16
     max_completion_tokens: Positive | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | bool | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
@@ -161,11 +171,17 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     messages: Raw | UnsetType  # of ChatMessage
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: Raw | UnsetType = UNSET
     reasoning_effort: ShortText | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ Reads `tokenizer.json`, the files beside it that name special tokens and chat te
 a model directory. Immutable once loaded; every method may be called from any thread.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplate
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 
 _MANY_TOKENS = 256
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's, for what it has no piece of
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte behind each letter in which GPT-2's vocabularies spell: itself if it can be seen, else one from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_letters()
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
@@ -65,6 +77,8 @@ class Tokenizer:
         model_config = _read_json(directory / "config.json")
         special_tokens = _special_tokens(directory, tokenizer_config)
         add_special_tokens(self._tokenizer, special_tokens)
+        self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
         self._eos_token = special_tokens.named.get("eos_token")
         self._template = ChatTemplate.load(directory, tokenizer_config, special_tokens.named)
         size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -109,6 +123,17 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of one token."""
         return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character."""
+        spelling = self.token(token_id)
+        if token_id in self._added_ids:
+            return spelling.encode()
+        if self._is_byte_level:
+            return bytes(_BYTES[letter] for letter in spelling if letter in _BYTES)
+        if (match := _BYTE_TOKEN.fullmatch(spelling)) is not None:
+            return bytes([int(match[1], 16)])
+        return spelling.replace("\u2581", " ").encode()
 
     def render_chat(
         self,

@@ -127,11 +127,7 @@ def test_bad_chats_name_the_field(server: Server, fields: dict[str, Any], param:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2},
         {"best_of": 2},
-        {"logprobs": 0},
-        {"logprobs": True},
-        {"top_logprobs": 2},
         {"logit_bias": {"5": 1}},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -1},
