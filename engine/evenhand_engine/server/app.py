@@ -60,12 +60,12 @@ def build_app(service: EngineService) -> web.Application:
     app.on_response_prepare.append(add_headers)
     app.add_routes(
         [
-            web.post("/v1/completions", create_completion),
-            web.post("/v1/chat/completions", create_chat_completion),
+            web.post("/v1/completions", create_completion, expect_handler=wait_to_be_read),
+            web.post("/v1/chat/completions", create_chat_completion, expect_handler=wait_to_be_read),
             web.get("/v1/models", list_models),
             web.get("/v1/models/{model:.+}", show_model),
-            web.post("/tokenize", tokenize),
-            web.post("/detokenize", detokenize),
+            web.post("/tokenize", tokenize, expect_handler=wait_to_be_read),
+            web.post("/detokenize", detokenize, expect_handler=wait_to_be_read),
             web.get("/health", show_health),
             web.get("/ready", show_ready),
             web.get("/ping", show_health),
@@ -75,6 +75,10 @@ def build_app(service: EngineService) -> web.Application:
         ]
     )
     return app
+
+
+async def wait_to_be_read(request: web.Request) -> None:
+    """Of `Expect: 100-continue`: aiohttp would send leave at once, before credential and size are known."""
 
 
 @web.middleware

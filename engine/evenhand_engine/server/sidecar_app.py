@@ -14,6 +14,7 @@ from evenhand_engine.server.app import (
     log_access,
     show_health,
     show_ready,
+    wait_to_be_read,
 )
 from evenhand_engine.sidecar.passing import pass_on
 from evenhand_engine.sidecar.service import SIDECAR, SidecarService
@@ -32,7 +33,7 @@ def build_sidecar_app(service: SidecarService) -> web.Application:
             web.get("/health", show_health),
             web.get("/ready", show_ready),
             web.get("/metrics", show_upstream_metrics),
-            web.route("*", "/{path:.*}", pass_on),
+            web.route("*", "/{path:.*}", pass_on, expect_handler=wait_to_be_read),
         ]
     )
     return app

@@ -84,7 +84,7 @@ async def start_server(
         stack.callback(service.close)
         keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
-        await _serve_app(stack, build_app(service), public, tls)
+        await _serve_app(stack, build_app(service), public, tls, decompress=False)  # `read_body` does
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
             await stack.enter_async_context(_background(watch_certificate(settings, tls)))
@@ -133,7 +133,7 @@ async def start_sidecar(
         upstream.start()
         keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
-        await _serve_app(stack, build_sidecar_app(service), public, tls)
+        await _serve_app(stack, build_sidecar_app(service), public, tls, decompress=False)  # `read_body` does
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
             await stack.enter_async_context(_background(watch_certificate(settings, tls)))
@@ -165,12 +165,24 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
 
 
 async def _serve_app(
-    stack: contextlib.AsyncExitStack, app: "web.Application", listener: socket.socket, tls: ssl.SSLContext | None
+    stack: contextlib.AsyncExitStack,
+    app: "web.Application",
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    *,
+    decompress: bool = True,
 ) -> None:
     from aiohttp import web
 
     # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=75, shutdown_timeout=1)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=75,
+        shutdown_timeout=1,
+        auto_decompress=decompress,
+    )
     stack.push_async_callback(runner.cleanup)
     await runner.setup()
     await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()

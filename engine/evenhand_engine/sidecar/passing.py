@@ -32,7 +32,7 @@ _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
     *("transfer-encoding", "upgrade"),
 }
-_OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-request-id"}
+_OURS = {"host", "authorization", "content-length", "content-encoding", "accept-encoding", "expect", "x-request-id"}
 _ANSWERED_BY_US = {"server", "date", "x-request-id"}
 _OPENAI_STREAMS = ("/v1/completions", "/v1/chat/completions")
 _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize", "/v1/detokenize"}

@@ -5,6 +5,8 @@ import http.client
 import json
 import socket
 import urllib.parse
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -12,7 +14,7 @@ import pytest
 
 from evenhand_engine.messages import AddRequest
 
-from .conftest import Say, Serve, Server, connect, token_ids
+from .conftest import WAIT_SECONDS, Say, Serve, Server, connect, token_ids
 
 
 @pytest.fixture
@@ -209,6 +211,36 @@ def test_malformed_bodies(server: Server, path: str, body: bytes) -> None:
 def test_a_number_without_end(server: Server) -> None:
     body = b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}"
     assert error(server, "/v1/completions", body)[1]["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip"])
+def test_a_body_in_an_unknown_encoding_is_refused(server: Server, encoding: str) -> None:
+    status, answer, _ = post(server, "/v1/completions", b"\x0b\x02\x80", {"Content-Encoding": encoding})
+    assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert "gzip, deflate, identity" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
+def test_a_compressed_body_is_read(server: Server, compress: Callable[[bytes], bytes]) -> None:
+    encoding = {"Content-Encoding": "gzip" if compress is gzip.compress else "deflate"}
+    body = json.dumps(COMPLETION).encode()
+    assert post(server, "/v1/completions", compress(body), encoding)[0] == 200
+    assert post(server, "/v1/completions", compress(body)[:-5], encoding)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [("/v1/completions", 4 << 30, b"HTTP/1.1 413"), ("/v1/completions", 25, b"HTTP/1.1 100 Continue")],
+)
+def test_leave_to_send_a_body_is_given_when_it_is_wanted(server: Server, path: str, size: int, status: bytes) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(64).startswith(status)
+        if b"100" in status:
+            connection.sendall(b'{"prompt":"x","stop":[]} ')
+            assert connection.recv(64).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
