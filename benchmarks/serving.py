@@ -1,4 +1,4 @@
-"""A real `evenhand serve` process for benchmarks, and the tenants that load it."""
+"""A real `evenhand serve` or `evenhand sidecar` process for benchmarks, and the tenants that load it."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,11 @@ MODEL = "benchmark"
 
 @dataclass
 class Server:
-    """A running server. `admin_url` is its admin port's."""
+    """A running server. `admin_url` is its admin port's, `pid` that of its HTTP process."""
 
     url: str
     admin_url: str
+    pid: int
 
     def client(self, api_key: str) -> openai.AsyncOpenAI:
         """The official client, as the tenant that `api_key` proves; it never retries."""
@@ -46,28 +47,27 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serve(*flags: str) -> Iterator[Server]:
+def serve(*flags: str) -> contextlib.AbstractContextManager[Server]:
     """Start `evenhand serve` with the flags on free loopback ports; stopped at the end, whatever happens."""
+    return _run("serve", "--served-model-name", MODEL, *flags)
+
+
+def sidecar(upstream: str, *flags: str) -> contextlib.AbstractContextManager[Server]:
+    """Start `evenhand sidecar` before the upstream in the same way."""
+    return _run("sidecar", "--upstream", upstream, *flags)
+
+
+@contextlib.contextmanager
+def _run(name: str, *flags: str) -> Iterator[Server]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped even then
     port, admin_port = free_port(), free_port()
-    command = [str(Path(sys.executable).parent / "evenhand"), "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += [
-        "--admin-port",
-        str(admin_port),
-        "--log-level",
-        "warning",
-        "--served-model-name",
-        MODEL,
-        "--drain-timeout",
-        "1",
-        *flags,
-    ]
+    command = [str(Path(sys.executable).parent / "evenhand"), name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--admin-port", str(admin_port), "--log-level", "warning", "--drain-timeout", "1", *flags]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             await_port(process, port, log, "/ready")
-            yield Server(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
+            yield Server(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}", process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

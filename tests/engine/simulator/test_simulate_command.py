@@ -135,3 +135,23 @@ def test_what_cannot_be_simulated_ends_with_one_line(
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not result.stdout
+
+
+@pytest.mark.parametrize("fault", ["late-gauges", "frozen-gauges", "restart", "wrong-sizes", "silent"])
+def test_a_sidecar_is_simulated_with_whatever_goes_wrong(fault: str) -> None:
+    arguments = [
+        "--workload",
+        "poisson_short_long",
+        "--until",
+        "35",
+        "--sidecar",
+        "--sidecar-fault",
+        fault,
+        "-o",
+        "json",
+    ]
+    result = CliRunner().invoke(simulate, [*arguments, "--preset", "h100-8b"])
+    assert result.exit_code == 0, result.output
+    reports = {report["policy"]: report for report in json.loads(result.output)}
+    assert set(reports) == {"fair", "sidecar"}
+    assert reports["sidecar"]["num_served"] > 0.8 * reports["fair"]["num_served"]
