@@ -45,3 +45,9 @@ def test_the_front_end_loses_no_token() -> None:
     found = results_of("frontend")
     assert found["tokens_per_s_per_core"] > 1000
     assert 0 < found["parts"]["calm"]["added_p50_ms"] <= found["added_p99_ms"]
+
+
+def test_with_a_price_of_context_long_contexts_get_no_more_time_than_short_ones() -> None:
+    found = results_of("context_price")
+    assert found["0"]["long_share"] > 0.8
+    assert found["suggested"]["long_share"] == pytest.approx(0.5, rel=0.1)
