@@ -302,3 +302,21 @@ def test_a_preemption_for_service_clears_the_room_to_grow_too() -> None:
     assert engine.scheduler.roster.blocks.num_free_blocks > 4 + 16, "enough for the prompt for a long while"
     engine.run(25)
     assert engine.finish_reason(late) is FinishReason.STOP
+
+
+def test_a_prefix_that_only_others_still_use_does_not_count_to_who_filled_it() -> None:
+    """Else what another tenant of the sharing group runs would keep its first user at the ceiling, and cut its stream."""
+    share = KvCacheShare(max_percent=50, prefix_sharing_group="group")
+    tenants = [TenantConfig(tenant_id="first", kv_cache=share), TenantConfig(tenant_id="other", kv_cache=share)]
+    engine = PretendEngine(small(), tenants)
+    prefix = list(range(5000, 5096))
+    filled = engine.add("first", 0, 6, prompt=[*prefix, 1, 2])
+    engine.run(3)
+    engine.add("other", 0, 60, prompt=[*prefix, 3, 4])
+    engine.run(12)
+    assert engine.finish_reason(filled) is FinishReason.STOP
+    assert held(engine, "first") == 0 and held(engine, "other") >= 24
+    stream = engine.add("first", 40, 60)
+    engine.drain()
+    assert engine.finish_reason(stream) is FinishReason.STOP
+    assert len(engine.token_ids(stream)) == 60

@@ -3,13 +3,13 @@
 A block is in exactly one of three states:
 
     free        in `_free`; content worthless
-    referenced  in the block table of one request or more (`_references` > 0)
+    referenced  in the block table of one request or more (`_holders` is not empty)
     cached      unreferenced, but its content is a known prefix; evicted, least recently used first, when no free block is
                 left, and those that a tenant's guarantee keeps after all others
 
 Full blocks are known by a hash chained over the salt and all tokens up to their end, so that equal prompts with equal
 salts share blocks, and nobody learns by timing what a tenant with another salt has asked. A block counts to the tenant
-that filled or revived it for as long as anybody references it.
+that filled or revived it for as long as that tenant references it, then to another that does.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ class BlockManager:
         self.num_prefix_hits = 0  # tokens found
         self._enable_prefix_caching = enable_prefix_caching
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._references = [0] * num_blocks
-        self._owner: list[str] = [""] * num_blocks  # tenant that filled it
+        self._holders: list[list[str]] = [[] for _ in range(num_blocks)]  # tenant of each request that references it
+        self._owner: list[str] = [""] * num_blocks  # tenant that it counts to, or did last
         self._hash: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
         self._expected: Counter[bytes] = Counter()  # hashes of blocks that batches in flight will have filled
@@ -53,7 +53,7 @@ class BlockManager:
         return self._guarantees
 
     def num_held_blocks(self, tenant_id: str) -> int:
-        """Referenced blocks that the tenant filled."""
+        """Referenced blocks that count to the tenant."""
         return self._held[tenant_id]
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -69,6 +69,8 @@ class BlockManager:
     def transfer(self, tenant_id: str, heir_id: str) -> None:
         """All blocks of a tenant count to another from now on."""
         self._owner = [heir_id if owner == tenant_id else owner for owner in self._owner]
+        for holders in self._holders:
+            holders[:] = [heir_id if holder == tenant_id else holder for holder in holders]
         self._held[heir_id] += self._held.pop(tenant_id, 0)
         self._sort_into_lines()
 
@@ -105,7 +107,7 @@ class BlockManager:
     def num_missing_blocks(self, request: Request) -> int:
         """How far `num_free_blocks` must go to admit the request: new blocks, and cached ones that it would revive."""
         prefix = self.cached_prefix(request)
-        revived = sum(1 for block in prefix if self._references[block] == 0)
+        revived = sum(1 for block in prefix if not self._holders[block])
         return self.num_blocks_for(request.num_tokens) - len(prefix) + revived
 
     def admit(self, request: Request) -> bool:
@@ -134,9 +136,8 @@ class BlockManager:
             return False
         for _ in range(num_new):
             block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
-            self._owner[block] = request.tenant_id
-            self._held[request.tenant_id] += 1
+            self._own(block, request.tenant_id)
+            self._holders[block].append(request.tenant_id)
             request.block_table.append(block)
         return True
 
@@ -178,17 +179,22 @@ class BlockManager:
 
     def num_references(self, block: int) -> int:
         """How many requests hold the block."""
-        return self._references[block]
+        return len(self._holders[block])
 
     def num_reclaimable_blocks(self, request: Request) -> int:
         """How many blocks `release` of the request would make available."""
-        return sum(1 for block in request.block_table if self._references[block] == 1)
+        return sum(1 for block in request.block_table if len(self._holders[block]) == 1)
 
     def release(self, request: Request) -> None:
         """Drop the request's blocks; those with known content stay cached. The end of a prefix is evicted first."""
         for block in reversed(request.block_table):
-            self._references[block] -= 1
-            if self._references[block] == 0:
+            holders = self._holders[block]
+            holders.remove(request.tenant_id)
+            if holders:
+                if self._owner[block] not in holders:
+                    self._held[self._owner[block]] -= 1
+                    self._own(block, holders[0])
+            else:
                 self._held[self._owner[block]] -= 1
                 if self._hash[block] is None:
                     self._free.append(block)
@@ -202,12 +208,13 @@ class BlockManager:
     def check_integrity(self) -> None:
         """Assert that every block is in exactly one state and every count is right. For tests and idle moments."""
         cached = [block for line in self._cached.values() for block in line]
-        referenced = [block for block, count in enumerate(self._references) if count > 0]
+        referenced = [block for block, holders in enumerate(self._holders) if holders]
         assert sorted((*self._free, *cached, *referenced)) == list(range(self.num_blocks))
         assert self._num_cached == len(cached)
         assert all(line == self._line_of(block) for line, blocks in self._cached.items() for block in blocks)
         assert all(list(blocks.values()) == sorted(blocks.values()) for blocks in self._cached.values())
         assert +self._held == Counter(self._owner[block] for block in referenced)
+        assert all(self._owner[block] in self._holders[block] for block in referenced)
         assert all(self._hash[block] is not None for block in cached)
         assert all(self._hash[block] is None for block in self._free)
         assert {d: b for b, d in enumerate(self._hash) if d is not None} == self._block_of_hash
@@ -215,12 +222,16 @@ class BlockManager:
     # -- inside
 
     def _reference(self, block: int, tenant_id: str) -> None:
-        if self._references[block] == 0:
+        if not self._holders[block]:
             del self._cached[self._line_of(block)][block]
             self._num_cached -= 1
-            self._owner[block] = tenant_id
-            self._held[tenant_id] += 1
-        self._references[block] += 1
+            self._own(block, tenant_id)
+        self._holders[block].append(tenant_id)
+
+    def _own(self, block: int, tenant_id: str) -> None:
+        """The block counts to the tenant from now on."""
+        self._owner[block] = tenant_id
+        self._held[tenant_id] += 1
 
     def _evict(self) -> int:
         """Free the least recently used of the cached blocks that no guarantee keeps; if all are kept, of all."""
