@@ -115,6 +115,7 @@ class TimedKernels:
     def __init__(self, kernels: Kernels) -> None:
         self.untimed = kernels
         self.name = kernels.name
+        self.torch_device = kernels.torch_device
         self.seconds: dict[str, float] = defaultdict(float)
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:

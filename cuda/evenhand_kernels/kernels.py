@@ -145,6 +145,11 @@ class Kernels(Protocol):
         """For logs: which implementation this is."""
         ...
 
+    @property
+    def torch_device(self) -> torch.device:
+        """Where activations, norms' weights and tables must be."""
+        ...
+
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         """x @ weight.T + bias; weight is [out_features, in_features], a float32 bias [out_features]."""
         ...

@@ -31,6 +31,7 @@ class ReferenceKernels:
     """Implements `Kernels`."""
 
     name = "torch"
+    torch_device = torch.device("cpu")
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         wide = widened(weight)  # activations are float32, and a mixed product would round them

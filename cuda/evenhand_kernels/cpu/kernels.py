@@ -47,6 +47,7 @@ class CpuKernels:
     """Implements `Kernels`."""
 
     name = "cpu"
+    torch_device = torch.device("cpu")
 
     def __init__(self, cache_dir: Path, num_threads: int | None = None) -> None:
         """Compiles the kernels into `cache_dir` if they are not there. None: a thread for each core. Raises CompileError."""

@@ -17,7 +17,7 @@ from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.plan import HEADER_WORDS, WORDS, Capacity, Planner
 from evenhand_kernels.device import Device
 from evenhand_kernels.drawing import draw_rows
-from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, Draw, Embedding, KvCacheShape, Linear
+from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, AttentionPlan, Draw, Embedding, KvCacheShape, Linear
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 LOG2_E = 1 / math.log(2)
@@ -45,14 +45,13 @@ class WorkShape:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaPlan:
+class CudaPlan(AttentionPlan):
     """How one step's attention is computed, the same for all layers.
 
     Attributes:
         words: int32 [shape.words] on the device.
     """
 
-    batch: AttentionBatch
     words: Tensor
     shape: WorkShape
 
@@ -74,6 +73,10 @@ class CudaKernels:
         self._partials: tuple[Tensor, Tensor] | None = None
         self._silu_mul = device.load(variants.silu_mul(dtype))
         self._embedding = device.load(variants.embedding(dtype))
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self.device.torch_device
 
     # ------------------------------------------------------------------------------------------------- projections
 
@@ -183,7 +186,7 @@ class CudaKernels:
 
     def plan_of(self, batch: AttentionBatch, words: Tensor, shape: WorkShape) -> CudaPlan:
         """The plan whose words have been copied to the device; nothing is read here."""
-        return CudaPlan(batch=batch, words=words, shape=shape)
+        return CudaPlan(batch, words, shape)
 
     def plan(self, batch: AttentionBatch) -> CudaPlan:
         seq_lens, cu_seqlens_q = batch.seq_lens.cpu().numpy(), batch.cu_seqlens_q.cpu().numpy()
@@ -252,7 +255,8 @@ class PagedAttention:
         self._scale = scale if layer.soft_cap is not None else scale * LOG2_E
         self._lanes = variants.write_kv_lanes(layer.head_dim)
 
-    def __call__(self, qkv: Tensor, plan: CudaPlan) -> Tensor:
+    def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
+        assert isinstance(plan, CudaPlan), "the plan was made by other kernels"
         self.write(qkv, plan.batch)
         return self._attend(qkv, plan)
 

@@ -41,7 +41,7 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
         self._decoder = decoder
-        self._staging = Staging(settings)
+        self._staging = Staging(settings, decoder.kernels)
         self._seats = Seats()
         self._results: deque[list[Sampled]] = deque()
 

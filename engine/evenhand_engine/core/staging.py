@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.model.decoder import ModelInput
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_kernels.kernels import AttentionBatch
+from evenhand_kernels.kernels import AttentionBatch, Kernels
 
 
 class Staging:
@@ -16,10 +16,12 @@ class Staging:
     A ModelInput shares memory with these arrays and is valid until the next `fill`.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, kernels: Kernels) -> None:
+        """`kernels` plan the attention of each step."""
         num_tokens, num_seats = settings.max_num_batched_tokens, settings.max_num_seqs
         max_num_blocks = -(-settings.max_model_len // settings.block_size)
         self._block_size = settings.block_size
+        self._plan = kernels.plan
         self._token_ids = np.zeros((num_seats, settings.max_model_len + 1), np.int32)
         self._block_tables = np.zeros((num_seats, max_num_blocks), np.int32)
         self._num_blocks = [0] * num_seats
@@ -49,16 +51,17 @@ class Staging:
         slot_mapping[:] = blocks * self._block_size + positions % self._block_size
         seq_lens = np.add(starts, counts, out=self._seq_lens[: len(items)])
         max_num_blocks = -(-int(seq_lens.max()) // self._block_size)
+        attention = AttentionBatch(
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slot_mapping),
+            block_table=torch.from_numpy(self._block_tables[seats, :max_num_blocks]),
+            seq_lens=torch.from_numpy(seq_lens),
+            cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: len(items) + 1]),
+            num_decodes=batch.num_decodes,
+        )
         return ModelInput(
             input_ids=torch.from_numpy(input_ids),
-            attention=AttentionBatch(
-                positions=torch.from_numpy(positions),
-                slot_mapping=torch.from_numpy(slot_mapping),
-                block_table=torch.from_numpy(self._block_tables[seats, :max_num_blocks]),
-                seq_lens=torch.from_numpy(seq_lens),
-                cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: len(items) + 1]),
-                num_decodes=batch.num_decodes,
-            ),
+            plan=self._plan(attention),
             logits_indices=torch.from_numpy(_last_of_each(ends, num_samples)),
         )
 

@@ -9,7 +9,6 @@ from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.rope import cos_sin_table
 from evenhand_engine.model.weights import Weights
 from evenhand_kernels.kernels import (
-    AttentionBatch,
     AttentionLayer,
     AttentionPlan,
     DecoderLayer,
@@ -27,12 +26,12 @@ class ModelInput:
 
     Attributes:
         input_ids: int32 [num_tokens].
-        attention: which request each token belongs to, its position and where its key and value go.
+        plan: how the step's attention is computed.
         logits_indices: int32 [num_samples], rows whose next token is wanted.
     """
 
     input_ids: Tensor
-    attention: AttentionBatch
+    plan: AttentionPlan
     logits_indices: Tensor
 
 
@@ -48,7 +47,7 @@ def build_decoder(
     config: ModelConfig, weights: Weights, kernels: Kernels, cache: KvCacheShape, max_model_len: int
 ) -> Decoder:
     """Add to the weights what is constant for each layer's attention, and allocate the KV cache."""
-    cos_sin = cos_sin_table(config.rope, config.head_dim, max_model_len)
+    cos_sin = cos_sin_table(config.rope, config.head_dim, max_model_len).to(kernels.torch_device)
     layers = (
         AttentionLayer(
             num_heads=config.num_heads,
@@ -86,10 +85,8 @@ def build_decoder(
 
 
 def forward(decoder: Decoder, model_input: ModelInput) -> Tensor:
-    """Compute one step and store its keys and values. Returns the logits, float32 [num_samples, vocab_size]."""
-    return decoder.compute(
-        model_input.input_ids, decoder.kernels.plan(model_input.attention), model_input.logits_indices
-    )
+    """Compute one step and store its keys and values. Returns the logits, [num_samples, vocab_size]."""
+    return decoder.compute(model_input.input_ids, model_input.plan, model_input.logits_indices)
 
 
 def _compute(

@@ -173,7 +173,7 @@ def assemble(source: TensorSource, config: ModelConfig, precision: Precision, ke
         layers=tuple(
             _layer(source, f"model.layers.{index}", config, precision, kernels) for index in range(config.num_layers)
         ),
-        norm=widened(source.take("model.norm.weight", config.hidden_size)),
+        norm=widened(source.take("model.norm.weight", config.hidden_size)).to(kernels.torch_device),
         lm_head=lm_head,
     )
 
@@ -185,7 +185,7 @@ def _layer(
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def vector(name: str, size: int) -> Tensor:
-        return widened(source.take(f"{prefix}.{name}", size))
+        return widened(source.take(f"{prefix}.{name}", size)).to(kernels.torch_device)
 
     def norm(name: str, size: int) -> Tensor:
         return vector(f"{name}.weight", size)

@@ -1,6 +1,7 @@
 """Tiny checkpoints made by transformers, and our decoder's logits for them."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,21 +47,24 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return CpuKernels(cache_dir() / "kernels", num_threads=3)
 
 
+def make_checkpoint(
+    directory: Path, config_class: type[PreTrainedConfig], **fields: Any
+) -> tuple[Path, PreTrainedModel]:
+    """A random model of a config class, saved; its directory and the reference itself, float32 and eager."""
+    torch.manual_seed(7)
+    config = config_class(**(SHAPE | fields))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    for name, parameter in model.named_parameters():  # norms and biases too, or nothing would test them
+        scale = 0.3 if parameter.dim() > 1 else 0.5
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=scale)
+    model.save_pretrained(directory)
+    return directory, model.eval()
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, PreTrainedModel]]:
-    """Makes a random model of a config class, saves it; its directory and the reference itself, float32 and eager."""
-
-    def make(config_class: type[PreTrainedConfig], **fields: Any) -> tuple[Path, PreTrainedModel]:
-        torch.manual_seed(7)
-        config = config_class(**(SHAPE | fields))
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-        for name, parameter in model.named_parameters():  # norms and biases too, or nothing would test them
-            scale = 0.3 if parameter.dim() > 1 else 0.5
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=scale)
-        model.save_pretrained(tmp_path)
-        return tmp_path, model.eval()
-
-    return make
+    """`make_checkpoint` into a directory of the test's own."""
+    return functools.partial(make_checkpoint, tmp_path)
 
 
 def _split(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -84,7 +88,7 @@ def our_logits() -> Callable[..., Tensor]:
         request = Request("a", "tenant", list(token_ids), SamplingParams(max_tokens=1), arrival_time=0.0)
         request.block_table = list(range(39, 39 - 2 * 16, -2))  # neither in order nor next to each other
         request.seat = 2
-        staging, logits = Staging(settings), []
+        staging, logits = Staging(settings, kernels), []
         for step_id, (_, size) in enumerate(_split(len(token_ids), chunks)):
             plan = BatchPlan()
             plan.add_chunk(request, size)

@@ -1,0 +1,362 @@
+"""DeviceRunner: computes batches on a GPU, or on the emulated one, while the host plans the next.
+
+    submit   host: lay out ─▶ one copy ─▶ forward (a recorded graph for decodes) ─▶ sample ─▶ copy back ─▶ event
+    collect  wait for the event of the oldest step
+
+Nothing between the copy and the event waits for the host, and no launch depends on a sampled token: what a step samples
+is the next step's input on the device, before the host has seen it. So two steps are in flight, and the device never waits.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_seats import DeviceSeats
+from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
+from evenhand_engine.model.decoder import Decoder, ModelInput, forward
+from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
+from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams, TokenLogprobs
+from evenhand_kernels.cuda.kernels import CudaKernels, WorkShape
+from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler, SamplingRows
+from evenhand_kernels.device import Device, Event, Graph
+from evenhand_kernels.kernels import AttentionBatch
+
+PIPELINE_DEPTH = 2
+NOT_FINITE = -1
+"""Stands for the token of a row whose logits were not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Log probabilities of some rows, on their way to the host.
+
+    `words`, int32 [num_rows, 2 + 2 * num_top], holds for each row its token's log probability (a float32) and rank, the top
+    ids, and their log probabilities (float32).
+    """
+
+    rows: list[tuple[int, int]]  # of the step's samples, with how many of the top each asked for
+    num_top: int
+    words: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A submitted step."""
+
+    event: Event
+    token_ids: Tensor  # int32, pinned
+    told: _Told | None
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordedStep:
+    """A graph of the decodes of up to `layout.num_requests` requests."""
+
+    graph: Graph
+    layout: StepLayout
+    shape: WorkShape
+
+
+class DeviceRunner:
+    """Implements `Runner`."""
+
+    def __init__(self, decoder: Decoder, kernels: CudaKernels, settings: SchedulerSettings, vocab_size: int) -> None:
+        self._decoder, self._kernels, self._settings = decoder, kernels, settings
+        self._device: Device = kernels.device
+        self._block_size = settings.block_size
+        torch_device = self._device.torch_device
+        self._seats = DeviceSeats(settings, torch_device)
+        self._sampler = DeviceSampler(self._device, kernels.dtype, vocab_size)
+        num_rows, num_seqs = settings.max_num_batched_tokens, settings.max_num_seqs
+        largest = StepLayout(
+            num_rows=max(num_rows, num_seqs),
+            num_requests=num_seqs,
+            num_samples=num_seqs,
+            num_plan_words=kernels.work_shape(num_seqs, max(num_rows, num_seqs)).words,
+            num_new_blocks=num_seqs * self._seats.max_num_blocks,
+        )
+        self._host = deque(
+            (self._device.pinned(largest.num_words, dtype=torch.int32), self._device.record())
+            for _ in range(PIPELINE_DEPTH + 1)
+        )
+        self._memory = torch.zeros(largest.num_words, dtype=torch.int32, device=torch_device)
+        self._logits = torch.zeros(num_seqs, vocab_size, dtype=kernels.dtype, device=torch_device)
+        self._graphs: dict[int, _RecordedStep] = {}
+        self._steps: deque[_Step] = deque()
+
+    @property
+    def pipeline_depth(self) -> int:
+        return PIPELINE_DEPTH
+
+    def submit(self, batch: Batch) -> None:
+        with self._device.stream(), torch.inference_mode():
+            self._seats.take_in(batch)
+            recorded = self._recorded(batch)
+            if recorded is not None:
+                layout, step = self._copy(batch, recorded.layout, recorded.shape)
+                recorded.graph.replay()
+                logits = self._logits
+            else:
+                layout, step, shape = self._copy_exactly(batch)
+                logits = self._forward(step, layout, shape, batch.num_decodes)
+            self._steps.append(self._sample(batch, step, logits))
+
+    def collect(self) -> list[Sampled]:
+        step = self._steps.popleft()
+        step.event.wait()
+        token_ids = step.token_ids.tolist()
+        told = {} if step.told is None else _read(step.told)
+        return [
+            Sampled(() if token_id == NOT_FINITE else (token_id,), (told[row],) if row in told else ())
+            for row, token_id in enumerate(token_ids)
+        ]
+
+    def warm_up(self) -> None:
+        """Compile and choose all kernels, run the largest step, and record the graphs of decodes."""
+        settings = self._settings
+        num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
+        request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2), arrival_time=0.0)
+        request.seat, request.block_table = 0, list(range(num_tokens // self._block_size + 1))
+        for step_id in range(2):
+            plan = BatchPlan()
+            plan.add_chunk(request, request.num_pending_tokens)
+            self.submit(plan.build(step_id, ()))
+            self.collect()
+        for size in graph_sizes(settings.max_num_seqs):
+            self._record(size)
+
+    # -- laying out
+
+    def _copy_exactly(self, batch: Batch) -> tuple[StepLayout, DeviceStep, WorkShape]:
+        num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
+        bound = self._kernels.work_shape(num_requests, num_rows)
+        layout = StepLayout(num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch))
+        host, index = self._begin(layout)
+        cu_seqlens_q = self._lay_out(batch, host)
+        shape = self._kernels.write_work(host.part("plan"), host.part("seq_lens"), cu_seqlens_q)
+        return layout, self._send(index, layout), shape
+
+    def _copy(self, batch: Batch, padded: StepLayout, shape: WorkShape) -> tuple[StepLayout, DeviceStep]:
+        """Into the places where a graph reads."""
+        layout = StepLayout(
+            padded.num_rows, padded.num_requests, padded.num_samples, padded.num_plan_words, _num_new_blocks(batch)
+        )
+        host, index = self._begin(layout)
+        cu_seqlens_q = self._lay_out(batch, host)
+        self._kernels.write_work(host.part("plan"), host.part("seq_lens"), cu_seqlens_q, shape)
+        return layout, self._send(index, layout)
+
+    def _begin(self, layout: StepLayout) -> tuple[HostStep, Tensor]:
+        """Host memory that no copy reads any more."""
+        memory, copied = self._host.popleft()
+        copied.wait()
+        return HostStep(memory.numpy(), layout), memory
+
+    def _send(self, memory: Tensor, layout: StepLayout) -> DeviceStep:
+        size = layout.num_words
+        self._memory[:size].copy_(memory[:size], non_blocking=True)
+        self._host.append((memory, self._device.record()))
+        step = DeviceStep(self._memory, layout)
+        if layout.num_new_blocks:
+            self._seats.apply_new_blocks(step)
+        return step
+
+    def _lay_out(self, batch: Batch, host: HostStep) -> NDArray[np.int32]:
+        """Fill all parts but the plan; padding reads and writes where nobody does. Returns cu_seqlens_q."""
+        items, seats = batch.scheduled, self._seats
+        num_requests, num_rows = len(items), batch.num_tokens
+        seat = np.array([item.seat for item in items], np.int64)
+        start = np.array([item.num_computed_tokens for item in items], np.int64)
+        count = np.array([item.num_scheduled_tokens for item in items], np.int64)
+        samples = np.array([item.num_samples for item in items], np.int64)
+        assert samples.max(initial=0) <= 1, "drafts are not planned for a device"
+
+        for name, padding in (("token_ids", 0), ("positions", 0), ("row_seats", seats.nobody)):
+            host.part(name)[num_rows:] = padding
+        host.part("seats")[:num_requests], host.part("seats")[num_requests:] = seat, seats.nobody
+        host.part("seq_lens")[:num_requests], host.part("seq_lens")[num_requests:] = start + count, 0
+        cu_seqlens_q = host.part("cu_seqlens_q")
+        cu_seqlens_q[0] = 0
+        np.cumsum(count, out=cu_seqlens_q[1 : num_requests + 1])
+        cu_seqlens_q[num_requests + 1 :] = num_rows
+
+        owner = np.repeat(np.arange(num_requests), count)
+        positions = host.part("positions")[:num_rows]
+        positions[:] = np.arange(num_rows) - cu_seqlens_q[owner] + start[owner]
+        host.part("row_seats")[:num_rows] = seat[owner]
+        host.part("token_ids")[:num_rows] = seats.token_ids(seat[owner], positions)
+
+        sampled = np.flatnonzero(samples)
+        sample_seat, num_sampled = seat[sampled], len(sampled)
+        host.part("logits_indices")[:num_sampled] = cu_seqlens_q[sampled + 1] - 1
+        host.part("logits_indices")[num_sampled:] = 0
+        host.part("sample_seats")[:num_sampled] = sample_seat
+        host.part_as("temperature", np.float32)[:num_sampled] = seats.temperature[sample_seat]
+        host.part_as("top_p", np.float32)[:num_sampled] = seats.top_p[sample_seat]
+        host.part_as("min_p", np.float32)[:num_sampled] = seats.min_p[sample_seat]
+        host.part("top_k")[:num_sampled] = seats.top_k[sample_seat]
+        host.part_as("seeds", np.uint64)[:num_sampled] = seats.seeds[sample_seat]
+        ends = (start + count)[sampled] - seats.num_prompt_tokens[sample_seat]
+        host.part_as("indices", np.int64)[:num_sampled] = ends
+        seats.write_new_blocks(items, host)
+        return cu_seqlens_q
+
+    # -- computing
+
+    def _forward(self, step: DeviceStep, layout: StepLayout, shape: WorkShape, num_decodes: int) -> Tensor:
+        """Logits of the rows that are sampled, [layout.num_samples, vocab_size]."""
+        positions, row_seats = step.part("positions"), step.part("row_seats")
+        block_tables = self._seats.block_tables
+        blocks = block_tables[row_seats, (positions // self._block_size).long()]
+        attention = AttentionBatch(
+            positions=positions,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            block_table=block_tables[step.part("seats")],
+            seq_lens=step.part("seq_lens"),
+            cu_seqlens_q=step.part("cu_seqlens_q"),
+            num_decodes=num_decodes,
+        )
+        model_input = ModelInput(
+            input_ids=self._seats.resolve(step.part("token_ids"), row_seats),
+            plan=self._kernels.plan_of(attention, step.part("plan"), shape),
+            logits_indices=step.part("logits_indices"),
+        )
+        return forward(self._decoder, model_input)
+
+    def _recorded(self, batch: Batch) -> _RecordedStep | None:
+        """The smallest graph that the batch fits, if all of it are decodes."""
+        if batch.num_decodes < len(batch.scheduled):
+            return None
+        return next((self._graphs[size] for size in self._graphs if size >= len(batch.scheduled)), None)
+
+    def _record(self, size: int) -> None:
+        """Record the decodes of `size` requests; while it is recorded, all of them are padding."""
+        shape = self._kernels.work_shape(size, size)
+        layout = StepLayout(size, size, size, shape.words)
+        empty = Batch(0, (), 0)
+
+        def compute() -> None:
+            self._logits[:size].copy_(self._forward(DeviceStep(self._memory, layout), layout, shape, size))
+
+        with self._device.stream(), torch.inference_mode():
+            self._copy(empty, layout, shape)
+            compute()
+            self._graphs[size] = _RecordedStep(self._device.capture(compute), layout, shape)
+
+    # -- sampling
+
+    def _sample(self, batch: Batch, step: DeviceStep, logits: Tensor) -> _Step:
+        items = [item for item in batch.scheduled if item.num_samples]
+        num_rows = len(items)
+        token_ids = self._device.pinned(num_rows, dtype=torch.int32)
+        told = None
+        if num_rows:
+            logits = logits[:num_rows]
+            rows = SamplingRows(
+                temperature=step.part("temperature", torch.float32)[:num_rows],
+                top_p=step.part("top_p", torch.float32)[:num_rows],
+                min_p=step.part("min_p", torch.float32)[:num_rows],
+                top_k=step.part("top_k")[:num_rows],
+                seeds=step.part("seeds", torch.int64)[:num_rows],
+                indices=step.part("indices", torch.int64)[:num_rows],
+                seats=torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device),
+            )
+            sampled = self._sampler.sample(logits, rows, self._adjustments(items))
+            self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
+            told = self._log_probabilities(items, logits, sampled)
+            is_finite = logits.amax(dim=-1).isfinite()
+            token_ids.copy_(torch.where(is_finite, sampled, NOT_FINITE), non_blocking=True)
+        return _Step(self._device.record(), token_ids, told)
+
+    def _adjustments(self, items: list[ScheduledRequest]) -> Adjustments | None:
+        """Stop tokens are forbidden until a request has its `min_tokens`."""
+        forbidden: dict[int, list[int]] = {}
+        for row, item in enumerate(items):
+            started = self._seats.started[item.seat]
+            params = started.sampling_params
+            index = item.num_computed_tokens + item.num_scheduled_tokens - started.num_prompt_tokens
+            if index < params.min_tokens and params.stop_token_ids:
+                forbidden[row] = sorted(params.stop_token_ids)
+        if not forbidden:
+            return None
+        places = np.full(len(items), -1, np.int32)
+        places[list(forbidden)] = np.arange(len(forbidden))
+        tokens = np.concatenate([np.array(tokens, np.int32) for tokens in forbidden.values()])
+        offsets = np.cumsum([0, *map(len, forbidden.values())], dtype=np.int32)
+        ones, zeros = np.ones(len(forbidden), np.float32), np.zeros(len(forbidden), np.float32)
+        return Adjustments(
+            rows=self._sent(np.array(list(forbidden), np.int32)),
+            adjusted_row=self._sent(places),
+            seats=self._sent(np.full(len(forbidden), -1, np.int32)),
+            repetition=self._sent(ones),
+            frequency=self._sent(zeros),
+            presence=self._sent(zeros),
+            bias_offsets=self._sent(offsets),
+            bias_tokens=self._sent(tokens),
+            bias_values=self._sent(np.full(len(tokens), -np.inf, np.float32)),
+        )
+
+    def _log_probabilities(self, items: list[ScheduledRequest], logits: Tensor, sampled: Tensor) -> _Told | None:
+        asked = {
+            row: number
+            for row, item in enumerate(items)
+            if (number := self._seats.started[item.seat].sampling_params.num_logprobs) is not None
+        }
+        if not asked:
+            return None
+        rows, num_top = self._sent(np.array(list(asked), np.int64)), max(1, *asked.values())
+        logits, tokens = logits[rows], sampled[rows]
+        found = self._sampler.log_probabilities(logits, tokens, num_top)
+        own = logits.gather(1, tokens.long()[:, None])
+        rank = (logits > own).sum(dim=1, dtype=torch.int32) + 1
+        words = torch.cat(
+            (found.sampled[:, None].view(torch.int32), rank[:, None], found.top_ids, found.top.view(torch.int32)), dim=1
+        )
+        host = self._device.pinned(*words.shape, dtype=torch.int32)
+        host.copy_(words, non_blocking=True)
+        return _Told(list(asked.items()), found.top_ids.shape[1], host)
+
+    def _sent(self, array: NDArray[np.generic]) -> Tensor:
+        """A small array on the device."""
+        host = torch.from_numpy(array)
+        pinned = self._device.pinned(*host.shape, dtype=host.dtype)
+        pinned.copy_(host)
+        return pinned.to(self._device.torch_device, non_blocking=True)
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of requests for which decodes are recorded: each wastes at most an eighth above 16, a half below."""
+    sizes = [size for size in (1, 2, 4, 8) if size < max_num_seqs]
+    size = 16
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += max(8, size // 8 // 8 * 8)
+    return [*sizes, max_num_seqs]
+
+
+def _num_samples(batch: Batch) -> int:
+    return sum(item.num_samples for item in batch.scheduled)
+
+
+def _num_new_blocks(batch: Batch) -> int:
+    return sum(len(item.new_block_ids) for item in batch.scheduled)
+
+
+def _read(told: _Told) -> dict[int, TokenLogprobs]:
+    """By row of the step's samples."""
+    words, num_top = told.words.numpy(), told.num_top
+    floats = words.view(np.float32)
+    return {
+        row: TokenLogprobs(
+            logprob=float(floats[place, 0]),
+            rank=int(words[place, 1]),
+            top_token_ids=tuple(words[place, 2 : 2 + min(number, num_top)].tolist()),
+            top_logprobs=tuple(floats[place, 2 + num_top : 2 + num_top + min(number, num_top)].tolist()),
+        )
+        for place, (row, number) in enumerate(told.rows)
+    }

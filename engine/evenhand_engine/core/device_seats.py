@@ -1,0 +1,80 @@
+"""DeviceSeats: what a device runner knows of each seat, on the host and on the device.
+
+On the host, where steps are laid out: the tokens that the scheduler told, and how the request is sampled. On the device, where
+they are needed before the host knows them: the last sampled token, and the block table. Both grow by what batches tell.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.step_layout import DeviceStep, HostStep
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
+
+ON_DEVICE = -1
+"""Stands for a token in a step's token ids that only the device knows."""
+
+
+class DeviceSeats:
+    """The last seat is nobody's: padding sits there, and has no blocks, so that it is written nowhere.
+
+    Attributes:
+        last_token_ids: int32 [num_seats + 1] on the device, what each seat sampled last.
+        block_tables: int32 [num_seats + 1, max_num_blocks] on the device.
+    """
+
+    def __init__(self, settings: SchedulerSettings, device: torch.device) -> None:
+        self.nobody = settings.max_num_seqs
+        self.max_num_blocks = -(-settings.max_model_len // settings.block_size)
+        num_seats = self.nobody + 1
+        self.last_token_ids = torch.zeros(num_seats, dtype=torch.int32, device=device)
+        self.block_tables = torch.full((num_seats, self.max_num_blocks), -1, dtype=torch.int32, device=device)
+        self.temperature = np.zeros(num_seats, np.float32)
+        self.top_p = np.ones(num_seats, np.float32)
+        self.min_p = np.zeros(num_seats, np.float32)
+        self.top_k = np.zeros(num_seats, np.int32)
+        self.seeds = np.zeros(num_seats, np.uint64)
+        self.num_prompt_tokens = np.zeros(num_seats, np.int64)
+        self.started: dict[int, StartedRequest] = {}
+        self._token_ids = np.zeros((num_seats, settings.max_model_len), np.int32)
+        self._num_known = np.zeros(num_seats, np.int64)
+        self._num_blocks = [0] * num_seats
+
+    def take_in(self, batch: Batch) -> None:
+        """Who left, and who sits down."""
+        for seat in batch.freed_seats:
+            self.started.pop(seat, None)
+        for started in batch.started:
+            seat, params = started.seat, started.sampling_params
+            self.started[seat] = started
+            self._token_ids[seat, : len(started.token_ids)] = started.token_ids
+            self._num_known[seat] = len(started.token_ids)
+            self._num_blocks[seat] = 0
+            self.temperature[seat], self.top_p[seat], self.top_k[seat] = params.temperature, params.top_p, params.top_k
+            self.seeds[seat] = params.seed % 2**64
+            self.num_prompt_tokens[seat] = started.num_prompt_tokens
+
+    def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32: the tokens at these places, ON_DEVICE for those that were sampled and are on their way."""
+        return np.where(positions < self._num_known[seats], self._token_ids[seats, positions], ON_DEVICE)
+
+    def write_new_blocks(self, items: tuple[ScheduledRequest, ...], step: HostStep) -> None:
+        """The entries of block tables that the batch adds, into the parts `block_places` and `blocks`."""
+        places, blocks, end = step.part("block_places"), step.part("blocks"), 0
+        for item in items:
+            if item.new_block_ids:
+                start, end = end, end + len(item.new_block_ids)
+                first = item.seat * self.max_num_blocks + self._num_blocks[item.seat]
+                places[start:end] = np.arange(first, first + end - start)
+                blocks[start:end] = item.new_block_ids
+                self._num_blocks[item.seat] += end - start
+
+    def apply_new_blocks(self, step: DeviceStep) -> None:
+        """On the device, in the order of its stream."""
+        self.block_tables.view(-1)[step.part("block_places").long()] = step.part("blocks")
+
+    def resolve(self, token_ids: Tensor, seats: Tensor) -> Tensor:
+        """On the device: the tokens of a step, with what only the device knows filled in."""
+        return torch.where(token_ids == ON_DEVICE, self.last_token_ids[seats], token_ids)

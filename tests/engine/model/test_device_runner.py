@@ -1,0 +1,277 @@
+"""The GPU engine's runner on the emulated device: token for token what the CPU's gives, whatever is planned ahead.
+
+Everything but the device is real: planner, launchers, buffers, graph keys, the overlap of two steps. The CPU engine computes in
+float32, the kernels in float16: the models made here are so sure of their tokens that rounding moves none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_runner import DeviceRunner, graph_sizes
+from evenhand_engine.core.model_runner import ModelRunner
+from evenhand_engine.model.cache import cache_dir
+from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.decoder import Decoder, build_decoder
+from evenhand_engine.model.precision import Precision
+from evenhand_engine.model.weights import load_weights
+from evenhand_engine.scheduler.batch import Runner
+from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.device import Graph
+from evenhand_kernels.emulation.device import EmulatedDevice
+from evenhand_kernels.kernels import Kernels, KvCacheShape
+from evenhand_kernels.reference import ReferenceKernels
+from evenhand_policy.config import SchedulerConfig
+
+from .conftest import make_checkpoint
+
+SETTINGS = SchedulerSettings(
+    max_num_seqs=5, max_num_batched_tokens=24, max_model_len=96, num_kv_blocks=24, growth_blocks=0.0
+)
+NUM_OUTPUTS = 6
+POISON = 190
+"""A token whose embedding is not a number."""
+
+PROMPTS = [
+    [3 + (7 * number + 11 * place) % 150 for place in range(size)] for number, size in enumerate((1, 40, 16, 17, 33))
+]
+
+
+class CountingDevice(EmulatedDevice):
+    """Counts what was replayed."""
+
+    num_replays = 0
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        graph, device = super().capture(work), self
+
+        class Counted:
+            def replay(self) -> None:
+                device.num_replays += 1
+                graph.replay()
+
+        return Counted()
+
+
+@dataclass
+class Model:
+    """One random model, on the emulated device in float16 and on the CPU in float32."""
+
+    device: CountingDevice
+    on_device: Runner
+    on_cpu: Runner
+
+    @classmethod
+    def make(cls, directory: Path, config_class: type[PreTrainedConfig], **fields: Any) -> Self:
+        _, reference = make_checkpoint(directory, config_class, **fields)
+        reference.get_input_embeddings().weight.data[POISON] = torch.nan
+        reference.save_pretrained(directory)
+        config = load_model_config(directory)
+
+        def decoder(kernels: Kernels, dtype: torch.dtype) -> Decoder:
+            weights = load_weights(directory, config, Precision(torch.float16), kernels)
+            cache = KvCacheShape(SETTINGS.num_kv_blocks, SETTINGS.block_size, dtype)
+            return build_decoder(config, weights, kernels, cache, SETTINGS.max_model_len)
+
+        device = CountingDevice(cache_dir() / "kernels", checked=False)
+        kernels = CudaKernels(device, torch.float16)
+        on_device = DeviceRunner(decoder(kernels, torch.float16), kernels, SETTINGS, config.vocab_size)
+        on_device.warm_up()
+        with torch.inference_mode():
+            on_cpu = ModelRunner(decoder(ReferenceKernels(), torch.float32), SETTINGS)
+        return cls(device, on_device, on_cpu)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.make(tmp_path_factory.mktemp("llama"), LlamaConfig)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[list[int]]:
+    """What the CPU gives each prompt by itself."""
+    return [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]
+
+
+class Engine:
+    """Serves requests with a real scheduler, as many steps ahead as the runner wants."""
+
+    def __init__(self, runner: Runner, settings: SchedulerSettings) -> None:
+        self.scheduler = Scheduler(settings, SchedulerConfig())
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._runner = runner
+        self._num_in_flight = 0
+        self._now = 0.0
+
+    def add(self, name: str, prompt: list[int], **params: Any) -> Request:
+        sampling = SamplingParams(**({"max_tokens": NUM_OUTPUTS, "temperature": 0} | params))
+        request = Request(name, "t", prompt, sampling, self._now)
+        self.scheduler.add(request, self._now)
+        return request
+
+    def step(self) -> bool:
+        """Whether there is anything left."""
+        self._now += 1
+        batch = self.scheduler.step(self._now)
+        if batch is not None:
+            self._runner.submit(batch)
+            self._num_in_flight += 1
+        if self._num_in_flight and (batch is None or self._num_in_flight >= self._runner.pipeline_depth):
+            for output in self.scheduler.update(self._runner.collect(), self._now):
+                if output.logprobs:
+                    self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+            self._num_in_flight -= 1
+        return batch is not None or self._num_in_flight > 0
+
+    def run(self) -> None:
+        while self.step():
+            pass
+
+
+def outputs(request: Request) -> list[int]:
+    return list(request.token_ids[request.num_prompt_tokens :])
+
+
+def served(runner: Runner, settings: SchedulerSettings, prompts: Sequence[list[int]], **params: Any) -> list[list[int]]:
+    engine = Engine(runner, settings)
+    requests = [engine.add(f"r{number}", prompt, **params) for number, prompt in enumerate(prompts)]
+    engine.run()
+    assert all(request.finish_reason is FinishReason.LENGTH for request in requests)
+    return [outputs(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [
+        (LlamaConfig, {"head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}),
+        (MistralConfig, {"sliding_window": 20}),
+        (Qwen2Config, {}),
+        (Qwen3Config, {}),
+        (SmolLM3Config, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_architecture_alone_and_in_mixed_batches(
+    tmp_path: Path, config_class: type[PreTrainedConfig], fields: dict[str, Any]
+) -> None:
+    model = Model.make(tmp_path, config_class, **fields)
+    expected = [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]
+    assert served(model.on_device, SETTINGS, PROMPTS) == expected
+    assert served(model.on_device, SETTINGS, PROMPTS[1:2]) == expected[1:2]
+
+
+def test_decodes_are_replayed_and_padding_changes_nothing(model: Model, alone: list[list[int]]) -> None:
+    """Three requests in the graph of four."""
+    before = model.device.num_replays
+    assert served(model.on_device, SETTINGS, PROMPTS[:3]) == alone[:3]
+    assert model.device.num_replays > before
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [7, 24])
+def test_preempted_requests_go_on_with_what_was_in_flight(model: Model, max_num_batched_tokens: int) -> None:
+    settings = replace(
+        SETTINGS, num_kv_blocks=6, max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=False
+    )
+    prompts = [prompt[:17] for prompt in PROMPTS[1:]]
+    expected = [served(model.on_cpu, SETTINGS, [prompt], max_tokens=30)[0] for prompt in prompts]
+    engine = Engine(model.on_device, settings)
+    requests = [engine.add(f"r{number}", prompt, max_tokens=30) for number, prompt in enumerate(prompts)]
+    engine.run()
+    assert [outputs(request) for request in requests] == expected
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_known_prefixes_are_read_where_they_lie(model: Model, alone: list[list[int]]) -> None:
+    engine = Engine(model.on_device, SETTINGS)
+    for name in ("first", "again"):
+        request = engine.add(name, PROMPTS[1])
+        engine.run()
+        assert outputs(request) == alone[1]
+    assert request.num_cached_tokens == 32
+
+
+def test_who_leaves_with_steps_in_flight_disturbs_nobody(model: Model, alone: list[list[int]]) -> None:
+    engine = Engine(model.on_device, SETTINGS)
+    requests = [engine.add(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
+    for _ in range(7):
+        engine.step()
+    gone = [request for request in requests if request.num_in_flight_tokens][:2]
+    assert gone
+    for request in gone:
+        engine.scheduler.abort(request.request_id, FinishReason.ABORT)
+    late = engine.add("late", PROMPTS[4])
+    engine.run()
+    assert outputs(late) == alone[4]
+    for request, expected in zip(requests, alone, strict=True):
+        assert outputs(request) == (expected[: request.num_output_tokens] if request in gone else expected)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.7}, {"top_k": 9}, {"temperature": 1.3, "top_p": 0.9}])
+def test_a_seed_gives_the_token_that_it_gives_on_the_cpu(model: Model, params: dict[str, Any]) -> None:
+    """But where the number drawn falls between the borders of the two roundings, which is rare."""
+
+    def drawn(runner: Runner) -> list[list[int]]:
+        params_of = {"temperature": 1.0, "max_tokens": 1} | params
+        return [output for seed in range(8) for output in served(runner, SETTINGS, PROMPTS, seed=seed, **params_of)]
+
+    on_cpu, on_device = drawn(model.on_cpu), drawn(model.on_device)
+    assert sum(ours == theirs for ours, theirs in zip(on_device, on_cpu, strict=True)) >= 37
+    assert len({token for (token,) in on_cpu}) > 15, "draws that are no draws agree by themselves"
+
+
+def test_no_stop_token_comes_before_min_tokens(model: Model, alone: list[list[int]]) -> None:
+    params = {"stop_token_ids": frozenset(alone[1][:3]), "min_tokens": 4, "max_tokens": NUM_OUTPUTS}
+    runs = []
+    for runner in (model.on_cpu, model.on_device):
+        engine = Engine(runner, SETTINGS)
+        request = engine.add("r", PROMPTS[1], **params)
+        others = engine.add("s", PROMPTS[2])
+        engine.run()
+        assert outputs(others) == alone[2]
+        runs.append(outputs(request))
+    assert runs[0] == runs[1]
+    assert not set(runs[1][:4]) & set(alone[1][:3])
+
+
+def test_log_probabilities_are_those_of_the_cpu(model: Model) -> None:
+    told = []
+    for runner in (model.on_cpu, model.on_device):
+        engine = Engine(runner, SETTINGS)
+        engine.add("quiet", PROMPTS[0])
+        engine.add("asks", PROMPTS[1], num_logprobs=3)
+        engine.add("asks for its own only", PROMPTS[2], num_logprobs=0)
+        engine.run()
+        told.append(engine.logprobs)
+    on_cpu, on_device = told
+    assert "quiet" not in on_device
+    for name, expected in on_cpu.items():
+        assert len(on_device[name]) == NUM_OUTPUTS
+        for ours, theirs in zip(on_device[name], expected, strict=True):
+            assert (ours.rank, ours.top_token_ids) == (theirs.rank, theirs.top_token_ids)
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=0.05)
+            assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, abs=0.05)
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(model: Model, alone: list[list[int]]) -> None:
+    engine = Engine(model.on_device, SETTINGS)
+    poisoned, good = engine.add("poisoned", [5, POISON, 7]), engine.add("good", PROMPTS[1])
+    engine.run()
+    assert poisoned.finish_reason is FinishReason.ERROR and not outputs(poisoned)
+    assert outputs(good) == alone[1]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 16, 17, 256, 1000])
+def test_recorded_sizes_cover_all_batches_and_waste_little(max_num_seqs: int) -> None:
+    sizes = graph_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
+    for number in range(1, max_num_seqs + 1):
+        padded = next(size for size in sizes if size >= number)
+        assert padded - number < max(8, number / 7, number if number < 8 else 0)
