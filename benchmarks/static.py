@@ -67,7 +67,7 @@ def lengths(seed: int) -> list[Lengths]:
 
 def serve(policy: SchedulingPolicy, seconds: float, seed: int) -> Outcome:
     """Serve the closed loop for some seconds, then until the batch under way has ended."""
-    from evenhand_engine.core.model_runner import load_model  # imports torch, which only these processes need
+    from evenhand_engine.core.loading import load_model  # imports torch, which only these processes need
 
     config = EngineConfig(scheduling_policy=policy, max_num_seqs=NUM_SLOTS, enable_prefix_caching=False)
     model = load_model(config)

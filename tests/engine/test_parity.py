@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.core.model_runner import LoadedModel, load_model
+from evenhand_engine.core.loading import LoadedModel, load_model
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import Checkpoint
 from evenhand_engine.scheduler.batch import Batch

@@ -38,6 +38,19 @@ def quantity(value: str) -> int:
 @click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."
 )
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "emulated"]),
+    metavar="[auto|cpu|cuda]",
+    default="auto",
+    help="What computes; auto: a GPU where there is one.",
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    help="Part of a GPU's memory to take: the KV cache gets what weights and activations leave.",
+)
 @click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto", help="dummy: random weights.")
 @click.option("--max-model-len", type=quantity, help="Most tokens of one request; default: the model's own.")
 @click.option("--max-num-seqs", type=quantity, help="Most requests running at once; default: by the device.")
@@ -99,6 +112,8 @@ def serve(model: str | None, **options: Any) -> None:
     configure_logging(options["log_level"])
     config = EngineConfig(
         model=model,
+        device=options["device"],
+        gpu_memory_utilization=options["gpu_memory_utilization"],
         load_format=options["load_format"],
         dtype=options["dtype"],
         kv_cache_dtype=options["kv_cache_dtype"],

@@ -66,7 +66,8 @@ class DeviceRunner:
     """Implements `Runner`."""
 
     def __init__(self, decoder: Decoder, kernels: CudaKernels, settings: SchedulerSettings, vocab_size: int) -> None:
-        self._decoder, self._kernels, self._settings = decoder, kernels, settings
+        self.settings = settings
+        self._decoder, self._kernels = decoder, kernels
         self._device: Device = kernels.device
         self._block_size = settings.block_size
         torch_device = self._device.torch_device
@@ -117,8 +118,14 @@ class DeviceRunner:
         ]
 
     def warm_up(self) -> None:
-        """Compile and choose all kernels, run the largest step, and record the graphs of decodes."""
-        settings = self._settings
+        """Run the largest step, and record the graphs of decodes, so that no user waits for what happens at first use."""
+        self.run_largest_step()
+        for size in graph_sizes(self.settings.max_num_seqs):
+            self._record(size)
+
+    def run_largest_step(self) -> None:
+        """As many tokens as a step may have, and a token after them."""
+        settings = self.settings
         num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
         request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2), arrival_time=0.0)
         request.seat, request.block_table = 0, list(range(num_tokens // self._block_size + 1))
@@ -127,8 +134,6 @@ class DeviceRunner:
             plan.add_chunk(request, request.num_pending_tokens)
             self.submit(plan.build(step_id, ()))
             self.collect()
-        for size in graph_sizes(settings.max_num_seqs):
-            self._record(size)
 
     # -- laying out
 

@@ -54,7 +54,7 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
     """Entry point of the engine core process: load the model, say so, serve until told to stop or the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
     try:
-        from evenhand_engine.core.model_runner import load_model  # imports torch: only this process pays for it
+        from evenhand_engine.core.loading import load_model  # imports torch: only this process pays for it
 
         token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
         model = load_model(config)

@@ -71,9 +71,11 @@ class Model:
 
     @classmethod
     def make(cls, directory: Path, config_class: type[PreTrainedConfig], **fields: Any) -> Self:
-        _, reference = make_checkpoint(directory, config_class, **fields)
-        reference.get_input_embeddings().weight.data[POISON] = torch.nan
-        reference.save_pretrained(directory)
+        make_checkpoint(directory, config_class, **fields)
+        return cls.load(directory)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
         config = load_model_config(directory)
 
         def decoder(kernels: Kernels, dtype: torch.dtype) -> Decoder:
@@ -92,7 +94,10 @@ class Model:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model.make(tmp_path_factory.mktemp("llama"), LlamaConfig)
+    directory, reference = make_checkpoint(tmp_path_factory.mktemp("llama"), LlamaConfig)
+    reference.get_input_embeddings().weight.data[POISON] = torch.nan
+    reference.save_pretrained(directory)
+    return Model.load(directory)
 
 
 @pytest.fixture(scope="module")

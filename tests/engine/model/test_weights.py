@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.core.model_runner import load_model
+from evenhand_engine.core.loading import load_model
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import memory, weights
 

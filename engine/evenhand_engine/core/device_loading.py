@@ -1,0 +1,124 @@
+"""Loads a model onto a GPU, or onto the emulated one: kernels, weights, and a KV cache of what memory is left."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.device_runner import DeviceRunner
+from evenhand_engine.core.loading import (
+    Defaults,
+    LoadedModel,
+    block_bytes,
+    make_weights,
+    resolve_settings,
+    weight_bytes,
+)
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model import default_model
+from evenhand_engine.model.cache import cache_dir
+from evenhand_engine.model.config import ModelConfig
+from evenhand_engine.model.decoder import build_decoder
+from evenhand_engine.model.precision import DTYPES, Precision
+from evenhand_engine.model.weights import Weights
+from evenhand_kernels.cuda.device import CudaDevice
+from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.device import CompileError, Device, DeviceError
+from evenhand_kernels.emulation.device import EmulatedDevice
+from evenhand_kernels.kernels import KvCacheShape
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = Defaults(max_num_seqs=256, max_num_batched_tokens=2048)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelConfig) -> LoadedModel:
+    """Raises StartupError: no such device, kernels that do not compile, or too little memory."""
+    dtype = _dtype(config, model_config)
+    if config.quantization != "none":
+        raise StartupError(f"quantization {config.quantization} is for the CPU; on a GPU leave it out")
+    try:
+        device = _device(config)
+        free, total = device.memory()
+        needed = weight_bytes(config, model_dir, model_config, Precision(dtype))
+        if needed > free:
+            raise StartupError(
+                f"too little memory on {device.name}: the weights need {_gib(needed)}, {_gib(free)} of {_gib(total)} are "
+                "free: stop what else runs there, or choose a smaller model"
+            )
+        kernels = CudaKernels(device, dtype)
+        weights = make_weights(config, model_dir, model_config, Precision(dtype), kernels)
+        return _with_cache(config, model_config, dtype, kernels, weights)
+    except (DeviceError, CompileError) as error:
+        raise StartupError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the device ran out of memory while the model was loaded: {error}; lower --gpu-memory-utilization, "
+            "--max-num-batched-tokens or --max-num-seqs, or choose a smaller model"
+        ) from error
+
+
+def _device(config: EngineConfig) -> Device:
+    if config.device == "emulated":
+        return EmulatedDevice(cache_dir() / "kernels", checked=False)
+    return CudaDevice()
+
+
+def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
+    """Of weights, activations and KV cache: tensor cores compute in 16 bits."""
+    if config.dtype == "auto":
+        dtype = DTYPES[model_config.dtype]
+        return dtype if dtype in SIXTEEN_BITS else torch.bfloat16
+    dtype = DTYPES.get(config.dtype, torch.float32)
+    if dtype not in SIXTEEN_BITS:
+        raise StartupError(f"dtype {config.dtype} is not supported on a GPU; choose auto, bfloat16 or float16")
+    if config.kv_cache_dtype not in ("auto", config.dtype):
+        raise StartupError(f"KV cache dtype {config.kv_cache_dtype} is not supported on a GPU; choose auto")
+    return dtype
+
+
+def _with_cache(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, kernels: CudaKernels, weights: Weights
+) -> LoadedModel:
+
+    def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
+        settings = resolve_settings(config, model_config, dtype, kv_cache_bytes, DEFAULTS)
+        cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
+        decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
+        return DeviceRunner(decoder, kernels, settings, model_config.vocab_size)
+
+    kv_cache_bytes = config.kv_cache_bytes
+    if kv_cache_bytes is None:
+        num_tokens = config.max_num_batched_tokens or DEFAULTS.max_num_batched_tokens
+        trial_bytes = (num_tokens // config.block_size + 2) * block_bytes(model_config, config.block_size, dtype)
+        trial = make_runner(replace(config, max_model_len=None), trial_bytes)
+        trial.run_largest_step()  # what its activations take stays with torch, and is no longer free
+        del trial
+        kv_cache_bytes = _left_for_cache(kernels.device, config.gpu_memory_utilization)
+    runner = make_runner(config, kv_cache_bytes)
+    runner.warm_up()
+    device = kernels.device
+    settings = runner.settings
+    logger.info("%s: %d KV blocks of %d tokens", device.name, settings.num_kv_blocks, settings.block_size)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    return LoadedModel(runner, settings, config.model or default_model.NAME, name, device.name)
+
+
+def _left_for_cache(device: Device, utilization: float) -> int:
+    """Bytes that the engine may still take."""
+    free, total = device.memory()
+    left = free - round((1 - utilization) * total)
+    if left <= 0:
+        raise StartupError(
+            f"no memory is left on {device.name} for the KV cache: {_gib(free)} of {_gib(total)} are free, and "
+            f"--gpu-memory-utilization {utilization} keeps {_gib(round((1 - utilization) * total))} of it free: raise it, lower "
+            "--max-num-batched-tokens, or choose a smaller model"
+        )
+    return left
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

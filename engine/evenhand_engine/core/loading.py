@@ -1,0 +1,146 @@
+"""load_model: from the engine's settings to a runner that is warm, on the device that they name."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evenhand_engine.config import EngineConfig, SchedulerSettings
+from evenhand_engine.core.model_runner import ModelRunner
+from evenhand_engine.errors import StartupError
+from evenhand_engine.model import default_model
+from evenhand_engine.model.cache import cache_dir
+from evenhand_engine.model.config import ModelConfig, load_model_config
+from evenhand_engine.model.decoder import build_decoder
+from evenhand_engine.model.memory import require_memory
+from evenhand_engine.model.precision import DTYPES, Precision, resolve_kv_cache_dtype, resolve_precision
+from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.model.weights import RandomTensors, Weights, assemble, checkpoint_bytes, load_weights
+from evenhand_engine.scheduler.batch import Runner
+from evenhand_kernels.cpu.kernels import CpuKernels
+from evenhand_kernels.cpu.library import CompileError
+from evenhand_kernels.kernels import Kernels, KvCacheShape
+from evenhand_kernels.reference import ReferenceKernels
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu", "cuda", "emulated")
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a kind of device is started with where the settings do not say."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+CPU_DEFAULTS = Defaults(max_num_seqs=32, max_num_batched_tokens=256)
+DEFAULT_KV_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to compute. `settings` has every default resolved."""
+
+    runner: Runner
+    settings: SchedulerSettings
+    model_name: str
+    dtype: str
+    device: str
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load the model, allocate the KV cache and run once. Raises StartupError, before it loads where it can."""
+    model_dir = resolve_model_dir(config.model)
+    model_config = load_model_config(model_dir)
+    match config.device:
+        case "cpu":
+            return _load_on_cpu(config, model_dir, model_config)
+        case "auto" if not torch.cuda.is_available():
+            return _load_on_cpu(config, model_dir, model_config)
+        case "auto" | "cuda" | "emulated":
+            from evenhand_engine.core.device_loading import load_on_device
+
+            return load_on_device(config, model_dir, model_config)
+    raise StartupError(f"device {config.device} is not supported; choose auto, cpu or cuda")
+
+
+def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfig) -> LoadedModel:
+    precision = resolve_precision(config.dtype, config.quantization)
+    kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, config.dtype, model_config)
+    kv_cache_bytes = DEFAULT_KV_CACHE_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
+    settings = resolve_settings(config, model_config, kv_dtype, kv_cache_bytes, CPU_DEFAULTS)
+    require_memory(
+        weights=weight_bytes(config, model_dir, model_config, precision),
+        kv_cache=settings.num_kv_blocks * block_bytes(model_config, settings.block_size, kv_dtype),
+    )
+    kernels = _cpu_kernels()
+    weights = make_weights(config, model_dir, model_config, precision, kernels)
+    cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
+    runner = ModelRunner(build_decoder(model_config, weights, kernels, cache, settings.max_model_len), settings)
+    runner.warm_up(settings)
+    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu")
+
+
+def _cpu_kernels() -> Kernels:
+    try:
+        kernels = CpuKernels(cache_dir() / "kernels")
+    except CompileError as error:
+        logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
+        return ReferenceKernels()
+    torch.set_num_threads(1)  # what is left to torch is small, and its idle threads would spin on the kernels' cores
+    return kernels
+
+
+def weight_bytes(config: EngineConfig, model_dir: Path, model_config: ModelConfig, precision: Precision) -> int:
+    """What the weights will take: they are held as the files hold them, unless asked otherwise."""
+    if config.load_format == "auto" and precision == Precision():
+        return checkpoint_bytes(model_dir)
+    itemsize = 1 if precision.int8 else (precision.dtype or DTYPES[model_config.dtype]).itemsize
+    return model_config.num_parameters * itemsize
+
+
+def make_weights(
+    config: EngineConfig, model_dir: Path, model_config: ModelConfig, precision: Precision, kernels: Kernels
+) -> Weights:
+    match config.load_format:
+        case "auto":
+            return load_weights(model_dir, model_config, precision, kernels)
+        case "dummy":
+            random = RandomTensors(config.seed, DTYPES[model_config.dtype])
+            return assemble(random, model_config, precision, kernels)
+    raise StartupError(f"load format {config.load_format} is not supported; choose auto or dummy")
+
+
+def resolve_settings(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, kv_cache_bytes: int, defaults: Defaults
+) -> SchedulerSettings:
+    """With a KV cache of `dtype` and that size. Raises StartupError where the settings contradict the model."""
+    num_kv_blocks = kv_cache_bytes // block_bytes(model_config, config.block_size, dtype)
+    num_kv_tokens, longest = num_kv_blocks * config.block_size, model_config.max_position_embeddings
+    if config.block_size < 16 or config.block_size % 16:
+        raise StartupError(f"block size {config.block_size} is not supported; choose a multiple of 16")
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise StartupError(f"max model length {config.max_model_len} is beyond the model's context of {longest} tokens")
+    if num_kv_blocks < 1 or (config.max_model_len or 0) > num_kv_tokens:
+        raise StartupError(
+            f"a KV cache of {kv_cache_bytes / 2**20:.0f} MiB holds only {num_kv_tokens} tokens of this model, less than "
+            f"one request of max model length {config.max_model_len or longest}: give it more or lower that length"
+        )
+    return SchedulerSettings(
+        scheduling_policy=config.scheduling_policy,
+        max_num_seqs=config.max_num_seqs or defaults.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or defaults.max_num_batched_tokens,
+        max_model_len=config.max_model_len or min(longest, num_kv_tokens),
+        num_kv_blocks=num_kv_blocks,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Of one KV block in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize

@@ -1,0 +1,84 @@
+"""A model is loaded onto the device that the settings name, or the start says in one line what is in the way."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.loading import load_model
+from evenhand_engine.errors import StartupError
+from evenhand_kernels.emulation.device import EmulatedDevice
+
+from .conftest import make_checkpoint
+
+BLOCK_BYTES = 2 * 3 * 2 * 32 * 16 * 2  # keys and values of 3 layers with 2 heads of 32, 16 tokens, 2 bytes each
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    directory, _ = make_checkpoint(tmp_path_factory.mktemp("llama"), LlamaConfig)
+    return EngineConfig(
+        model=str(directory),
+        device="emulated",
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
+        kv_cache_bytes=20 * BLOCK_BYTES,
+    )
+
+
+def test_the_cache_is_as_large_as_asked_for(config: EngineConfig) -> None:
+    model = load_model(config)
+    assert (model.device, model.dtype, model.settings.num_kv_blocks) == ("emulated", "bfloat16", 20)
+    assert model.runner.pipeline_depth == 2
+
+
+def test_the_cache_gets_what_weights_and_activations_leave(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = 100 * BLOCK_BYTES
+    monkeypatch.setattr(EmulatedDevice, "memory", lambda self: (60 * BLOCK_BYTES, total))
+    monkeypatch.setattr("evenhand_engine.core.device_loading.weight_bytes", lambda *_: 0)
+    assert load_model(replace(config, kv_cache_bytes=None, gpu_memory_utilization=0.8)).settings.num_kv_blocks == 40
+    with pytest.raises(StartupError, match=r"no memory is left on emulated .* --gpu-memory-utilization 0\.3 keeps"):
+        load_model(replace(config, kv_cache_bytes=None, gpu_memory_utilization=0.3))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmulatedDevice, "memory", lambda self: (10_000, 10 << 30))
+    with pytest.raises(StartupError, match=r"the weights need 0\.0 GiB, 0\.0 GiB of 10\.0 GiB are free"):
+        load_model(config)
+
+
+def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("evenhand_engine.core.device_runner.DeviceRunner.warm_up", exhausted)
+    with pytest.raises(StartupError, match=r"tried to allocate 2\.00 GiB; lower --gpu-memory-utilization"):
+        load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dtype": "float32"}, "dtype float32 is not supported on a GPU; choose auto, bfloat16 or float16"),
+        ({"quantization": "int8"}, "quantization int8 is for the CPU"),
+        ({"device": "tpu"}, "device tpu is not supported; choose auto, cpu or cuda"),
+        ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "KV cache dtype bfloat16 is not supported on a GPU"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused(config: EngineConfig, changed: dict[str, str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        load_model(replace(config, **changed))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_says_so(config: EngineConfig) -> None:
+    with pytest.raises(StartupError, match=r"CuPy cannot be imported|torch finds no CUDA device"):
+        load_model(replace(config, device="cuda"))
