@@ -17,7 +17,15 @@ from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.plan import HEADER_WORDS, WORDS, Capacity, Planner
 from evenhand_kernels.device import Device
 from evenhand_kernels.drawing import draw_rows
-from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, AttentionPlan, Draw, Embedding, KvCacheShape, Linear
+from evenhand_kernels.kernels import (
+    AttentionBatch,
+    AttentionLayer,
+    AttentionPlan,
+    Draw,
+    Embedding,
+    KvCacheShape,
+    Linear,
+)
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 LOG2_E = 1 / math.log(2)
