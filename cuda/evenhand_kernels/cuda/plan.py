@@ -1,8 +1,8 @@
 """Planner: cuts a step's attention into items of work that keep every multiprocessor busy until the end.
 
 A unit is what a block of threads could do alone for one KV head: up to `prompt_rows` packed rows (query tokens times the
-heads of a group) of one request against all tokens that these rows see. A unit whose tokens are more than a fair share of
-the whole step is split along the tokens into equal parts; merge.cu puts them together. Items go longest first: a place
+heads of a group) of one request against all tokens that these rows see. Units may be split along the tokens into equal
+parts, which merge.cu puts together: as few as let all places of the device end together. Items go longest first: a place
 that becomes free takes the next one, so the short ones fill the gaps (Graham's rule, SIAM J. Appl. Math. 17, 1969). All KV
 heads have the same items; they are the other axis of the grid.
 
@@ -36,7 +36,13 @@ LEAST_TILES = 4
 """Of a part: below this, merging costs more than the reading."""
 
 TOLERANCE = 1 / 16
-"""A unit that exceeds the fair share by less is left whole."""
+"""What fewer parts may cost of the time that the best split takes."""
+
+MAX_PARTS, MAX_PART_UNITS = 8, 2
+"""For each place, so many parts at most, and so many times the rows of the largest unit: the memory that parts take."""
+
+WAVES = 4
+"""Where the longest unit is this much shorter than what each place has to do, the order alone evens out the ends."""
 
 _NO_MERGES = np.empty((0, WORDS), np.int32)
 
@@ -93,18 +99,22 @@ class Planner:
     def capacity(self, num_requests: int, num_tokens: int) -> Capacity:
         """Enough for any step of so many requests and tokens."""
         units = num_requests + num_tokens * self.group // self.prompt_rows
-        parts = 2 * self._slots
+        parts = MAX_PARTS * self._slots
         return Capacity(units + parts, parts)
 
     @property
     def max_partial_rows(self) -> int:
-        """Enough for any step: split units exceed a fair share each, so their parts are at most two for each slot."""
-        return 2 * self._slots * self.num_kv_heads * self.prompt_rows
+        """Enough for any step."""
+        return self._head_rows * self.num_kv_heads
 
     @property
     def _slots(self) -> int:
         """For each KV head."""
         return -(-self.num_slots // self.num_kv_heads)
+
+    @property
+    def _head_rows(self) -> int:
+        return MAX_PART_UNITS * self._slots * self.prompt_rows
 
     def plan(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None = None) -> Work:
         """The work of a step.
@@ -117,10 +127,27 @@ class Planner:
         units = self._units(seq_lens, cu_seqlens_q, window)
         tokens = units[:, END] - units[:, BEGIN]
         tiles = (tokens + (TILE - 1)) // TILE
-        fair_share = max(LEAST_TILES, int(tiles.sum()) / self._slots)
-        if tiles.size and tiles.max() > fair_share * (1 + TOLERANCE):
-            return self._split(units, tiles, fair_share)
+        if tiles.size and tiles.max() * WAVES * self._slots > tiles.sum():
+            parts = self._parts(tiles, units[:, NUM_ROWS])
+            if parts.max() > 1:
+                return self._split(units, tiles, parts)
         return Work(units[np.argsort(-tokens)], _NO_MERGES, 0)
+
+    def _parts(self, tiles: NDArray[np.int64], num_rows: Ints) -> NDArray[np.int64]:
+        """How many parts each unit is best cut into: all into parts of about one length, which is tried out."""
+        longest, total = int(tiles.max()), int(tiles.sum())
+        share = longest * self._slots // total
+        tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
+        counts = np.array(sorted(count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES)))
+        parts = -(-tiles * counts[:, None] // longest)
+        length = -(-tiles // parts)
+        longest_part = length.max(axis=1)
+        num_long = np.where(2 * length > longest_part[:, None], parts, 0).sum(axis=1)  # two of them do not fit a gap
+        end = np.maximum(-(-num_long // self._slots) * longest_part, total / self._slots)
+        split = np.where(parts > 1, parts, 0)
+        end[(split.sum(axis=1) > MAX_PARTS * self._slots) | (split @ num_rows > self._head_rows)] = np.inf
+        best: NDArray[np.int64] = parts[np.argmax(end <= end.min() * (1 + TOLERANCE))]
+        return best
 
     def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
         """Whole units as items, in the order of requests."""
@@ -148,11 +175,10 @@ class Planner:
         units[:, IS_PROMPT] = units[:, NUM_ROWS] > DECODE_ROWS
         return units
 
-    def _split(self, units: Ints, tiles: Ints, fair_share: float) -> Work:
-        """Units above the fair share in parts of equal length, which begin at tiles."""
-        wanted = np.where(tiles > fair_share * (1 + TOLERANCE), -(-tiles // fair_share), 1)
-        length = -(-tiles // wanted)
-        parts = np.maximum(-(-tiles // np.maximum(length, 1)), 1).astype(np.int32)
+    def _split(self, units: Ints, tiles: NDArray[np.int64], parts: NDArray[np.int64]) -> Work:
+        """Units in parts of equal length, which begin at tiles; those at the end that this leaves empty are no parts."""
+        length = -(-tiles // parts)
+        parts = -(-tiles // length)
         is_split = parts > 1
         head_rows = np.where(is_split, parts * units[:, NUM_ROWS], 0)
         ends = (head_rows * self.num_kv_heads).cumsum()
@@ -161,7 +187,7 @@ class Planner:
         unit = np.repeat(np.arange(len(units)), parts)
         part = np.arange(len(unit)) - np.repeat(parts.cumsum() - parts, parts)
         items = units[unit]
-        size = (length * TILE)[unit].astype(np.int32)
+        size = (length * TILE)[unit]
         items[:, BEGIN] += part * size
         items[:, END] = np.minimum(items[:, BEGIN] + size, items[:, END])
         items[:, HEAD_ROWS] = head_rows[unit]
