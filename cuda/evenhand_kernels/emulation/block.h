@@ -91,8 +91,11 @@ struct Warpgroup {
   std::vector<std::shared_ptr<Product>> products;  // in order of issue
 };
 
+struct Shadow;  // of four bytes of global memory: memory.cpp
+
 struct Block {
   const Launch* launch;
+  Shadow* const* shadows;  // of each buffer of the launch; null where it is read only
   void (*entry)(const void*);
   const void* arguments;
   unsigned arguments_bytes;
@@ -160,8 +163,9 @@ uint32_t shared_offset(const void* address, unsigned bytes, const char* what);  
 void access_shared(uint32_t offset, unsigned bytes, Access kind);
 void mark_written(uint32_t offset, unsigned bytes, unsigned thread, Clock clock, bool pending);
 void mark_read(uint32_t offset, unsigned bytes, unsigned thread, Clock clock);
-void open_shadows(const Launch& launch);
-void close_shadows(const Launch& launch);
+using Shadows = std::vector<Shadow*>;
+Shadows open_shadows(const Launch& launch);
+void close_shadows(const Launch& launch, const Shadows& shadows);
 
 // synchronization.cpp
 Clock* own_clocks(Fiber& fiber);             // what it has seen, to be changed

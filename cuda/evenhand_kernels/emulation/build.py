@@ -19,7 +19,7 @@ RUNTIME_FLAGS = ("-std=c++20", "-O3", "-march=native", "-g1", "-fPIC", "-shared"
 KERNEL_FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-DEMULATION", "-Wno-unknown-pragmas", "-x", "c++")
 CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 """Calls before every access; the library that answers them is ours."""
-COMPILE_SECONDS = 240
+COMPILE_SECONDS = 900
 
 
 def kernel_library(cache_dir: Path, variant: Variant, *, checked: bool) -> Path:
@@ -75,11 +75,10 @@ def source_line(library: Path, offset: int) -> str:
     tool = shutil.which("addr2line")
     if tool is None or offset == 0:
         return ""
-    done = subprocess.run(
-        [tool, "-e", str(library), hex(offset - 1)], capture_output=True, text=True, check=False, timeout=60
-    )
-    match = re.match(r"(?:.*/)?([\w.]+:\d+)", done.stdout)
-    return "" if match is None else match[1]
+    command = [tool, "-i", "-e", str(library), hex(offset - 1)]  # -i: through the wrappers that are inlined there
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    lines = re.findall(r"^(?:.*/)?(\w+\.cuh?:\d+)", done.stdout, re.MULTILINE)
+    return next(iter(lines), "")
 
 
 @cache

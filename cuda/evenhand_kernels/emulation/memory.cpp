@@ -12,6 +12,12 @@
 
 namespace emu {
 
+using Mark = uint64_t;
+
+struct Shadow {
+  Mark write, read[2];
+};
+
 namespace {
 
 const char* name(Access kind) {
@@ -35,14 +41,7 @@ std::string thread_name(unsigned thread) {
 // ---------------------------------------------------------------------------------------------- global memory
 
 // Who touched a cell of global memory last, in one word: block + 1, atomic or not, thread, clock since the block's first.
-using Mark = uint64_t;
 constexpr unsigned BLOCK_SHIFT = 40, ATOMIC_SHIFT = 39, THREAD_SHIFT = 28;
-
-struct Shadow {
-  Mark write, read[2];
-};
-
-std::vector<Shadow*> shadows;  // of each buffer of the launch; null where it is read only
 
 size_t shadow_bytes(const Buffer& buffer) { return (buffer.bytes / 4 + 2) * sizeof(Shadow); }
 
@@ -184,7 +183,7 @@ void access_global(const void* address, unsigned bytes, Access kind) {
     const Buffer& buffer = launch.buffers[index];
     if (place < buffer.begin || place + bytes > buffer.begin + buffer.bytes) continue;
     block->last_buffer = index;
-    if (Shadow* cells = shadows[index]) return watch_global(buffer, cells, place, bytes, kind);
+    if (Shadow* cells = block->shadows[index]) return watch_global(buffer, cells, place, bytes, kind);
     if (kind != Access::read) fail("%s %s, which is const", name(kind), buffer.name);
     return;
   }
@@ -200,19 +199,20 @@ void access(const void* address, unsigned bytes, Access kind) {
   access_global(address, bytes, kind);
 }
 
-void open_shadows(const Launch& launch) {
-  shadows.clear();
+Shadows open_shadows(const Launch& launch) {
+  Shadows shadows;
   for (unsigned index = 0; index < launch.num_buffers; index++) {
     const Buffer& buffer = launch.buffers[index];
     void* cells = nullptr;
-    if (buffer.writable && buffer.bytes)
+    if (launch.checked && buffer.writable && buffer.bytes)
       cells = mmap(nullptr, shadow_bytes(buffer), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     shadows.push_back(static_cast<Shadow*>(cells));
   }
+  return shadows;
 }
 
-void close_shadows(const Launch& launch) {
+void close_shadows(const Launch& launch, const Shadows& shadows) {
   for (unsigned index = 0; index < launch.num_buffers; index++)
     if (shadows[index]) munmap(shadows[index], shadow_bytes(launch.buffers[index]));
 }

@@ -220,10 +220,11 @@ extern "C" int emu_run(Launch* launch, void (*entry)(const void*), const void* a
   std::atomic<unsigned> next{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
-  if (launch->checked) open_shadows(*launch);
+  const Shadows shadows = open_shadows(*launch);
   auto work = [&] {
     Block& mine = own_block;
     mine.launch = launch;
+    mine.shadows = shadows.data();
     mine.entry = entry;
     mine.arguments = arguments;
     mine.arguments_bytes = bytes;
@@ -247,7 +248,7 @@ extern "C" int emu_run(Launch* launch, void (*entry)(const void*), const void* a
   });
   work();
   for (std::thread& thread : threads) thread.join();
-  if (launch->checked) close_shadows(*launch);
+  close_shadows(*launch, shadows);
   return failed;
 }
 

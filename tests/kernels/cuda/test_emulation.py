@@ -63,7 +63,7 @@ WRONG = {
         r"bytes at byte \d+ of shared memory, which has 264",
     ),
     "a write to const": ("const_cast<float*>(arguments.from)[thread] = 0.f;", "writes from, which is const"),
-    "a misaligned vector": ("load_16B(arguments.from + 1);", "misaligned: reads 16 bytes at"),
+    "a misaligned vector": ("load_16B(arguments.from + 1);", r"wrong.cu:\d+: .*misaligned: reads 16 bytes at"),
     "a divergent barrier": ("if (thread < 40) __syncthreads(); else __syncwarp();", "waits for ever at|while lanes"),
     "a divergent shuffle": (
         "if (thread % 2) __shfl_xor_sync(ALL_LANES, 1.f, 2); else __syncwarp();",
