@@ -7,7 +7,7 @@ PORT ?= 8000
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/evenhand
 UV_VERSION := 0.13.9
 UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
-EXTRAS := --extra operator --extra test
+EXTRAS := --extra gpu --extra operator --extra test
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster images test soak mutants lock plots bench-% bench-operator
+.PHONY: help install serve demo check crds cluster images test soak mutants lock kernels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -63,6 +63,9 @@ $(COSMIC_RAY)/bin/python: | $(UV)
 
 mutants: install $(COSMIC_RAY)/bin/python  ## change operator and policy at random, and see whether a test notices (ARGS="--number 40 --seed 2")
 	$(COSMIC_RAY)/bin/python tools/mutants.py $(ARGS)
+
+kernels: install  ## the CUDA kernels without a GPU: machine code of every variant, every case emulated, every mutant
+	.venv/bin/python -m evenhand_kernels.checks $(CACHE)
 
 plots: install  ## remake the pictures in docs/images
 	.venv/bin/evenhand simulate --trace benchmarks/data/arena_trace.csv --max-model-len 2048 --no-enable-prefix-caching \

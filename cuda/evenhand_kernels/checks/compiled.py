@@ -1,0 +1,226 @@
+"""What the compiler makes of every variant, without a GPU: NVRTC builds it, NVIDIA's disassembler shows the machine code.
+
+Asserted are those properties that speed stands on and that a change of source or compiler loses in silence: no spills, no
+local memory, 16-byte accesses where data are moved, tensor cores where meant, and as many blocks on a multiprocessor as the
+plan counts with.
+"""
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from evenhand_kernels.cuda import variants
+from evenhand_kernels.cuda.device import first_error
+from evenhand_kernels.cuda.source import Variant
+from evenhand_kernels.cuda.variants import RESERVED_BYTES, SHARED_KIB
+from evenhand_kernels.device import CompileError
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
+REGISTERS = 65_536
+"""Of a multiprocessor; given out to warps in units of 256."""
+THREADS = {"sm_80": 2048, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048}
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)* .*`\((\.L_x_\d+)\)")
+_SEPARATOR = b"\0cubin\0"
+_USED = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One variant for one architecture.
+
+    Attributes:
+        blocks: how many fit a multiprocessor, by registers, shared memory and threads.
+        spill_bytes: of registers in local memory, with the stack.
+        wide_loads, wide_stores: 16-byte accesses of global memory, LDGSTS among the loads.
+        products: instructions of tensor cores (HMMA, HGMMA).
+        hot_loops: loops with products of tensor cores in them.
+        bare_loops: those of them with no 16-byte load of what they multiply.
+        local_accesses: of local memory.
+    """
+
+    variant: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    blocks: int
+    spill_bytes: int
+    wide_loads: int
+    wide_stores: int
+    products: int
+    hot_loops: int
+    bare_loops: int
+    local_accesses: int
+
+
+def shipped(architecture: str) -> Iterator[Variant]:
+    """What is checked: every kernel, at every head size that has its own constants, in both dtypes."""
+    sizes = (64, 96, 128, 256)
+    for dtype, kv_dtype, head_dim in [
+        *((BF16, kv_dtype, size) for kv_dtype in (BF16, FP8) for size in sizes),
+        (FP16, FP16, 128),
+        (FP16, FP8, 128),
+    ]:
+        yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture)
+        yield variants.write_kv(dtype, kv_dtype, head_dim, 16)
+        yield variants.merge(dtype, kv_dtype, head_dim, 16)
+    yield variants.attention(BF16, BF16, 128, 16, architecture, soft_cap=True)
+    yield from _small()
+
+
+def quick(architecture: str) -> Iterator[Variant]:
+    """Attention takes seconds to compile: here at two head sizes, another pair for each architecture."""
+    head_dim = {"sm_80": 64, "sm_89": 256, "sm_90": 128, "sm_100": 96}[architecture]
+    for kv_dtype, size in ((BF16, head_dim), (FP8, 128 if head_dim != 128 else 64)):
+        yield variants.attention(BF16, kv_dtype, size, 16, architecture)
+        yield variants.write_kv(BF16, kv_dtype, size, 16)
+        yield variants.merge(BF16, kv_dtype, size, 16)
+    yield from _small()
+
+
+def _small() -> Iterator[Variant]:
+    for size in (576, 4096, 8192):
+        yield variants.rms_norm(BF16, size)
+    for dtype in (BF16, FP16):
+        yield variants.silu_mul(dtype)
+    yield variants.embedding(BF16)
+    yield variants.block_copy()
+    for dtype in (BF16, torch.float32):
+        yield variants.sample(dtype)
+        yield variants.adjust(dtype)
+        yield variants.log_probabilities(dtype)
+    yield variants.count_tokens()
+
+
+def available() -> str | None:
+    """None, or what is missing here."""
+    for module in ("cupy", "nvidia"):
+        if find_spec(module) is None:
+            return f"{module} is not installed: evenhand[gpu,test]"
+    return None if _tool("nvdisasm") else "nvdisasm is not installed: evenhand[test]"
+
+
+def compile_variant(variant: Variant, architecture: str, cache_dir: Path) -> Compiled:
+    """Compiled and taken apart, or as remembered from the same source and compiler. Raises CompileError."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    target = variant.architecture or architecture
+    options = ("-std=c++17", f"-arch={target}", "--ptxas-options=-v", *variant.definitions)
+    key = hashlib.sha256(repr((variant.text, options, nvrtc.getVersion())).encode()).hexdigest()[:16]
+    remembered = cache_dir / f"{variant.kernel}-{target}-{key}"
+    if not remembered.exists():
+        cubin, log = _cubin(variant, options)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as file:
+            file.write(log.encode() + _SEPARATOR + cubin)
+        Path(file.name).rename(remembered)
+    log_bytes, cubin = remembered.read_bytes().split(_SEPARATOR, 1)
+    return _examine(variant, architecture, log_bytes.decode(), _disassembled(cubin))
+
+
+def faults(variant: Variant, compiled: Compiled) -> list[str]:
+    """What is not as it must be."""
+    found = []
+    if compiled.spill_bytes or compiled.local_accesses:
+        found.append(f"{compiled.spill_bytes} bytes in local memory, {compiled.local_accesses} accesses of it")
+    if compiled.blocks < variant.blocks_per_sm:
+        found.append(f"{compiled.blocks} blocks fit a multiprocessor, {variant.blocks_per_sm} are planned with")
+    if variant.kernel in _MOVERS and not (compiled.wide_loads and compiled.wide_stores):
+        found.append(f"{compiled.wide_loads} loads and {compiled.wide_stores} stores of 16 bytes")
+    if variant.kernel == "attention" and (compiled.hot_loops < 2 or compiled.bare_loops):
+        found.append(
+            f"{compiled.hot_loops} loops with products of tensor cores, where decodes and prompts have one each; "
+            f"{compiled.bare_loops} of them without a load of 16 bytes"
+        )
+    return found
+
+
+_MOVERS = ("write_kv", "rms_norm", "silu_mul", "embedding", "block_copy")
+"""Bound by moving elements: 16 bytes at a time, or they reach half of the bandwidth."""
+
+
+def _cubin(variant: Variant, options: tuple[str, ...]) -> tuple[bytes, str]:
+    from cupy.cuda.compiler import CompileException, _NVRTCProgram
+
+    log = io.StringIO()
+    program = _NVRTCProgram(variant.text, f"{variant.kernel}.cu", (), (), name_expressions=(), method="cubin")
+    try:
+        cubin, _ = program.compile(options, log_stream=log)
+    except CompileException as error:
+        raise CompileError(f"{variant}: {first_error(str(error))}") from error
+    return cubin + b"\0", log.getvalue()  # CuPy drops the last byte, without which the tools see no ELF
+
+
+def _disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(_tool("nvdisasm")), "-c", file.name], capture_output=True, text=True, check=True, timeout=120
+        )
+    return done.stdout
+
+
+def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compiled:
+    used, spills = _USED.search(log), _SPILLS.search(log)
+    assert used is not None and spills is not None, f"{variant}: not understood: {log}"
+    registers = int(used[1])
+    per_warp = -(-registers * 32 // 256) * 256
+    warps = -(-variant.num_threads // 32)
+    blocks = min(
+        REGISTERS // (per_warp * warps),
+        SHARED_KIB[architecture] * 1024 // (variant.shared_bytes + RESERVED_BYTES),
+        THREADS[architecture] // variant.num_threads,
+    )
+    lines = code.splitlines()
+    loads = [bool(re.search(r"\bLDG(STS)?\.E\S*\.128|UBLKCP", line)) for line in lines]
+    products = [bool(re.search(r"\bHG?MMA\b", line)) for line in lines]
+    hot = [(begin, end) for begin, end in _loops(lines) if any(products[begin:end])]
+    return Compiled(
+        variant=str(variant),
+        architecture=architecture,
+        registers=registers,
+        shared_bytes=variant.shared_bytes,
+        blocks=blocks,
+        spill_bytes=sum(map(int, spills.groups())),
+        wide_loads=sum(loads),
+        wide_stores=sum("STG.E" in line and ".128" in line for line in lines),
+        products=sum(products),
+        hot_loops=len(hot),
+        bare_loops=sum(not any(loads[begin:end]) for begin, end in hot),
+        local_accesses=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines),
+    )
+
+
+def _loops(lines: list[str]) -> list[tuple[int, int]]:
+    """Lines [label, branch back to it]. With the function's end between, it is the way back from code out of line."""
+    labels = {line.rstrip(":"): number for number, line in enumerate(lines) if line.startswith(".L_x_")}
+    loops = []
+    for number, line in enumerate(lines):
+        branch = _BRANCH.search(line)
+        begin = number if branch is None else labels.get(branch[1], number)
+        if begin < number and not any("EXIT" in inside for inside in lines[begin:number]):
+            loops.append((begin, number))
+    return loops
+
+
+@cache
+def _tool(name: str) -> str | None:
+    """Of the wheels of the `test` extra, or on the path."""
+    for folder in map(Path, sys.path):
+        for tool in folder.glob(f"nvidia/cu*/bin/{name}"):
+            return str(tool)
+    return shutil.which(name)
