@@ -52,7 +52,7 @@ class AttentionCase:
         cache_dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
         attend = kernels.attention(layer, KvCacheShape(num_blocks, self.block_size, cache_dtype))
         for memory in (attend.keys, attend.values):
-            memory.fill_(0x7F)  # NaN in every format: what lies in a block beyond the request must not matter
+            memory.fill_(0xFF)  # NaN in every format: what lies in a block beyond the request must not matter
         tokens = [rng.standard_normal((total, heads * self.head_dim), np.float32) for total in lens]
 
         history = [(0, total - new) for new, total in self.requests]

@@ -143,20 +143,23 @@ def check_adjusted(device: Device, *, vocab_size: int, dtype: torch.dtype) -> No
         bias_tokens=tensor([token for row in places for token in biases.get(row, {})]),
         bias_values=tensor([value for row in places for value in biases.get(row, {}).values()], torch.float32),
     )
-    numbers = exact(logits)
     for step in range(2):  # the second step sees what the first has sampled
+        wanted = exact(logits)
+        wanted[2, ~allowed] = -np.inf
+        for number, of_row in biases.items():
+            for token, value in of_row.items():
+                wanted[number, token] += value
+        for number in prompts:
+            wanted[number] = _penalised(wanted[number], prompts[number], outputs[number], rows[number])
+        adjusted = exact(sampler.adjusted(logits, adjustments))
+        assert (np.isneginf(adjusted) == np.isneginf(wanted[places])).all(), "other tokens are forbidden"
+        assert_close(torch.from_numpy(np.maximum(adjusted, -99)), np.maximum(wanted[places], -99), 1e-5)
         token_ids = sampler.sample(logits, rows_of(rows, [1, -1, -1, 0], device), adjustments).tolist()
         for number, row in enumerate(rows):
-            wanted = numbers[number].copy()
-            if number == 2:
-                wanted[~allowed] = -np.inf
-            for token, value in biases.get(number, {}).items():
-                wanted[token] += value
-            if number in prompts:
-                wanted = _penalised(wanted, prompts[number], outputs[number], row)
-                outputs[number] = np.append(outputs[number], token_ids[number])
-            expected = expected_tokens(wanted, row)
+            expected = expected_tokens(wanted[number], row)
             assert token_ids[number] in expected, f"step {step}, row {number}: {token_ids[number]}, expected {expected}"
+            if number in outputs:
+                outputs[number] = np.append(outputs[number], token_ids[number])
 
 
 def _penalised(logits: Floats, prompt: NDArray[np.int64], output: NDArray[np.int64], row: Parameters) -> Floats:
@@ -192,6 +195,7 @@ ROWS = [
     Parameters(top_k=1, seed=16),
     Parameters(top_p=1e-9, seed=17),
     Parameters(temperature=5.0, seed=18),
+    *[Parameters(temperature=9.0, top_k=1 + seed % 2, seed=seed) for seed in range(12)],
     *[Parameters(top_p=0.95, seed=seed, index=seed % 3) for seed in range(20, 32)],
 ]
 

@@ -125,7 +125,7 @@ class DeviceSampler:
 
     def sample(self, logits: Tensor, rows: SamplingRows, adjustments: Adjustments | None = None) -> Tensor:
         """int32 [num_rows], a token for each row; counted at once for those with a seat. `logits` stay as they are."""
-        adjusted = None if adjustments is None else self._adjusted(logits, adjustments)
+        adjusted = None if adjustments is None else self.adjusted(logits, adjustments)
         token_ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         self._sample(
             len(logits),
@@ -163,7 +163,8 @@ class DeviceSampler:
         )
         return LogProbabilities(sampled, top_ids, top)
 
-    def _adjusted(self, logits: Tensor, adjustments: Adjustments) -> Tensor:
+    def adjusted(self, logits: Tensor, adjustments: Adjustments) -> Tensor:
+        """float32 [num_adjusted, vocab_size], the logits that the adjusted rows are sampled from."""
         adjusted = torch.empty(len(adjustments.rows), self.vocab_size, device=logits.device)
         self._adjust(
             (len(adjustments.rows), ADJUST_PIECES),
