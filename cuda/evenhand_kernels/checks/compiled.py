@@ -45,7 +45,8 @@ class Compiled:
     Attributes:
         blocks: how many fit a multiprocessor, by registers, shared memory and threads.
         spill_bytes: of registers in local memory, with the stack.
-        wide_loads, wide_stores: 16-byte accesses of global memory, LDGSTS among the loads.
+        wide_loads, wide_stores: 16-byte accesses of global memory, LDGSTS among the loads; for sm_100 the compiler leaves
+            some of them generic.
         products: instructions of tensor cores (HMMA, HGMMA).
         hot_loops: loops with products of tensor cores in them.
         bare_loops: those of them with no 16-byte load of what they multiply.
@@ -186,7 +187,7 @@ def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compil
         THREADS[architecture] // variant.num_threads,
     )
     lines = code.splitlines()
-    loads = [bool(re.search(r"\bLDG(STS)?\.E\S*\.128|UBLKCP", line)) for line in lines]
+    loads = [bool(re.search(r"\bLD(G|GSTS)?\.E\S*\.128", line)) for line in lines]
     products = [bool(re.search(r"\bHG?MMA\b", line)) for line in lines]
     hot = [(begin, end) for begin, end in _loops(lines) if any(products[begin:end])]
     return Compiled(
@@ -197,7 +198,7 @@ def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compil
         blocks=blocks,
         spill_bytes=sum(map(int, spills.groups())),
         wide_loads=sum(loads),
-        wide_stores=sum("STG.E" in line and ".128" in line for line in lines),
+        wide_stores=sum(bool(re.search(r"\bSTG?\.E\S*\.128", line)) for line in lines),
         products=sum(products),
         hot_loops=len(hot),
         bare_loops=sum(not any(loads[begin:end]) for begin, end in hot),
