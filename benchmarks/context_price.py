@@ -6,7 +6,7 @@ times suggests, the same time. `long_share`: the part of the device's time that 
 both were backlogged, by the fit; a step's constant part is split by tokens.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +34,7 @@ class Meter:
     """A scheduler that notes whose each part of a step is, and how long it takes by the device's step time."""
 
     scheduler: Scheduler
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, request: Request, now: float) -> None:
         self.scheduler.add(request, now)

@@ -61,12 +61,12 @@ def _perplexity(decoder: Decoder, token_ids: Tensor) -> float:
     total = 0.0
     for start in range(0, len(token_ids) - 1, CHUNK):
         end = min(start + CHUNK, len(token_ids) - 1)
-        logits = forward(decoder, _input(token_ids, start, end)).double()
+        logits = forward(decoder, _input(decoder, token_ids, start, end)).double()
         total -= logits.log_softmax(-1)[torch.arange(end - start), token_ids[start + 1 : end + 1].long()].sum().item()
     return math.exp(total / (len(token_ids) - 1))
 
 
-def _input(token_ids: Tensor, start: int, end: int) -> ModelInput:
+def _input(decoder: Decoder, token_ids: Tensor, start: int, end: int) -> ModelInput:
     """Tokens [start, end) of the only request, whose blocks lie in order."""
     positions = torch.arange(start, end, dtype=torch.int32)
     attention = AttentionBatch(
@@ -76,7 +76,8 @@ def _input(token_ids: Tensor, start: int, end: int) -> ModelInput:
         seq_lens=torch.tensor([end], dtype=torch.int32),
         cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32),
     )
-    return ModelInput(token_ids[start:end].contiguous(), attention, torch.arange(end - start, dtype=torch.int32))
+    wanted = torch.arange(end - start, dtype=torch.int32)
+    return ModelInput(token_ids[start:end].contiguous(), decoder.kernels.plan(attention), wanted)
 
 
 if __name__ == "__main__":

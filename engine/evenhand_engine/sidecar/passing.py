@@ -32,7 +32,7 @@ _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
     *("transfer-encoding", "upgrade"),
 }
-_OURS = {"host", "authorization", "content-length", "content-encoding", "accept-encoding", "expect", "x-request-id"}
+_OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-request-id"}
 _ANSWERED_BY_US = {"server", "date", "x-request-id"}
 _OPENAI_STREAMS = ("/v1/completions", "/v1/chat/completions")
 _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize", "/v1/detokenize"}
@@ -272,7 +272,8 @@ async def _send(
     upstream: Upstream, request: web.Request, body: bytes | AsyncIterator[bytes] | None
 ) -> aiohttp.ClientResponse:
     """The upstream's answer, as far as its headers. A connection that cannot be made is tried again; nothing else is."""
-    headers = _forwarded(request.headers, _OURS)
+    is_decoded = isinstance(body, bytes | None)  # what is streamed goes on in the encoding in which it came
+    headers = _forwarded(request.headers, _OURS | {"content-encoding"} if is_decoded else _OURS)
     headers["X-Request-Id"] = request[REQUEST_ID]
     headers["Accept-Encoding"] = "identity"
     if upstream.settings.api_key is not None:

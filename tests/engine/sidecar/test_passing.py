@@ -1,6 +1,7 @@
 """What passes through the sidecar: bytes as they are, identity and quota at the door, turns by the dispatcher, counts."""
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 
@@ -188,10 +189,16 @@ async def test_other_paths_pass_and_those_that_change_the_engine_do_not(
         sidecar.url + "/v1/audio/anything", data=b"w" * 2**20, headers={"Content-Type": "audio/wav"}
     ) as response:
         assert (await response.read(), response.headers["X-Kept"]) == (b"w" * 2**20, "1")
+    async with sidecar.session.post(
+        sidecar.url + "/v1/audio/anything",
+        data=gzip.compress(b"w" * 100),
+        headers={"Content-Type": "audio/wav", "Content-Encoding": "gzip"},
+    ) as response:
+        assert await response.read() == b"w" * 100, "what is streamed lost its encoding on the way"
     for path in ("/flush_cache", "//flush_cache", "/sleep", "/v1/load_lora_adapter", "/v1/../flush_cache", "/%73leep"):
         async with sidecar.session.post(sidecar.url + path, json={}) as response:
             assert response.status == 403, path
-    assert len(upstream.received) == 2
+    assert len(upstream.received) == 3
     await sidecar.settled()
 
 
