@@ -16,41 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_sampling import SamplingStep, StepSampler
 from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
 from evenhand_engine.model.decoder import Decoder, ModelInput, forward
-from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
-from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams, TokenLogprobs
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
+from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
 from evenhand_kernels.cuda.kernels import CudaKernels, WorkShape
-from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler, SamplingRows
-from evenhand_kernels.device import Device, Event, Graph
+from evenhand_kernels.cuda.sampling import DeviceSampler
+from evenhand_kernels.device import Device, Graph
 from evenhand_kernels.kernels import AttentionBatch
 
 PIPELINE_DEPTH = 2
-NOT_FINITE = -1
-"""Stands for the token of a row whose logits were not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """Log probabilities of some rows, on their way to the host.
-
-    `words`, int32 [num_rows, 2 + 2 * num_top], holds for each row its token's log probability (a float32) and rank, the top
-    ids, and their log probabilities (float32).
-    """
-
-    rows: list[tuple[int, int]]  # of the step's samples, with how many of the top each asked for
-    num_top: int
-    words: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A submitted step."""
-
-    event: Event
-    token_ids: Tensor  # int32, pinned
-    told: _Told | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +49,8 @@ class DeviceRunner:
         self._block_size = settings.block_size
         torch_device = self._device.torch_device
         self._seats = DeviceSeats(settings, torch_device)
-        self._sampler = DeviceSampler(self._device, kernels.dtype, vocab_size)
+        sampler = DeviceSampler(self._device, kernels.dtype, vocab_size)
+        self._sampler = StepSampler(self._device, sampler, self._seats)
         num_rows, num_seqs = settings.max_num_batched_tokens, settings.max_num_seqs
         largest = StepLayout(
             num_rows=max(num_rows, num_seqs),
@@ -88,7 +66,7 @@ class DeviceRunner:
         self._memory = torch.zeros(largest.num_words, dtype=torch.int32, device=torch_device)
         self._logits = torch.zeros(num_seqs, vocab_size, dtype=kernels.dtype, device=torch_device)
         self._graphs: dict[int, _RecordedStep] = {}
-        self._steps: deque[_Step] = deque()
+        self._steps: deque[SamplingStep] = deque()
 
     @property
     def pipeline_depth(self) -> int:
@@ -105,17 +83,10 @@ class DeviceRunner:
             else:
                 layout, step, shape = self._copy_exactly(batch)
                 logits = self._forward(step, layout, shape, batch.num_decodes)
-            self._steps.append(self._sample(batch, step, logits))
+            self._steps.append(self._sampler.sample(batch, step, logits))
 
     def collect(self) -> list[Sampled]:
-        step = self._steps.popleft()
-        step.event.wait()
-        token_ids = step.token_ids.tolist()
-        told = {} if step.told is None else _read(step.told)
-        return [
-            Sampled(() if token_id == NOT_FINITE else (token_id,), (told[row],) if row in told else ())
-            for row, token_id in enumerate(token_ids)
-        ]
+        return self._steps.popleft().wait()
 
     def warm_up(self) -> None:
         """Run the largest step, and record the graphs of decodes, so that no user waits for what happens at first use."""
@@ -253,86 +224,6 @@ class DeviceRunner:
             compute()
             self._graphs[size] = _RecordedStep(self._device.capture(compute), layout, shape)
 
-    # -- sampling
-
-    def _sample(self, batch: Batch, step: DeviceStep, logits: Tensor) -> _Step:
-        items = [item for item in batch.scheduled if item.num_samples]
-        num_rows = len(items)
-        token_ids = self._device.pinned(num_rows, dtype=torch.int32)
-        told = None
-        if num_rows:
-            logits = logits[:num_rows]
-            rows = SamplingRows(
-                temperature=step.part("temperature", torch.float32)[:num_rows],
-                top_p=step.part("top_p", torch.float32)[:num_rows],
-                min_p=step.part("min_p", torch.float32)[:num_rows],
-                top_k=step.part("top_k")[:num_rows],
-                seeds=step.part("seeds", torch.int64)[:num_rows],
-                indices=step.part("indices", torch.int64)[:num_rows],
-                seats=torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device),
-            )
-            sampled = self._sampler.sample(logits, rows, self._adjustments(items))
-            self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
-            told = self._log_probabilities(items, logits, sampled)
-            is_finite = logits.amax(dim=-1).isfinite()
-            token_ids.copy_(torch.where(is_finite, sampled, NOT_FINITE), non_blocking=True)
-        return _Step(self._device.record(), token_ids, told)
-
-    def _adjustments(self, items: list[ScheduledRequest]) -> Adjustments | None:
-        """Stop tokens are forbidden until a request has its `min_tokens`."""
-        forbidden: dict[int, list[int]] = {}
-        for row, item in enumerate(items):
-            started = self._seats.started[item.seat]
-            params = started.sampling_params
-            index = item.num_computed_tokens + item.num_scheduled_tokens - started.num_prompt_tokens
-            if index < params.min_tokens and params.stop_token_ids:
-                forbidden[row] = sorted(params.stop_token_ids)
-        if not forbidden:
-            return None
-        places = np.full(len(items), -1, np.int32)
-        places[list(forbidden)] = np.arange(len(forbidden))
-        tokens = np.concatenate([np.array(tokens, np.int32) for tokens in forbidden.values()])
-        offsets = np.cumsum([0, *map(len, forbidden.values())], dtype=np.int32)
-        ones, zeros = np.ones(len(forbidden), np.float32), np.zeros(len(forbidden), np.float32)
-        return Adjustments(
-            rows=self._sent(np.array(list(forbidden), np.int32)),
-            adjusted_row=self._sent(places),
-            seats=self._sent(np.full(len(forbidden), -1, np.int32)),
-            repetition=self._sent(ones),
-            frequency=self._sent(zeros),
-            presence=self._sent(zeros),
-            bias_offsets=self._sent(offsets),
-            bias_tokens=self._sent(tokens),
-            bias_values=self._sent(np.full(len(tokens), -np.inf, np.float32)),
-        )
-
-    def _log_probabilities(self, items: list[ScheduledRequest], logits: Tensor, sampled: Tensor) -> _Told | None:
-        asked = {
-            row: number
-            for row, item in enumerate(items)
-            if (number := self._seats.started[item.seat].sampling_params.num_logprobs) is not None
-        }
-        if not asked:
-            return None
-        rows, num_top = self._sent(np.array(list(asked), np.int64)), max(1, *asked.values())
-        logits, tokens = logits[rows], sampled[rows]
-        found = self._sampler.log_probabilities(logits, tokens, num_top)
-        own = logits.gather(1, tokens.long()[:, None])
-        rank = (logits > own).sum(dim=1, dtype=torch.int32) + 1
-        words = torch.cat(
-            (found.sampled[:, None].view(torch.int32), rank[:, None], found.top_ids, found.top.view(torch.int32)), dim=1
-        )
-        host = self._device.pinned(*words.shape, dtype=torch.int32)
-        host.copy_(words, non_blocking=True)
-        return _Told(list(asked.items()), found.top_ids.shape[1], host)
-
-    def _sent(self, array: NDArray[np.generic]) -> Tensor:
-        """A small array on the device."""
-        host = torch.from_numpy(array)
-        pinned = self._device.pinned(*host.shape, dtype=host.dtype)
-        pinned.copy_(host)
-        return pinned.to(self._device.torch_device, non_blocking=True)
-
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of requests for which decodes are recorded: each wastes at most an eighth above 16, a half below."""
@@ -350,18 +241,3 @@ def _num_samples(batch: Batch) -> int:
 
 def _num_new_blocks(batch: Batch) -> int:
     return sum(len(item.new_block_ids) for item in batch.scheduled)
-
-
-def _read(told: _Told) -> dict[int, TokenLogprobs]:
-    """By row of the step's samples."""
-    words, num_top = told.words.numpy(), told.num_top
-    floats = words.view(np.float32)
-    return {
-        row: TokenLogprobs(
-            logprob=float(floats[place, 0]),
-            rank=int(words[place, 1]),
-            top_token_ids=tuple(words[place, 2 : 2 + min(number, num_top)].tolist()),
-            top_logprobs=tuple(floats[place, 2 + num_top : 2 + num_top + min(number, num_top)].tolist()),
-        )
-        for place, (row, number) in enumerate(told.rows)
-    }

@@ -1,0 +1,154 @@
+"""StepSampler: tokens of a device's step, from its logits to the host, without waiting for either."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evenhand_engine.core.device_seats import DeviceSeats
+from evenhand_engine.core.step_layout import DeviceStep
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
+from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler, SamplingRows
+from evenhand_kernels.device import Device, Event
+
+NOT_FINITE = -1
+"""Stands for the token of a row whose logits were not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Log probabilities of some rows, on their way to the host.
+
+    `words`, int32 [num_rows, 2 + 2 * num_top], holds for each row its token's log probability (a float32) and rank, the top
+    ids, and their log probabilities (float32).
+    """
+
+    rows: list[tuple[int, int]]  # of the step's samples, with how many of the top each asked for
+    num_top: int
+    words: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingStep:
+    """What a submitted step samples, on its way to the host."""
+
+    event: Event
+    token_ids: Tensor  # int32, pinned
+    told: _Told | None
+
+    def wait(self) -> list[Sampled]:
+        """Block until it has come; one result for each item with samples."""
+        self.event.wait()
+        token_ids = self.token_ids.tolist()
+        told = {} if self.told is None else _read(self.told)
+        return [
+            Sampled(() if token_id == NOT_FINITE else (token_id,), (told[row],) if row in told else ())
+            for row, token_id in enumerate(token_ids)
+        ]
+
+
+class StepSampler:
+    """Asks for the sampling of each step. Owns nothing but the kernels' own state."""
+
+    def __init__(self, device: Device, sampler: DeviceSampler, seats: DeviceSeats) -> None:
+        self._device, self._sampler, self._seats = device, sampler, seats
+
+    def sample(self, batch: Batch, step: DeviceStep, logits: Tensor) -> SamplingStep:
+        """Draw from the rows of `logits`, [at least the batch's samples, vocab_size], and start the way to the host.
+
+        The tokens are the seats' last ones on the device at once, for the next step.
+        """
+        items = [item for item in batch.scheduled if item.num_samples]
+        num_rows = len(items)
+        token_ids = self._device.pinned(num_rows, dtype=torch.int32)
+        told = None
+        if num_rows:
+            logits = logits[:num_rows]
+            rows = SamplingRows(
+                temperature=step.part("temperature", torch.float32)[:num_rows],
+                top_p=step.part("top_p", torch.float32)[:num_rows],
+                min_p=step.part("min_p", torch.float32)[:num_rows],
+                top_k=step.part("top_k")[:num_rows],
+                seeds=step.part("seeds", torch.int64)[:num_rows],
+                indices=step.part("indices", torch.int64)[:num_rows],
+                seats=torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device),
+            )
+            sampled = self._sampler.sample(logits, rows, self._adjustments(items))
+            self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
+            told = self._log_probabilities(items, logits, sampled)
+            is_finite = logits.amax(dim=-1).isfinite()
+            token_ids.copy_(torch.where(is_finite, sampled, NOT_FINITE), non_blocking=True)
+        return SamplingStep(self._device.record(), token_ids, told)
+
+    def _adjustments(self, items: list[ScheduledRequest]) -> Adjustments | None:
+        """Stop tokens are forbidden until a request has its `min_tokens`."""
+        forbidden: dict[int, list[int]] = {}
+        for row, item in enumerate(items):
+            started = self._seats.started[item.seat]
+            params = started.sampling_params
+            index = item.num_computed_tokens + item.num_scheduled_tokens - started.num_prompt_tokens
+            if index < params.min_tokens and params.stop_token_ids:
+                forbidden[row] = sorted(params.stop_token_ids)
+        if not forbidden:
+            return None
+        places = np.full(len(items), -1, np.int32)
+        places[list(forbidden)] = np.arange(len(forbidden))
+        tokens = np.concatenate([np.array(tokens, np.int32) for tokens in forbidden.values()])
+        offsets = np.cumsum([0, *map(len, forbidden.values())], dtype=np.int32)
+        ones, zeros = np.ones(len(forbidden), np.float32), np.zeros(len(forbidden), np.float32)
+        return Adjustments(
+            rows=self._sent(np.array(list(forbidden), np.int32)),
+            adjusted_row=self._sent(places),
+            seats=self._sent(np.full(len(forbidden), -1, np.int32)),
+            repetition=self._sent(ones),
+            frequency=self._sent(zeros),
+            presence=self._sent(zeros),
+            bias_offsets=self._sent(offsets),
+            bias_tokens=self._sent(tokens),
+            bias_values=self._sent(np.full(len(tokens), -np.inf, np.float32)),
+        )
+
+    def _log_probabilities(self, items: list[ScheduledRequest], logits: Tensor, sampled: Tensor) -> _Told | None:
+        asked = {
+            row: number
+            for row, item in enumerate(items)
+            if (number := self._seats.started[item.seat].sampling_params.num_logprobs) is not None
+        }
+        if not asked:
+            return None
+        rows, num_top = self._sent(np.array(list(asked), np.int64)), max(1, *asked.values())
+        logits, tokens = logits[rows], sampled[rows]
+        found = self._sampler.log_probabilities(logits, tokens, num_top)
+        own = logits.gather(1, tokens.long()[:, None])
+        rank = (logits > own).sum(dim=1, dtype=torch.int32) + 1
+        words = torch.cat(
+            (found.sampled[:, None].view(torch.int32), rank[:, None], found.top_ids, found.top.view(torch.int32)), dim=1
+        )
+        host = self._device.pinned(*words.shape, dtype=torch.int32)
+        host.copy_(words, non_blocking=True)
+        return _Told(list(asked.items()), found.top_ids.shape[1], host)
+
+    def _sent(self, array: NDArray[np.generic]) -> Tensor:
+        """A small array on the device."""
+        host = torch.from_numpy(array)
+        pinned = self._device.pinned(*host.shape, dtype=host.dtype)
+        pinned.copy_(host)
+        return pinned.to(self._device.torch_device, non_blocking=True)
+
+
+def _read(told: _Told) -> dict[int, TokenLogprobs]:
+    """By row of the step's samples."""
+    words, num_top = told.words.numpy(), told.num_top
+    floats = words.view(np.float32)
+    return {
+        row: TokenLogprobs(
+            logprob=float(floats[place, 0]),
+            rank=int(words[place, 1]),
+            top_token_ids=tuple(words[place, 2 : 2 + min(number, num_top)].tolist()),
+            top_logprobs=tuple(floats[place, 2 + num_top : 2 + num_top + min(number, num_top)].tolist()),
+        )
+        for place, (row, number) in enumerate(told.rows)
+    }
