@@ -1,7 +1,9 @@
 """Dispatcher: who is sent next. Queues, order and charges are the scheduler's own; room is the window's.
 
 Where the engine's scheduler computes a request step by step, a dispatcher sends it and is told what comes back: its prompt is
-charged when it is sent, its outputs as they stream, and what turns out different is given back or added at its end. Tenants,
+charged when it is sent, its outputs as they stream, and what turns out different is given back or added at its end. Of an
+answer that comes as a whole the expected outputs are charged when it is sent: else its tenant would look unserved until
+then. Tenants,
 users, classes, weights, concurrency limits, queue timeouts and suspension are `Roster`, `Ledger` and `Order`, as in the engine.
 What a sidecar cannot do it does not pretend: a sent request is never preempted or paused, and KV guarantees and ceilings
 are not enforced.
@@ -173,7 +175,7 @@ class Dispatcher:
         """So many more tokens of its output came."""
         if errand.flight is not None and num_tokens > 0:
             self.window.grow(errand.flight, num_tokens)
-            self._charge_outputs(errand, errand.num_charged_outputs + num_tokens)
+            self._charge_outputs(errand, max(errand.num_charged_outputs, errand.flight.num_output_tokens))
 
     def sized(self, errand: Errand, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         """The upstream says how long the prompt was, and how much of it a prefix hit spared: that is not charged."""
@@ -184,8 +186,8 @@ class Dispatcher:
 
     def counted(self, errand: Errand, num_output_tokens: int) -> None:
         """The upstream says how many output tokens there were in all: more or fewer than were seen to come."""
-        if errand.flight is not None and (more := num_output_tokens - errand.num_charged_outputs):
-            self.window.grow(errand.flight, more)
+        if errand.flight is not None:
+            self.window.grow(errand.flight, num_output_tokens - errand.flight.num_output_tokens)
             self._charge_outputs(errand, num_output_tokens)
 
     def end(self, errand: Errand, reason: FinishReason = FinishReason.STOP) -> None:
@@ -193,9 +195,11 @@ class Dispatcher:
         if errand.request_id not in self.roster.requests:
             return
         if errand.flight is not None:
+            num_output_tokens = errand.flight.num_output_tokens
             self.window.end(errand.flight)
+            self._charge_outputs(errand, num_output_tokens)
             if reason in (FinishReason.STOP, FinishReason.LENGTH):
-                self._mean_output += _OUTPUT_SMOOTHING * (errand.num_charged_outputs - self._mean_output)
+                self._mean_output += _OUTPUT_SMOOTHING * (num_output_tokens - self._mean_output)
             errand.flight = None
         self.roster.finish(errand, reason)
         self.roster.outputs.pop()  # whoever ends it knows
@@ -223,14 +227,17 @@ class Dispatcher:
         self.roster.end_prefill(errand)  # what has been sent waits for nobody here
         self.roster.outputs.pop()  # that it has started: the upstream tells when it really does
         self.ledger.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
-        errand.flight = self.window.send(
-            errand.num_prompt_tokens, self._expected(errand), now, is_silent=errand.is_silent
-        )
+        num_expected = self._expected(errand)
+        errand.flight = self.window.send(errand.num_prompt_tokens, num_expected, now, is_silent=errand.is_silent)
+        if errand.is_silent:
+            self._charge_outputs(errand, num_expected)
         self.step_id += 1
         return errand
 
     def _charge_outputs(self, errand: Errand, num_output_tokens: int) -> None:
         """Charge what came since the last time, or give back what did not."""
+        if num_output_tokens == errand.num_charged_outputs:
+            return
         tenant, start = self.roster.tenants[errand.tenant_id], errand.num_prompt_tokens
         self.ledger.correct_outputs(tenant, errand, start + errand.num_charged_outputs, start + num_output_tokens)
         errand.num_charged_outputs = num_output_tokens
