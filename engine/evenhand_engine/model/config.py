@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.model.packed_int import PackedFormat, parse_packed_format
+from evenhand_engine.model.packed_format import PackedFormat, parse_packed_format
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",

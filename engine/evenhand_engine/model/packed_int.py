@@ -8,44 +8,16 @@ A projection P is P.qweight, P.qzeros and P.scales, transposed: inputs are rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.model.packed_format import PackedFormat
 from evenhand_kernels.quantized import QuantizedTensor
 
-METHODS = ("awq", "gptq")
-BITS = {"awq": (4,), "gptq": (4, 8)}
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """In which place of a word each of eight outputs lies."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedFormat:
-    """`quantization_config` of a checkpoint. `zero_offset`: what is missing from its stored zeros."""
-
-    method: str
-    bits: int
-    zero_offset: int
-
-
-def parse_packed_format(document: dict[str, Any], origin: str) -> PackedFormat:
-    """Raises StartupError for what the kernels would compute wrongly."""
-    method, bits = document.get("quant_method", "unknown"), document.get("bits", document.get("w_bit"))
-    if method not in METHODS:
-        raise StartupError(
-            f"{origin}: weights quantised by {method} are not supported; use awq, gptq, a float or a GGUF checkpoint"
-        )
-    if bits not in BITS[method]:
-        supported = " or ".join(map(str, BITS[method]))
-        raise StartupError(f"{origin}: {method} weights of {bits} bits are not supported; supported are {supported}")
-    if method == "awq" and document.get("version", "gemm").lower() != "gemm":
-        raise StartupError(f"{origin}: awq version {document['version']} is not supported; supported is gemm")
-    version_1 = method == "gptq" and document.get("checkpoint_format", "gptq") != "gptq_v2"
-    return PackedFormat(method, bits, int(version_1))
 
 
 def read_packed(

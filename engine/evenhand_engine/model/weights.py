@@ -13,7 +13,8 @@ from torch import Tensor
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
-from evenhand_engine.model.packed_int import PackedFormat, read_packed
+from evenhand_engine.model.packed_format import PackedFormat
+from evenhand_engine.model.packed_int import read_packed
 from evenhand_engine.model.precision import Precision
 from evenhand_kernels.kernels import Embedding, Kernels, Linear
 from evenhand_kernels.quantized import QuantizedTensor, Weight, stacked, widened

@@ -305,7 +305,9 @@ def test_start_up_errors(model_dir: Path, tmp_path: Path) -> None:
     ports = ("--port", "0", "--admin-port", "0")
     assert "no such directory" in failure("/nowhere/model", *ports)
     assert "model.safetensors" in failure(str(model_dir), *ports), "without weights"
-    assert "too little memory" in failure(str(model_dir), *ports, "--kv-cache-memory-bytes", "9000G")
+    assert "too little memory" in failure(
+        str(model_dir), *ports, "--load-format", "dummy", "--kv-cache-memory-bytes", "9000G"
+    )
     (tmp_path / "bad.yaml").write_text("kind: Nonsense")
     assert "bad.yaml" in failure(str(model_dir), *ports, "--policies", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:

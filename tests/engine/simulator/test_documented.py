@@ -44,7 +44,7 @@ def test_an_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.Monke
     result = CliRunner().invoke(simulate, [*arguments, *SMALL])
     assert result.exit_code == 0, result.output
     reports = json.loads(result.stdout)
-    assert len(reports) == max(1, arguments.count("--scheduling-policy"))
+    assert len(reports) == max(1, arguments.count("--scheduling-policy")) + arguments.count("--sidecar")
     assert all(report["seconds"] > 0 and report["tenants"] for report in reports)
     if "--plot" in arguments:
         assert (tmp_path / arguments[arguments.index("--plot") + 1]).stat().st_size > 0
