@@ -263,6 +263,11 @@ BROKEN_RULES: list[tuple[str, Any, str]] = [
     ),
     (
         "EnginePool",
+        {"selector": SELECTOR, "serviceAccountTokens": {"maxAge": "59s"}},
+        "maxAge must be between 1m and 8760h",
+    ),
+    (
+        "EnginePool",
         {"selector": {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}},
         "give values if and only if",
     ),
