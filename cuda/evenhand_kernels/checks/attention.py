@@ -102,7 +102,7 @@ class AttentionCase:
         """Every request's blocks are neither in order nor neighbours; what is beyond them in a row is no block."""
         counts = [-(-total // self.block_size) for _, total in self.requests]
         shuffled = rng.permutation(sum(counts) + 1)
-        table = np.full((len(counts), max(counts) + 1), -1, np.int32)
+        table = np.full((len(counts), max(counts)), -1, np.int32)
         for row, count in enumerate(counts):
             table[row, :count] = shuffled[sum(counts[:row]) :][:count]
         return table, sum(counts) + 1
@@ -180,6 +180,7 @@ MIXED = [(1, 33), (70, 70), (0, 20), (1, 1), (20, 300), (1, 150)]
 def _cases() -> dict[str, AttentionCase]:
     cases = {
         "decodes at block borders": AttentionCase(requests=LENGTHS),
+        "decodes at the end of the block table": AttentionCase(requests=[(1, length) for length in (16, 32, 64, 128)]),
         "chunks at block borders": AttentionCase(requests=CHUNKS),
         "decodes beside chunks and an empty request": AttentionCase(requests=MIXED, rotated=True, normed=True),
         "a graph's padding": AttentionCase(requests=[(1, 40), (1, 9)], padding=3),
