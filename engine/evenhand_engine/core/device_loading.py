@@ -16,6 +16,7 @@ from evenhand_engine.core.loading import (
     resolve_settings,
     weight_bytes,
 )
+from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir
@@ -95,7 +96,7 @@ def _with_cache(
         num_tokens = config.max_num_batched_tokens or DEFAULTS.max_num_batched_tokens
         trial_bytes = (num_tokens // config.block_size + 2) * block_bytes(model_config, config.block_size, dtype)
         trial = make_runner(replace(config, max_model_len=None), trial_bytes)
-        trial.run_largest_step()  # what its activations take stays with torch, and is no longer free
+        run_largest_step(trial, trial.settings)  # what its activations take stays with torch, and is no longer free
         del trial
         kv_cache_bytes = _left_for_cache(kernels.device, config.gpu_memory_utilization)
     runner = make_runner(config, kv_cache_bytes)

@@ -19,9 +19,10 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_sampling import SamplingStep, StepSampler
 from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
+from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.model.decoder import Decoder, ModelInput, forward
-from evenhand_engine.scheduler.batch import Batch, BatchPlan
-from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Sampled
 from evenhand_kernels.cuda.kernels import CudaKernels, WorkShape
 from evenhand_kernels.cuda.sampling import DeviceSampler
 from evenhand_kernels.device import Device, Graph
@@ -90,21 +91,9 @@ class DeviceRunner:
 
     def warm_up(self) -> None:
         """Run the largest step, and record the graphs of decodes, so that no user waits for what happens at first use."""
-        self.run_largest_step()
+        run_largest_step(self, self.settings)
         for size in graph_sizes(self.settings.max_num_seqs):
             self._record(size)
-
-    def run_largest_step(self) -> None:
-        """As many tokens as a step may have, and a token after them."""
-        settings = self.settings
-        num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
-        request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2), arrival_time=0.0)
-        request.seat, request.block_table = 0, list(range(num_tokens // self._block_size + 1))
-        for step_id in range(2):
-            plan = BatchPlan()
-            plan.add_chunk(request, request.num_pending_tokens)
-            self.submit(plan.build(step_id, ()))
-            self.collect()
 
     # -- laying out
 

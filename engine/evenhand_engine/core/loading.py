@@ -8,6 +8,7 @@ import torch
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.model_runner import ModelRunner
+from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir
@@ -80,7 +81,7 @@ def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfi
     weights = make_weights(config, model_dir, model_config, precision, kernels)
     cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
     runner = ModelRunner(build_decoder(model_config, weights, kernels, cache, settings.max_model_len), settings)
-    runner.warm_up(settings)
+    run_largest_step(runner, settings)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
     return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu")
 

@@ -8,8 +8,8 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
 from evenhand_engine.model.decoder import Decoder, forward
-from evenhand_engine.scheduler.batch import Batch, BatchPlan
-from evenhand_engine.scheduler.request import Request, Sampled, SamplingParams
+from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.request import Sampled
 
 
 class ModelRunner:
@@ -41,15 +41,3 @@ class ModelRunner:
 
     def collect(self) -> list[Sampled]:
         return self._results.popleft()
-
-    def warm_up(self, settings: SchedulerSettings) -> None:
-        """Run a full step and a decode, so that no user waits for what happens at first use."""
-        num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
-        request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2, temperature=0), arrival_time=0.0)
-        request.seat = 0
-        request.block_table = list(range(num_tokens // settings.block_size + 1))
-        for step_id in range(2):
-            plan = BatchPlan()
-            plan.add_chunk(request, request.num_pending_tokens)
-            self.submit(plan.build(step_id, ()))
-            self.collect()
