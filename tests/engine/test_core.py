@@ -142,14 +142,21 @@ def test_steps_that_keep_failing_end_the_core() -> None:
 
 
 def test_logits_that_are_not_finite_end_their_request_alone() -> None:
+    seats: dict[int, str] = {}  # by the request that holds it: who sits where depends on how the commands arrive
+
     def compute(batch: Batch) -> list[Sampled]:
-        return [Sampled(()) if item.seat == 3 else Sampled((7,)) for item in batch.scheduled if item.num_samples]
+        seats.update((started.seat, started.request_id) for started in batch.started)
+        return [
+            Sampled(()) if seats[item.seat] == "not finite" else Sampled((7,))
+            for item in batch.scheduled
+            if item.num_samples
+        ]
 
     core = Core(ScriptedRunner(compute))
-    core.send(*(add(name) for name in "abcd"))
-    ends = core.ends(4)
-    reasons = sorted((output.finish_reason or "", output.num_output_tokens) for output in ends.values())
-    assert reasons == [(FinishReason.ERROR, 0)] + [(FinishReason.LENGTH, 4)] * 3
+    core.send(*(add(name) for name in ("a", "b", "not finite", "c")))
+    ends = {name: (output.finish_reason, output.num_output_tokens) for name, output in core.ends(4).items()}
+    assert ends.pop("not finite") == (FinishReason.ERROR, 0)
+    assert ends == dict.fromkeys("abc", (FinishReason.LENGTH, 4))
     core.send(Shutdown())
     core.join()
 
