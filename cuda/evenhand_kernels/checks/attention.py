@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_kernels.checks.case import Case, assert_close, exact
-from evenhand_kernels.cuda.kernels import CudaKernels, CudaPlan
+from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.cuda.work import CudaPlan
 from evenhand_kernels.device import Device
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
 
@@ -73,10 +74,10 @@ class AttentionCase:
     def _plan(self, kernels: CudaKernels, batch: AttentionBatch) -> CudaPlan:
         if not self.padding:
             return kernels.plan(batch)
-        shape = kernels.work_shape(len(batch.seq_lens), len(batch.positions))
+        shape = kernels.work.shape(len(batch.seq_lens), len(batch.positions))
         words = np.full(shape.words, -1, np.int32)
-        kernels.write_work(words, batch.seq_lens.cpu().numpy(), batch.cu_seqlens_q.cpu().numpy(), shape)
-        return kernels.plan_of(batch, torch.from_numpy(words).to(batch.seq_lens.device), shape)
+        kernels.work.write(words, batch.seq_lens.cpu().numpy(), batch.cu_seqlens_q.cpu().numpy(), shape)
+        return kernels.work.plan_of(batch, torch.from_numpy(words).to(batch.seq_lens.device), shape)
 
     def _layer(self, rng: np.random.Generator, device: Device, longest: int) -> AttentionLayer:
         def random(*shape: int) -> Tensor:

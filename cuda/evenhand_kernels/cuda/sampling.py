@@ -4,7 +4,7 @@ Which rows want what is data on the device that the caller keeps: no launch depe
 recorded in a graph and asked for before the step before is known.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -132,13 +132,7 @@ class DeviceSampler:
             logits=logits,
             adjusted=adjusted,
             adjusted_row=None if adjustments is None else adjustments.adjusted_row,
-            temperature=rows.temperature,
-            top_p=rows.top_p,
-            min_p=rows.min_p,
-            top_k=rows.top_k,
-            seeds=rows.seeds,
-            indices=rows.indices,
-            seats=rows.seats,
+            **_arguments(rows),
             token_counts=self._counts,
             token_ids=token_ids,
             vocab_size=self.vocab_size,
@@ -169,18 +163,15 @@ class DeviceSampler:
         self._adjust(
             (len(adjustments.rows), ADJUST_PIECES),
             logits=logits,
-            rows=adjustments.rows,
-            allowed=adjustments.allowed,
-            masks=adjustments.masks,
-            bias_offsets=adjustments.bias_offsets,
-            bias_tokens=adjustments.bias_tokens,
-            bias_values=adjustments.bias_values,
-            seats=adjustments.seats,
+            **_arguments(adjustments, "adjusted_row"),
             token_counts=self._counts,
-            repetition=adjustments.repetition,
-            frequency=adjustments.frequency,
-            presence=adjustments.presence,
             adjusted=adjusted,
             vocab_size=self.vocab_size,
         )
         return adjusted
+
+
+def _arguments(record: SamplingRows | Adjustments, *left_out: str) -> dict[str, Tensor | None]:
+    """The fields of a record, which are named as the kernel's arguments are."""
+    names = (field.name for field in fields(record) if field.name not in left_out)
+    return {name: getattr(record, name) for name in names}

@@ -23,8 +23,9 @@ from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.model.decoder import Decoder, ModelInput, forward
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled
-from evenhand_kernels.cuda.kernels import CudaKernels, WorkShape
+from evenhand_kernels.cuda.kernels import CudaKernels
 from evenhand_kernels.cuda.sampling import DeviceSampler
+from evenhand_kernels.cuda.work import WorkShape
 from evenhand_kernels.device import Device, Graph
 from evenhand_kernels.kernels import AttentionBatch
 
@@ -57,7 +58,7 @@ class DeviceRunner:
             num_rows=max(num_rows, num_seqs),
             num_requests=num_seqs,
             num_samples=num_seqs,
-            num_plan_words=kernels.work_shape(num_seqs, max(num_rows, num_seqs)).words,
+            num_plan_words=kernels.work.shape(num_seqs, max(num_rows, num_seqs)).words,
             num_new_blocks=num_seqs * self._seats.max_num_blocks,
         )
         self._host = deque(
@@ -99,11 +100,11 @@ class DeviceRunner:
 
     def _copy_exactly(self, batch: Batch) -> tuple[StepLayout, DeviceStep, WorkShape]:
         num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
-        bound = self._kernels.work_shape(num_requests, num_rows)
+        bound = self._kernels.work.shape(num_requests, num_rows)
         layout = StepLayout(num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch))
         host, index = self._begin(layout)
         cu_seqlens_q = self._lay_out(batch, host)
-        shape = self._kernels.write_work(host.part("plan"), host.part("seq_lens"), cu_seqlens_q)
+        shape = self._kernels.work.write(host.part("plan"), host.part("seq_lens"), cu_seqlens_q)
         return layout, self._send(index, layout), shape
 
     def _copy(self, batch: Batch, padded: StepLayout, shape: WorkShape) -> tuple[StepLayout, DeviceStep]:
@@ -113,7 +114,7 @@ class DeviceRunner:
         )
         host, index = self._begin(layout)
         cu_seqlens_q = self._lay_out(batch, host)
-        self._kernels.write_work(host.part("plan"), host.part("seq_lens"), cu_seqlens_q, shape)
+        self._kernels.work.write(host.part("plan"), host.part("seq_lens"), cu_seqlens_q, shape)
         return layout, self._send(index, layout)
 
     def _begin(self, layout: StepLayout) -> tuple[HostStep, Tensor]:
@@ -188,7 +189,7 @@ class DeviceRunner:
         )
         model_input = ModelInput(
             input_ids=self._seats.resolve(step.part("token_ids"), row_seats),
-            plan=self._kernels.plan_of(attention, step.part("plan"), shape),
+            plan=self._kernels.work.plan_of(attention, step.part("plan"), shape),
             logits_indices=step.part("logits_indices"),
         )
         return forward(self._decoder, model_input)
@@ -201,7 +202,7 @@ class DeviceRunner:
 
     def _record(self, size: int) -> None:
         """Record the decodes of `size` requests; while it is recorded, all of them are padding."""
-        shape = self._kernels.work_shape(size, size)
+        shape = self._kernels.work.shape(size, size)
         layout = StepLayout(size, size, size, shape.words)
         empty = Batch(0, (), 0)
 
