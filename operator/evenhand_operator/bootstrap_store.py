@@ -29,6 +29,7 @@ from evenhand_policy.bootstrap import (
 )
 from evenhand_policy.config import PoolReference
 from evenhand_policy.push_document import Document, DocumentRejectedError, read_document
+from evenhand_policy.signatures import PublicKeys
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,16 @@ class BootstrapStore:
         document = Document(manifest.digest, compressed, len(content))
         return Stored(manifest.revision, manifest.num_replicas, config, document)
 
-    async def trust(self, observed: ObservedPool) -> None:
-        """Let pods know whom to believe, with or without a document. Raises ApiError, SupersededError."""
-        await self._write(observed, None)
+    async def trust(self, observed: ObservedPool, offer: Offer | None) -> None:
+        """Let pods know whom to believe, with or without a document. Raises ApiError.
+
+        What is stored stays, where one of our keys has signed it. Where none has, since they were made anew, and it is the
+        document that is offered, it is signed again in the same write, so that a pod that starts finds all of it.
+        """
+        held = await self._remembered(observed.key)
+        is_ours = _is_signed(held[None], self._key.trusted)
+        is_offered = offer is not None and not is_ours and self._holds(held, offer)
+        await self._write(observed, offer if is_offered else None)
 
     async def write(self, observed: ObservedPool, offer: Offer) -> None:
         """Store what is offered.
@@ -85,15 +93,18 @@ class BootstrapStore:
         """
         await self._write(observed, offer)
 
+    @staticmethod
+    def _holds(held: Mapping[int | None, _Held | None], offer: Offer) -> bool:
+        """Whether the parts that are stored are those of the offered document, whoever wrote them."""
+        parts = pack(offer.document)
+        return all((each := held[index]) is not None and each.data == part for index, part in enumerate(parts))
+
     def forget(self, pool: ObjectKey) -> None:
         """What is stored may be another by now, or gone with its pool."""
         self._held.pop(pool, None)
 
     async def _write(self, observed: ObservedPool, offer: Offer | None) -> None:
-        key = observed.key
-        if key not in self._held:
-            await self._look(key)
-        held = self._held[key]
+        held = await self._remembered(observed.key)
         self._check_epoch(held[None], offer)
         wanted = self._contents(observed, offer, held[None])
         try:
@@ -101,7 +112,7 @@ class BootstrapStore:
                 if place in wanted:
                     await self._store(observed, place, wanted[place])
         except ApiError:
-            self.forget(key)  # what is there has to be read before the next try
+            self.forget(observed.key)  # what is there has to be read before the next try
             raise
 
     def _check_epoch(self, manifest: _Held | None, offer: Offer | None) -> None:
@@ -117,7 +128,7 @@ class BootstrapStore:
     def _contents(
         self, observed: ObservedPool, offer: Offer | None, manifest: _Held | None
     ) -> Mapping[int | None, dict[str, bytes]]:
-        """By place. Without an offer what is stored stays, but for the keys."""
+        """By place. Without an offer what is stored stays, but for the keys, and for what none of them has signed."""
         namespace, name = observed.key
         if offer is None:
             keys = pack_manifest(
@@ -128,7 +139,8 @@ class BootstrapStore:
                 assignment=None,
                 parts=[],
             )
-            return {None: (manifest.data if manifest else {}) | keys}
+            stored = manifest.data if manifest is not None and _is_signed(manifest, self._key.trusted) else {}
+            return {None: stored | keys}
         parts = pack(offer.document)
         contents: dict[int | None, dict[str, bytes]] = dict(enumerate(parts))
         for index in range(len(parts), MAX_PARTS):
@@ -157,6 +169,9 @@ class BootstrapStore:
             stored = await self._kube.replace(SECRETS, secret)
         held[place] = _Held(stored["metadata"]["resourceVersion"], observed.uid, data)
 
+    async def _remembered(self, pool: ObjectKey) -> dict[int | None, _Held | None]:
+        return self._held[pool] if pool in self._held else await self._look(pool)
+
     async def _look(self, pool: ObjectKey) -> dict[int | None, _Held | None]:
         """Read what is there; a write that failed may have left gaps."""
         found = await asyncio.gather(*(self._read_secret(pool, place) for place in _PLACES))
@@ -174,6 +189,14 @@ class BootstrapStore:
         owners = metadata.get("ownerReferences") or [{}]
         data = {name: base64.b64decode(text) for name, text in (secret.get("data") or {}).items()}
         return _Held(metadata["resourceVersion"], owners[0].get("uid", ""), data)
+
+
+def _is_signed(manifest: _Held | None, keys: PublicKeys) -> bool:
+    try:
+        read_manifest(manifest.data if manifest is not None else {}, keys)
+    except BootstrapError:
+        return False
+    return True
 
 
 def _secret(observed: ObservedPool, place: int | None, content: Mapping[str, bytes]) -> Json:

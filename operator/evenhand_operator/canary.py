@@ -34,7 +34,7 @@ class Canary:
         self._chosen: PodReport | None = None
         self._chosen_at = 0.0
         self._doubts: dict[str, tuple[PodReport, str]] = {}
-        self._passed_over: set[str] = set()
+        self._passed_over: dict[str, PodReport] = {}  # as they stood then; one that stands otherwise may be chosen
         self._culprit = ""
         self._again_at = 0.0
         self._pause = _FIRST_PAUSE_SECONDS
@@ -65,7 +65,7 @@ class Canary:
     def look(self, digest: str, version: Version, reports: Iterable[PodReport]) -> None:
         """Take in where all pods stand, of which all are to enforce the document of that digest in that version."""
         if version != self._version:
-            self._version, self._passed_over = version, set()
+            self._version, self._passed_over = version, {}
         if digest != self._digest:
             self._pause = _FIRST_PAUSE_SECONDS
             self._begin(digest)
@@ -88,7 +88,7 @@ class Canary:
 
     def _begin(self, digest: str) -> None:
         self._digest, self._chosen, self.stopped = digest, None, ""
-        self._doubts, self._passed_over = {}, set()
+        self._doubts, self._passed_over = {}, {}
 
     def _judge(self, before: PodReport, reports: dict[str, PodReport]) -> None:
         """What has become of the chosen one since it was last looked at."""
@@ -111,14 +111,17 @@ class Canary:
             elif now.reason in _OF_THE_DOCUMENT:
                 self._doubts[now.pod.instance] = now, f"does not take the document: {now.message}"
             else:
-                self._passed_over.add(now.pod.instance)
+                self._passed_over[now.pod.instance] = now
+            self._chosen = None
+        elif now.state is PodState.REJECTED and now.outcome_of == self._version:
+            self._passed_over[now.pod.instance] = now  # it cannot be asked, such as one that does not know our key yet
             self._chosen = None
         elif self._clock() - self._chosen_at >= PATIENCE_SECONDS:
             self._chosen = None
             if now.sent == self._digest:
                 self._doubts[now.pod.instance] = now, "fell silent when it was sent the document"
             else:
-                self._passed_over.add(now.pod.instance)
+                self._passed_over[now.pod.instance] = now
 
     def _choose(self, reports: Iterable[PodReport]) -> None:
         """The next one to try it with; where enough have not taken it, none."""
@@ -129,8 +132,9 @@ class Canary:
             self._stop(*next(reversed(self._doubts.values())))
 
     def _may_try(self, report: PodReport) -> bool:
-        tried = self._doubts.keys() | self._passed_over
-        return report.state is not PodState.UNREACHABLE and report.pod.instance not in tried
+        instance = report.pod.instance
+        is_tried = instance in self._doubts or self._passed_over.get(instance) == report
+        return report.state is not PodState.UNREACHABLE and not is_tried
 
     def _stop(self, report: PodReport, what: str) -> None:
         self.stopped = f"pod {report.pod.name} {what}"

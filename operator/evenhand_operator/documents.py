@@ -24,7 +24,8 @@ class PoolOffer(NamedTuple):
     """What one build made of one pool, read by pusher, store and reporter alike.
 
     Attributes:
-        offer: what its pods are to enforce; None where its first document is too large.
+        offer: what its pods are to enforce; None where its first document is too large, or it is paused and what it
+            had is not known any more.
         pods: those that it selects and that run, by name.
         hold: what keeps a newer document back; None where nothing does.
         left_out: by uid of a tenant (empty: the document as a whole) what some pod does not understand.
@@ -144,7 +145,9 @@ def _hold(plan: PoolPlan, rollout: Rollout, document: Document) -> Hold | None:
         check_size(document)
     except DocumentTooLargeError as error:
         return Hold(HoldReason.DOCUMENT_TOO_LARGE, f"{error}; what is in force stays: use several pools")
-    if plan.pool.spec.paused and rollout.document is not None and rollout.document.digest != document.digest:
+    is_first = rollout.document is None and rollout.version.revision == 0
+    is_current = rollout.document is not None and rollout.document.digest == document.digest
+    if plan.pool.spec.paused and not is_first and not is_current:
         return Hold(HoldReason.PAUSED, "The pool is paused: what its engines enforce stays as it is")
     return None
 

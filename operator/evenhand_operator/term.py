@@ -107,6 +107,7 @@ class Term:
                     await self._around.key.refresh()
                 if self._signals.is_stale:
                     await self._rebuild()
+                await self._documents.offer(self._around.cache.pods, self._understood_by, first_at)
                 await self._trust()
             except ApiError as error:
                 log.warning("cannot build the documents: %s", error)
@@ -114,7 +115,7 @@ class Term:
                 await asyncio.sleep(_RETRY_SECONDS)
                 self._signals.changed.signal()
                 continue
-            await self._offer(first_at)
+            self._push()
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - first_at)
 
     async def _rebuild(self) -> None:
@@ -143,12 +144,11 @@ class Term:
         """Pods of a new pool wait to be started until they are told whom to believe. Raises ApiError."""
         for key, plan in self._open_pools():
             if self._trusting.get(key) != plan.observed.uid:
-                await self._bootstrap.trust(plan.observed)
+                await self._bootstrap.trust(plan.observed, self._documents.offers[key].offer)
                 self._trusting[key] = plan.observed.uid
 
-    async def _offer(self, first_at: float) -> None:
+    def _push(self) -> None:
         """Tell every pod of every pool what to enforce."""
-        await self._documents.offer(self._around.cache.pods, self._understood_by, first_at)
         for key, made in self._documents.offers.items():
             if made.offer is not None:
                 rows = {row.name: row for row in self._documents.plan.pools[key].observed.status.pods}

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import shutil
 import stat
 import time
 import zlib
@@ -18,6 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from evenhand_engine.frontend import config_store
 from evenhand_engine.frontend.config_store import StoredConfig
 from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings, is_local
 from evenhand_policy.bootstrap import KEYS_FILE, MANIFEST_FILE, pack, pack_manifest
@@ -476,6 +478,41 @@ async def test_incomplete_or_forged_set_is_not_loaded(tmp_path: Path, spoil: Cal
     mount_bootstrap(tmp_path, 9)
     spoil(tmp_path / "bootstrap")
     assert Engine(tmp_path).receiver.in_force.source is ConfigSource.BUILT_IN
+
+
+async def test_pool_of_which_nothing_is_stored_yet_is_nothing_to_warn_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Engine(tmp_path).receiver.in_force.source is ConfigSource.BUILT_IN
+    assert caplog.records == []
+
+
+async def test_volume_that_is_replaced_while_it_is_read_is_read_of_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Engine(tmp_path)
+    folder = tmp_path / "bootstrap"
+    for name, tenants in (("..old", 1), ("..new", 2)):
+        mount_bootstrap(tmp_path, tenants, document(tenants=(TenantConfig(tenant_id=f"t{tenants}"),)))
+        (folder / name).mkdir()
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            shutil.copy(path, folder / name / path.name)
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.unlink()
+        path.symlink_to(f"..data/{path.name}")
+    (folder / "..data").symlink_to("..old")
+    read_file = config_store._read_file
+
+    def replace_meanwhile(path: Path, limit: int) -> bytes:
+        content = read_file(path, limit)
+        if (folder / "..old").exists():
+            (folder / "..moved").symlink_to("..new")
+            (folder / "..moved").replace(folder / "..data")
+            shutil.rmtree(folder / "..old")
+        return content
+
+    monkeypatch.setattr(config_store, "_read_file", replace_meanwhile)
+    assert Engine(tmp_path).version == (1, 2)
 
 
 async def test_set_signed_with_a_stranger_key_is_not_loaded(tmp_path: Path) -> None:

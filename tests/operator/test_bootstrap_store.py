@@ -15,7 +15,7 @@ from evenhand_operator.bootstrap_store import BootstrapStore, SupersededError
 from evenhand_operator.kube import ApiError
 from evenhand_operator.observed import ObservedPool, read_pool
 from evenhand_operator.offer import Offer
-from evenhand_policy.bootstrap import KEYS_FILE, DocumentTooLargeError, check_size
+from evenhand_policy.bootstrap import KEYS_FILE, MANIFEST_FILE, DocumentTooLargeError, check_size
 from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
 from evenhand_policy.push_document import decompress, encode_document, read_document
 from evenhand_policy.signatures import PublicKeys, read_key_set
@@ -179,11 +179,11 @@ async def test_leader_that_slept_overwrites_nothing(secrets: Secrets, pool: Obse
 
 async def test_pods_are_told_whom_to_believe_before_there_is_a_document(secrets: Secrets, pool: ObservedPool) -> None:
     store = store_on(secrets)
-    await store.trust(pool)
+    await store.trust(pool, offer(1))
     data = secrets.stored[PREFIX + "manifest"]["data"]
     assert len(read_key_set(base64.b64decode(data[KEYS_FILE]))) == 2
     await store.write(pool, offer(1))
-    await store.trust(pool)
+    await store.trust(pool, offer(2))
     assert (await store_on(secrets).read(pool)).revision == 1, "what is stored stays"
     assert secrets.writes == ["manifest", "0", "manifest"]
 
@@ -192,6 +192,20 @@ async def test_what_another_key_has_signed_is_not_believed(secrets: Secrets, poo
     await store_on(secrets, OTHER_KEY).write(pool, offer(1))
     found = await store_on(secrets, trusted=(KEY.public_key(),)).read(pool)
     assert (found.revision, found.document) == (0, None)
+
+
+@pytest.mark.parametrize(("offered", "revision"), [(offer(2, 40_000, epoch=4), 2), (offer(2, 5, epoch=4), 0)])
+async def test_stored_document_is_signed_again_when_the_key_was_made_anew(
+    secrets: Secrets, pool: ObservedPool, offered: Offer, revision: int
+) -> None:
+    """With the new keys in one write, if it is what is offered; another one might be anybody's, and is taken away."""
+    await store_on(secrets, OTHER_KEY).write(pool, offer(1, 40_000, epoch=9))
+    secrets.writes.clear()
+    store = store_on(secrets, trusted=(KEY.public_key(),))
+    await store.trust(pool, offered)
+    assert secrets.writes == ["manifest"]
+    assert (await store.read(pool)).revision == revision
+    assert (MANIFEST_FILE in secrets.stored[PREFIX + "manifest"]["data"]) is bool(revision)
 
 
 def test_document_that_does_not_fit_is_known_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:

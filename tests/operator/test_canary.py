@@ -179,6 +179,19 @@ def test_refusal_that_is_not_of_the_document_is_no_reason_to_stop(pool: Pool, re
         assert (pool.canary.stopped, pool.admitted()) == ("", following)
 
 
+def test_pods_that_do_not_know_the_key_yet_are_passed_over_at_once_and_tried_when_they_do(make: Any) -> None:
+    """The key was made anew, and the kubelet has not brought it to them yet."""
+    pool = Pool(make, 2)
+    for name in ("pod-0", "pod-1"):
+        assert pool.admitted() == [name]
+        pool.become(name, state=PodState.REJECTED, reason="unauthorized", is_well=False, outcome_of=VERSION)
+    assert (pool.canary.stopped, pool.admitted()) == ("", [])
+    pool.look()
+    assert pool.admitted() == [], "nothing is new"
+    pool.become("pod-1", is_well=True)  # it was asked, and answered
+    assert pool.admitted() == ["pod-1"]
+
+
 def test_all_may_be_asked_again_in_a_newer_version(make: Any) -> None:
     pool = Pool(make, 1)
     pool.send("pod-0")

@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evenhand_operator.cache import Cache
 from evenhand_operator.engine_client import EngineClient
@@ -16,6 +18,7 @@ from evenhand_operator.objects import ObjectKey
 from evenhand_operator.settings import Settings
 from evenhand_operator.signals import Signals
 from evenhand_operator.term import Surroundings, Term
+from evenhand_policy.bootstrap import unpack
 from evenhand_policy.push_document import understood_members
 
 Json = dict[str, Any]
@@ -264,6 +267,26 @@ async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any)
     assert len(api.stored) == 3, "what is stored is not stored again"
 
 
+async def test_what_is_stored_is_signed_by_a_new_key_before_any_pod_answers(
+    api: Api, changes: Any, client: EngineClient
+) -> None:
+    """So that pods that start meanwhile find whom to believe and what to begin with, in one piece."""
+    api.store("TenantPolicy", "a")
+    async with term(api):
+        await changes.until(lambda: len(api.written) == 2)
+        assert api.term and await api.term.store()
+    new = Ed25519PrivateKey.generate()
+    api.key = SimpleNamespace(current=new, trusted=(new.public_key(),), refresh=None)
+    api.store_pod("pod-0", "http://127.0.0.1:1")
+    async with term(api, client):
+        await changes.until(lambda: len(api.stored) == 4)
+    files = {
+        name: base64.b64decode(content) for secret in api.bootstrap.values() for name, content in secret["data"].items()
+    }
+    _, document = unpack(files, (new.public_key(),))
+    assert [tenant["tenantId"] for tenant in json.loads(document)["tenants"]] == ["a"]
+
+
 async def test_pool_of_another_installation_is_left_alone(api: Api, changes: Any) -> None:
     """Its policies too: their statuses are the other's to write."""
     [theirs] = [obj for obj in api._objects.values() if obj["kind"] == "EnginePool"]
@@ -389,6 +412,27 @@ async def test_document_is_left_alone_while_the_pool_is_paused(
         assert [each.tenant_id for each in stand_in.receiver.in_force.config.tenants] == ["a"], (
             "also under another leader"
         )
+        api.edit("default", paused=False)
+        await changes.until(lambda: api.condition("b", "Ready")[0] == "True")
+
+
+async def test_paused_pool_of_which_nothing_is_stored_any_more_is_told_nothing(
+    api: Api, changes: Any, engine: Any, client: EngineClient
+) -> None:
+    """What its engines have been told is not known to the new leader; the newest document is not what they should have."""
+    stand_in = await engine()
+    api.store_pod("pod-0", stand_in.url)
+    async with term(api, client):
+        api.store("TenantPolicy", "a", weight=5)
+        await changes.until(lambda: api.condition("a", "Ready")[0] == "True")
+    api.bootstrap = {}
+    api.edit("default", paused=True)
+    api.store("TenantPolicy", "b", weight=6)
+    stand_in.requests.clear()
+    async with term(api, client):
+        await changes.until(lambda: api.condition("b", "Ready") == ("False", "Paused"))
+        assert api.condition("default", "Ready") == ("False", "Paused")
+        assert stand_in.requests == []
         api.edit("default", paused=False)
         await changes.until(lambda: api.condition("b", "Ready")[0] == "True")
 

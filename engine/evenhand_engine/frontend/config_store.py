@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from evenhand_policy.bootstrap import KEYS_FILE, BootstrapError, mounted_keys, unpack
+from evenhand_policy.bootstrap import KEYS_FILE, MANIFEST_FILE, BootstrapError, mounted_keys, unpack
 from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, DocumentRejectedError, body_digest, read_document
 from evenhand_policy.push_protocol import ConfigSource
@@ -109,8 +109,8 @@ class BootstrapFolder:
     def read(self) -> StoredConfig | None:
         """The document to start with; None where there is none that is usable, which is logged."""
         files = _read_folder(self._folder)
-        if not files:
-            return None
+        if MANIFEST_FILE not in files:
+            return None  # nothing is stored yet, as in a pool that is new
         try:
             manifest, document = unpack(files, mounted_keys(files))
             config = read_document(document)
@@ -121,14 +121,23 @@ class BootstrapFolder:
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
-    """Files of a mounted volume by name; its own links, which begin with a dot, are left out."""
-    try:
-        names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        return {name: _read_file(folder / name, _MAX_FILE_BYTES) for name in names}
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            log.warning("a mounted folder cannot be read", extra={"fields": {"error": str(error)}})
-        return {}
+    """Files of a mounted volume by name, all of one moment; its own links, which begin with a dot, are left out."""
+    while True:
+        snapshot = _snapshot(folder)
+        try:
+            names = [entry.name for entry in os.scandir(snapshot) if not entry.name.startswith(".")]
+            return {name: _read_file(snapshot / name, _MAX_FILE_BYTES) for name in names}
+        except OSError as error:
+            if _snapshot(folder) != snapshot:
+                continue  # it was replaced meanwhile
+            if not isinstance(error, FileNotFoundError):
+                log.warning("a mounted folder cannot be read", extra={"fields": {"error": str(error)}})
+            return {}
+
+
+def _snapshot(folder: Path) -> Path:
+    """Where the files really are: a mounted Secret is replaced as a whole by moving the link `..data`."""
+    return (folder / "..data").resolve() if (folder / "..data").is_symlink() else folder
 
 
 def _read_file(path: Path, limit: int) -> bytes:
