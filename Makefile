@@ -7,7 +7,7 @@ PORT ?= 8000
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/evenhand
 UV_VERSION := 0.13.9
 UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
-EXTRAS := --extra gpu --extra operator --extra test
+EXTRAS := --extra gpu --extra model --extra operator --extra test
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18

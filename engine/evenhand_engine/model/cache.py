@@ -6,9 +6,13 @@ An entry is a directory that appears complete or not at all, whatever is killed,
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SHIPPED_DIR = Path(sys.prefix, "share/evenhand")
+"""What an installation brings ready made, as a container image does; laid out as `cache_dir()`, and only read."""
 
 
 def cache_dir() -> Path:

@@ -7,13 +7,12 @@ and the default model are converted into one once, below the user's cache folder
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
-from evenhand_engine.model.cache import cache_dir, cached
+from evenhand_engine.model.cache import SHIPPED_DIR, cache_dir, cached
 from evenhand_engine.model.gguf.parts import gguf_parts
 from evenhand_engine.model.progress import Progress
 
@@ -25,7 +24,7 @@ HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
 
 
 def resolve_model_dir(model: str | None) -> Path:
-    """The directory with the files of `model`, downloaded and converted if need be.
+    """The directory with the files of `model`; one of a hub is downloaded, GGUF files are converted, if need be.
 
     `model` is a Hugging Face directory, a GGUF file, any part of a split one, or a hub id; None is the default model.
     Raises StartupError that says what to do about it.
@@ -47,20 +46,19 @@ def _converted(name: str, build: Callable[[Path, Progress], None]) -> Path:
         with Progress() as progress:
             build(directory, progress)
 
-    models_dir = cache_dir() / "models"
+    entry = f"{name}-v{CONVERSION_VERSION}"
+    shipped, models_dir = SHIPPED_DIR / "models" / entry, cache_dir() / "models"
     try:
-        return cached(models_dir / f"{name}-v{CONVERSION_VERSION}", build_with_progress)
+        return shipped if shipped.is_dir() else cached(models_dir / entry, build_with_progress)
     except OSError as error:
         raise StartupError(f"cannot prepare the model in {models_dir}: {error}") from error
 
 
 def _build_default(directory: Path, progress: Progress) -> None:
-    download_dir = directory / "download"
-    _convert(default_model.download(download_dir, progress), directory, progress)
+    _convert(default_model.gguf_path(), directory, progress)
     generation_config = directory / "generation_config.json"
     recommended = json.loads(generation_config.read_text()) | default_model.RECOMMENDED_SAMPLING
     generation_config.write_text(json.dumps(recommended, indent=2))
-    shutil.rmtree(download_dir)
 
 
 def _convert(gguf_path: Path, directory: Path, progress: Progress) -> None:

