@@ -23,8 +23,9 @@ from cluster.container import now
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import NODE, condition, loopback_addresses, request_token
 from cluster.programs import Program
-from evenhand_engine.frontend.config_store import StoredConfig
-from evenhand_engine.frontend.push_receiver import Apply, PushSettings
+from evenhand_engine.frontend.config_in_force import Enforce
+from evenhand_engine.frontend.config_store import ConfigDocument
+from evenhand_engine.frontend.push_receiver import PushSettings
 from evenhand_operator.signing_key import SECRET_NAME, SECRET_TYPE, key_data
 from evenhand_policy.bootstrap import KEYS_FILE
 from evenhand_policy.config import PoolReference
@@ -148,11 +149,11 @@ def _status(address: str) -> Object:
     }
 
 
-def _log_changes(address: str) -> Apply:
+def _log_changes(address: str) -> Enforce:
     """Enforces nothing, and writes what has changed, by tenant: its generation, None where it is gone."""
     before: Mapping[str, int | None] = {}
 
-    def apply(offered: StoredConfig) -> None:
+    def enforce(offered: ConfigDocument) -> None:
         nonlocal before
         at = time.monotonic()
         after: dict[str, int | None] = {tenant.tenant_id: tenant.generation for tenant in offered.config.tenants}
@@ -162,7 +163,7 @@ def _log_changes(address: str) -> Apply:
         sys.stdout.write(json.dumps({"address": address, "at": at, "tenants": changed}) + "\n")
         sys.stdout.flush()
 
-    return apply
+    return enforce
 
 
 async def _serve(namespace: str, folder: Path, addresses: list[str]) -> None:

@@ -7,28 +7,33 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from evenhand_engine.frontend.push_receiver import Apply, PushReceiver, PushSettings
-from evenhand_policy.config import PoolReference
+from evenhand_engine.frontend.config_in_force import ConfigInForce, Enforce
+from evenhand_engine.frontend.config_store import ConfigDocument, LastGoodFile
+from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings
+from evenhand_policy.config import PoolReference, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
 
 
-def build_app(settings: PushSettings, apply: Apply = lambda offered: None) -> web.Application:
-    """The admin application; `apply` is told what to enforce. `GET /config` shows the document in force."""
-    receiver = PushReceiver(settings, apply)
+def build_app(settings: PushSettings, enforce: Enforce = lambda offered: None) -> web.Application:
+    """The admin application; `enforce` is told what to enforce. `GET /config` shows the document in force."""
+    last_good = LastGoodFile(settings.last_good) if settings.last_good else None
+    in_force = ConfigInForce(ConfigDocument.unversioned(SchedulerConfig(), ConfigSource.BUILT_IN), last_good)
+    in_force.on_change(enforce)
+    receiver = PushReceiver(settings, in_force)
 
     async def show_config(_: web.Request) -> web.Response:
         return web.json_response(
             {
-                "source": receiver.in_force.source,
-                "epoch": receiver.in_force.assignment.version.epoch,
-                "revision": receiver.in_force.assignment.version.revision,
-                "numReplicas": receiver.in_force.assignment.num_replicas,
-                "config": msgspec.to_builtins(receiver.in_force.config),
+                "source": in_force.source,
+                "epoch": in_force.assignment.version.epoch,
+                "revision": in_force.assignment.version.revision,
+                "numReplicas": in_force.num_replicas,
+                "config": msgspec.to_builtins(in_force.config),
             }
         )
 
     async def show_health(_: web.Request) -> web.Response:
-        return web.Response(status=503 if receiver.in_force.source is ConfigSource.BUILT_IN else 200)
+        return web.Response(status=503 if in_force.source is ConfigSource.BUILT_IN else 200)
 
     app = web.Application()
     app.add_routes([*receiver.routes(), web.get("/config", show_config), web.get("/health", show_health)])

@@ -17,7 +17,8 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import OKPAlgorithm
 
-from evenhand_engine.frontend.config_store import StoredConfig
+from evenhand_engine.frontend.config_in_force import ConfigInForce
+from evenhand_engine.frontend.config_store import ConfigDocument, LastGoodFile
 from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import KubeClient
@@ -27,7 +28,7 @@ from evenhand_operator.pod_prover import PodProver
 from evenhand_policy.bootstrap import KEYS_FILE
 from evenhand_policy.config import PoolReference, SchedulerConfig, ServiceAccountIssuer, TenantConfig
 from evenhand_policy.push_document import encode_document, understood_members
-from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
+from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE, ConfigSource
 from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Version
 
@@ -103,9 +104,12 @@ class EngineStandIn:
 
     def restart(self) -> None:
         """As if the process had been killed and started."""
-        self.receiver = PushReceiver(self._settings, self._enforce, ailment=lambda: self.ailment)
+        built_in = ConfigDocument.unversioned(SchedulerConfig(), ConfigSource.BUILT_IN)
+        in_force = ConfigInForce(built_in, LastGoodFile(self.last_good))
+        in_force.on_change(self._enforce)
+        self.receiver = PushReceiver(self._settings, in_force, ailment=lambda: self.ailment)
 
-    def _enforce(self, offered: StoredConfig) -> None:
+    def _enforce(self, offered: ConfigDocument) -> None:
         self.enforced.append((offered.config, offered.assignment.num_replicas))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:

@@ -442,8 +442,8 @@ async def test_pod_that_enforces_something_else_unseen_is_found_out(
     await changes.until(lambda: pusher.is_settled(POOL))
     in_force = stand_in.receiver.in_force
     other = make.offer(1, **told)
-    stand_in.receiver.in_force = dataclasses.replace(
-        in_force,
+    in_force.document = dataclasses.replace(
+        in_force.document,
         assignment=other.assignment._replace(
             version=in_force.assignment.version if "epoch" not in told else Version(2, 1)
         ),
@@ -610,7 +610,7 @@ async def test_pod_that_refuses_alone_keeps_nobody_from_the_document(
     def refuse(_: Any) -> None:
         raise DocumentRejectedError("tenants", "I do not want to")
 
-    engines[0].receiver._apply = refuse
+    engines[0].receiver.in_force.on_change(refuse)
     pusher.sync(POOL, pods, make.offer(2, weight=5), {})
     await changes.until(lambda: [each.revision for each in engines] == [1, 2, 2, 2])
     assert pusher.stopped(POOL) == ""
@@ -647,7 +647,7 @@ async def test_pod_that_dies_of_the_document_stops_the_rollout(
         if seen_by == "the connection":
             raise RuntimeError
 
-    engines[0].receiver._apply = die
+    engines[0].receiver.in_force.on_change(die)
     engines[0].ailment = "dying"
     pusher.sync(POOL, pods, make.offer(2, weight=5), {})
     await changes.until(lambda: deaths == 1)

@@ -22,20 +22,18 @@ _MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class StoredConfig:
-    """A config, where it came from, what was said beside it, and the document as it came."""
+class ConfigDocument:
+    """A config, what was said beside it, where it came from, and the document as it came."""
 
     config: SchedulerConfig
     assignment: Assignment
     source: ConfigSource
-    document: bytes = field(repr=False)
+    content: bytes = field(repr=False)
 
-
-def built_in_config() -> StoredConfig:
-    """Everybody shares evenly, nobody is known."""
-    config = SchedulerConfig()
-    assignment = Assignment(Version(0, 0), config.digest(), 1)
-    return StoredConfig(config, assignment, ConfigSource.BUILT_IN, config.canonical_json())
+    @classmethod
+    def unversioned(cls, config: SchedulerConfig, source: ConfigSource) -> "ConfigDocument":
+        """One that no operator has sent: this engine enforces it alone, and whatever is pushed is newer."""
+        return cls(config, Assignment(Version(0, 0), config.digest(), 1), source, config.canonical_json())
 
 
 class _LastGood(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -52,7 +50,7 @@ class LastGoodFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def save(self, stored: StoredConfig) -> None:
+    def save(self, stored: ConfigDocument) -> None:
         """Replace the file as a whole; only its owner may read it. Raises OSError."""
         assignment = stored.assignment
         content = _LastGood(
@@ -60,7 +58,7 @@ class LastGoodFile:
             revision=assignment.version.revision,
             digest=assignment.digest,
             num_replicas=assignment.num_replicas,
-            document=msgspec.Raw(stored.document),
+            document=msgspec.Raw(stored.content),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=".last-good-")  # with mode 0600
@@ -75,7 +73,7 @@ class LastGoodFile:
                 os.unlink(name)
             raise
 
-    def load(self) -> StoredConfig | None:
+    def load(self) -> ConfigDocument | None:
         """What was saved; None where there is nothing, or nothing usable, which is logged."""
         try:
             content = msgspec.json.decode(_read_file(self._path, 2 * MAX_DOCUMENT_BYTES), type=_LastGood)
@@ -90,7 +88,7 @@ class LastGoodFile:
             return None
         version = Version(content.epoch, content.revision)
         assignment = Assignment(version, content.digest, max(1, content.num_replicas))
-        return StoredConfig(config, assignment, ConfigSource.LAST_GOOD, document)
+        return ConfigDocument(config, assignment, ConfigSource.LAST_GOOD, document)
 
 
 class BootstrapFolder:
@@ -106,7 +104,7 @@ class BootstrapFolder:
         except OSError:
             return ()
 
-    def read(self) -> StoredConfig | None:
+    def read(self) -> ConfigDocument | None:
         """The document to start with; None where there is none that is usable, which is logged."""
         files = _read_folder(self._folder)
         if MANIFEST_FILE not in files:
@@ -117,7 +115,7 @@ class BootstrapFolder:
         except (BootstrapError, DocumentRejectedError) as error:
             log.warning("the mounted bootstrap config cannot be used", extra={"fields": {"error": str(error)}})
             return None
-        return StoredConfig(config, manifest.assignment, ConfigSource.BOOTSTRAP, document)
+        return ConfigDocument(config, manifest.assignment, ConfigSource.BOOTSTRAP, document)
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:

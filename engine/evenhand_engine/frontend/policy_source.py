@@ -4,13 +4,15 @@ Owns nothing but the watch. The last good config stays in force whatever happens
 """
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.config_in_force import ConfigInForce
+from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.directory_watch import watch_directory
 from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.files import PolicyFileError, load_policy_directory
+from evenhand_policy.push_protocol import ConfigSource
 
 
 def load_initial(directory: Path) -> SchedulerConfig:
@@ -22,20 +24,11 @@ def load_initial(directory: Path) -> SchedulerConfig:
 
 
 class PolicySource:
-    """Watches a directory and hands on what it compiles to.
+    """Watches a directory and puts in force what it compiles to."""
 
-    Args:
-        directory: of policy files.
-        apply: called with each config, also if it is the same again.
-        reject: called with the reason when the files do not compile.
-    """
-
-    def __init__(
-        self, directory: Path, apply: Callable[[SchedulerConfig], None], reject: Callable[[str], None]
-    ) -> None:
+    def __init__(self, directory: Path, in_force: ConfigInForce) -> None:
         self._directory = directory
-        self._apply = apply
-        self._reject = reject
+        self._in_force = in_force
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -45,6 +38,6 @@ class PolicySource:
         try:
             config = await asyncio.to_thread(load_policy_directory, self._directory)
         except PolicyFileError as error:
-            self._reject(str(error))
+            self._in_force.reject(str(error))
         else:
-            self._apply(config)
+            self._in_force.replace(ConfigDocument.unversioned(config, ConfigSource.FILES))

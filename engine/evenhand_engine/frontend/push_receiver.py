@@ -1,11 +1,10 @@
-"""The engine's half of the push, on the admin port: what is in force, and what may take its place.
+"""The engine's half of the push, on the admin port: verifies who asks, and decides what may take the place of what is in force.
 
-Owns the config in force as far as it was pushed or stored. `evenhand_policy.version.judge` decides; a lower version never
-takes the place of a higher one, so that a leader that was replaced, a late or a repeated request do no harm.
+`evenhand_policy.version.judge` decides; a lower version never takes the place of a higher one, so that a leader that was
+replaced, a late or a repeated request do no harm. What is in force belongs to `config_in_force`.
 """
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +15,9 @@ import msgspec
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from evenhand_engine.frontend.config_store import BootstrapFolder, LastGoodFile, StoredConfig, built_in_config
+from evenhand_engine.frontend.config_in_force import ConfigInForce
+from evenhand_engine.frontend.config_store import BootstrapFolder, ConfigDocument
+from evenhand_engine.frontend.local_request import is_local
 from evenhand_engine.frontend.pod_identity import PodIdentity
 from evenhand_engine.frontend.request_verifier import RequestVerifier, UnverifiedError
 from evenhand_policy.config import PoolReference, SchedulerConfig
@@ -43,14 +44,9 @@ from evenhand_policy.version import Verdict, judge
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Apply = Callable[[StoredConfig], None]
-"""Enforce a config from now on. Raises DocumentRejectedError, and then changes nothing."""
 
 _MAX_PROBLEM_CHARACTERS = 1000
 _MAX_PATH_CHARACTERS = 256
-_LOOK_SECONDS = 0.05
-_OWN_ADDRESSES = frozenset({"127.0.0.1", "::1", "::ffff:127.0.0.1"})
-_FORWARDED = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-client-cert", "x-envoy-external-address"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,54 +77,48 @@ class _Refused(Exception):
 
 
 class PushReceiver:
-    """Receives documents and hands them to `apply`; calls it once at start with what is stored, if anything is.
+    """Receives documents, and puts what may be enforced in force; at the start the newest of what is stored, if anything is.
 
     Args:
         ailment: what is wrong with the engine, such as that its core does not enforce yet what was applied; None: nothing.
 
     Attributes:
         boot_id: identity of this process: the public half of a key that only it has.
-        in_force: the config in force, and where it came from.
-        since: Unix time at which it was put in force.
+        in_force: where documents end.
     """
 
     def __init__(
         self,
         settings: PushSettings,
-        apply: Apply,
+        in_force: ConfigInForce,
         *,
         ailment: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings = settings
-        self._apply = apply
+        self.in_force = in_force
+        self._pool = settings.pool
         self._ailment = ailment
         self._clock = clock
         self._key = Ed25519PrivateKey.generate()
         self.boot_id = public_text(self._key)
         self._bootstrap = BootstrapFolder(settings.bootstrap)
         self._identity = PodIdentity(settings.pod_token)
-        self._last_good = LastGoodFile(settings.last_good) if settings.last_good else None
-        self._keeping: asyncio.Task[None] | None = None
         self._verifier = RequestVerifier()
         self._changing = asyncio.Lock()
-        self.in_force = built_in_config()
-        self.since = clock()
         self._start()
 
     def _start(self) -> None:
         """Enforce the newest of what is stored and can be enforced."""
-        found = [self._bootstrap.read(), self._last_good.load() if self._last_good else None]
+        found = [self._bootstrap.read(), self.in_force.last_good()]
         stored_ones = [stored for stored in found if stored is not None]
         for stored in sorted(stored_ones, key=lambda stored: stored.assignment.version, reverse=True):
             try:
                 self._check_belonging(stored.config.cluster, stored.config.pool)
-                self._apply(stored)
+                self.in_force.replace(stored)
             except (_Refused, DocumentRejectedError) as error:
                 fields = {"source": str(stored.source), "error": str(error)}
                 log.warning("a stored config cannot be enforced", extra={"fields": fields})
                 continue
-            self.in_force = stored
             return
 
     def routes(self) -> list[web.RouteDef]:
@@ -151,8 +141,7 @@ class PushReceiver:
             async with self._changing:
                 await self._receive(asked, body)
         except _Refused as refused:
-            fields = {"status": refused.status, "problem": refused.message, "path": refused.path}
-            log.warning("a pushed config is refused", extra={"fields": fields})
+            self._note(refused)
             return self._answer(asked, refused.status, self._report(refused))
         return self._answer(asked, 200, self._report())
 
@@ -199,28 +188,22 @@ class PushReceiver:
 
     async def _receive(self, asked: Request, body: bytes) -> None:
         """Raises _Refused where going on would go back, or cannot be."""
-        assignment = asked.assignment
-        match judge(self.in_force.assignment, assignment):
+        before, assignment = self.in_force.document, asked.assignment
+        version = "epoch {} revision {} is in force".format(*before.assignment.version)
+        match judge(before.assignment, assignment):
+            case Verdict.IN_FORCE:
+                self.in_force.confirm()
             case Verdict.OUTDATED:
-                raise _Refused(409, "epoch {} revision {} is in force, which is newer".format(*self._version))
+                raise _Refused(409, f"{version}, which is newer")
             case Verdict.CONFLICT:
-                raise _Refused(409, "epoch {} revision {} is in force with other content".format(*self._version))
+                raise _Refused(409, f"{version} with other content")
             case Verdict.RELABEL:
-                offered = replace(self.in_force, assignment=assignment, source=ConfigSource.PUSH)
-                self._enforce(offered)
-                await self._keep(offered)
+                await self._enforce(replace(before, assignment=assignment, source=ConfigSource.PUSH))
             case Verdict.REPLACE:
                 if asked.method != "PUT":
                     raise _Refused(412, "the document of that digest is not in force here")
                 content, config = await self._read_document(body, assignment.digest)
-                offered = StoredConfig(config, assignment, ConfigSource.PUSH, content)
-                self._enforce(offered)
-                self.since = self._clock()
-                await self._keep(offered)
-
-    @property
-    def _version(self) -> tuple[int, int]:
-        return self.in_force.assignment.version
+                await self._enforce(ConfigDocument(config, assignment, ConfigSource.PUSH, content))
 
     async def _read_document(self, body: bytes, digest: str) -> tuple[bytes, SchedulerConfig]:
         def read() -> tuple[bytes, SchedulerConfig]:
@@ -234,44 +217,28 @@ class PushReceiver:
         self._check_belonging(config.cluster, config.pool)
         return content, config
 
-    def _enforce(self, offered: StoredConfig) -> None:
+    async def _enforce(self, offered: ConfigDocument) -> None:
         try:
-            self._apply(offered)
+            self.in_force.replace(offered)
         except DocumentRejectedError as error:
             raise _Refused(422, error.message, error.path) from None
-        self.in_force = offered
+        await self.in_force.keep(self._ailment)
 
     def _check_belonging(self, cluster: str, pool: PoolReference | None) -> None:
-        own = self._settings.pool
+        own, own_cluster = self._pool, self.in_force.config.cluster
         if pool != own:
             whose = f"{pool.namespace}/{pool.name}" if pool else "no pool"
             raise _Refused(401, f"the document is of {whose}, this engine of {own.namespace}/{own.name}", "pool")
-        if self.in_force.config.cluster and cluster != self.in_force.config.cluster:
+        if own_cluster and cluster != own_cluster:
             raise _Refused(401, "the document is of another cluster", "cluster")
 
-    async def _keep(self, stored: StoredConfig) -> None:
-        """Save for the next start what the engine is seen to be well with: one that it dies of would kill it again."""
-        if self._keeping is not None:
-            self._keeping.cancel()
-        if self._last_good is None:
-            return
-        if self._ailment() is None:
-            await self._save(stored)
+    def _note(self, refused: _Refused) -> None:
+        """A document that cannot be enforced is a rejected config; anything else says nothing about a config."""
+        if refused.status == 422:
+            self.in_force.reject(f"{refused.path}: {refused.message}" if refused.path else refused.message)
         else:
-            self._keeping = asyncio.create_task(self._save_when_well(stored))
-
-    async def _save_when_well(self, stored: StoredConfig) -> None:
-        while self._ailment() is not None:
-            await asyncio.sleep(_LOOK_SECONDS)
-        await self._save(stored)
-
-    async def _save(self, stored: StoredConfig) -> None:
-        """A pod that cannot save still enforces: only its next start is poorer."""
-        assert self._last_good
-        try:
-            await asyncio.to_thread(self._last_good.save, stored)
-        except OSError as error:
-            log.error("the last good config cannot be saved", extra={"fields": {"error": str(error)}})
+            fields = {"status": refused.status, "problem": refused.message, "path": refused.path}
+            log.warning("a pushed config is refused", extra={"fields": fields})
 
     def _report(self, refused: _Refused | None = None) -> EngineReport:
         version, digest, num_replicas = self.in_force.assignment
@@ -300,19 +267,3 @@ class PushReceiver:
         if error.request is None:
             return web.json_response({"problem": str(error)}, status=401)
         return self._answer(error.request, 401, self._report(_Refused(401, str(error))))
-
-
-def is_local(request: web.Request) -> bool:
-    """From this machine, not through a proxy, and by an address: a name may be a web page's, which rebinds it to reach
-    this port. A sidecar's 127.0.0.6 is not this machine but everybody whom the sidecar lets in."""
-    host = request.url.host or ""
-    if _FORWARDED & {name.lower() for name in request.headers}:
-        return False
-    return request.remote in _OWN_ADDRESSES and (host == "localhost" or _is_loopback(host))
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

@@ -1,7 +1,6 @@
 """Service: what every handler needs, and the one place where a new config takes effect."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,7 +12,8 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import Admission
 from evenhand_engine.frontend.auth import Authenticator
 from evenhand_engine.frontend.body_memory import BodyMemory, HeldBody
-from evenhand_engine.frontend.config_state import ConfigState
+from evenhand_engine.frontend.config_in_force import ConfigInForce
+from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.metrics import Metrics
 from evenhand_engine.frontend.metrics_collector import Snapshot
@@ -24,8 +24,6 @@ from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
-
-log = logging.getLogger(__name__)
 
 _TOKENIZER_THREADS = 2
 _INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
@@ -58,8 +56,7 @@ class Service:
     """A running front end, whoever generates: what the current config makes of authentication and admission.
 
     Attributes:
-        config_state: the config in force.
-        is_configured: False while an operator's config was neither loaded nor pushed; requests are refused.
+        in_force: the config in force, and where it came from.
         draining: True once the server has been told to stop; new requests are refused.
         active: the requests that are being answered, probes aside.
         bodies: the memory that their bodies take.
@@ -69,24 +66,23 @@ class Service:
         self,
         settings: ServerSettings,
         backend: Enforcer,
-        config_state: ConfigState,
+        in_force: ConfigInForce,
     ) -> None:
         self.settings = settings
         self._enforcer = backend
-        self.config_state = config_state
+        self.in_force = in_force
         self.created = int(time.time())
-        self.is_configured = settings.push is None or settings.allow_unconfigured
         self.draining = False
-        config = config_state.config
-        self.admission = Admission(config, max_model_len=self.info.max_model_len, now=time.monotonic())
-        self.authenticator = self._authenticator(config)
+        self.admission = Admission(in_force.config, max_model_len=self.info.max_model_len, now=time.monotonic())
+        self.authenticator = self._authenticator(in_force.config)
         self.active = ActiveRequests()
         self.bodies = BodyMemory(settings.max_tenant_body_bytes)
         self.tenants: dict[str, TenantStats] = {}
         self.shares = ShareTracker()
         self.metrics = Metrics(self.model_names[0], self.info.max_model_len, self._snapshot)
         backend.on_stats(self._take_stats)
-        backend.reconfigure(config)
+        backend.reconfigure(in_force.config)
+        in_force.on_change(self._enforce)
 
     def _authenticator(self, config: SchedulerConfig) -> Authenticator:
         key = self.settings.api_key
@@ -107,29 +103,18 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         return self.settings.served_model_names or (self.info.model_name,)
 
-    def apply_config(self, config: SchedulerConfig, source: ConfigSource, num_replicas: int = 1) -> None:
-        """Enforce `config` from now on, here and in the engine; requests in flight go on.
+    @property
+    def is_configured(self) -> bool:
+        """False while an operator's config was neither loaded nor pushed; requests are refused."""
+        waits = self.settings.push is not None and not self.settings.allow_unconfigured
+        return not waits or self.in_force.source is not ConfigSource.BUILT_IN
 
-        `num_replicas` engines share its limits.
-        """
-        self.is_configured = True
-        if not self.config_state.apply(config, source, num_replicas):
-            return
+    def _enforce(self, document: ConfigDocument) -> None:
+        """Enforce a config from now on, here and in the engine; requests in flight go on."""
+        config, num_replicas = document.config, document.assignment.num_replicas
         self.authenticator = self._authenticator(config)
         self.admission.reconfigure(config, time.monotonic(), num_replicas)
         self.backend.reconfigure(config, num_replicas)
-        fields = {
-            "source": source,
-            "replicas": num_replicas,
-            "digest": self.config_state.digest,
-            "tenants": len(config.tenants),
-        }
-        log.info("config applied", extra={"fields": fields})
-
-    def reject_config(self, error: str) -> None:
-        """Say that a newer config cannot be used; the one in force stays."""
-        self.config_state.reject(error)
-        log.error("config rejected, the last good one stays in force", extra={"fields": {"error": error}})
 
     def check_model(self, model: str | None) -> None:
         """Raises Refusal 404 unless `model` is one of ours; None is."""
@@ -151,7 +136,7 @@ class Service:
         if problem := self.health(time.monotonic()):
             return problem
         stats = self.backend.stats
-        if stats is None or stats.config_digest != self.config_state.digest:
+        if stats is None or stats.config_digest != self.in_force.digest:
             return "the engine's core does not enforce the config yet"
         return None
 
@@ -169,20 +154,20 @@ class Service:
     def _weight(self, tenant_id: str) -> int:
         account = self.admission.accounts.get(tenant_id)
         if account is None or tenant_id == DEFAULT_TENANT_ID:
-            return self.config_state.config.unknown_tenants.weight
+            return self.in_force.config.unknown_tenants.weight
         return account.config.weight
 
     def _snapshot(self) -> Snapshot:
-        state = self.config_state
+        in_force = self.in_force
         return Snapshot(
             info=self.info,
             stats=self.backend.stats,
             tenants=list(self.tenants.values()),
             shares=self.shares.shares(),
-            config_digest=state.digest,
-            config_source=state.source,
-            config_is_current=state.error is None,
-            num_config_reloads=state.results,
+            config_digest=in_force.digest,
+            config_source=in_force.source,
+            config_is_current=in_force.error is None,
+            num_config_reloads=in_force.results,
             audited={tenant_id: account.audited for tenant_id, account in self.admission.accounts.items()},
         )
 
@@ -191,10 +176,10 @@ class EngineService(Service):
     """The front end of our own engine, which tokenizes here."""
 
     def __init__(
-        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, config_state: ConfigState
+        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, in_force: ConfigInForce
     ) -> None:
         self._generator = backend
-        super().__init__(settings, backend, config_state)
+        super().__init__(settings, backend, in_force)
         self.tokenizer = tokenizer
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 

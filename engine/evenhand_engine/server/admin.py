@@ -1,4 +1,4 @@
-"""The admin application, on a port that tenants must not reach: what is enforced, and each tenant's live state.
+"""The admin application, on a port that tenants must not reach: what is enforced, and each tenant's live in_force.
 
 Health and metrics are for anybody who reaches the port; the rest is for this machine and for who knows the push key,
 since it names tenants.
@@ -14,7 +14,8 @@ from aiohttp.typedefs import Middleware
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.account import TenantAccount
-from evenhand_engine.frontend.push_receiver import PushReceiver, is_local
+from evenhand_engine.frontend.local_request import is_local
+from evenhand_engine.frontend.push_receiver import PushReceiver
 from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_engine.frontend.service import SERVICE, Service
 from evenhand_engine.frontend.share_tracker import Share
@@ -30,7 +31,6 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
     app[SERVICE] = service
     app[PROBES] = frozenset({show_health, show_ready, show_metrics})
     if receiver is not None:
-        app[_RECEIVER] = receiver
         app.add_routes(receiver.routes())
     app.add_routes(
         [
@@ -63,23 +63,23 @@ def _require_signature(receiver: PushReceiver) -> Middleware:
 
 async def show_config(request: web.Request) -> web.Response:
     """The config in force, where it came from, and why a newer one is not. It holds hashes of keys, never keys."""
-    service, receiver = request.app[SERVICE], request.app.get(_RECEIVER)
-    version = receiver.in_force.assignment.version if receiver is not None else None
-    state = service.config_state
+    service = request.app[SERVICE]
+    in_force = service.in_force
+    version = None if service.settings.push is None else in_force.assignment.version
     stats = service.backend.stats
     return json_response(
         {
-            "source": state.source,
+            "source": in_force.source,
             "path": None if service.settings.policies is None else str(service.settings.policies),
-            "digest": state.digest,
+            "digest": in_force.digest,
             "epoch": version.epoch if version else None,
             "revision": version.revision if version else None,
-            "numReplicas": state.num_replicas,
-            "appliedAt": state.applied_at,
+            "numReplicas": in_force.num_replicas,
+            "appliedAt": in_force.applied_at,
             "engineDigest": None if stats is None else stats.config_digest,
-            "error": state.error,
-            "rejectedAt": state.rejected_at,
-            "config": msgspec.to_builtins(state.config),
+            "error": in_force.error,
+            "rejectedAt": in_force.rejected_at,
+            "config": msgspec.to_builtins(in_force.config),
         }
     )
 
@@ -147,6 +147,3 @@ def _quota(bucket: TokenBucket | None, now: float) -> dict[str, Any] | None:
 
 async def show_metrics(request: web.Request) -> web.Response:
     return metrics_response(request.app[SERVICE].metrics.admin_text())
-
-
-_RECEIVER = web.AppKey("receiver", PushReceiver)

@@ -6,7 +6,6 @@ needs for HTTP is imported meanwhile.
 
 import asyncio
 import contextlib
-import functools
 import gc
 import socket
 import ssl
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from evenhand_engine.backends.upstream import UpstreamSettings
-    from evenhand_engine.frontend.config_state import ConfigState
-    from evenhand_engine.frontend.config_store import StoredConfig
+    from evenhand_engine.frontend.config_in_force import ConfigInForce
     from evenhand_engine.frontend.push_receiver import PushReceiver
     from evenhand_engine.frontend.service import Service
 
@@ -77,10 +75,10 @@ async def start_server(
         from evenhand_engine.server.malformed import keep_out_of_logs
         from evenhand_engine.text.tokenizer import Tokenizer
 
-        config_state = await _in_daemon_thread(lambda: _initial_config(settings))
+        in_force = await _in_daemon_thread(lambda: _initial_config(settings))
         tokenizer = backend.tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
         await backend.start()
-        service = EngineService(settings, backend, tokenizer, config_state)
+        service = EngineService(settings, backend, tokenizer, in_force)
         stack.callback(service.close)
         keep_out_of_logs()
         await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
@@ -119,16 +117,16 @@ async def start_sidecar(
         tls = tls_context(settings)
         public = stack.enter_context(listen(settings.host, settings.port, "--port"))
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        config_state = await _in_daemon_thread(lambda: _initial_config(settings))
+        in_force = await _in_daemon_thread(lambda: _initial_config(settings))
         dispatcher = Dispatcher(
             Window(kv_tokens=kv_tokens),
-            config_state.config,
+            in_force.config,
             DispatchSettings(max_model_len=upstream_settings.max_model_len),
         )
         upstream = Upstream(upstream_settings, dispatcher)
         stack.push_async_callback(upstream.close)
         service = SidecarService(
-            settings, upstream, config_state, priority=UpstreamPriority(priority), salts_caches=salts_caches
+            settings, upstream, in_force, priority=UpstreamPriority(priority), salts_caches=salts_caches
         )
         upstream.start()
         keep_out_of_logs()
@@ -142,15 +140,18 @@ async def start_sidecar(
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
 
 
-def _initial_config(settings: ServerSettings) -> "ConfigState":
-    from evenhand_engine.frontend.config_state import ConfigState
+def _initial_config(settings: ServerSettings) -> "ConfigInForce":
+    from evenhand_engine.frontend.config_in_force import ConfigInForce
+    from evenhand_engine.frontend.config_store import ConfigDocument, LastGoodFile
     from evenhand_engine.frontend.policy_source import load_initial
     from evenhand_policy.config import SchedulerConfig
     from evenhand_policy.push_protocol import ConfigSource
 
-    if settings.policies is None:
-        return ConfigState(SchedulerConfig(), ConfigSource.BUILT_IN)
-    return ConfigState(load_initial(settings.policies), ConfigSource.FILES)
+    if settings.policies is not None:
+        return ConfigInForce(ConfigDocument.unversioned(load_initial(settings.policies), ConfigSource.FILES))
+    last_good = settings.push.last_good if settings.push else None
+    built_in = ConfigDocument.unversioned(SchedulerConfig(), ConfigSource.BUILT_IN)
+    return ConfigInForce(built_in, LastGoodFile(last_good) if last_good else None)
 
 
 def _push_receiver(service: "Service") -> "PushReceiver | None":
@@ -158,10 +159,7 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
         return None
     from evenhand_engine.frontend.push_receiver import PushReceiver
 
-    def apply(offered: "StoredConfig") -> None:
-        service.apply_config(offered.config, offered.source, offered.assignment.num_replicas)
-
-    return PushReceiver(service.settings.push, apply, ailment=service.ailment)
+    return PushReceiver(service.settings.push, service.in_force, ailment=service.ailment)
 
 
 async def _serve_app(
@@ -194,10 +192,8 @@ async def _watch_policies(service: "Service") -> AsyncIterator[None]:
         yield
         return
     from evenhand_engine.frontend.policy_source import PolicySource
-    from evenhand_policy.push_protocol import ConfigSource
 
-    apply = functools.partial(service.apply_config, source=ConfigSource.FILES)
-    source = PolicySource(service.settings.policies, apply, service.reject_config)
+    source = PolicySource(service.settings.policies, service.in_force)
     async with _background(source.run()):
         yield
 

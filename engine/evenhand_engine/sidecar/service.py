@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from evenhand_engine.backends.upstream import Upstream
-from evenhand_engine.frontend.config_state import ConfigState
+from evenhand_engine.frontend.config_in_force import ConfigInForce
 from evenhand_engine.frontend.service import Service
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.sidecar.body import BytesPerToken
@@ -60,12 +60,12 @@ class SidecarService(Service):
         self,
         settings: ServerSettings,
         upstream: Upstream,
-        config_state: ConfigState,
+        in_force: ConfigInForce,
         *,
         priority: UpstreamPriority = UpstreamPriority.OFF,
         salts_caches: bool = False,
     ) -> None:
-        super().__init__(settings, upstream, config_state)
+        super().__init__(settings, upstream, in_force)
         self.upstream = upstream
         self.bytes_per_token = BytesPerToken()
         self._priority = priority

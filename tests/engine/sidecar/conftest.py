@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from evenhand_engine.backends.upstream import Upstream, UpstreamSettings
+from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.startup import start_sidecar
 from evenhand_engine.sidecar.service import SidecarService
@@ -96,7 +97,7 @@ class Sidecar:
         return self.service.upstream
 
     def apply(self, config: SchedulerConfig) -> None:
-        self.service.apply_config(config, ConfigSource.FILES)
+        self.service.in_force.replace(ConfigDocument.unversioned(config, ConfigSource.FILES))
 
     def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> Any:
         return self.session.post(self.url + path, json=body, **options)
