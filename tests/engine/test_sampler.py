@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evenhand_engine.core.adjustments import Adjustments
 from evenhand_engine.core.sampler import SamplingRow, Seats, Token, accept, sample
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
@@ -34,7 +35,8 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def row(index: int = 0, **params: Any) -> SamplingRow:
-    return SamplingRow(SamplingParams(max_tokens=10_000, **params), index)
+    sampling_params = SamplingParams(max_tokens=10_000, **params)
+    return SamplingRow(sampling_params, index, Adjustments.of(sampling_params), np.zeros(index, np.int32))
 
 
 def ids(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> list[int | None]:
@@ -70,6 +72,9 @@ ALL = set(range(8))
         ({"top_p": 0.96}, ALL - {0}),  # the two tokens of 0.05 stay or go together
         ({"top_k": 4, "top_p": 0.6}, {1, 3}),  # top_p counts the mass that top_k left: 0.55 of 0.8
         ({"temperature": 2.0, "top_p": 0.5}, {1, 3, 5}),  # of the distribution after the temperature
+        ({"min_p": 0.5}, {1, 3, 5}),  # at least 0.15
+        ({"temperature": 2.0, "min_p": 0.5}, ALL - {0, 4, 7}),  # a quarter of the likeliest, before the temperature
+        ({"min_p": 0.3, "top_p": 0.9}, {1, 3, 5, 6}),  # 0.8 is left of all, of which the first three have 0.875
     ],
 )
 def test_draws_follow_the_distribution(kernels: Kernels, params: dict[str, Any], kept: set[int]) -> None:
@@ -191,7 +196,7 @@ def test_as_many_log_probabilities_as_asked_for_and_there_are(
 
 def test_each_seat_is_sampled_as_who_has_it_asked() -> None:
     first, second = SamplingParams(max_tokens=9, seed=1), SamplingParams(max_tokens=9, seed=2)
-    seats = Seats()
+    seats = Seats(lambda seat, end: np.full(end, seat, np.int32))
     chunks = (ScheduledRequest(5, 0, 4, 0), ScheduledRequest(2, 0, 3, 1))
     started = (
         StartedRequest(5, "a", array("I", range(6)), 6, first),

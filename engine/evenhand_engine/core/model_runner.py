@@ -21,7 +21,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
         self._decoder = decoder
         self._staging = Staging(settings, decoder.kernels)
-        self._seats = Seats()
+        self._seats = Seats(self._staging.token_ids)
         self._results: deque[list[Sampled]] = deque()
 
     @property

@@ -1,11 +1,11 @@
 """Sampler: logits to token ids.
 
-Stateless: token i of a request depends on its logits, its SamplingParams and (seed, i) alone, so neither batching nor
-chunking nor preemption changes a seeded result. The drawing itself is the kernels' (`Kernels.draw`).
+Stateless: token i of a request depends on its logits, its SamplingParams, its own tokens before it and (seed, i) alone, so
+neither batching nor chunking nor preemption changes a seeded result. The drawing itself is the kernels' (`Kernels.draw`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,20 +13,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evenhand_engine.core.adjustments import MIN_TEMPERATURE, Adjustments
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, SamplingParams, TokenLogprobs
 from evenhand_kernels.kernels import Draw, Kernels
 
-MIN_TEMPERATURE = 1e-5
-"""Below it sampling is greedy: the quotients would overflow, and the best token has all the probability anyway."""
+
+def _no_tokens() -> NDArray[np.int32]:
+    return np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """How one row of logits is sampled; `index` counts the request's output tokens before this one."""
+    """How one row of logits is sampled.
+
+    Attributes:
+        index: the request's output tokens before this one.
+        adjustments: what is done to the logits first; None: nothing.
+        token_ids: int32, with `adjustments` all of the request's tokens before this one.
+    """
 
     params: SamplingParams
     index: int
+    adjustments: Adjustments | None = field(default=None, compare=False)
+    token_ids: NDArray[np.int32] = field(default_factory=_no_tokens, compare=False)
 
 
 class Token(NamedTuple):
@@ -36,21 +46,38 @@ class Token(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
-class Seats:
-    """How the request in each seat is sampled."""
+class _Seated(NamedTuple):
+    params: SamplingParams
+    num_prompt_tokens: int
+    adjustments: Adjustments | None
 
-    def __init__(self) -> None:
-        self._requests: dict[int, tuple[SamplingParams, int]] = {}  # by seat, with the length of the prompt
+
+class Seats:
+    """How the request in each seat is sampled.
+
+    Args:
+        token_ids: the tokens of a seat that come before a position, drafts of the batch among them.
+    """
+
+    def __init__(self, token_ids: Callable[[int, int], NDArray[np.int32]]) -> None:
+        self._token_ids = token_ids
+        self._seated: dict[int, _Seated] = {}
 
     def prepare(self, batch: Batch) -> list[SamplingRow]:
         """Take in who sits where, and tell how each row of the batch's logits is sampled."""
         for started in batch.started:
-            self._requests[started.seat] = (started.sampling_params, started.num_prompt_tokens)
+            params = started.sampling_params
+            self._seated[started.seat] = _Seated(params, started.num_prompt_tokens, Adjustments.of(params))
         rows = []
         for item in batch.scheduled:
-            params, num_prompt_tokens = self._requests[item.seat]
+            params, num_prompt_tokens, adjustments = self._seated[item.seat]
             end = item.num_computed_tokens + item.num_scheduled_tokens - num_prompt_tokens
-            rows += [SamplingRow(params, index) for index in range(end - item.num_samples + 1, end + 1)]
+            for index in range(end - item.num_samples + 1, end + 1):
+                if adjustments is None:
+                    rows.append(SamplingRow(params, index))
+                else:
+                    token_ids = self._token_ids(item.seat, num_prompt_tokens + index)
+                    rows.append(SamplingRow(params, index, adjustments, token_ids))
         return rows
 
 
@@ -85,8 +112,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> lis
         if row.params.num_logprobs is not None
     }
     for number, row in enumerate(rows):
-        if row.index < row.params.min_tokens and row.params.stop_token_ids:
-            logits[number, list(row.params.stop_token_ids)] = -torch.inf
+        if row.adjustments is not None:
+            row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)
     token_ids = kernels.draw(logits, [_draw(row) for row in rows])
     return [
         None if token_id is None else Token(token_id, _logprobs(told.get(number), token_id, row.params))

@@ -65,6 +65,10 @@ class Staging:
             logits_indices=torch.from_numpy(_last_of_each(ends, num_samples)),
         )
 
+    def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:
+        """The seat's tokens before position `end`; a view."""
+        return self._token_ids[seat, :end]
+
     def append(self, seat: int, position: int, token_ids: tuple[int, ...]) -> None:
         """Note what was sampled for the seat at `position` and after it."""
         self._token_ids[seat, position : position + len(token_ids)] = token_ids

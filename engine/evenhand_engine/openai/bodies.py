@@ -19,7 +19,13 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields, TokenId
 
 _MAX_NEUTRAL_BYTES = 1024  # a value that asks for nothing is short
-_SHORT = ("stop", "stop_token_ids")  # lists, typed, of which a client must not have millions made
+_SHORT = (
+    "stop",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
+    "logit_bias",
+)  # lists, typed, of which a client must not have millions made
 _MAX_SHORT_BYTES = 65536
 _MAX_NUMBER_BYTES = 64
 _CHUNK_BYTES = 65536  # of a list of numbers that are decoded at once

@@ -16,8 +16,10 @@ from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.logprobs import chat_logprobs
 from evenhand_engine.openai.prompts import PromptReader
 from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.sampling import sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
+from evenhand_engine.scheduler.request import SamplingParams
 from evenhand_engine.text.detokenizer import Piece, text_of
 from evenhand_engine.text.tokenizer import Tokenizer
 
@@ -56,7 +58,7 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = service.admission.check(tenant_id, time.monotonic())
-    body, prompt = await read_request(request, functools.partial(_read, service))
+    body, prompt, params = await read_request(request, functools.partial(_read, service))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -64,13 +66,14 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         tokenizer=None if body.num_logprobs is None else service.tokenizer,
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    with begin(service, tenant_id, body, [prompt], max_tokens, num_taken=num_taken) as generations:
+    with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 
-def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, array[int]]":
+def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, array[int], SamplingParams]":
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-    return without_raw(body), PromptReader(service.tokenizer, service.info.max_model_len).chat(body)
+    prompt = PromptReader(service.tokenizer, service.info.max_model_len).chat(body)
+    return without_raw(body), prompt, sampling_params(body, service.tokenizer)

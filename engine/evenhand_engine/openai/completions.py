@@ -16,8 +16,10 @@ from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.logprobs import CompletionLogprobs
 from evenhand_engine.openai.prompts import PromptReader
 from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.sampling import sampling_params
 from evenhand_engine.openai.schema import CompletionRequest
 from evenhand_engine.openai.stream import answer
+from evenhand_engine.scheduler.request import SamplingParams
 from evenhand_engine.text.detokenizer import Piece, text_of
 
 
@@ -56,7 +58,7 @@ class _CompletionFormat:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = service.admission.check(tenant_id, time.monotonic())
-    body, prompts, echoes = await read_request(request, functools.partial(_read, service))
+    body, prompts, echoes, params = await read_request(request, functools.partial(_read, service))
     num_choices = body.n or 1
     form = _CompletionFormat(
         completion_id=f"cmpl-{body.request_id or request[REQUEST_ID]}",
@@ -68,11 +70,13 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         else [CompletionLogprobs(service.tokenizer) for _ in range(len(prompts) * num_choices)],
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    with begin(service, tenant_id, body, prompts, max_tokens, num_taken=num_taken) as generations:
+    with begin(service, tenant_id, body, prompts, params, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 
-def _read(service: EngineService, raw: bytes) -> "tuple[CompletionRequest, list[array[int]], list[str] | None]":
+def _read(
+    service: EngineService, raw: bytes
+) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
     if body.echo and body.num_logprobs is not None:
@@ -80,4 +84,5 @@ def _read(service: EngineService, raw: bytes) -> "tuple[CompletionRequest, list[
         raise Refusal(400, "unsupported_parameter", message, param="logprobs")
     reader = PromptReader(service.tokenizer, service.info.max_model_len)
     prompts = reader.completion(body)
-    return without_raw(body), prompts, reader.echoes(body, prompts) if body.echo else None
+    echoes = reader.echoes(body, prompts) if body.echo else None
+    return without_raw(body), prompts, echoes, sampling_params(body, service.tokenizer)

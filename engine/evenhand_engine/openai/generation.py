@@ -7,12 +7,11 @@ Knows neither the API's formats nor HTTP's.
 
 import asyncio
 import contextlib
-import secrets
 import time
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Self, TypeVar
+from typing import Self
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.errors import Refusal
@@ -20,11 +19,9 @@ from evenhand_engine.frontend.account import Cost, Reservation
 from evenhand_engine.frontend.metrics import RequestMetrics
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.openai.errors import refuse_finished
-from evenhand_engine.openai.prompts import check_token_ids
+from evenhand_engine.openai.sampling import choice_params
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, SamplingParams
-
-T = TypeVar("T")
 
 _MAX_CHOICES = 256  # of one body
 
@@ -144,6 +141,7 @@ def begin(
     tenant_id: str,
     body: SamplingFields,
     prompts: "Sequence[array[int]]",
+    params: SamplingParams,
     max_tokens: int | None,
     *,
     num_taken: int = 0,
@@ -151,10 +149,9 @@ def begin(
     """Reserve quota for all choices of all prompts and begin them, or raise Refusal or EngineDeadError.
 
     The choices of a prompt follow each other, as in an answer of OpenAI's. On leaving, whatever still runs is ended.
-    `num_taken`: requests of the quota that `Admission.check` has taken.
+    `params`: what they have in common; `num_taken`: requests of the quota that `Admission.check` has taken.
     """
     admission = service.admission
-    check_token_ids(service.tokenizer, body.stop_token_ids or (), "stop_token_ids")
     if any(not prompt for prompt in prompts):
         raise Refusal(400, "invalid_value", "A prompt has no tokens.", param="prompt")
     limits = [max_tokens or admission.max_output_tokens(tenant_id, len(prompt)) for prompt in prompts]
@@ -169,7 +166,7 @@ def begin(
     generations = [
         Generation(
             service,
-            _request(service, tenant_id, body, prompts[prompt], limits[prompt], choice),
+            _request(tenant_id, body, prompts[prompt], choice_params(params, limits[prompt], choice)),
             reservation,
             prompt_index=prompt,
             choice_index=choice,
@@ -185,40 +182,18 @@ def begin(
             generation.close()
 
 
-def _request(
-    service: EngineService, tenant_id: str, body: SamplingFields, prompt: "array[int]", max_tokens: int, choice: int
-) -> GenerationRequest:
+def _request(tenant_id: str, body: SamplingFields, prompt: "array[int]", params: SamplingParams) -> GenerationRequest:
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
         tenant_id=tenant_id,
         prompt_token_ids=prompt,
-        sampling_params=_sampling_params(service, body, max_tokens, choice),
+        sampling_params=params,
         arrival_time=time.monotonic(),
         user=body.user or "",
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
     )
-
-
-def _sampling_params(service: EngineService, body: SamplingFields, max_tokens: int, choice: int) -> SamplingParams:
-    """Choices of a seeded request differ from each other, each as reproducible as the first."""
-    defaults = service.tokenizer.sampling_defaults
-    eos = frozenset[int]() if body.ignore_eos else service.tokenizer.eos_token_ids
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=_first(body.temperature, defaults.temperature, 1.0),
-        top_p=_first(body.top_p, defaults.top_p, 1.0),
-        top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
-        seed=secrets.randbits(63) if body.seed is None or body.seed == -1 else (body.seed + choice) % 2**63,
-        min_tokens=body.min_tokens or 0,
-        stop_token_ids=eos | frozenset(body.stop_token_ids or ()),
-        num_logprobs=body.num_logprobs,
-    )
-
-
-def _first(value: T | None, recommended: T | None, otherwise: T) -> T:
-    return value if value is not None else recommended if recommended is not None else otherwise
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -25,6 +25,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
     batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
     `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
+
+    The logits are changed first, in this order: only `allowed_token_ids` may come (None: all), no stop token within the first
+    `min_tokens` outputs, and no last token of one of `bad_words_token_ids` whose other tokens are the last outputs;
+    `logit_bias`, pairs of a token and what its logit gains, no token twice; `repetition_penalty` divides (below 0: multiplies)
+    the logits of tokens in prompt or output; `frequency_penalty` is taken off a token's logit as often as the output has it,
+    `presence_penalty` once if it does. `min_p` keeps tokens of at least that part of the likeliest one's probability, after the
+    temperature, before top_k and top_p. All as vLLM's.
     """
 
     max_tokens: int
@@ -32,6 +39,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: frozenset[int] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None

@@ -37,6 +37,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class TextTooLongError(Exception):
