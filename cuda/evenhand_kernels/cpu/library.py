@@ -1,4 +1,7 @@
-"""Compiles the C++ kernels for this very processor and loads them."""
+"""Loads the C++ kernels: compiled ahead of time for a level of processor, or here and now for this very one.
+
+`python -m evenhand_kernels.cpu.library DIRECTORY` compiles them ahead of time, for every level.
+"""
 
 import ctypes
 import hashlib
@@ -7,15 +10,17 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+from evenhand_kernels.cpu.levels import LEVELS, usable_levels
 
 SOURCE_DIR = Path(__file__).parent
 SOURCE = SOURCE_DIR / "kernels.cpp"
 FLAGS = [
     "-std=c++20",
     "-O3",
-    "-march=native",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -23,6 +28,9 @@ FLAGS = [
     "-fPIC",
     "-shared",
 ]
+SHIPPED_DIR = Path(sys.prefix, "share/evenhand/kernels")
+"""Where an installation, as that of a container image, has kernels that were compiled ahead of time."""
+
 COMPILE_SECONDS = 600  # 20 on a machine with nothing else to do
 
 
@@ -30,29 +38,53 @@ class CompileError(Exception):
     """There is no usable C++ compiler. The message says what was tried and what it answered."""
 
 
-def load_library(cache_dir: Path) -> ctypes.CDLL:
-    """The compiled kernels, from `cache_dir` if they were compiled before by this compiler on this processor.
+def load_library(cache_dir: Path, shipped_dir: Path = SHIPPED_DIR) -> ctypes.CDLL:
+    """The kernels of `shipped_dir` for the best level that this processor has; else those in `cache_dir`, where they are
+    compiled unless that was done before by this compiler on this processor.
 
     Raises CompileError.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
-    library = cache_dir / f"cpu-{_key(compiler)}.so"
-    if not library.exists():
-        _compile(compiler, library)
+    shipped = (shipped_dir / _shipped_name(level) for level in usable_levels())
+    library = next(filter(Path.exists, shipped), None)
+    if library is None:
+        compiler = _compiler()
+        library = cache_dir / f"cpu-{_key(compiler)}.so"
+        if not library.exists():
+            _compile(compiler, "native", library)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompileError(f"{library}: cannot be loaded: {error}") from error
 
 
+def compile_ahead(directory: Path) -> None:
+    """Compiles the kernels for every level into `directory`, where `load_library` looks. Raises CompileError."""
+    for level in LEVELS:
+        _compile(_compiler(), level, directory / _shipped_name(level))
+
+
+def _shipped_name(level: str) -> str:
+    """With a digest, so that sources never meet a library that was compiled from others."""
+    return f"cpu-{level}-{_sources_digest().hexdigest()[:16]}.so"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
+
+
 def _key(compiler: list[str]) -> str:
     """Changes with everything that the result depends on."""
-    digest = hashlib.sha256()
-    for source in sorted([SOURCE, *SOURCE_DIR.glob("*.h")]):
-        digest.update(source.read_bytes())
-    for part in (*FLAGS, _output([*compiler, "--version"]), platform.machine(), _processor_features()):
+    digest = _sources_digest()
+    for part in (_output([*compiler, "--version"]), platform.machine(), _processor_features()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _sources_digest() -> "hashlib._Hash":
+    digest = hashlib.sha256("\0".join(FLAGS).encode())
+    for source in sorted([SOURCE, *SOURCE_DIR.glob("*.h")]):
+        digest.update(source.read_bytes())
+    return digest
 
 
 def _processor_features() -> str:
@@ -64,13 +96,13 @@ def _processor_features() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _compile(compiler: list[str], library: Path) -> None:
+def _compile(compiler: list[str], processor: str, library: Path) -> None:
     """Compile into a temporary file that takes its name in one step, so that two processes may do it at once."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             result = Path(directory) / library.name
-            _output([*compiler, *FLAGS, str(SOURCE), "-o", str(result)])
+            _output([*compiler, *FLAGS, f"-march={processor}", str(SOURCE), "-o", str(result)])
             result.rename(library)
     except OSError as error:
         raise CompileError(f"cannot write to {library.parent}: {error}") from error
@@ -84,3 +116,7 @@ def _output(command: list[str]) -> str:
     if done.returncode != 0:
         raise CompileError(f"{shlex.join(command)}: {done.stderr.strip()[-800:]}")
     return done.stdout
+
+
+if __name__ == "__main__":
+    compile_ahead(Path(sys.argv[1]))
