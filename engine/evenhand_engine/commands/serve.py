@@ -1,35 +1,23 @@
 """`evenhand serve`: parses arguments and nothing else. What it needs is imported when it runs."""
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from evenhand_engine.commands.options import quantity, server_options, server_settings
+
 if TYPE_CHECKING:
-    from evenhand_engine.frontend.push_receiver import PushSettings
     from evenhand_engine.server.startup import Running
 
 _API_KEY_VARIABLE = "EVENHAND_API_KEY"
 _DTYPES = ["auto", "float32", "bfloat16", "float16"]
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def quantity(value: str) -> int:
-    """A positive integer, perhaps with a suffix: 1k is 1000, 1K is 1024, as in vLLM."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value.strip())
-    number = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
-    if number < 1:
-        raise click.BadParameter(f"{value!r} is not a positive number like 512, 2k or 2K.")
-    return number
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--host", default="0.0.0.0", help="Address of the public port.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Public port; 0 takes any free one.")
 @click.option("--served-model-name", multiple=True, help="Name that clients ask for; may be repeated.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the weights; auto: as they come.")
 @click.option(
@@ -63,35 +51,13 @@ def quantity(value: str) -> int:
     "--replay-steps", type=click.Path(path_type=Path), help="Take step sizes from such a file, over and over."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of dummy weights.")
-@click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
-@click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")
-@click.option("--bootstrap", type=click.Path(path_type=Path), help="Folder of the pool's mounted bootstrap Secrets.")
-@click.option(
-    "--pod-token", type=click.Path(path_type=Path), help="File of the token that proves to it which pod this is."
-)
-@click.option("--last-good", type=click.Path(path_type=Path), help="File that keeps the last config across restarts.")
-@click.option("--allow-unconfigured", is_flag=True, help="With --pool: serve before any config was loaded or pushed.")
-@click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
-@click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
-@click.option("--ssl-certfile", type=click.Path(path_type=Path), help="PEM certificate chain of the public port.")
-@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
 @click.option("--api-key", envvar=_API_KEY_VARIABLE, help="Demand this key of requests that no policy's key proves.")
-@click.option("--max-request-bytes", type=quantity, default="4M", help="Largest body.")
-@click.option("--max-tenant-body-bytes", type=quantity, default="64M", help="Most of all bodies of one tenant.")
-@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
-@click.option(
-    "--write-timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
-    help="Seconds that a client may leave an answer unread.",
-)
 @click.option(
     "--queue-heartbeat",
     type=click.FloatRange(0, min_open=True),
     help="Seconds between comments in a stream whose request waits; default: none.",
 )
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@server_options(max_request_bytes="4M", max_tenant_body_bytes="64M")
 def serve(model: str | None, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API.
 
@@ -105,7 +71,6 @@ def serve(model: str | None, **options: Any) -> None:
 
     from evenhand_engine.config import EngineConfig, SchedulingPolicy
     from evenhand_engine.errors import StartupError
-    from evenhand_engine.frontend.settings import ServerSettings
     from evenhand_engine.logs import configure_logging
     from evenhand_engine.server.run import serve as serve_until_stopped
 
@@ -128,23 +93,10 @@ def serve(model: str | None, **options: Any) -> None:
         record_steps=options["record_steps"],
         replay_steps=options["replay_steps"],
     )
-    settings = ServerSettings(
-        host=options["host"],
-        port=options["port"],
-        admin_host=options["admin_host"],
-        admin_port=options["admin_port"],
-        policies=options["policies"],
-        push=push_settings(options),
-        allow_unconfigured=options["allow_unconfigured"],
-        anonymous=options["anonymous"],
+    settings = server_settings(
+        options,
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
-        ssl_certfile=options["ssl_certfile"],
-        ssl_keyfile=options["ssl_keyfile"],
-        max_request_bytes=options["max_request_bytes"],
-        max_tenant_body_bytes=options["max_tenant_body_bytes"],
-        drain_timeout=options["drain_timeout"],
-        write_timeout=options["write_timeout"],
         queue_heartbeat=options["queue_heartbeat"],
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -154,35 +106,6 @@ def serve(model: str | None, **options: Any) -> None:
             click.echo(f"evenhand: {error}", err=True)
             code = 1
     sys.exit(code)
-
-
-def push_settings(options: dict[str, Any]) -> "PushSettings | None":
-    """Raises UsageError where the options contradict each other."""
-    if options["pool"] is None:
-        given = [
-            f"--{name.replace('_', '-')}"
-            for name in ("bootstrap", "pod_token", "last_good", "allow_unconfigured")
-            if options[name]
-        ]
-        if given:
-            raise click.UsageError(f"{', '.join(given)} means nothing without --pool NAMESPACE/NAME.")
-        return None
-    if options["policies"] is not None:
-        raise click.UsageError(
-            "--pool and --policies exclude each other: either an operator or files set the policies."
-        )
-    if options["bootstrap"] is None:
-        raise click.UsageError(
-            "--pool needs --bootstrap DIR, the folder where the pool's bootstrap Secrets are mounted."
-        )
-    namespace, slash, name = options["pool"].partition("/")
-    if not (namespace and slash and name) or "/" in name:
-        raise click.BadParameter(f"{options['pool']!r} is not NAMESPACE/NAME.", param_hint="--pool")
-    from evenhand_engine.frontend.push_receiver import PushSettings
-    from evenhand_policy.config import PoolReference
-
-    pool = PoolReference(namespace=namespace, name=name)
-    return PushSettings(pool, options["bootstrap"], options["pod_token"], options["last_good"])
 
 
 def _announce(running: "Running") -> None:

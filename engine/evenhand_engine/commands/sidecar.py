@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evenhand_engine.commands.serve import push_settings, quantity
+from evenhand_engine.commands.options import quantity, server_options, server_settings
 
 if TYPE_CHECKING:
     from evenhand_engine.server.startup import Running
@@ -55,31 +55,7 @@ def _origin(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.option("--max-model-len", type=quantity, default="128K", help="The upstream's context.")
 @click.option("--kv-tokens", type=quantity, help="Size of its KV cache in tokens; default: what it says of itself.")
-@click.option("--host", default="0.0.0.0", help="Address of the public port.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Public port; 0 takes any free one.")
-@click.option("--policies", type=click.Path(path_type=Path), help="Directory of TenantPolicy files, watched.")
-@click.option("--pool", metavar="NAMESPACE/NAME", help="EnginePool whose operator pushes the config instead.")
-@click.option("--bootstrap", type=click.Path(path_type=Path), help="Folder of the pool's mounted bootstrap Secrets.")
-@click.option(
-    "--pod-token", type=click.Path(path_type=Path), help="File of the token that proves to it which pod this is."
-)
-@click.option("--last-good", type=click.Path(path_type=Path), help="File that keeps the last config across restarts.")
-@click.option("--allow-unconfigured", is_flag=True, help="With --pool: serve before any config was loaded or pushed.")
-@click.option("--anonymous/--no-anonymous", default=True, help="Serve requests without a key as the default tenant.")
-@click.option("--admin-host", default="127.0.0.1", help="Address of the admin port.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), default=9000, help="Port that tenants must not reach.")
-@click.option("--ssl-certfile", type=click.Path(path_type=Path), help="PEM certificate chain of the public port.")
-@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Its private key.")
-@click.option("--max-request-bytes", type=quantity, default="32M", help="Largest body that is held.")
-@click.option("--max-tenant-body-bytes", type=quantity, default="256M", help="Most of all bodies of one tenant.")
-@click.option("--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds to finish after SIGTERM.")
-@click.option(
-    "--write-timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
-    help="Seconds that a client may take to read what is buffered for it.",
-)
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@server_options(max_request_bytes="32M", max_tenant_body_bytes="256M")
 def sidecar(**options: Any) -> None:
     """Share an engine that you already run: queue, order and bound what tenants send to vLLM, SGLang or llama.cpp.
 
@@ -92,7 +68,6 @@ def sidecar(**options: Any) -> None:
 
     from evenhand_engine.backends.upstream import UpstreamSettings
     from evenhand_engine.errors import StartupError
-    from evenhand_engine.frontend.settings import ServerSettings
     from evenhand_engine.logs import configure_logging
     from evenhand_engine.server.run import run_until_stopped
     from evenhand_engine.server.startup import start_sidecar
@@ -107,11 +82,7 @@ def sidecar(**options: Any) -> None:
         idle_timeout=options["upstream_idle_timeout"],
         max_model_len=options["max_model_len"],
     )
-    same = (
-        *("host", "port", "admin_host", "admin_port", "policies", "anonymous", "ssl_certfile", "ssl_keyfile"),
-        *("max_request_bytes", "max_tenant_body_bytes", "drain_timeout", "write_timeout", "allow_unconfigured"),
-    )
-    settings = ServerSettings(push=push_settings(options), **{name: options[name] for name in same})
+    settings = server_settings(options)
 
     async def run() -> int:
         server = start_sidecar(

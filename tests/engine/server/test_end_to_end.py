@@ -20,7 +20,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from evenhand_engine.commands.serve import quantity, serve
+from evenhand_engine.commands.options import quantity
+from evenhand_engine.commands.serve import serve
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.text.tokenizer import Tokenizer
