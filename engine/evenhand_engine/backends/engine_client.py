@@ -1,7 +1,8 @@
 """EngineClient: the HTTP process's end of the pipe to the engine core process.
 
 Owns the core process and the pipe. Two threads do the blocking reads and writes, so that a core that stands still never
-blocks the event loop; everything else runs in the loop. It knows nothing of requests, tenants or text.
+blocks the event loop; everything else runs in the loop. What the loop is too late for waits, merged, in the `inbox`.
+It knows nothing of requests, tenants or text.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from evenhand_engine.backends.inbox import Inbox
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
@@ -83,6 +85,7 @@ class EngineClient:
         self._lost = lost
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineReady] = self._loop.create_future()
+        self._inbox = Inbox()
         self._outbox: queue.SimpleQueue[ToCore | None] = queue.SimpleQueue()
         self._closing = False
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._write)]
@@ -136,22 +139,24 @@ class EngineClient:
             try:
                 while True:
                     message = decoder.decode(self._connection.recv_bytes())
-                    self._loop.call_soon_threadsafe(self._receive, message, time.monotonic())
+                    if self._inbox.put(message, time.monotonic()):
+                        self._loop.call_soon_threadsafe(self._receive)
             except (EOFError, OSError):
                 self._loop.call_soon_threadsafe(self._lose, "the engine core process ended unexpectedly")
             except msgspec.MsgspecError as error:
                 self._loop.call_soon_threadsafe(self._lose, f"the engine core sent an unreadable message: {error}")
 
-    def _receive(self, message: FromCore, now: float) -> None:
-        match message:
-            case StepOutputs():
-                self._take_outputs(message, now)
-            case EngineReady():
-                self.ready = message
-                if not self._started.done():
-                    self._started.set_result(message)
-            case StartupFailed() | EngineFailed():
-                self._lose(message.message)
+    def _receive(self) -> None:
+        for message, now in self._inbox.take():
+            match message:
+                case StepOutputs():
+                    self._take_outputs(message, now)
+                case EngineReady():
+                    self.ready = message
+                    if not self._started.done():
+                        self._started.set_result(message)
+                case StartupFailed() | EngineFailed():
+                    self._lose(message.message)
 
     def _lose(self, reason: str) -> None:
         if self.failure is not None:

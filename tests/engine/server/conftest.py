@@ -101,7 +101,7 @@ def token_ids(request: AddRequest) -> list[int]:
     return array("I", request.prompt_token_ids).tolist()
 
 
-def _stats(config_digest: str) -> EngineStats:
+def idle_stats(config_digest: str) -> EngineStats:
     """Of a core that has nothing to do."""
     return EngineStats(
         time=time.monotonic(),
@@ -171,7 +171,7 @@ class ScriptedCore:
                 if isinstance(message, Shutdown):
                     return self.die()
                 if isinstance(message, Reconfigure) and self.tells_config:
-                    self.send(StepOutputs(outputs=(), stats=_stats(message.config.digest())))
+                    self.send(StepOutputs(outputs=(), stats=idle_stats(message.config.digest())))
                 if isinstance(message, AddRequest):
                     self._open.add(message.request_id)
                     for output in self.reply(message) if self.reply is not None else ():
@@ -315,6 +315,8 @@ def say(model_dir: Path) -> Say:
                 elif number == limit:
                     reason = FinishReason.LENGTH
                 yield RequestOutput(request_id=request.request_id, token_ids=(token_id,), finish_reason=reason)
+                if reason is not None:
+                    return
 
         return reply
 
