@@ -1,4 +1,4 @@
-"""Messages between the HTTP process and the engine core process: msgspec structs, sent as MessagePack.
+"""Messages between the HTTP side and the engine core process: msgspec structs, sent as MessagePack.
 
 Times are `time.monotonic()` seconds, which on Linux and macOS is one clock for all processes of a machine.
 """
@@ -42,11 +42,11 @@ class Reconfigure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Leave the loop and exit."""
+    """Leave the loop and exit; from an API server: it is about to exit itself."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The model is loaded and warm. Sent once, first."""
+    """The model is loaded and warm. Sent once to each connection, first."""
 
     model_name: str
     max_model_len: int

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.connections import Connections
 from evenhand_engine.core.engine import EngineCore
 from evenhand_engine.messages import AddRequest, FromCore, Shutdown, StepOutputs, ToCore
 from evenhand_engine.scheduler.batch import Batch
@@ -57,7 +58,7 @@ class Core:
 
     def _run(self, runner: ScriptedRunner, connection: Connection) -> None:
         try:
-            EngineCore(SETTINGS, runner, connection).run()
+            EngineCore(SETTINGS, runner, Connections(connection)).run()
         except Exception as error:
             self.error = error
         finally:

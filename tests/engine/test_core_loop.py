@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.connections import Connections
 from evenhand_engine.core.engine import EngineCore
 from evenhand_engine.messages import AbortRequest, AddRequest
 from evenhand_engine.scheduler.batch import Runner
@@ -34,7 +35,7 @@ def core() -> EngineCore:
     """A core whose runner computes nothing yet, and whose messages go nowhere."""
     runner = cast(Runner, SimpleNamespace(pipeline_depth=2, submit=lambda batch: None))
     connection = cast(Connection, SimpleNamespace(send_bytes=lambda message: None))
-    return EngineCore(SchedulerSettings(max_num_seqs=1), runner, connection)
+    return EngineCore(SchedulerSettings(max_num_seqs=1), runner, Connections(connection))
 
 
 def add(number: int) -> AddRequest:

@@ -8,8 +8,10 @@ It knows nothing of requests, tenants or text.
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -42,22 +44,67 @@ class CoreProcess(Protocol):
     def kill(self) -> None: ...
 
 
-def _core_main(config: EngineConfig, connection: Connection) -> None:
+class Core(CoreProcess, Protocol):
+    """An engine core that other processes can be connected to as well."""
+
+    def connect(self) -> Connection:
+        """One more pipe to it: this side's end."""
+        ...
+
+
+class SpawnedCore:
+    """A core in a process of its own, which is passed the descriptors of more pipes by a socket."""
+
+    def __init__(self, process: CoreProcess, doors: socket.socket) -> None:
+        self._process = process
+        self._doors = doors
+
+    def join(self) -> None:
+        self._process.join()
+        self._doors.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def connect(self) -> Connection:
+        ours, theirs = multiprocessing.Pipe(duplex=True)
+        with theirs, contextlib.suppress(OSError):  # of a core that is gone: `ours` has ended then
+            socket.send_fds(self._doors, [b"+"], [theirs.fileno()])
+        return ours
+
+
+class ConnectedCore:
+    """For a process that only has a pipe to a core: it ends the pipe, not the core."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def join(self) -> None: ...
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def _core_main(config: EngineConfig, connection: Connection, doors: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by a terminal or systemd: the HTTP
         signal.signal(number, signal.SIG_IGN)  # process drains first, and the core ends with it
     from evenhand_engine.core.engine import run_core  # here, so that the HTTP process never imports torch
 
-    run_core(config, connection)
+    run_core(config, connection, doors)
 
 
-def spawn_core(config: EngineConfig) -> tuple[CoreProcess, Connection]:
-    """Start the engine core in a process of its own; returns it and this side's end of the pipe."""
+def spawn_core(config: EngineConfig) -> tuple[Core, Connection]:
+    """Start the engine core in a process of its own; returns it and this side's end of the first pipe."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=True)
-    process = context.Process(target=_core_main, args=(config, theirs), name="evenhand-core", daemon=True)
+    our_doors, their_doors = socket.socketpair()
+    args = (config, theirs, their_doors)
+    process = context.Process(target=_core_main, args=args, name="evenhand-core", daemon=True)
     process.start()
     theirs.close()  # so that the core's death is an end of file here
-    return process, ours
+    their_doors.close()
+    return SpawnedCore(process, our_doors), ours
 
 
 class EngineClient:

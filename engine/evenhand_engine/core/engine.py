@@ -1,8 +1,8 @@
 """The engine core: one process, one loop, one thread that decides; it alone touches scheduler and runner.
 
-    HTTP process ──commands──▶ receiver thread ──▶ queue ──▶ EngineCore.run ──StepOutputs──▶ HTTP process
+    HTTP side ──commands──▶ receiver threads ──▶ queue ──▶ EngineCore.run ──StepOutputs──▶ HTTP side
 
-The receiver only drains the pipe, so that the HTTP side never blocks on a core that is busy computing.
+The receivers (`connections`) only drain the pipes, so that the HTTP side never blocks on a core that is busy computing.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import gc
 import logging
 import queue
 import signal
-import threading
+import socket
 import time
 from array import array
 from collections import deque
@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-import msgspec
-
 from evenhand_engine.config import EngineConfig, SchedulerSettings
+from evenhand_engine.core.connections import Connections, send
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.core.step_recorder import StepRecorder, load_token_budgets
 from evenhand_engine.errors import StartupError
@@ -29,16 +28,13 @@ from evenhand_engine.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
-    EngineStats,
-    FromCore,
     Reconfigure,
     Shutdown,
     StartupFailed,
-    StepOutputs,
     ToCore,
 )
 from evenhand_engine.scheduler.batch import Batch, Runner
-from evenhand_engine.scheduler.request import Request, RequestOutput, Sampled
+from evenhand_engine.scheduler.request import Request, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig
 
@@ -50,8 +46,11 @@ _MAX_FAILED_STEPS = 3  # in a row, before it is the engine that is broken and no
 _IDLE_WAIT_SECONDS = 0.05  # while requests wait but nothing can be computed: queue timeouts need the clock
 
 
-def run_core(config: EngineConfig, connection: Connection) -> None:
-    """Entry point of the engine core process: load the model, say so, serve until told to stop or the pipe closes."""
+def run_core(config: EngineConfig, connection: Connection, doors: socket.socket | None = None) -> None:
+    """Entry point of the engine core process: load the model, say so, serve until told to stop or the pipe closes.
+
+    `doors` brings more pipes, of API servers: see `Connections`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
     try:
         from evenhand_engine.core.loading import load_model  # imports torch: only this process pays for it
@@ -61,35 +60,29 @@ def run_core(config: EngineConfig, connection: Connection) -> None:
         recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the HTTP process did not wait
-            _send(connection, StartupFailed(message=str(error)))
+            send(connection, StartupFailed(message=str(error)))
         return
     gc.collect()
     gc.freeze()
     gc.disable()  # no request is part of a cycle, and a look at 60,000 that are queued takes 200 ms: see _rest
     try:
-        _send(
-            connection,
-            EngineReady(
-                model_name=model.model_name,
-                max_model_len=model.settings.max_model_len,
-                num_kv_blocks=model.settings.num_kv_blocks,
-                block_size=model.settings.block_size,
-                dtype=model.dtype,
-                device=model.device,
-            ),
+        ready = EngineReady(
+            model_name=model.model_name,
+            max_model_len=model.settings.max_model_len,
+            num_kv_blocks=model.settings.num_kv_blocks,
+            block_size=model.settings.block_size,
+            dtype=model.dtype,
+            device=model.device,
         )
+        connections = Connections(connection, doors, ready)
         with recorder or contextlib.nullcontext():
-            EngineCore(model.settings, model.runner, connection, token_budgets=token_budgets, recorder=recorder).run()
+            EngineCore(model.settings, model.runner, connections, token_budgets=token_budgets, recorder=recorder).run()
     except (BrokenPipeError, ConnectionResetError):
         logger.info("the HTTP process is gone; the engine core ends")
     except Exception as error:
         logger.exception("the engine core failed")
-        _send(connection, EngineFailed(message=f"{type(error).__name__}: {error}"))
+        send(connection, EngineFailed(message=f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from error
-
-
-def _send(connection: Connection, message: FromCore) -> None:
-    connection.send_bytes(msgspec.msgpack.encode(message))
 
 
 class _Submitted(NamedTuple):
@@ -104,7 +97,7 @@ class EngineCore:
         self,
         settings: SchedulerSettings,
         runner: Runner,
-        connection: Connection,
+        connections: Connections,
         *,
         token_budgets: Iterator[int] | None = None,
         recorder: StepRecorder | None = None,
@@ -113,8 +106,8 @@ class EngineCore:
         self._scheduler = Scheduler(settings, SchedulerConfig(), token_budgets=token_budgets)
         self._recorder = recorder
         self._runner = runner
-        self._connection = connection
-        self._commands: queue.SimpleQueue[ToCore | Exception] = queue.SimpleQueue()
+        self._connections = connections
+        self._commands = connections.commands
         self._stats = StatsRecorder(self._scheduler)
         self._in_flight: deque[_Submitted] = deque()
         self._num_failed_steps = 0  # in a row
@@ -129,22 +122,12 @@ class EngineCore:
         Raises what the scheduler raises, what the runner raises several steps in a row, and what makes a command
         unreadable.
         """
-        threading.Thread(target=self._receive, name="receiver", daemon=True).start()
+        self._connections.start()
         while True:
             self._execute_commands()
             if self._is_stopping:
                 return
             self._advance()
-
-    def _receive(self) -> None:
-        decoder = msgspec.msgpack.Decoder(ToCore)
-        try:
-            while True:
-                self._commands.put(decoder.decode(self._connection.recv_bytes()))
-        except (EOFError, OSError):
-            self._commands.put(Shutdown())
-        except Exception as error:  # deaf, the core would live on: the loop must end and say why
-            self._commands.put(error)
 
     def _execute_commands(self) -> None:
         """Execute what came in, as far as a step has time for it; wait for a command when there is nothing else to do.
@@ -194,7 +177,7 @@ class EngineCore:
         """Submit one batch; take in the oldest when the pipeline is full or there is nothing to submit."""
         started_at = time.monotonic()
         batch = self._scheduler.step(started_at)
-        self._publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
+        self._connections.publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
         if batch is not None:
             self._in_flight.append(_Submitted(batch, self._submit(batch)))
         if self._in_flight and (batch is None or len(self._in_flight) >= self._runner.pipeline_depth):
@@ -204,16 +187,16 @@ class EngineCore:
             seconds = now - max(started_at, self._step_ended_at)
             self._step_ended_at = now
             if isinstance(sampled, Exception):
-                self._publish(self._scheduler.fail(now))
+                self._connections.publish(self._scheduler.fail(now))
                 self._count_failure(sampled)
             else:
-                self._publish(self._scheduler.update(sampled, now))
+                self._connections.publish(self._scheduler.update(sampled, now))
                 self._num_failed_steps = 0
                 self._stats.record_step(oldest.num_tokens, seconds)
                 if self._recorder is not None:
                     self._recorder.record(oldest, seconds)
         self._is_stuck = batch is None and not self._in_flight
-        self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
+        self._connections.publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
 
     def _submit(self, batch: Batch) -> Exception | None:
         try:
@@ -234,7 +217,3 @@ class EngineCore:
         if self._num_failed_steps >= _MAX_FAILED_STEPS:
             raise error
         logger.error("a step failed, and its requests with it", exc_info=error)
-
-    def _publish(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
-        if outputs or stats is not None:
-            _send(self._connection, StepOutputs(outputs=tuple(outputs), stats=stats))
