@@ -1,9 +1,9 @@
 """What the HTTP side costs: a scripted engine core, no model, and clients that read event streams.
 
-Three processes: the server as `evenhand serve` runs it, a core that sends one token to every stream in each step, and
+The server as `evenhand serve` runs it, a core that sends one token to every stream in each step, and
 clients that note when each token comes. The first part sends more than one core of the machine can write: what is not
 written yet is coalesced, and each token counts. The second sends the steps of a calm engine: how much later than the core
-sent it does a token reach its client.
+sent it does a token reach its client. Then both again with two API servers (`_2`), each with as many streams.
 
 `tokens_per_s_per_core`: tokens delivered for each second of CPU that the server used. `added_ms`: from the core's `send` to the
 client's `recv`, so with the pipe, the socket and the client's own share.
@@ -12,7 +12,7 @@ client's `recv`, so with the pipe, the socket and the client's own share.
 import asyncio
 import json
 import multiprocessing
-import resource
+import socket
 import tempfile
 import time
 from array import array
@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import common
-import msgspec
+import psutil
 import tokenizers
 import uvloop
 from tokenizers import decoders, models
 
+from evenhand_engine.backends.engine_client import ConnectedCore, SpawnedCore
 from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.connections import Connections
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.messages import AddRequest, EngineReady, FromCore, Shutdown, StepOutputs, ToCore
+from evenhand_engine.messages import AddRequest, EngineReady, Shutdown
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 from evenhand_engine.server.startup import start_server
 
@@ -37,7 +39,7 @@ _KEYS = {
     "tokens_per_s_per_core": "tokens/s of CPU",
     "added_p50_ms": "added p50 ms",
     "added_p99_ms": "p99 ms",
-    "max_rss_mib": "MiB",
+    "rss_mib": "MiB",
 }
 LETTER = 97  # the token, and the character that it is
 SPAWN = multiprocessing.get_context("spawn")
@@ -53,57 +55,68 @@ def make_model(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | sizes | {"max_position_embeddings": 65536}))
 
 
-def run_core(connection: Connection, num_streams: int, num_steps: int, step_seconds: float, sent: Connection) -> None:
+def run_core(
+    connection: Connection,
+    doors: socket.socket,
+    num_streams: int,
+    num_steps: int,
+    step_seconds: float,
+    sent: Connection,
+) -> None:
     """Once all streams have come, send each a token in every step; then tell when each step was sent."""
-    decoder, encoder = msgspec.msgpack.Decoder(ToCore), msgspec.msgpack.Encoder()
-
-    def send(message: FromCore) -> None:
-        connection.send_bytes(encoder.encode(message))
-
-    send(
-        EngineReady(
-            model_name="scripted", max_model_len=65536, num_kv_blocks=64, block_size=16, dtype="float32", device="none"
-        )
+    ready = EngineReady(
+        model_name="scripted", max_model_len=65536, num_kv_blocks=64, block_size=16, dtype="float32", device="none"
     )
+    connections = Connections(connection, doors, ready)
+    connections.start()
     request_ids: list[str] = []
     while len(request_ids) < num_streams:
-        if isinstance(message := decoder.decode(connection.recv_bytes()), AddRequest):
+        if isinstance(message := connections.commands.get(), AddRequest):
             request_ids.append(message.request_id)
-    send(StepOutputs(outputs=tuple(RequestOutput(request_id=i) for i in request_ids)))
+    connections.publish([RequestOutput(request_id=request_id) for request_id in request_ids])
     time.sleep(0.5)
     times, due = array("d"), time.monotonic()
     for step in range(num_steps):
         reason = FinishReason.LENGTH if step == num_steps - 1 else None
-        outputs = tuple(
+        outputs = [
             RequestOutput(request_id=i, token_ids=(LETTER,), finish_reason=reason, num_output_tokens=num_steps)
             for i in request_ids
-        )
-        message_bytes = encoder.encode(StepOutputs(outputs=outputs))
+        ]
         due += step_seconds
         time.sleep(max(0.0, due - time.monotonic()))
         times.append(time.monotonic())
-        connection.send_bytes(message_bytes)
+        connections.publish(outputs)
     sent.send(times)
-    while not isinstance(decoder.decode(connection.recv_bytes()), Shutdown):
+    while not isinstance(connections.commands.get(), Shutdown):
         pass
 
 
-def run_server(model: Path, core: Connection, control: Connection) -> None:
-    """Serve until told to stop; tells where, and at the end how much CPU the streams took."""
+def run_server(model: Path, num_processes: int, core: Connection, doors: socket.socket, control: Connection) -> None:
+    """Serve until told to stop; tells where, and at the end how much CPU the streams took and how much memory."""
 
     async def serve() -> None:
-        settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0)
-        process = SPAWN.Process()  # never started: the core is not this process's to end
-        process.join = lambda timeout=None: None  # type: ignore[method-assign]
-        process.kill = lambda: None  # type: ignore[method-assign]
+        settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, api_server_count=num_processes)
+        process = SpawnedCore(ConnectedCore(core), doors)  # its process is not this one's to end
         async with start_server(settings, EngineConfig(model=str(model)), spawn=lambda _: (process, core)) as running:
             control.send(running.url)
             await asyncio.to_thread(control.recv)  # the streams are open
-            before = time.process_time()
+            before, _ = usage()
             await asyncio.to_thread(control.recv)  # the streams have ended
-            control.send((time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+            after, num_bytes = usage()
+            control.send((after - before, num_bytes))
 
     uvloop.run(serve())
+
+
+def usage() -> tuple[float, int]:
+    """Seconds of CPU, and bytes of memory, of this process and of those that it has started."""
+    own = psutil.Process()
+    seconds, num_bytes = 0.0, 0
+    for process in (own, *own.children()):
+        times = process.cpu_times()
+        seconds += times.user + times.system
+        num_bytes += process.memory_info().rss
+    return seconds, num_bytes
 
 
 class Reader(asyncio.Protocol):
@@ -153,22 +166,27 @@ async def read_streams(url: str, num_streams: int, num_tokens: int, control: Con
     return times
 
 
-def measure(model: Path, num_streams: int, tokens_per_second: float, seconds: float) -> dict[str, Any]:
+def measure(
+    model: Path, num_processes: int, num_streams: int, tokens_per_second: float, seconds: float
+) -> dict[str, Any]:
     """One part: so many streams, each of which gets its part of the tokens."""
     step_seconds = num_streams / tokens_per_second
     num_steps = max(2, round(seconds / step_seconds))
     to_core, from_server = SPAWN.Pipe(duplex=True)
     sent, sends = SPAWN.Pipe(duplex=False)
     control, servers_control = SPAWN.Pipe(duplex=True)
-    core = SPAWN.Process(target=run_core, args=(to_core, num_streams, num_steps, step_seconds, sends), daemon=True)
-    server = SPAWN.Process(target=run_server, args=(model, from_server, servers_control), daemon=True)
+    cores_doors, doors = socket.socketpair()
+    core = SPAWN.Process(
+        target=run_core, args=(to_core, cores_doors, num_streams, num_steps, step_seconds, sends), daemon=True
+    )
+    server = SPAWN.Process(target=run_server, args=(model, num_processes, from_server, doors, servers_control))
     core.start()
     server.start()
-    to_core.close()
-    from_server.close()
+    for end in (to_core, from_server, cores_doors, doors):
+        end.close()
     try:
         received = uvloop.run(read_streams(control.recv(), num_streams, num_steps, control))
-        cpu_seconds, max_rss = control.recv()
+        cpu_seconds, num_bytes = control.recv()
         times = sent.recv()
     finally:
         server.join(10)
@@ -181,27 +199,31 @@ def measure(model: Path, num_streams: int, tokens_per_second: float, seconds: fl
         "tokens_per_s_per_core": round(num_streams * num_steps / cpu_seconds),
         "added_p50_ms": round(added[len(added) // 2], 2),
         "added_p99_ms": round(added[len(added) * 99 // 100], 2),
-        "max_rss_mib": round(max_rss / 1024),
+        "rss_mib": round(num_bytes / 2**20),
     }
 
 
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--flood", type=float, default=45_000, help="tokens a second of the first part")
-    parser.add_argument("--calm", type=float, default=5_000, help="tokens a second of the second part")
+    parser.add_argument("--flood", type=float, default=60_000, help="tokens a second for each process: first part")
+    parser.add_argument("--calm", type=float, default=5_000, help="tokens a second for each process: second part")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="values of --api-server-count")
     options = parser.parse_args()
     seconds, num_streams = (0.5, 16) if options.quick else (4.0, options.streams)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         parts = {
-            "flood": measure(Path(folder), num_streams, options.flood, seconds),
-            "calm": measure(Path(folder), num_streams, options.calm, seconds),
+            f"{name}_{count}" if count > 1 else name: measure(
+                Path(folder), count, count * num_streams, count * rate, seconds
+            )
+            for count in options.processes
+            for name, rate in (("flood", options.flood), ("calm", options.calm))
         }
     rows = [[name, *(f"{part[key]:,}" for key in _KEYS)] for name, part in parts.items()]
-    common.print_table(f"{num_streams} streams", ["part", *_KEYS.values()], rows)
-    flood, calm = parts["flood"], parts["calm"]
-    results = {"tokens_per_s_per_core": flood["tokens_per_s_per_core"], "added_p99_ms": calm["added_p99_ms"]}
+    common.print_table(f"{num_streams} streams for each process", ["part", *_KEYS.values()], rows)
+    first = list(parts.values())
+    results = {"tokens_per_s_per_core": first[0]["tokens_per_s_per_core"], "added_p99_ms": first[1]["added_p99_ms"]}
     common.finish("frontend", results | {"num_streams": num_streams, "parts": parts})
 
 

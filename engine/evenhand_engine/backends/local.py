@@ -35,6 +35,7 @@ class LocalBackend:
         self.tokenizer: Tokenizer | None = None
         self._client = EngineClient(process, connection, receive=self._receive, lost=self._lose)
         self._streams: dict[str, LocalStream] = {}  # of requests that the core has not ended
+        self._num_elsewhere = 0  # requests that reach the core by other connections
         self._step_id = -1
         self._progress_at = time.monotonic()
         self._stats_listeners: list[Callable[[EngineStats], None]] = []
@@ -65,7 +66,7 @@ class LocalBackend:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._streams)
+        return len(self._streams) + self._num_elsewhere
 
     def on_stats(self, listener: Callable[[EngineStats], None]) -> None:
         self._stats_listeners.append(listener)
@@ -73,8 +74,7 @@ class LocalBackend:
     def generate(self, request: GenerationRequest, observer: Observer) -> LocalStream:
         if self.failure is not None:
             raise EngineDeadError(self.failure)
-        if not self._streams:
-            self._progress_at = time.monotonic()
+        self._note_work()
         stream = LocalStream(request, observer, self._detokenizer(request), self._abort)
         self._streams[request.request_id] = stream
         self._client.send(
@@ -88,6 +88,16 @@ class LocalBackend:
             )
         )
         return stream
+
+    def count_elsewhere(self, change: int) -> None:
+        """So many more requests, or fewer, are in flight that reach the core by other connections."""
+        if change > 0:
+            self._note_work()
+        self._num_elsewhere += change
+
+    def _note_work(self) -> None:
+        if not self.num_in_flight:
+            self._progress_at = time.monotonic()
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         tokenizer, skip_special_tokens = self.tokenizer, request.skip_special_tokens
@@ -108,7 +118,7 @@ class LocalBackend:
 
     def seconds_without_progress(self, now: float) -> float:
         """By outputs and step ids."""
-        return now - self._progress_at if self._streams else 0.0
+        return now - self._progress_at if self.num_in_flight else 0.0
 
     async def close(self, timeout: float = 5.0) -> None:
         """Ask the core to end, then kill it; returns when its process is gone."""

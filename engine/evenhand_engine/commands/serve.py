@@ -18,6 +18,12 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 @click.command()
 @click.argument("model", required=False)
+@click.option(
+    "--api-server-count",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Processes that read, tokenize and stream; 1: all in one.",
+)
 @click.option("--served-model-name", multiple=True, help="Name that clients ask for; may be repeated.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the weights; auto: as they come.")
 @click.option(
@@ -95,6 +101,7 @@ def serve(model: str | None, **options: Any) -> None:
     )
     settings = server_settings(
         options,
+        api_server_count=options["api_server_count"],
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
         queue_heartbeat=options["queue_heartbeat"],

@@ -4,15 +4,26 @@ A body is held until it is turned into token ids, these for as long as the reque
 memory with bodies that it never ends, or with requests that only queue.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from typing import Protocol
 
 from evenhand_engine.errors import Refusal
 
 
+class Held(Protocol):
+    """The part of its tenant's memory that one body takes, in whichever process that is counted."""
+
+    def resize(self, size: int) -> None:
+        """Count `size` bytes from now on: those that came instead of those that might, then those of the token ids."""
+        ...
+
+    def release(self) -> None:
+        """Give all of it back; nothing follows."""
+        ...
+
+
 class HeldBody:
-    """The part of its tenant's memory that one body takes."""
+    """See `Held`."""
 
     def __init__(self, memory: "BodyMemory", tenant_id: str) -> None:
         self._memory = memory
@@ -20,9 +31,11 @@ class HeldBody:
         self._size = 0
 
     def resize(self, size: int) -> None:
-        """Count `size` bytes from now on: those that came instead of those that might, then those of the token ids."""
         self._memory.add(self._tenant_id, size - self._size)
         self._size = size
+
+    def release(self) -> None:
+        self.resize(0)
 
 
 class BodyMemory:
@@ -44,8 +57,7 @@ class BodyMemory:
         if self._num_bytes[tenant_id] == 0:
             del self._num_bytes[tenant_id]
 
-    @contextlib.contextmanager
-    def hold(self, tenant_id: str, size: int, retry_after: float) -> Iterator[HeldBody]:
+    def hold(self, tenant_id: str, size: int, retry_after: float) -> HeldBody:
         """Room for a body of up to `size` bytes; raises Refusal 429 while the tenant's others leave none.
 
         A tenant's only body always has room. `retry_after`: seconds until one of its requests ends, about.
@@ -58,7 +70,4 @@ class BodyMemory:
             raise Refusal(429, "body_bytes", message, retry_after=retry_after)
         body = HeldBody(self, tenant_id)
         body.resize(size)
-        try:
-            yield body
-        finally:
-            body.resize(0)
+        return body

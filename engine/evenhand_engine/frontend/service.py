@@ -1,9 +1,12 @@
-"""Service: what every handler needs, and the one place where a new config takes effect."""
+"""Service: the owner of what tenants share, and the one place where a new config takes effect.
+
+And EngineService: what each process that serves our own engine's public port needs beside its door to the owner.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiohttp import web
 
@@ -11,7 +14,7 @@ from evenhand_engine.backends.backend import Backend, Enforcer, ModelInfo
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import Admission
 from evenhand_engine.frontend.auth import Authenticator
-from evenhand_engine.frontend.body_memory import BodyMemory, HeldBody
+from evenhand_engine.frontend.body_memory import BodyMemory, Held
 from evenhand_engine.frontend.config_in_force import ConfigInForce
 from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.fair_executor import FairExecutor
@@ -24,6 +27,9 @@ from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
+
+if TYPE_CHECKING:
+    from evenhand_engine.frontend.door import Door
 
 _TOKENIZER_THREADS = 2
 _INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
@@ -52,11 +58,30 @@ class ActiveRequests:
         await self._idle.wait()
 
 
+class ApiSide(Protocol):
+    """The processes at the public port, where they are others than the owner's."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the public port is served by nobody; None: it is."""
+        ...
+
+    @property
+    def is_current(self) -> bool:
+        """Whether all of them enforce the config in force."""
+        ...
+
+    def enforce(self, config: SchedulerConfig) -> None:
+        """Enforce `config` from now on."""
+        ...
+
+
 class Service:
-    """A running front end, whoever generates: what the current config makes of authentication and admission.
+    """What the current config makes of authentication and admission, whoever generates, and what tenants use of it.
 
     Attributes:
         in_force: the config in force, and where it came from.
+        api_side: the processes at the public port; None: this one is.
         draining: True once the server has been told to stop; new requests are refused.
         active: the requests that are being answered, probes aside.
         bodies: the memory that their bodies take.
@@ -71,10 +96,10 @@ class Service:
         self.settings = settings
         self._enforcer = backend
         self.in_force = in_force
-        self.created = int(time.time())
+        self.api_side: ApiSide | None = None
         self.draining = False
         self.admission = Admission(in_force.config, max_model_len=self.info.max_model_len, now=time.monotonic())
-        self.authenticator = self._authenticator(in_force.config)
+        self.authenticator = make_authenticator(settings, in_force.config)
         self.active = ActiveRequests()
         self.bodies = BodyMemory(settings.max_tenant_body_bytes)
         self.tenants: dict[str, TenantStats] = {}
@@ -83,12 +108,6 @@ class Service:
         backend.on_stats(self._take_stats)
         backend.reconfigure(in_force.config)
         in_force.on_change(self._enforce)
-
-    def _authenticator(self, config: SchedulerConfig) -> Authenticator:
-        key = self.settings.api_key
-        return Authenticator(
-            config, anonymous=self.settings.anonymous and key is None, shared_keys=[] if key is None else [key]
-        )
 
     @property
     def backend(self) -> Enforcer:
@@ -101,7 +120,7 @@ class Service:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return self.settings.served_model_names or (self.info.model_name,)
+        return served_names(self.settings, self.info)
 
     @property
     def is_configured(self) -> bool:
@@ -112,22 +131,18 @@ class Service:
     def _enforce(self, document: ConfigDocument) -> None:
         """Enforce a config from now on, here and in the engine; requests in flight go on."""
         config, num_replicas = document.config, document.assignment.num_replicas
-        self.authenticator = self._authenticator(config)
+        self.authenticator = make_authenticator(self.settings, config)
         self.admission.reconfigure(config, time.monotonic(), num_replicas)
         self.backend.reconfigure(config, num_replicas)
-
-    def check_model(self, model: str | None) -> None:
-        """Raises Refusal 404 unless `model` is one of ours; None is."""
-        if model is not None and model not in self.model_names:
-            names = ", ".join(self.model_names)
-            raise Refusal(
-                404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
-            )
+        if self.api_side is not None:
+            self.api_side.enforce(config)
 
     def health(self, now: float) -> str | None:
         """What is wrong with the engine; None while it makes progress or has nothing to do."""
         if self.backend.failure is not None:
             return "the engine is gone"  # why is in the log: it may tell of a tenant's request
+        if self.api_side is not None and (problem := self.api_side.problem):
+            return problem
         stalled = self.backend.seconds_without_progress(now)
         return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
 
@@ -138,6 +153,8 @@ class Service:
         stats = self.backend.stats
         if stats is None or stats.config_digest != self.in_force.digest:
             return "the engine's core does not enforce the config yet"
+        if self.api_side is not None and not self.api_side.is_current:
+            return "an API server does not enforce the config yet"
         return None
 
     def _take_stats(self, stats: EngineStats) -> None:
@@ -172,20 +189,32 @@ class Service:
         )
 
 
-class EngineService(Service):
-    """The front end of our own engine, which tokenizes here."""
+class EngineService:
+    """What a process at the public port of our own engine needs: it tokenizes here, and asks its door for the rest."""
 
-    def __init__(
-        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, in_force: ConfigInForce
-    ) -> None:
-        self._generator = backend
-        super().__init__(settings, backend, in_force)
+    def __init__(self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, door: "Door") -> None:
+        self.settings = settings
+        self.backend = backend
         self.tokenizer = tokenizer
+        self.door = door
+        self.created = int(time.time())
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 
     @property
-    def backend(self) -> Backend:
-        return self._generator
+    def info(self) -> ModelInfo:
+        return self.backend.info
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return served_names(self.settings, self.info)
+
+    def check_model(self, model: str | None) -> None:
+        """Raises Refusal 404 unless `model` is one of ours; None is."""
+        if model is not None and model not in self.model_names:
+            names = ", ".join(self.model_names)
+            raise Refusal(
+                404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
+            )
 
     async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
         """The result of `function`, which turns a body of `num_bytes` into tokens or back.
@@ -200,11 +229,23 @@ class EngineService(Service):
         self._executor.close()
 
 
+def served_names(settings: ServerSettings, info: ModelInfo) -> tuple[str, ...]:
+    """Under which clients may ask for the model; the first is the one that answers carry."""
+    return settings.served_model_names or (info.model_name,)
+
+
+def make_authenticator(settings: ServerSettings, config: SchedulerConfig) -> Authenticator:
+    """Who may use the engine, by the config and by the command line."""
+    key = settings.api_key
+    return Authenticator(config, anonymous=settings.anonymous and key is None, shared_keys=[] if key is None else [key])
+
+
+SETTINGS = web.AppKey("settings", ServerSettings)
 SERVICE = web.AppKey("service", Service)
 ENGINE = web.AppKey("engine", EngineService)
 TENANT_ID = web.RequestKey("tenant_id", str)
 REQUEST_ID = web.RequestKey("request_id", str)
-BODY = web.RequestKey("body", HeldBody)
+BODY = web.RequestKey("body", Held)
 WRITES = web.RequestKey("writes", WriteTimeout)
 LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
 """What a handler adds to its line in the access log."""

@@ -15,6 +15,7 @@ class ServerSettings:
     Attributes:
         host: address of the public port; None: all.
         port: public port; 0: any free one.
+        api_server_count: processes that serve the public port; 1: the one that is started.
         admin_host: address of the admin port, which tenants must not reach.
         admin_port: admin port; 0: any free one.
         served_model_names: names under which clients may ask for the model; the first is the one that answers carry.
@@ -36,6 +37,7 @@ class ServerSettings:
 
     host: str = "0.0.0.0"
     port: int = 8000
+    api_server_count: int = 1
     admin_host: str = "127.0.0.1"
     admin_port: int = 9000
     served_model_names: tuple[str, ...] = ()

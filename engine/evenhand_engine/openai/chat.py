@@ -57,7 +57,7 @@ class _ChatFormat:
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
-    num_taken = service.admission.check(tenant_id, time.monotonic())
+    num_taken = await service.door.check(tenant_id)
     body, prompt, params = await read_request(request, functools.partial(_read, service))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
@@ -66,7 +66,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         tokenizer=None if body.num_logprobs is None else service.tokenizer,
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
+    async with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 

@@ -57,7 +57,7 @@ class _CompletionFormat:
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
-    num_taken = service.admission.check(tenant_id, time.monotonic())
+    num_taken = await service.door.check(tenant_id)
     body, prompts, echoes, params = await read_request(request, functools.partial(_read, service))
     num_choices = body.n or 1
     form = _CompletionFormat(
@@ -70,7 +70,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         else [CompletionLogprobs(service.tokenizer) for _ in range(len(prompts) * num_choices)],
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
-    with begin(service, tenant_id, body, prompts, params, max_tokens, num_taken=num_taken) as generations:
+    async with begin(service, tenant_id, body, prompts, params, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 

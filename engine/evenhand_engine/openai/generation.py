@@ -1,6 +1,6 @@
 """Generation: one choice for one prompt, from its quota to its text.
 
-Joins the quota reservation, the backend's stream and the metrics of one choice, and sees that each ends exactly once.
+Joins the claim on the quota and the backend's stream of one choice, and sees that each ends exactly once.
 What was computed comes from the backend (`Observer`), what was said from whoever reads; quota follows the first.
 Knows neither the API's formats nor HTTP's.
 """
@@ -10,13 +10,12 @@ import contextlib
 import time
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Self
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.account import Cost, Reservation
-from evenhand_engine.frontend.metrics import RequestMetrics
+from evenhand_engine.frontend.claims import Claim, Demand
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.openai.errors import refuse_finished
 from evenhand_engine.openai.sampling import choice_params
@@ -44,7 +43,7 @@ class Generation:
         self,
         service: EngineService,
         request: GenerationRequest,
-        reservation: Reservation,
+        claim: Claim,
         *,
         prompt_index: int = 0,
         choice_index: int = 0,
@@ -55,17 +54,10 @@ class Generation:
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self._service = service
-        self._reservation = reservation
+        self._claim = claim
         self._stream: Stream | None = None
-        self._metrics = RequestMetrics(
-            service.metrics,
-            request.tenant_id,
-            self.num_prompt_tokens,
-            request.sampling_params.max_tokens,
-            request.arrival_time,
-        )
         self._refused: Refusal | None = None  # why it ended without a result
-        self._is_settled = False
+        claim.exhausted = self._finish
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -87,7 +79,7 @@ class Generation:
         delta = await anext(self._stream)
         self.num_output_tokens += delta.num_tokens
         if delta.finish_reason is not None:
-            self._refused = self._refusal(delta.finish_reason)
+            self._refused = await self._refusal(delta.finish_reason)
             if self._refused is not None:
                 if not delta.pieces:
                     raise self._refused
@@ -99,44 +91,45 @@ class Generation:
         if self._stream is not None:
             self._stream.close()
         else:
-            self._settle("failed", "engine_dead", Ending(None, 0), time.monotonic())
+            self._claim.ended("failed", "engine_dead", 0, 0, time.monotonic())
 
     # -- what is computed: backend.Observer
 
     def started(self, num_cached_tokens: int, now: float) -> None:
         self.num_cached_tokens = num_cached_tokens
-        self._service.admission.start(self._reservation)
-        self._metrics.start(num_cached_tokens, now)
+        self._claim.started(num_cached_tokens, now)
 
     def generated(self, num_tokens: int, now: float) -> None:
-        self._metrics.take_tokens(num_tokens, now)
-        if not self._service.admission.generated(self._reservation, num_tokens, now) and self._stream is not None:
-            self._stream.finish()
+        self._claim.generated(num_tokens, now)
 
     def ended(self, ending: Ending, now: float) -> None:
-        reason = ending.finish_reason
-        if reason is None:
-            self._settle("failed", "engine_dead", ending, now)
-        elif reason is FinishReason.ABORT:
-            self._settle("aborted", "client_gone", ending, now)
-        elif (refusal := self._refusal(reason)) is not None:
-            self._settle("failed" if refusal.status == 500 else "refused", refusal.code, ending, now)
-        else:
-            self._settle("finished", reason, ending, now)
+        outcome, reason = _outcome(ending.finish_reason)
+        self._claim.ended(outcome, reason, ending.num_output_tokens, ending.num_preemptions, now)
 
-    def _settle(self, outcome: str, reason: str, ending: Ending, now: float) -> None:
-        """Give back the unused quota and note the end, once."""
-        if not self._is_settled:
-            self._is_settled = True
-            self._service.admission.settle(self._reservation, ending.num_output_tokens, now)
-            self._metrics.end(outcome, reason, ending.num_preemptions, now)
+    def _finish(self) -> None:
+        if self._stream is not None:
+            self._stream.finish()
 
-    def _refusal(self, reason: FinishReason) -> Refusal | None:
-        return refuse_finished(reason, self._service.admission.queue_delay(self.request.tenant_id, time.monotonic()))
+    async def _refusal(self, reason: FinishReason) -> Refusal | None:
+        delay = 0.0
+        if reason is FinishReason.QUEUE_TIMEOUT:
+            delay = await self._service.door.queue_delay(self.request.tenant_id)
+        return refuse_finished(reason, delay)
 
 
-@contextlib.contextmanager
-def begin(
+def _outcome(reason: FinishReason | None) -> tuple[str, str]:
+    """How a request ended, for the metrics: outcome and reason."""
+    if reason is None:
+        return "failed", "engine_dead"
+    if reason is FinishReason.ABORT:
+        return "aborted", "client_gone"
+    if (refusal := refuse_finished(reason, 0.0)) is not None:
+        return "failed" if refusal.status == 500 else "refused", refusal.code
+    return "finished", reason
+
+
+@contextlib.asynccontextmanager
+async def begin(
     service: EngineService,
     tenant_id: str,
     body: SamplingFields,
@@ -145,33 +138,34 @@ def begin(
     max_tokens: int | None,
     *,
     num_taken: int = 0,
-) -> Iterator[list[Generation]]:
+) -> AsyncIterator[list[Generation]]:
     """Reserve quota for all choices of all prompts and begin them, or raise Refusal or EngineDeadError.
 
     The choices of a prompt follow each other, as in an answer of OpenAI's. On leaving, whatever still runs is ended.
     `params`: what they have in common; `num_taken`: requests of the quota that `Admission.check` has taken.
     """
-    admission = service.admission
     if any(not prompt for prompt in prompts):
         raise Refusal(400, "invalid_value", "A prompt has no tokens.", param="prompt")
-    limits = [max_tokens or admission.max_output_tokens(tenant_id, len(prompt)) for prompt in prompts]
-    if min(limits) < (body.min_tokens or 0):
-        raise Refusal(400, "invalid_value", f"`min_tokens` is above {min(limits)}, the most.", param="min_tokens")
     choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(body.n or 1)]
     if len(choices) > _MAX_CHOICES:
         raise Refusal(400, "invalid_value", f"`n` choices of each prompt are more than {_MAX_CHOICES}.", param="n")
-    expected = None if max_tokens else admission.expected_output_tokens(tenant_id)
-    costs = [Cost(len(prompts[prompt]), limits[prompt], expected) for prompt, _ in choices]
-    reservations = admission.reserve(tenant_id, costs, time.monotonic(), num_taken)
+    demand = Demand(
+        prompt_lengths=tuple(map(len, prompts)),
+        num_choices=body.n or 1,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        num_taken=num_taken,
+    )
+    claims = await service.door.reserve(tenant_id, demand)
     generations = [
         Generation(
             service,
-            _request(tenant_id, body, prompts[prompt], choice_params(params, limits[prompt], choice)),
-            reservation,
+            _request(tenant_id, body, prompts[prompt], choice_params(params, claim.max_tokens, choice)),
+            claim,
             prompt_index=prompt,
             choice_index=choice,
         )
-        for (prompt, choice), reservation in zip(choices, reservations, strict=True)
+        for (prompt, choice), claim in zip(choices, claims, strict=True)
     ]
     try:
         for generation in generations:

@@ -11,7 +11,8 @@ from aiohttp.abc import AbstractStreamWriter
 
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
-from evenhand_engine.frontend.service import LOG_FIELDS, SERVICE, TENANT_ID, WRITES
+from evenhand_engine.frontend.door import DOOR
+from evenhand_engine.frontend.service import LOG_FIELDS, SETTINGS, TENANT_ID, WRITES
 from evenhand_engine.openai.errors import error_body, refuse_dead_engine
 from evenhand_engine.openai.generation import Generation, merge
 from evenhand_engine.openai.responses import json_response
@@ -93,7 +94,7 @@ class _Events:
         self, request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
     ) -> None:
         self._request = request
-        self._service = request.app[SERVICE]
+        self._door = request.app[DOOR]
         self._body = body
         self._generations = generations
         self._form = form
@@ -112,14 +113,14 @@ class _Events:
             except Refusal as refusal:
                 await self._send_refusal(events, refusal)
             except EngineDeadError:
-                await self._send_refusal(events, refuse_dead_engine(draining=self._service.draining))
+                await self._send_refusal(events, refuse_dead_engine(draining=self._door.draining))
             return await events.close()
 
     async def _open(
         self, deltas: AsyncGenerator[tuple[int, Delta], None]
     ) -> "tuple[EventStream, asyncio.Future[tuple[int, Delta]]]":
         """The stream, as soon as there is something to send in it, and the first delta, perhaps yet to come."""
-        heartbeat = self._service.settings.queue_heartbeat
+        heartbeat = self._request.app[SETTINGS].queue_heartbeat
         first = asyncio.ensure_future(anext(deltas))
         try:
             if not (await asyncio.wait({first}, timeout=heartbeat))[1]:
@@ -153,7 +154,7 @@ class _Events:
         return chunk
 
     async def _send_refusal(self, events: "EventStream", refusal: Refusal) -> None:
-        self._service.metrics.count_refusal(self._request[TENANT_ID], refusal.code)
+        self._door.count_refusal(self._request[TENANT_ID], refusal.code)
         await events.send(error_body(refusal))
 
 

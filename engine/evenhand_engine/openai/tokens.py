@@ -1,7 +1,6 @@
 """POST /tokenize and POST /detokenize. Each counts as one request of the tenant's quota, since each costs time."""
 
 import functools
-import time
 
 import msgspec
 from aiohttp import web
@@ -16,7 +15,7 @@ from evenhand_engine.openai.schema import DetokenizeRequest, TokenizeRequest
 
 async def tokenize(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    service.admission.count_request(request[TENANT_ID], time.monotonic())
+    await service.door.count_request(request[TENANT_ID])
     (answer,) = await read_request(request, functools.partial(_tokenize, service))
     return web.Response(body=answer, content_type="application/json")
 
@@ -39,7 +38,7 @@ def _tokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
 
 async def detokenize(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    service.admission.count_request(request[TENANT_ID], time.monotonic())
+    await service.door.count_request(request[TENANT_ID])
     (answer,) = await read_request(request, functools.partial(_detokenize, service))
     return web.Response(body=answer, content_type="application/json")
 

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.account import TenantAccount
+from evenhand_engine.frontend.door import DOOR, OwnDoor
 from evenhand_engine.frontend.local_request import is_local
 from evenhand_engine.frontend.push_receiver import PushReceiver
 from evenhand_engine.frontend.quota import TokenBucket
@@ -29,6 +30,7 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
     guard = require_loopback if receiver is None else _require_signature(receiver)
     app = web.Application(middlewares=[log_access, answer_errors, guard])
     app[SERVICE] = service
+    app[DOOR] = OwnDoor(service)
     app[PROBES] = frozenset({show_health, show_ready, show_metrics})
     if receiver is not None:
         app.add_routes(receiver.routes())

@@ -4,8 +4,8 @@ Outermost first: writing, request id and access log, errors as OpenAI's error bo
 for the body.
 """
 
+import contextlib
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
@@ -14,14 +14,14 @@ from typing import Any
 from aiohttp import web
 
 from evenhand_engine.errors import EngineDeadError, Refusal
-from evenhand_engine.frontend.quota import TokenBucket
+from evenhand_engine.frontend.door import DOOR, RateLimit
 from evenhand_engine.frontend.requests import request_id
 from evenhand_engine.frontend.service import (
     BODY,
     ENGINE,
     LOG_FIELDS,
     REQUEST_ID,
-    SERVICE,
+    SETTINGS,
     TENANT_ID,
     WRITES,
     EngineService,
@@ -54,8 +54,8 @@ def build_app(service: EngineService) -> web.Application:
         middlewares=[bound_writes, log_access, answer_errors, authenticate, hold_body],
         client_max_size=service.settings.max_request_bytes,
     )
-    app[SERVICE] = service
     app[ENGINE] = service
+    app[DOOR], app[SETTINGS] = service.door, service.settings
     app[PROBES] = frozenset({show_health, show_ready, show_version, show_metrics})
     app.on_response_prepare.append(add_headers)
     app.add_routes(
@@ -84,8 +84,7 @@ async def wait_to_be_read(request: web.Request) -> None:
 @web.middleware
 async def bound_writes(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Write the answer, and end the connection of a client that does not take it."""
-    service = request.app[SERVICE]
-    with WriteTimeout(request.transport, service.settings.write_timeout) as writes:
+    with WriteTimeout(request.transport, request.app[SETTINGS].write_timeout) as writes:
         request[WRITES] = writes
         try:
             response = await handler(request)
@@ -95,7 +94,7 @@ async def bound_writes(request: web.Request, handler: Handler) -> web.StreamResp
             return response
         finally:
             if writes.expired:
-                service.metrics.count_stalled(request.get(TENANT_ID, _NO_TENANT))
+                request.app[DOOR].count_stalled(request.get(TENANT_ID, _NO_TENANT))
 
 
 @web.middleware
@@ -133,7 +132,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Refusal as refusal:
         return refuse(request, refusal)
     except EngineDeadError:
-        return refuse(request, refuse_dead_engine(draining=request.app[SERVICE].draining))
+        return refuse(request, refuse_dead_engine(draining=request.app[DOOR].draining))
     except web.HTTPException as error:
         response = refuse(request, refuse_http(error))
         if "Allow" in error.headers:  # of a 405
@@ -147,22 +146,22 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def refuse(request: web.Request, refusal: Refusal) -> web.Response:
-    request.app[SERVICE].metrics.count_refusal(request.get(TENANT_ID, _NO_TENANT), refusal.code)
+    request.app[DOOR].count_refusal(request.get(TENANT_ID, _NO_TENANT), refusal.code)
     return error_response(refusal)
 
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Before the body is read: a stranger costs a hash and no memory."""
-    service = request.app[SERVICE]
+    door = request.app[DOOR]
     if is_probe(request):
         return await handler(request)
-    if not service.is_configured:
+    if not door.is_configured:
         raise refuse_unconfigured()
-    request[TENANT_ID] = service.authenticator.authenticate(request.headers)
-    if service.draining:
+    request[TENANT_ID] = door.authenticator.authenticate(request.headers)
+    if door.draining:
         raise refuse_draining()
-    with service.active:
+    with door.active:
         return await handler(request)
 
 
@@ -173,11 +172,12 @@ async def hold_body(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     size = None if "Content-Encoding" in request.headers else request.content_length
     limit = request.client_max_size
-    service, tenant_id = request.app[SERVICE], request[TENANT_ID]
-    delay = service.admission.queue_delay(tenant_id, time.monotonic())
-    with service.bodies.hold(tenant_id, limit if size is None else min(size, limit), delay) as body:
+    body = await request.app[DOOR].hold(request[TENANT_ID], limit if size is None else min(size, limit))
+    try:
         request[BODY] = body
         return await handler(request)
+    finally:
+        body.release()
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -185,17 +185,15 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     if (tenant_id := request.get(TENANT_ID)) is None:
         return
-    now = time.monotonic()
-    account = request.app[SERVICE].admission.account(tenant_id)
-    for unit, bucket in (("requests", account.requests), ("tokens", account.tokens)):
-        if bucket is not None:
-            _add_rate_limit(response, unit, bucket, now)
+    with contextlib.suppress(EngineDeadError):  # nobody is left who knows the quotas
+        for quota in await request.app[DOOR].rate_limits(tenant_id):
+            _add_rate_limit(response, quota)
 
 
-def _add_rate_limit(response: web.StreamResponse, unit: str, bucket: TokenBucket, now: float) -> None:
-    response.headers[f"x-ratelimit-limit-{unit}"] = str(bucket.limit)
-    response.headers[f"x-ratelimit-remaining-{unit}"] = str(max(0, math.floor(bucket.level(now))))
-    response.headers[f"x-ratelimit-reset-{unit}"] = f"{math.ceil(bucket.seconds_until_full(now))}s"
+def _add_rate_limit(response: web.StreamResponse, quota: RateLimit) -> None:
+    response.headers[f"x-ratelimit-limit-{quota.unit}"] = str(quota.limit)
+    response.headers[f"x-ratelimit-remaining-{quota.unit}"] = str(quota.remaining)
+    response.headers[f"x-ratelimit-reset-{quota.unit}"] = f"{quota.reset}s"
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -223,15 +221,15 @@ def _model(service: EngineService, name: str) -> dict[str, object]:
 
 async def show_health(request: web.Request) -> web.Response:
     """200 with an empty body, as vLLM's, only while the engine makes progress."""
-    problem = request.app[SERVICE].health(time.monotonic())
+    problem = await request.app[DOOR].health()
     return web.Response() if problem is None else error_response(Refusal(503, "unhealthy", problem, retry_after=1))
 
 
 async def show_ready(request: web.Request) -> web.Response:
     """Like /health, and 503 before there is a config and as soon as the server drains, so that nothing is sent here."""
-    if request.app[SERVICE].draining:
+    if request.app[DOOR].draining:
         return error_response(refuse_draining())
-    if not request.app[SERVICE].is_configured:
+    if not request.app[DOOR].is_configured:
         return error_response(refuse_unconfigured())
     return await show_health(request)
 
@@ -242,7 +240,7 @@ async def show_version(request: web.Request) -> web.Response:
 
 async def show_metrics(request: web.Request) -> web.Response:
     """The `vllm:*` set, which says nothing of tenants; theirs is on the admin port."""
-    return metrics_response(request.app[SERVICE].metrics.public_text())
+    return metrics_response(await request.app[DOOR].metrics_text())
 
 
 def is_probe(request: web.Request) -> bool:

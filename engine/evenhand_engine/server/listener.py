@@ -17,20 +17,42 @@ _NO_ADDRESS = {errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN}
 _OPEN_MAX = 10_240  # what macOS takes, whose hard limit is infinite: man 2 setrlimit
 
 
-def listen(host: str, port: int, flag: str) -> socket.socket:
+def listen(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
     """A listening socket; raises StartupError that names `flag`, which chose the port, or its address.
 
-    `::` is every address of both families, or of IPv4 where the machine has no IPv6: what a Pod has is its cluster's choice.
+    `shared`: others of this user may listen on the port as well. `::` is every address of both families, or of IPv4 where the machine has no IPv6: what a Pod has is its cluster's choice.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
+        return socket.create_server(
+            (host, port), family=family, backlog=BACKLOG, reuse_port=shared, dualstack_ipv6=host == "::"
+        )
     except OSError as error:
         if host == "::" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            return listen("0.0.0.0", port, flag)
+            return listen("0.0.0.0", port, flag, shared=shared)
         if error.errno in _NO_ADDRESS:
             flag = flag.replace("port", "host")
         raise StartupError(f"cannot listen on {host}, port {port}: {error.strerror}. Choose another {flag}") from error
+
+
+def listen_together(host: str, port: int, flag: str, count: int) -> list[socket.socket]:
+    """As many sockets that listen on one port, between which the kernel divides connections; raises StartupError.
+
+    The first look is at a socket of its own, since the port of another server that shares it would seem to be free.
+    """
+    if count == 1:
+        return [listen(host, port, flag)]
+    with listen(host, port, flag) as found:
+        host, port = found.getsockname()[:2]
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            sockets.append(listen(host, port, flag, shared=True))
+    except StartupError:
+        for opened in sockets:
+            opened.close()
+        raise
+    return sockets
 
 
 def allow_many_connections() -> None:

@@ -4,20 +4,16 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from evenhand_engine.backends.engine_client import spawn_core
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.startup import Running, SpawnCore, start_server
-
-if TYPE_CHECKING:
-    from evenhand_engine.frontend.service import Service
+from evenhand_engine.server.tasks import GRACE_SECONDS, first_of
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is gone
 _REPEAT_SECONDS = 1.0  # a signal that comes again so soon is the same one
 
 
@@ -44,7 +40,7 @@ async def run_until_stopped(
         async with server as running:
             stop.started()
             announce(running)
-            return await _serve_until_stopped(running.service, stop)
+            return await _serve_until_stopped(running, stop)
     except asyncio.CancelledError:
         if not stop.requested.is_set():
             raise
@@ -79,28 +75,19 @@ class _StopSignals:
             self._starting.cancel()
 
 
-async def _serve_until_stopped(service: "Service", stop: _StopSignals) -> int:
-    backend = service.backend
-    await _first_of(stop.requested.wait(), backend.died.wait())
-    if not backend.died.is_set():
-        service.draining = True
-        log.info("draining", extra={"fields": {"timeout": service.settings.drain_timeout}})
-        drained = service.active.wait_until_none()
-        await _first_of(drained, stop.repeated.wait(), backend.died.wait(), timeout=service.settings.drain_timeout)
-    if backend.died.is_set():
-        log.error("the engine died", extra={"fields": {"reason": backend.failure}})
-        await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
+async def _serve_until_stopped(running: Running, stop: _StopSignals) -> int:
+    service, backend = running.service, running.service.backend
+    await first_of(stop.requested.wait(), running.wait_until_failed())
+    if running.failure is None:
+        running.drain()
+        timeout = service.settings.drain_timeout
+        log.info("draining", extra={"fields": {"timeout": timeout}})
+        waits = (running.wait_until_idle(), stop.repeated.wait(), running.wait_until_failed())
+        await first_of(*waits, timeout=timeout)
+    if running.failure is not None:
+        log.error("the engine died", extra={"fields": {"reason": running.failure}})
+        await first_of(running.wait_until_idle(), timeout=GRACE_SECONDS)
         return 1
     await backend.close()  # whatever still runs ends with an error event that says why
-    await _first_of(service.active.wait_until_none(), timeout=_GRACE_SECONDS)
+    await first_of(running.wait_until_idle(), timeout=GRACE_SECONDS)
     return 0
-
-
-async def _first_of(*waits: Coroutine[Any, Any, object], timeout: float | None = None) -> None:
-    """Wait for whichever is first, and give up the others."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -2,7 +2,8 @@
 
 from aiohttp import web
 
-from evenhand_engine.frontend.service import SERVICE
+from evenhand_engine.frontend.door import DOOR, OwnDoor
+from evenhand_engine.frontend.service import SERVICE, SETTINGS
 from evenhand_engine.openai.responses import metrics_response
 from evenhand_engine.server.app import (
     PROBES,
@@ -26,6 +27,7 @@ def build_sidecar_app(service: SidecarService) -> web.Application:
         client_max_size=service.settings.max_request_bytes,
     )
     app[SERVICE] = app[SIDECAR] = service
+    app[DOOR], app[SETTINGS] = OwnDoor(service), service.settings
     app[PROBES] = frozenset({show_health, show_ready, show_upstream_metrics})
     app.on_response_prepare.append(add_headers)
     app.add_routes(

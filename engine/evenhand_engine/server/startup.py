@@ -4,51 +4,79 @@ The core needs seconds to import torch and load a model. So it is spawned as ear
 needs for HTTP is imported meanwhile.
 """
 
-import asyncio
 import contextlib
 import gc
-import socket
-import ssl
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from evenhand_engine.backends.engine_client import CoreProcess, spawn_core
+from evenhand_engine.backends.engine_client import Core, spawn_core
 from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.server.listener import (
-    BACKLOG,
     allow_many_connections,
     listen,
+    listen_together,
     tls_context,
     url_of,
     watch_certificate,
 )
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, serve_app
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
     from evenhand_engine.backends.upstream import UpstreamSettings
     from evenhand_engine.frontend.config_in_force import ConfigInForce
     from evenhand_engine.frontend.push_receiver import PushReceiver
-    from evenhand_engine.frontend.service import Service
+    from evenhand_engine.frontend.service import EngineService, Service
+    from evenhand_engine.server.api_servers import ApiServers
 
-SpawnCore = Callable[[EngineConfig], tuple[CoreProcess, Connection]]
+SpawnCore = Callable[[EngineConfig], tuple[Core, Connection]]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that accepts requests."""
+    """A server that accepts requests.
+
+    Attributes:
+        engine: what serves the public port of our own engine in this process; None where nothing does.
+        api_servers: the processes that serve it instead; None where this one does.
+    """
 
     service: "Service"
     url: str
     admin_url: str
+    engine: "EngineService | None" = None
+    api_servers: "ApiServers | None" = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it can serve no more; None while it can."""
+        failure = self.service.backend.failure
+        return failure if failure or self.api_servers is None else self.api_servers.failure
+
+    async def wait_until_failed(self) -> None:
+        if self.api_servers is None:
+            await self.service.backend.died.wait()
+        else:
+            await first_of(self.service.backend.died.wait(), self.api_servers.failed.wait())
+
+    def drain(self) -> None:
+        """Refuse what is new."""
+        self.service.draining = True
+        if self.api_servers is not None:
+            self.api_servers.drain()
+
+    async def wait_until_idle(self) -> None:
+        """Until nothing is answered; probes aside."""
+        if self.api_servers is None:
+            await self.service.active.wait_until_none()
+        else:
+            await self.api_servers.wait_until_idle()
 
 
 @contextlib.asynccontextmanager
@@ -62,33 +90,51 @@ async def start_server(
     async with contextlib.AsyncExitStack() as stack:
         allow_many_connections()
         tls = tls_context(settings)
-        public = stack.enter_context(listen(settings.host, settings.port, "--port"))
+        publics = listen_together(settings.host, settings.port, "--port", settings.api_server_count)
+        for public in publics:
+            stack.enter_context(public)
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        directory = await _in_daemon_thread(lambda: resolve_model_dir(config.model))
+        directory = await in_daemon_thread(lambda: resolve_model_dir(config.model))
         load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
-        backend = LocalBackend(*spawn(config))
+        core, connection = spawn(config)
+        backend = LocalBackend(core, connection)
         stack.push_async_callback(backend.close)
 
-        from evenhand_engine.frontend.service import EngineService
+        from evenhand_engine.frontend.door import OwnDoor
+        from evenhand_engine.frontend.service import EngineService, Service
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
         from evenhand_engine.server.malformed import keep_out_of_logs
         from evenhand_engine.text.tokenizer import Tokenizer
 
-        in_force = await _in_daemon_thread(lambda: _initial_config(settings))
-        tokenizer = backend.tokenizer = await _in_daemon_thread(lambda: Tokenizer(directory))
+        api_servers = None
+        if len(publics) > 1:
+            from evenhand_engine.server.api_servers import ApiServers
+
+            api_servers = ApiServers(settings, directory, core, publics)
+            stack.push_async_callback(api_servers.close)
+        in_force = await in_daemon_thread(lambda: _initial_config(settings))
+        if api_servers is None:
+            backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
         await backend.start()
-        service = EngineService(settings, backend, tokenizer, in_force)
-        stack.callback(service.close)
+        service = Service(settings, backend, in_force)
         keep_out_of_logs()
-        await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
-        await _serve_app(stack, build_app(service), public, tls, decompress=False)  # `read_body` does
+        await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
+        engine = None
+        if api_servers is not None:
+            await api_servers.serve(service, backend)
+        else:
+            assert backend.tokenizer is not None
+            engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
+            stack.callback(engine.close)
+            await serve_app(stack, build_app(engine), publics[0], tls, decompress=False)  # `read_body` does
+            if tls is not None:
+                await stack.enter_async_context(background(watch_certificate(settings, tls)))
         await stack.enter_async_context(_watch_policies(service))
-        if tls is not None:
-            await stack.enter_async_context(_background(watch_certificate(settings, tls)))
         gc.collect()
         gc.freeze()  # what lives as long as the server need not be looked at again
-        yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
+        url = url_of("http" if tls is None else "https", publics[0])
+        yield Running(service, url, url_of("http", admin), engine, api_servers)
 
 
 @contextlib.asynccontextmanager
@@ -117,7 +163,7 @@ async def start_sidecar(
         tls = tls_context(settings)
         public = stack.enter_context(listen(settings.host, settings.port, "--port"))
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        in_force = await _in_daemon_thread(lambda: _initial_config(settings))
+        in_force = await in_daemon_thread(lambda: _initial_config(settings))
         dispatcher = Dispatcher(
             Window(kv_tokens=kv_tokens),
             in_force.config,
@@ -130,11 +176,11 @@ async def start_sidecar(
         )
         upstream.start()
         keep_out_of_logs()
-        await _serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
-        await _serve_app(stack, build_sidecar_app(service), public, tls, decompress=False)  # `read_body` does
+        await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
+        await serve_app(stack, build_sidecar_app(service), public, tls, decompress=False)  # `read_body` does
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
-            await stack.enter_async_context(_background(watch_certificate(settings, tls)))
+            await stack.enter_async_context(background(watch_certificate(settings, tls)))
         gc.collect()
         gc.freeze()
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
@@ -162,30 +208,6 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
     return PushReceiver(service.settings.push, service.in_force, ailment=service.ailment)
 
 
-async def _serve_app(
-    stack: contextlib.AsyncExitStack,
-    app: "web.Application",
-    listener: socket.socket,
-    tls: ssl.SSLContext | None,
-    *,
-    decompress: bool = True,
-) -> None:
-    from aiohttp import web
-
-    # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=75,
-        shutdown_timeout=1,
-        auto_decompress=decompress,
-    )
-    stack.push_async_callback(runner.cleanup)
-    await runner.setup()
-    await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()
-
-
 @contextlib.asynccontextmanager
 async def _watch_policies(service: "Service") -> AsyncIterator[None]:
     if service.settings.policies is None:
@@ -194,41 +216,5 @@ async def _watch_policies(service: "Service") -> AsyncIterator[None]:
     from evenhand_engine.frontend.policy_source import PolicySource
 
     source = PolicySource(service.settings.policies, service.in_force)
-    async with _background(source.run()):
+    async with background(source.run()):
         yield
-
-
-@contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _in_daemon_thread(function: Callable[[], T]) -> T:
-    """Run `function` in a thread that an exit does not wait for, as it would for an executor's."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=run, name="start-up", daemon=True).start()
-    return await future

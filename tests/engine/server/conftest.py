@@ -25,6 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from evenhand_engine.config import EngineConfig
+from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import (
     AbortRequest,
@@ -89,7 +90,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _ThreadProcess:
-    """Stands for the core's process, while the core is a thread of this one."""
+    """Stands for the core's process, while the core is threads of this one."""
+
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self.connect = connect
 
     def join(self) -> None: ...
 
@@ -128,38 +132,50 @@ Reply = Callable[[AddRequest], Iterable[RequestOutput]]
 
 @dataclass
 class ScriptedCore:
-    """The other end of the pipe. Answers every request at once with `reply`, or leaves it to the test.
+    """The other end of the pipes. Answers every request at once with `reply`, or leaves it to the test.
 
     Attributes:
         reply: the outputs of a request; None: the test sends them itself.
         received: what the HTTP side sent, in order.
+        origins: which connection each request came by, as a number.
         tells_config: whether it says which config it enforces, as a core does after its next step.
     """
 
     reply: Reply | None = None
     received: "queue.Queue[ToCore]" = field(default_factory=queue.Queue)
+    origins: dict[str, int] = field(default_factory=dict)
     max_model_len: int = 256
     tells_config: bool = False
-    _connection: Connection | None = None
+    _connection: Connection | None = None  # the first, which is the owner's
+    _others: list[Connection] = field(default_factory=list)  # of API servers
     _sending: threading.Lock = field(default_factory=threading.Lock)
-    _open: set[str] = field(default_factory=set)  # requests without an end
+    _open: dict[str, Connection] = field(default_factory=dict)  # requests without an end, and where they came from
 
     def spawn(self, config: EngineConfig) -> tuple[_ThreadProcess, Connection]:
         theirs, self._connection = Pipe(duplex=True)
         self.start()
         threading.Thread(target=self._run, args=(self._connection,), name="scripted-core", daemon=True).start()
-        return _ThreadProcess(), theirs
+        return _ThreadProcess(self.connect), theirs
+
+    def connect(self) -> Connection:
+        """One more pipe, for an API server."""
+        theirs, ours = Pipe(duplex=True)
+        self._others.append(ours)
+        ours.send_bytes(msgspec.msgpack.encode(self.ready()))
+        threading.Thread(target=self._run, args=(ours,), name="scripted-core", daemon=True).start()
+        return theirs
 
     def start(self) -> None:
-        self.send(
-            EngineReady(
-                model_name="tiny",
-                max_model_len=self.max_model_len,
-                num_kv_blocks=64,
-                block_size=16,
-                dtype="float32",
-                device="cpu",
-            )
+        self.send(self.ready())
+
+    def ready(self) -> EngineReady:
+        return EngineReady(
+            model_name="tiny",
+            max_model_len=self.max_model_len,
+            num_kv_blocks=64,
+            block_size=16,
+            dtype="float32",
+            device="cpu",
         )
 
     def _run(self, connection: Connection) -> None:
@@ -167,18 +183,27 @@ class ScriptedCore:
         try:
             while True:
                 message = decoder.decode(connection.recv_bytes())
+                if isinstance(message, Shutdown) and connection is not self._connection:
+                    return _hang_up(connection)
+                if isinstance(message, AddRequest):
+                    self._open[message.request_id] = connection
+                    self.origins[message.request_id] = connection.fileno()
                 self.received.put(message)
                 if isinstance(message, Shutdown):
                     return self.die()
                 if isinstance(message, Reconfigure) and self.tells_config:
                     self.send(StepOutputs(outputs=(), stats=idle_stats(message.config.digest())))
                 if isinstance(message, AddRequest):
-                    self._open.add(message.request_id)
                     for output in self.reply(message) if self.reply is not None else ():
                         self.output(output)
                 if isinstance(message, AbortRequest) and message.request_id in self._open:
                     self.output(self.ending(message))
         except (EOFError, OSError):
+            if connection is self._connection:
+                return self.die()
+            for request_id, origin in list(self._open.items()):
+                if origin is connection:
+                    self.received.put(AbortRequest(request_id=request_id, reason=FinishReason.ABORT))  # as a core does
             return None
 
     def ending(self, abort: AbortRequest) -> RequestOutput:
@@ -197,8 +222,16 @@ class ScriptedCore:
             self._connection.send_bytes(data)
 
     def output(self, *outputs: RequestOutput) -> None:
-        self._open -= {output.request_id for output in outputs if output.finish_reason is not None}
-        self.send(StepOutputs(outputs=outputs))
+        """One step's: each goes to where its request came from."""
+        parts: dict[Connection | None, list[RequestOutput]] = {}
+        for output in outputs:
+            parts.setdefault(self._open.get(output.request_id, self._connection), []).append(output)
+            if output.finish_reason is not None:
+                self._open.pop(output.request_id, None)
+        for connection, part in parts.items():
+            assert connection is not None
+            with self._sending, contextlib.suppress(OSError):  # one that is gone
+                connection.send_bytes(msgspec.msgpack.encode(StepOutputs(outputs=tuple(part))))
 
     def expect(self, kind: type[M]) -> M:
         """The next message of this kind; fails if none comes."""
@@ -208,10 +241,16 @@ class ScriptedCore:
                 return message
 
     def die(self) -> None:
-        """End the connection as the end of the process would, also under the feet of the thread that reads."""
+        """End the connections as the end of the process would."""
         assert self._connection is not None
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)
+        for connection in (self._connection, *self._others):
+            _hang_up(connection)
+
+
+def _hang_up(connection: Connection) -> None:
+    """Also under the feet of the thread that reads."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
@@ -229,6 +268,12 @@ class Server:
     @property
     def admin_url(self) -> str:
         return self.running.admin_url
+
+    @property
+    def engine(self) -> EngineService:
+        """What serves the public port in this process."""
+        assert self.running.engine is not None
+        return self.running.engine
 
     def client(self, **options: Any) -> openai.OpenAI:
         return self._clients.enter_context(openai.OpenAI(**self._options(options)))

@@ -215,8 +215,9 @@ def test_policies_reach_the_engine(tiny: Start, tmp_path: Path) -> None:
             time.sleep(0.1)
 
 
-def test_drain_lets_running_streams_finish(tiny: Start) -> None:
-    server = tiny("--drain-timeout", "300")
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_drain_lets_running_streams_finish(tiny: Start, count: str) -> None:
+    server = tiny("--drain-timeout", "300", "--api-server-count", count)
     core = server.core
     with server.client() as client:
         model = client.models.list().data[0].id
@@ -241,8 +242,9 @@ def test_drain_lets_running_streams_finish(tiny: Start) -> None:
     assert rest == [], "a clean end says nothing more, neither of its own nor of a library's"
 
 
-def test_drain_timeout_ends_streams_with_a_reason(tiny: Start) -> None:
-    server = tiny("--drain-timeout", "0")
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_drain_timeout_ends_streams_with_a_reason(tiny: Start, count: str) -> None:
+    server = tiny("--drain-timeout", "0", "--api-server-count", count)
     with server.client() as client:
         options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
         stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
@@ -255,8 +257,9 @@ def test_drain_timeout_ends_streams_with_a_reason(tiny: Start) -> None:
     assert server.wait() == 0
 
 
-def test_death_of_the_core_ends_the_process(tiny: Start) -> None:
-    server = tiny()
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_death_of_the_core_ends_the_process(tiny: Start, count: str) -> None:
+    server = tiny("--api-server-count", count)
     with server.client() as client:
         options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
         stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
@@ -269,17 +272,21 @@ def test_death_of_the_core_ends_the_process(tiny: Start) -> None:
     assert server.wait() == 1
 
 
-def test_a_stopped_http_process_takes_the_core_along(tiny: Start) -> None:
-    server = tiny()
-    core = server.core
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_killed_server_takes_its_other_processes_along(tiny: Start, count: str) -> None:
+    server = tiny("--api-server-count", count)
+    others = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
     server.wait()
-    core.wait(STOP_SECONDS)
+    psutil.wait_procs(others, timeout=STOP_SECONDS)
+    assert not any(process.is_running() for process in others)
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_start_up(model_dir: Path, number: signal.Signals) -> None:
-    with running(str(model_dir), "--load-format", "dummy", "--port", "0", "--admin-port", "0") as process:
+def test_a_signal_during_start_up(model_dir: Path, number: signal.Signals, count: str) -> None:
+    ports = ("--port", "0", "--admin-port", "0", "--api-server-count", count)
+    with running(str(model_dir), "--load-format", "dummy", *ports) as process:
         parent = psutil.Process(process.pid)
         deadline = time.monotonic() + START_SECONDS
         while not (children := parent.children(recursive=True)):

@@ -240,7 +240,7 @@ def test_health_follows_progress(serve: Serve) -> None:
 def test_long_prompts_do_not_block_the_event_loop(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one tenant's prompt is being tokenized, probes and other requests are answered."""
     server = serve(say("ok"))
-    tokenizer = server.running.service.tokenizer
+    tokenizer = server.engine.tokenizer
     encode, entered, release = tokenizer.encode, threading.Event(), threading.Event()
 
     def slow_encode(text: str, *args: Any, **options: Any) -> list[int]:
@@ -263,7 +263,7 @@ def test_the_spelling_of_many_tokens_does_not_block_the_event_loop(
     serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(say("ok"))
-    tokenizer, threads = server.running.service.tokenizer, set[str]()
+    tokenizer, threads = server.engine.tokenizer, set[str]()
     token = tokenizer.token
 
     def spy(token_id: int) -> str:

@@ -110,6 +110,27 @@ def test_nobody_is_served_before_there_is_a_config(serve: Serve, say: Say, push:
     assert httpx2.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
 
 
+def test_a_push_is_in_force_in_every_process_once_the_report_is_well(
+    serve: Serve, say: Say, push: PushSettings
+) -> None:
+    server = serve(say("Hello"), push=push, api_server_count=2)
+    server.core.tells_config = True
+
+    def models(key: str) -> set[int]:
+        """What connections of their own, divided between the processes, are answered."""
+        headers = {"Authorization": f"Bearer {key}"}
+        return {httpx2.get(f"{server.url}/v1/models", headers=headers).status_code for _ in range(8)}
+
+    assert models(TENANT_KEY) == {503}
+    put(server, 1)
+    until(lambda: not put(server, 1).json()["ailment"])
+    assert (models(TENANT_KEY), models("nobody-knows-this-key")) == ({200}, {401})
+    another = TenantConfig(tenant_id="chat", key_hashes=(key_hash("another-key-of-the-tenant"),))
+    changed = SchedulerConfig(cluster="c1", pool=POOL, tenants=(another,))
+    until(lambda: not put(server, 2, changed).json()["ailment"])
+    assert models(TENANT_KEY) == {401}
+
+
 def test_engine_may_be_told_to_serve_without_a_config(serve: Serve, say: Say, push: PushSettings) -> None:
     server = serve(say("Hello"), push=push, allow_unconfigured=True)
     assert httpx2.get(f"{server.url}/ready").status_code == 200

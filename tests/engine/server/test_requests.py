@@ -261,7 +261,7 @@ def test_body_that_is_not_what_its_header_says(server: Server, encoding: str) ->
 
 def test_a_chat_that_the_model_has_no_token_for(server: Server) -> None:
     """A tokenizer may know more than the model: a padding token that was added without an embedding."""
-    server.running.service.tokenizer.vocab_size = 10
+    server.engine.tokenizer.vocab_size = 10
     assert error(server, "/v1/chat/completions", CHAT)[1]["param"] == "messages"
     assert error(server, "/v1/completions", COMPLETION)[1]["param"] == "prompt"
 

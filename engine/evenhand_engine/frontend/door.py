@@ -1,0 +1,159 @@
+"""Door: what a handler asks of whoever owns quotas, the memory of bodies and metrics, in whichever process that is.
+
+`OwnDoor` is for the owner's own process: it asks without a hop. That of an API server is a `RemoteDoor`.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from evenhand_engine.frontend.auth import Authenticator
+from evenhand_engine.frontend.body_memory import Held
+from evenhand_engine.frontend.claims import Claim, Demand, reserve
+from evenhand_engine.frontend.service import ActiveRequests, Service
+
+
+class RateLimit(msgspec.Struct, frozen=True, array_like=True):
+    """One quota as it stands: what `x-ratelimit-*` tells. `unit` is requests or tokens, times are in seconds."""
+
+    unit: str
+    limit: int
+    remaining: int
+    reset: int
+
+
+class Door(Protocol):
+    """Where a request asks whether it may pass. Calls raise Refusal where it may not."""
+
+    @property
+    def is_configured(self) -> bool:
+        """False while it is not known who may use the engine."""
+        ...
+
+    @property
+    def draining(self) -> bool:
+        """True once the server has been told to stop; new requests are refused."""
+        ...
+
+    @property
+    def authenticator(self) -> Authenticator:
+        """By the config in force."""
+        ...
+
+    @property
+    def active(self) -> ActiveRequests:
+        """The requests that this process answers, probes aside."""
+        ...
+
+    async def check(self, tenant_id: str) -> int:
+        """`Admission.check`."""
+        ...
+
+    async def count_request(self, tenant_id: str) -> None:
+        """`Admission.count_request`."""
+        ...
+
+    async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
+        """Claims for all choices of one request, or none."""
+        ...
+
+    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
+        """Room for a body; whoever asks must give it back."""
+        ...
+
+    async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
+        """The tenant's quotas as they stand."""
+        ...
+
+    async def queue_delay(self, tenant_id: str) -> float:
+        """`Admission.queue_delay`."""
+        ...
+
+    async def health(self) -> str | None:
+        """What is wrong with the engine; None: nothing."""
+        ...
+
+    async def metrics_text(self) -> bytes:
+        """What the public port shows of the metrics."""
+        ...
+
+    def count_refusal(self, tenant_id: str, code: str) -> None: ...
+
+    def count_stalled(self, tenant_id: str) -> None:
+        """The client has not read its answer in time."""
+        ...
+
+
+class OwnDoor:
+    """The door of the process that owns everything behind it. No call waits."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    @property
+    def is_configured(self) -> bool:
+        return self._service.is_configured
+
+    @property
+    def draining(self) -> bool:
+        return self._service.draining
+
+    @property
+    def authenticator(self) -> Authenticator:
+        return self._service.authenticator
+
+    @property
+    def active(self) -> ActiveRequests:
+        return self._service.active
+
+    async def check(self, tenant_id: str) -> int:
+        return self._service.admission.check(tenant_id, time.monotonic())
+
+    async def count_request(self, tenant_id: str) -> None:
+        self._service.admission.count_request(tenant_id, time.monotonic())
+
+    async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
+        return reserve(self._service.admission, self._service.metrics, tenant_id, demand, time.monotonic())
+
+    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
+        return hold(self._service, tenant_id, num_bytes)
+
+    async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
+        return rate_limits(self._service, tenant_id)
+
+    async def queue_delay(self, tenant_id: str) -> float:
+        return self._service.admission.queue_delay(tenant_id, time.monotonic())
+
+    async def health(self) -> str | None:
+        return self._service.health(time.monotonic())
+
+    async def metrics_text(self) -> bytes:
+        return self._service.metrics.public_text()
+
+    def count_refusal(self, tenant_id: str, code: str) -> None:
+        self._service.metrics.count_refusal(tenant_id, code)
+
+    def count_stalled(self, tenant_id: str) -> None:
+        self._service.metrics.count_stalled(tenant_id)
+
+
+def hold(service: Service, tenant_id: str, num_bytes: int) -> Held:
+    """Room for a body, or a Refusal with the delay after which one of the tenant's requests ends, about."""
+    delay = service.admission.queue_delay(tenant_id, time.monotonic())
+    return service.bodies.hold(tenant_id, num_bytes, delay)
+
+
+def rate_limits(service: Service, tenant_id: str) -> list[RateLimit]:
+    account, now = service.admission.account(tenant_id), time.monotonic()
+    return [
+        RateLimit(unit, bucket.limit, max(0, math.floor(bucket.level(now))), math.ceil(bucket.seconds_until_full(now)))
+        for unit, bucket in (("requests", account.requests), ("tokens", account.tokens))
+        if bucket is not None
+    ]
+
+
+DOOR = web.AppKey("door", Door)

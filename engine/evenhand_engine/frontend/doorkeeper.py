@@ -1,0 +1,162 @@
+"""Doorkeeper: the owner's end of the channel to one API server. Answers its calls, and keeps what it holds.
+
+When the API server is gone, what it held is given back, so that nothing of a tenant's is lost with it.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.body_memory import Held
+from evenhand_engine.frontend.channel import Channel
+from evenhand_engine.frontend.claims import OwnClaim, reserve
+from evenhand_engine.frontend.door import hold, rate_limits
+from evenhand_engine.frontend.door_messages import (
+    Answer,
+    AnyCall,
+    AskHealth,
+    AskMetrics,
+    AskQueueDelay,
+    AskRateLimits,
+    Call,
+    Check,
+    ClientStalled,
+    CountRequest,
+    Ended,
+    Enforce,
+    Enforces,
+    Exhausted,
+    Hold,
+    Progress,
+    RefusalCounted,
+    Refused,
+    Release,
+    Reserve,
+    Resize,
+    ToOwner,
+)
+from evenhand_engine.frontend.service import Service
+from evenhand_policy.config import SchedulerConfig
+
+log = logging.getLogger(__name__)
+
+
+class Doorkeeper:
+    """Serves one API server.
+
+    Args:
+        count_in_flight: called with the change whenever it has more or fewer requests in flight.
+
+    Attributes:
+        is_current: whether the API server enforces the config that it was sent last.
+    """
+
+    def __init__(self, service: Service, channel: Channel[ToOwner], count_in_flight: Callable[[int], None]) -> None:
+        self.is_current = False
+        self._service = service
+        self._channel = channel
+        self._count_in_flight = count_in_flight
+        self._claims: dict[int, OwnClaim] = {}
+        self._bodies: dict[int, Held] = {}
+        self._number = 0  # of the last config
+
+    def enforce(self, config: SchedulerConfig, *, is_configured: bool = True) -> None:
+        """Have it enforce `config`; not `is_configured`: serve nobody yet."""
+        self._number += 1
+        self.is_current = False
+        self._channel.send(Enforce(self._number, config, is_configured))
+
+    def close(self) -> int:
+        """Give back everything; returns how many requests ended by that."""
+        now, claims = time.monotonic(), self._claims
+        for claim in claims.values():
+            claim.ended("failed", "api_server_dead", claim.num_output_tokens, 0, now)
+        for body in self._bodies.values():
+            body.release()
+        self._count_in_flight(-len(claims))
+        self._claims, self._bodies = {}, {}
+        return len(claims)
+
+    def receive(self, message: ToOwner) -> None:
+        """Take in one message of the API server."""
+        match message:
+            case Call():
+                self._answer(message)
+            case Progress():
+                self._take_progress(message)
+            case Ended():
+                self._end(message)
+            case Resize():
+                self._bodies[message.body].resize(message.num_bytes)
+            case Release():
+                if (body := self._bodies.pop(message.body, None)) is not None:  # None: refused, while its client left
+                    body.release()
+            case RefusalCounted():
+                self._service.metrics.count_refusal(message.tenant_id, message.code)
+            case ClientStalled():
+                self._service.metrics.count_stalled(message.tenant_id)
+            case Enforces():
+                self.is_current = message.number == self._number
+
+    def _answer(self, call: AnyCall) -> None:
+        try:
+            result = self._result(call)
+        except Refusal as refusal:
+            self._refuse(call, refusal)
+        except Exception:  # a fault of this call alone
+            log.exception("a call of an API server failed")
+            self._refuse(call, Refusal(500, "internal_error", "The server failed to answer.", retry_after=1))
+        else:
+            self._channel.send(Answer(call.call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
+
+    def _refuse(self, call: AnyCall, refusal: Refusal) -> None:
+        self._channel.send(
+            Refused(call.call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after)
+        )
+
+    def _result(self, call: AnyCall) -> Any:
+        service, now = self._service, time.monotonic()
+        match call:
+            case Check():
+                return service.admission.check(call.tenant_id, now)
+            case CountRequest():
+                return service.admission.count_request(call.tenant_id, now)
+            case Reserve():
+                return self._reserve(call, now)
+            case Hold():
+                self._bodies[call.body] = hold(service, call.tenant_id, call.num_bytes)
+                return None
+            case AskRateLimits():
+                return rate_limits(service, call.tenant_id)
+            case AskQueueDelay():
+                return service.admission.queue_delay(call.tenant_id, now)
+            case AskHealth():
+                return service.health(now)
+            case AskMetrics():
+                return service.metrics.public_text()
+
+    def _reserve(self, call: Reserve, now: float) -> list[int]:
+        claims = reserve(self._service.admission, self._service.metrics, call.tenant_id, call.demand, now)
+        for number, claim in enumerate(claims, call.first_claim):
+            self._claims[number] = claim
+            claim.exhausted = functools.partial(self._channel.send, Exhausted(number))
+        self._count_in_flight(len(claims))
+        return [claim.max_tokens for claim in claims]
+
+    def _take_progress(self, progress: Progress) -> None:
+        for number, num_cached_tokens in progress.started:
+            self._claims[number].started(num_cached_tokens, progress.now)
+        for number, num_tokens in progress.generated:
+            self._claims[number].generated(num_tokens, progress.now)
+
+    def _end(self, ended: Ended) -> None:
+        claim = self._claims.pop(ended.claim, None)
+        if claim is None:
+            return  # refused, while its client left
+        claim.ended(ended.outcome, ended.reason, ended.num_output_tokens, ended.num_preemptions, ended.now)
+        self._count_in_flight(-1)

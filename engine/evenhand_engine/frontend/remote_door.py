@@ -1,0 +1,261 @@
+"""RemoteDoor: the door of an API server, which asks the process that owns quotas, memory and metrics.
+
+A call is one message there and one back. What happens to requests is told, once for each step, and not waited for: quotas follow
+what was computed some milliseconds later than in one process.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.frontend.auth import Authenticator
+from evenhand_engine.frontend.body_memory import Held
+from evenhand_engine.frontend.channel import Channel
+from evenhand_engine.frontend.claims import Claim, Demand
+from evenhand_engine.frontend.door import RateLimit
+from evenhand_engine.frontend.door_messages import (
+    Answer,
+    AskHealth,
+    AskMetrics,
+    AskQueueDelay,
+    AskRateLimits,
+    Call,
+    Check,
+    ClientStalled,
+    CountRequest,
+    Drain,
+    Ended,
+    Enforce,
+    Enforces,
+    Exhausted,
+    Hold,
+    Progress,
+    RefusalCounted,
+    Refused,
+    Release,
+    Reserve,
+    Resize,
+    ToApiServer,
+)
+from evenhand_engine.frontend.service import ActiveRequests, make_authenticator
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_policy.config import SchedulerConfig
+
+T = TypeVar("T")
+
+
+class RemoteDoor:
+    """See `Door`.
+
+    Attributes:
+        authenticator: known once `configured` is set.
+        configured: set with the first config.
+        told_to_stop: set when the owner says so, or is gone.
+        left_alone: set when the owner is gone.
+        channel: to the owner; to be opened by whoever makes this.
+    """
+
+    authenticator: Authenticator
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.is_configured = False
+        self.draining = False
+        self.active = ActiveRequests()
+        self.configured = asyncio.Event()
+        self.told_to_stop = asyncio.Event()
+        self.left_alone = asyncio.Event()
+        self.channel: Channel[ToApiServer] = Channel(ToApiServer, self._receive, self._lose)
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count()
+        self._calls: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._claims: dict[int, _RemoteClaim] = {}
+        self._limited = frozenset[str]()  # tenants with a quota
+        self._progress: list[Progress] = []  # yet to be told
+
+    # -- asked
+
+    async def check(self, tenant_id: str) -> int:
+        return await self._call(Check(call_id=self._number(), tenant_id=tenant_id), int)
+
+    async def count_request(self, tenant_id: str) -> None:
+        await self._call(CountRequest(call_id=self._number(), tenant_id=tenant_id), object)
+
+    async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
+        claims = [_RemoteClaim(self, self._number()) for _ in range(demand.num_claims)]
+        self._claims |= {claim.number: claim for claim in claims}
+        call_id, first = self._number(), claims[0].number
+        try:
+            limits = await self._call(
+                Reserve(call_id=call_id, tenant_id=tenant_id, demand=demand, first_claim=first), list[int]
+            )
+        except BaseException as error:
+            for claim in claims:  # of one that was refused, the owner knows nothing; of a client that left, it may
+                if isinstance(error, Refusal):
+                    del self._claims[claim.number]
+                else:
+                    claim.ended("aborted", "client_gone", 0, 0, time.monotonic())
+            raise
+        for claim, limit in zip(claims, limits, strict=True):
+            claim.max_tokens = limit
+        return claims
+
+    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
+        held = _RemoteHeld(self.channel, self._number())
+        try:
+            await self._call(
+                Hold(call_id=self._number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes), object
+            )
+        except asyncio.CancelledError:
+            held.release()
+            raise
+        return held
+
+    async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
+        if tenant_id not in self._limited:
+            return ()
+        return await self._call(AskRateLimits(call_id=self._number(), tenant_id=tenant_id), list[RateLimit])
+
+    async def queue_delay(self, tenant_id: str) -> float:
+        return await self._call(AskQueueDelay(call_id=self._number(), tenant_id=tenant_id), float)
+
+    async def health(self) -> str | None:
+        problem = await self._call(AskHealth(call_id=self._number()), object)
+        return None if problem is None else str(problem)
+
+    async def metrics_text(self) -> bytes:
+        return await self._call(AskMetrics(call_id=self._number()), bytes)
+
+    # -- told
+
+    def count_refusal(self, tenant_id: str, code: str) -> None:
+        self.channel.send(RefusalCounted(tenant_id, code))
+
+    def count_stalled(self, tenant_id: str) -> None:
+        self.channel.send(ClientStalled(tenant_id))
+
+    def progress(self, now: float) -> Progress:
+        """Where to write down what came at `now`, which is told soon."""
+        if not self._progress:
+            self._loop.call_soon(self._tell_progress)
+        if not self._progress or self._progress[-1].now != now:
+            self._progress.append(Progress(now, [], []))
+        return self._progress[-1]
+
+    def end(self, ended: Ended) -> None:
+        """Nothing more is told of the claim."""
+        del self._claims[ended.claim]
+        self._tell_progress()
+        self.channel.send(ended)
+
+    def _tell_progress(self) -> None:
+        for progress in self._progress:
+            self.channel.send(progress)
+        self._progress.clear()
+
+    # -- the channel
+
+    def _number(self) -> int:
+        return next(self._numbers)
+
+    async def _call(self, call: Call, kind: type[T]) -> T:
+        """Raises Refusal, or EngineDeadError if the owner is gone."""
+        if self.channel.is_closed:
+            raise EngineDeadError("the process that owns quotas is gone")
+        answer: asyncio.Future[msgspec.Raw] = self._loop.create_future()
+        self._calls[call.call_id] = answer
+        self.channel.send(call)
+        try:
+            return msgspec.msgpack.decode(await answer, type=kind)
+        finally:
+            del self._calls[call.call_id]
+
+    def _receive(self, message: ToApiServer) -> None:
+        match message:
+            case Answer():
+                self._resolve(message.call_id, lambda answer: answer.set_result(message.result))
+            case Refused():
+                refusal = Refusal(
+                    message.status,
+                    message.code,
+                    message.message,
+                    param=message.param,
+                    retry_after=message.retry_after,
+                )
+                self._resolve(message.call_id, lambda answer: answer.set_exception(refusal))
+            case Enforce():
+                self._enforce(message.config, message.is_configured)
+                self.channel.send(Enforces(message.number))
+            case Exhausted():
+                if (claim := self._claims.get(message.claim)) is not None:
+                    claim.exhausted()
+            case Drain():
+                self.draining = True
+                self.told_to_stop.set()
+
+    def _resolve(self, call_id: int, resolve: Callable[["asyncio.Future[msgspec.Raw]"], None]) -> None:
+        answer = self._calls.get(call_id)
+        if answer is not None and not answer.done():
+            resolve(answer)
+
+    def _enforce(self, config: SchedulerConfig, is_configured: bool) -> None:
+        self.is_configured = is_configured
+        self.authenticator = make_authenticator(self._settings, config)
+        self._limited = frozenset(
+            tenant.tenant_id
+            for tenant in config.tenants
+            if tenant.limits.requests_per_minute is not None or tenant.limits.tokens_per_minute is not None
+        )
+        self.configured.set()
+
+    def _lose(self) -> None:
+        self.draining = True
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError("the process that owns quotas is gone"))
+        self.told_to_stop.set()
+        self.left_alone.set()
+
+
+class _RemoteClaim:
+    """See `Claim`."""
+
+    def __init__(self, door: RemoteDoor, number: int) -> None:
+        self.number = number
+        self.max_tokens = 0  # until the owner has answered
+        self.exhausted: Callable[[], None] = _ignore
+        self._door = door
+        self._is_open = True
+
+    def started(self, num_cached_tokens: int, now: float) -> None:
+        self._door.progress(now).started.append((self.number, num_cached_tokens))
+
+    def generated(self, num_tokens: int, now: float) -> None:
+        self._door.progress(now).generated.append((self.number, num_tokens))
+
+    def ended(self, outcome: str, reason: str, num_output_tokens: int, num_preemptions: int, now: float) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._door.end(Ended(self.number, outcome, reason, num_output_tokens, num_preemptions, now))
+
+
+class _RemoteHeld:
+    """See `Held`."""
+
+    def __init__(self, channel: Channel[ToApiServer], number: int) -> None:
+        self.number = number
+        self._channel = channel
+
+    def resize(self, size: int) -> None:
+        self._channel.send(Resize(self.number, size))
+
+    def release(self) -> None:
+        self._channel.send(Release(self.number))
+
+
+def _ignore() -> None: ...

@@ -1,0 +1,105 @@
+"""One API server: a process that serves the public port for an owner, which is another process.
+
+It reads bodies, authenticates, tokenizes, detokenizes and streams, with a pipe of its own to the engine core. What tenants share
+(quotas, the memory of bodies, metrics) it asks the owner for, at the other end of a channel. It lives as long as both.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from evenhand_engine.backends.engine_client import ConnectedCore
+from evenhand_engine.backends.local import LocalBackend
+from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.door_messages import Idle, Serving, StartFailed
+from evenhand_engine.frontend.remote_door import RemoteDoor
+from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.logs import configure_logging
+from evenhand_engine.server.app import build_app
+from evenhand_engine.server.listener import tls_context, watch_certificate
+from evenhand_engine.server.malformed import keep_out_of_logs
+from evenhand_engine.server.tasks import GRACE_SECONDS, background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServerArguments:
+    """What the process is started with.
+
+    Attributes:
+        model_dir: directory of the model, for its tokenizer.
+        core: pipe to the engine core.
+        owner: socket of the channel to the owner.
+        listener: listening socket of the public port; that of others may be bound to the same port.
+        log_level: of everything that it logs.
+    """
+
+    settings: ServerSettings
+    model_dir: Path
+    core: Connection
+    owner: socket.socket
+    listener: socket.socket
+    log_level: int
+
+
+def run_api_server(arguments: ApiServerArguments) -> None:
+    """Entry point of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by a terminal or systemd: the owner drains
+        signal.signal(number, signal.SIG_IGN)
+    configure_logging(logging.getLevelName(arguments.log_level))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(_serve(arguments)))
+
+
+async def _serve(arguments: ApiServerArguments) -> int:
+    """Until drained. Returns the exit code."""
+    door = RemoteDoor(arguments.settings)
+    await door.channel.open(arguments.owner)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(door.channel.close)
+        try:
+            backend = await _start(stack, arguments, door)
+        except StartupError as error:
+            door.channel.send(StartFailed(str(error)))
+            return 1
+        door.channel.send(Serving())
+        await first_of(door.told_to_stop.wait(), backend.died.wait())
+        if not backend.died.is_set():
+            await first_of(door.active.wait_until_none(), backend.died.wait())
+        if not backend.died.is_set():
+            door.channel.send(Idle())  # and go on to say that it drains, until all have
+            await first_of(door.left_alone.wait(), backend.died.wait())
+        if backend.died.is_set():  # the owner knows why, and has said it
+            await first_of(door.active.wait_until_none(), timeout=GRACE_SECONDS)
+        return 0 if door.told_to_stop.is_set() else 1
+
+
+async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> LocalBackend:
+    settings = arguments.settings
+    tls = tls_context(settings)
+    backend = LocalBackend(ConnectedCore(arguments.core), arguments.core)
+    stack.push_async_callback(backend.close)
+    tokenizer = backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(arguments.model_dir))
+    await backend.start()
+    await first_of(door.configured.wait(), door.told_to_stop.wait())
+    if not door.configured.is_set():
+        raise StartupError("the server has ended")
+    service = EngineService(settings, backend, tokenizer, door)
+    stack.callback(service.close)
+    keep_out_of_logs()
+    await serve_app(stack, build_app(service), arguments.listener, tls, decompress=False)  # `read_body` does
+    if tls is not None:
+        await stack.enter_async_context(background(watch_certificate(settings, tls)))
+    gc.collect()
+    gc.freeze()  # what lives as long as the server need not be looked at again
+    return backend

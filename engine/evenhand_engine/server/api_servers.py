@@ -1,0 +1,228 @@
+"""ApiServers: the processes that serve the public port, as their owner sees them: start, config, drain, loss, end.
+
+    clients ──▶ API server ◀──pipe──▶ engine core
+                    └──channel──▶ owner: quotas, bodies' memory, metrics
+
+One that dies is started anew, on the same listening socket, so that who connects meanwhile only waits. Too many deaths within a
+minute are the end of the server.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import socket
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from evenhand_engine.backends.engine_client import Core
+from evenhand_engine.backends.local import LocalBackend
+from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.channel import Channel
+from evenhand_engine.frontend.door_messages import Drain, Idle, Serving, StartFailed, ToOwner
+from evenhand_engine.frontend.doorkeeper import Doorkeeper
+from evenhand_engine.frontend.service import Service
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.server.api_server import ApiServerArguments, run_api_server
+from evenhand_engine.server.tasks import GRACE_SECONDS
+from evenhand_policy.config import SchedulerConfig
+
+log = logging.getLogger(__name__)
+
+_RESTART_SECONDS = 1.0  # before one that died is started anew
+_MAX_DEATHS = 5  # within so many seconds:
+_DEATHS_SECONDS = 60.0
+
+
+class ApiServers:
+    """One process for each of the listening sockets.
+
+    Attributes:
+        failure: why they are given up; None while they are not.
+        failed: set when they are.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, model_dir: Path, core: Core, listeners: Sequence[socket.socket]
+    ) -> None:
+        self.failure: str | None = None
+        self.failed = asyncio.Event()
+        self._settings = settings
+        self._model_dir = model_dir
+        self._core = core
+        self._listeners = listeners
+        self._deaths: deque[float] = deque()
+        self._is_draining = False
+        self._keepers: list[asyncio.Task[None]] = []
+        self._servers = [self._spawn(listener) for listener in listeners]
+
+    async def serve(self, service: Service, backend: LocalBackend) -> None:
+        """Returns when all of them serve. Raises StartupError if one cannot."""
+        self._service, self._backend = service, backend
+        service.api_side = self
+        for server in self._servers:
+            await server.open(service, backend)
+        await asyncio.gather(*(server.serving for server in self._servers))
+        self._keepers = [asyncio.create_task(self._keep(place)) for place in range(len(self._servers))]
+
+    # -- frontend.service.ApiSide
+
+    @property
+    def problem(self) -> str | None:
+        """Why the public port is served by nobody; None: it is."""
+        return None if any(server.is_serving for server in self._servers) else "no API server is serving"
+
+    @property
+    def is_current(self) -> bool:
+        return all(server.is_current for server in self._servers)
+
+    def enforce(self, config: SchedulerConfig) -> None:
+        for server in self._servers:
+            server.enforce(config)
+
+    # -- the end
+
+    def drain(self) -> None:
+        """Let each refuse what is new."""
+        self._is_draining = True
+        for server in self._servers:
+            server.drain()
+
+    async def wait_until_idle(self) -> None:
+        """Until all have answered what they had, or are gone."""
+        await asyncio.gather(*(server.idle.wait() for server in self._servers))
+
+    async def close(self) -> None:
+        """End those that have not ended; returns when all processes are gone."""
+        self._is_draining = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(server.end() for server in self._servers))
+
+    # -- loss
+
+    async def _keep(self, place: int) -> None:
+        """Start another in this place whenever the one in it has died."""
+        while True:
+            server = self._servers[place]
+            await server.lost.wait()
+            await server.end()
+            if self._is_draining or self._backend.failure is not None:
+                return
+            fields = {"exit_code": server.exit_code, "requests": server.num_lost_requests}
+            log.error("an API server died and is started anew", extra={"fields": fields})
+            if not self._may_restart():
+                self.failure = f"{_MAX_DEATHS} API servers died within {_DEATHS_SECONDS:.0f} s"
+                self.failed.set()
+                return
+            await asyncio.sleep(_RESTART_SECONDS)
+            self._servers[place] = self._spawn(self._listeners[place])
+            await self._servers[place].open(self._service, self._backend)
+
+    def _may_restart(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        self._deaths.append(now)
+        while self._deaths[0] < now - _DEATHS_SECONDS:
+            self._deaths.popleft()
+        return len(self._deaths) < _MAX_DEATHS
+
+    def _spawn(self, listener: socket.socket) -> "_ApiServer":
+        ours, theirs = socket.socketpair()
+        arguments = ApiServerArguments(
+            settings=self._settings,
+            model_dir=self._model_dir,
+            core=self._core.connect(),
+            owner=theirs,
+            listener=listener,
+            log_level=logging.getLogger().getEffectiveLevel(),
+        )
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=run_api_server, args=(arguments,), name="evenhand-api", daemon=True)
+        process.start()
+        theirs.close()  # so that its death is an end of file here
+        arguments.core.close()
+        return _ApiServer(process, ours)
+
+
+class _ApiServer:
+    """One process.
+
+    Attributes:
+        serving: done when it serves, or cannot.
+        idle: set when it drains and has answered what it had, or is lost.
+        lost: set when its channel has ended, as it does with the process.
+        num_lost_requests: that it had in flight then.
+    """
+
+    def __init__(self, process: BaseProcess, end: socket.socket) -> None:
+        self.serving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.idle = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.num_lost_requests = 0
+        self._process = process
+        self._end = end
+        self._channel: Channel[ToOwner] = Channel(ToOwner, self._receive, self._lose)
+        self._doorkeeper: Doorkeeper | None = None  # until the channel is open
+
+    @property
+    def is_serving(self) -> bool:
+        return self.serving.done() and not self.lost.is_set()
+
+    @property
+    def is_current(self) -> bool:
+        return self.lost.is_set() or (self._doorkeeper is not None and self._doorkeeper.is_current)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    async def open(self, service: Service, backend: LocalBackend) -> None:
+        self._doorkeeper = Doorkeeper(service, self._channel, backend.count_elsewhere)
+        await self._channel.open(self._end)
+        self._doorkeeper.enforce(service.in_force.config, is_configured=service.is_configured)
+
+    def enforce(self, config: SchedulerConfig) -> None:
+        if self._doorkeeper is not None:
+            self._doorkeeper.enforce(config)
+
+    def drain(self) -> None:
+        self._channel.send(Drain())
+
+    async def end(self) -> None:
+        """Returns when the process is gone; one that does not go by itself is killed."""
+        self._channel.close()
+        if self._doorkeeper is None:
+            self._end.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._join)
+
+    def _join(self) -> None:
+        if self.serving.done():  # one that starts has nothing to lose
+            self._process.join(GRACE_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self, message: ToOwner) -> None:
+        match message:
+            case Serving():
+                self.serving.set_result(None)
+            case Idle():
+                self.idle.set()
+            case StartFailed():
+                self._fail(message.message)
+            case _:
+                assert self._doorkeeper is not None
+                self._doorkeeper.receive(message)
+
+    def _lose(self) -> None:
+        if self._doorkeeper is not None:
+            self.num_lost_requests = self._doorkeeper.close()
+        self._fail("an API server ended unexpectedly")
+        self.lost.set()
+        self.idle.set()
+
+    def _fail(self, reason: str) -> None:
+        if not self.serving.done():
+            self.serving.set_exception(StartupError(reason))
+            self.serving.exception()  # retrieved: nobody may be waiting

@@ -1,0 +1,90 @@
+"""What start-up and shutdown are made of: an application on a socket, work in the background, waits."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from evenhand_engine.server.listener import BACKLOG
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+T = TypeVar("T")
+
+GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is gone
+
+
+async def serve_app(
+    stack: contextlib.AsyncExitStack,
+    app: "web.Application",
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    *,
+    decompress: bool = True,
+) -> None:
+    """Serve `app` until the stack is left."""
+    from aiohttp import web
+
+    # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=75,
+        shutdown_timeout=1,
+        auto_decompress=decompress,
+    )
+    stack.push_async_callback(runner.cleanup)
+    await runner.setup()
+    await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()
+
+
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do `work` meanwhile; it is cancelled at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def first_of(*waits: Coroutine[Any, Any, object], timeout: float | None = None) -> None:
+    """Wait for whichever is first, and give up the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run `function` in a thread that an exit does not wait for, as it would for an executor's."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="start-up", daemon=True).start()
+    return await future

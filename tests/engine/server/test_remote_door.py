@@ -1,0 +1,244 @@
+"""A door in another process: both ends of its channel, here in one event loop."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from evenhand_engine.backends.backend import Enforcer, ModelInfo
+from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.frontend.channel import Channel
+from evenhand_engine.frontend.claims import Demand
+from evenhand_engine.frontend.config_in_force import ConfigInForce
+from evenhand_engine.frontend.config_store import ConfigDocument
+from evenhand_engine.frontend.door import Door, OwnDoor
+from evenhand_engine.frontend.door_messages import Drain, ToOwner
+from evenhand_engine.frontend.doorkeeper import Doorkeeper
+from evenhand_engine.frontend.quota import TokenBucket
+from evenhand_engine.frontend.remote_door import RemoteDoor
+from evenhand_engine.frontend.service import Service
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_policy.config import Limits, SchedulerConfig, TenantConfig
+from evenhand_policy.credentials import key_hash
+from evenhand_policy.push_protocol import ConfigSource
+
+KEY = "the-key-of-a-tenant-with-limits"
+WAIT_SECONDS = 20.0
+
+
+class Idle:
+    """A backend that serves a model and has nothing to do."""
+
+    info = ModelInfo(model_name="tiny", max_model_len=1000)
+    stats = failure = None
+
+    def on_stats(self, listener: object) -> None: ...
+
+    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None: ...
+
+    def seconds_without_progress(self, now: float) -> float:
+        return 0.0
+
+
+class Ends:
+    """The owner and an API server, joined by a channel."""
+
+    def __init__(self) -> None:
+        self.settings = ServerSettings(max_tenant_body_bytes=100)
+        config = SchedulerConfig(tenants=(tenant(requests_per_minute=4, tokens_per_minute=800),))
+        in_force = ConfigInForce(ConfigDocument.unversioned(config, ConfigSource.FILES))
+        self.service = Service(self.settings, cast(Enforcer, Idle()), in_force)
+        self.tokens.rate = 1e-9
+        self.num_in_flight = 0
+        self.lost = asyncio.Event()
+        self.channel: Channel[ToOwner] = Channel(ToOwner, self._receive, self.lost.set)
+        self.keeper = Doorkeeper(self.service, self.channel, self._count)
+        self.door = RemoteDoor(self.settings)
+
+    def _receive(self, message: ToOwner) -> None:
+        self.keeper.receive(message)
+
+    def _count(self, change: int) -> None:
+        self.num_in_flight += change
+
+    async def open(self) -> None:
+        ours, theirs = socket.socketpair()
+        await self.channel.open(ours)
+        await self.door.channel.open(theirs)
+        self.keeper.enforce(self.service.in_force.config)
+        await asyncio.wait_for(self.door.configured.wait(), WAIT_SECONDS)
+
+    async def settle(self) -> None:
+        """Until all that the API server told has arrived."""
+        await self.door.health()
+
+    @property
+    def tokens(self) -> TokenBucket:
+        """Of the tenant, which time does not refill here."""
+        bucket = self.service.admission.account("t").tokens
+        assert bucket is not None
+        return bucket
+
+    @property
+    def in_flight(self) -> int:
+        return self.service.admission.account("t").num_in_flight
+
+
+def tenant(key: str = KEY, **limits: Any) -> TenantConfig:
+    return TenantConfig(tenant_id="t", key_hashes=(key_hash(key),), limits=Limits(**limits))
+
+
+def bearer(key: str) -> "CIMultiDictProxy[str]":
+    return CIMultiDictProxy(CIMultiDict({"Authorization": f"Bearer {key}"}))
+
+
+@contextlib.asynccontextmanager
+async def joined() -> AsyncIterator[Ends]:
+    ends = Ends()
+    await ends.open()
+    try:
+        yield ends
+    finally:
+        ends.channel.close()
+        ends.door.channel.close()
+        await asyncio.wait_for(ends.lost.wait(), WAIT_SECONDS)
+        await asyncio.wait_for(ends.door.told_to_stop.wait(), WAIT_SECONDS)
+
+
+DEMAND = Demand(prompt_lengths=(10, 20), num_choices=2, max_tokens=5, num_taken=1)
+
+
+async def test_both_doors_answer_the_same() -> None:
+    async with joined() as ends:
+        doors: list[Door] = [OwnDoor(ends.service), ends.door]
+        for door in doors:
+            assert await door.check("t") == 1
+            assert [claim.max_tokens for claim in await door.reserve("other", DEMAND)] == [5, 5, 5, 5]
+            assert await door.queue_delay("t") >= 1
+            assert await door.health() is None
+            assert b"vllm:request_success" in await door.metrics_text()
+            assert await door.rate_limits("other") in ([], ())
+            with pytest.raises(Refusal) as caught:
+                await door.reserve("t", Demand(prompt_lengths=(900,), max_tokens=200))
+            assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+            held = await door.hold("t", 80)
+            with pytest.raises(Refusal, match="take 80 of 100 bytes") as refused:
+                await door.hold("t", 80)
+            assert refused.value.retry_after == 1
+            held.resize(10)
+            (await door.hold("t", 80)).release()
+            held.release()
+        own, remote = await asyncio.gather(*(door.rate_limits("t") for door in doors))
+        assert list(own) == list(remote)
+        assert [(limit.unit, limit.limit, limit.remaining) for limit in remote] == [
+            ("requests", 4, 2),
+            ("tokens", 800, 800),
+        ]
+
+
+async def test_what_is_told_is_settled_as_in_one_process() -> None:
+    async with joined() as ends:
+        (claim,) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), max_tokens=300))
+        assert (ends.in_flight, ends.num_in_flight) == (1, 1)
+        now = time.monotonic()
+        claim.started(30, now)
+        claim.generated(1, now)
+        claim.generated(1, now + 0.5)
+        for _ in range(2):
+            claim.ended("finished", "stop", 2, 0, now + 0.5)
+        await ends.settle()
+        assert (ends.in_flight, ends.num_in_flight) == (0, 0)
+        text = ends.service.metrics.admin_text().decode()
+        assert 'evenhand_tokens_total{kind="generation",tenant="t"} 2.0' in text
+        assert 'evenhand_requests_total{outcome="finished",reason="stop",tenant="t"} 1.0' in text
+        assert 'evenhand_inter_token_latency_seconds_sum{tenant="t"} 0.5' in text
+        assert round(ends.tokens.level(now)) == 800 - 102
+
+
+async def test_a_claim_that_outgrows_the_quota_is_told() -> None:
+    async with joined() as ends:
+        (claim,) = await ends.door.reserve("t", Demand(prompt_lengths=(100,)))
+        await ends.door.reserve("t", Demand(prompt_lengths=(1,), max_tokens=440))
+        exhausted = asyncio.Event()
+        claim.exhausted = exhausted.set
+        now = time.monotonic()
+        claim.started(0, now)
+        claim.generated(255, now)
+        await ends.settle()
+        assert not exhausted.is_set()
+        claim.generated(1, now)
+        claim.generated(256, now)
+        await asyncio.wait_for(exhausted.wait(), WAIT_SECONDS)
+
+
+async def test_who_leaves_before_the_answer_holds_nothing() -> None:
+    async with joined() as ends:
+        waits = [
+            asyncio.ensure_future(ends.door.reserve("t", Demand(prompt_lengths=(10,), num_choices=2, max_tokens=5))),
+            asyncio.ensure_future(ends.door.hold("t", 50)),
+        ]
+        await asyncio.sleep(0)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        await ends.settle()
+        assert (ends.in_flight, ends.num_in_flight, ends.service.bodies.num_bytes("t")) == (0, 0, 0)
+
+
+async def test_what_a_lost_api_server_held_is_given_back() -> None:
+    async with joined() as ends:
+        (claim, _) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), num_choices=2, max_tokens=100))
+        await ends.door.hold("t", 50)
+        now = time.monotonic()
+        claim.started(0, now)
+        claim.generated(7, now)
+        await ends.settle()
+        assert ends.keeper.close() == 2
+        assert (ends.in_flight, ends.num_in_flight, ends.service.bodies.num_bytes("t")) == (0, 0, 0)
+        assert round(ends.tokens.level(now)) == 800 - 107, "what was computed is paid for"
+        assert 'reason="api_server_dead",tenant="t"} 2.0' in ends.service.metrics.admin_text().decode()
+
+
+async def test_a_config_is_current_once_the_api_server_says_so() -> None:
+    async with joined() as ends:
+        assert ends.door.authenticator.authenticate(bearer(KEY)) == "t"
+        await ends.settle()
+        assert ends.keeper.is_current
+        new_key = "a-new-key-of-the-same-tenant-0"
+        ends.keeper.enforce(SchedulerConfig(tenants=(tenant(new_key),)))
+        assert not ends.keeper.is_current
+        await ends.settle()
+        assert ends.keeper.is_current
+        assert ends.door.authenticator.authenticate(bearer(new_key)) == "t"
+        with pytest.raises(Refusal):
+            ends.door.authenticator.authenticate(bearer(KEY))
+
+
+async def test_told_to_drain_and_left_alone() -> None:
+    async with joined() as ends:
+        ends.channel.send(Drain())
+        await asyncio.wait_for(ends.door.told_to_stop.wait(), WAIT_SECONDS)
+        assert ends.door.draining
+        waiting = asyncio.ensure_future(ends.door.check("t"))
+        ends.channel.close()
+        await asyncio.wait({waiting}, timeout=WAIT_SECONDS)
+        with pytest.raises(EngineDeadError):
+            await ends.door.check("t")
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_call_that_fails_is_refused_and_the_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with joined() as ends:
+        monkeypatch.delattr(ends.service, "bodies")
+        with pytest.raises(Refusal) as caught:
+            await ends.door.hold("t", 1)
+        assert caught.value.status == 500
+        assert "failed" in caplog.text
+        assert await ends.door.health() is None
