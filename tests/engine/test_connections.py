@@ -117,6 +117,7 @@ def test_one_that_is_gone_has_its_requests_aborted_and_the_others_go_on(pipes: P
     pipes.core.publish([output("b", FinishReason.LENGTH)])
     first.close()
     assert pipes.command() == AbortRequest(request_id="a", reason=FinishReason.ABORT)
+    pipes.add(second, "d")  # so "b", which had ended, is not aborted
     pipes.core.publish([output("a", FinishReason.ABORT), output("c")])
     assert outputs(second) == ["c"]
 

@@ -141,10 +141,12 @@ async def test_both_doors_answer_the_same() -> None:
         ]
 
 
-async def test_what_is_told_is_settled_as_in_one_process() -> None:
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_what_is_told_is_settled_as_in_one_process(is_remote: bool) -> None:
     async with joined() as ends:
-        (claim,) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), max_tokens=300))
-        assert (ends.in_flight, ends.num_in_flight) == (1, 1)
+        door: Door = ends.door if is_remote else OwnDoor(ends.service)
+        (claim,) = await door.reserve("t", Demand(prompt_lengths=(100,), max_tokens=300))
+        assert (ends.in_flight, ends.num_in_flight) == (1, int(is_remote))
         now = time.monotonic()
         claim.started(30, now)
         claim.generated(1, now)
