@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.kube import EVENTS, FIELD_MANAGER, TENANT_POLICIES, ApiError, KubeClient
 from evenhand_operator.objects import Json, write_time
 from evenhand_operator.observed import Observed
@@ -48,21 +48,22 @@ def transitions(before: Iterable[Condition], after: Iterable[Condition]) -> list
 class EventRecorder:
     """Writes Events in the background, some a second; what is beyond that is dropped, since statuses tell it too."""
 
-    def __init__(self, kube: KubeClient, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, kube: KubeClient, tasks: asyncio.TaskGroup, clock: Clock = SYSTEM_CLOCK) -> None:
         self._kube = kube
         self._tasks = tasks
+        self._clock = clock
         self._allowance = _BURST
-        self._allowed_at = time.monotonic()
+        self._allowed_at = self._clock.monotonic()
 
     def record(self, observed: Observed, transition: Transition) -> None:
         """An Event about an object."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._allowance = min(_BURST, self._allowance + (now - self._allowed_at) * _PER_SECOND)
         self._allowed_at = now
         if self._allowance < 1:
             return
         self._allowance -= 1
-        self._tasks.create_task(self._send(_event(observed, transition)))
+        self._tasks.create_task(self._send(_event(observed, transition, self._clock.wall())))
 
     async def _send(self, event: Json) -> None:
         try:
@@ -71,9 +72,9 @@ class EventRecorder:
             log.info("an event was not written: %s", error)
 
 
-def _event(observed: Observed, transition: Transition) -> Json:
+def _event(observed: Observed, transition: Transition, at: float) -> Json:
     namespace, name = observed.key
-    now = write_time(time.time())
+    now = write_time(at)
     return {
         "metadata": {"name": f"{name[:200]}.{secrets.token_hex(8)}", "namespace": namespace},
         "involvedObject": {

@@ -7,12 +7,12 @@ was replaced, or was asleep, can never get a higher one. Engines refuse document
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NoReturn
 
 from evenhand_operator import metrics
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.kube import LEASES, ApiError, KubeClient
 from evenhand_operator.objects import Json
 from evenhand_operator.settings import Settings
@@ -35,12 +35,20 @@ class Lease:
         least_epoch: an epoch that was seen elsewhere, so that a Lease that was deleted rolls nothing back.
     """
 
-    def __init__(self, kube: KubeClient, namespace: str, settings: Settings, least_epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        kube: KubeClient,
+        namespace: str,
+        settings: Settings,
+        least_epoch: Callable[[], int],
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
         self.epoch = 0
         self._kube = kube
         self._namespace = namespace
         self._settings = settings
         self._least_epoch = least_epoch
+        self._clock = clock
         self._held: Json | None = None  # as it was last written by us
         self._renewed_at = 0.0  # monotonic
         self._writing = asyncio.Lock()
@@ -53,7 +61,7 @@ class Lease:
     async def acquire(self) -> None:
         """Returns once this replica leads. The clocks of others do not matter: what counts is how long a Lease was
         seen unchanged."""
-        seen_version, unchanged_since = "", time.monotonic()
+        seen_version, unchanged_since = "", self._clock.monotonic()
         while True:
             try:
                 lease = await self._read()
@@ -61,8 +69,8 @@ class Lease:
                     await self._take(lease)
                     return
                 if lease["metadata"]["resourceVersion"] != seen_version:
-                    seen_version, unchanged_since = lease["metadata"]["resourceVersion"], time.monotonic()
-                elif time.monotonic() - unchanged_since > _duration(lease):
+                    seen_version, unchanged_since = lease["metadata"]["resourceVersion"], self._clock.monotonic()
+                elif self._clock.monotonic() - unchanged_since > _duration(lease):
                     await self._take(lease)
                     return
             except ApiError as error:
@@ -85,7 +93,7 @@ class Lease:
         deadline = self._renewed_at + self._settings.renew_deadline_seconds
         while True:
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(max(0.0, deadline - self._clock.monotonic())):
                     await self._write(self.epoch)
                 return
             except TimeoutError:
@@ -126,7 +134,7 @@ class Lease:
         spec = before.get("spec", {})
         epoch = max(_epoch(before), self._least_epoch()) + 1
         transitions = spec.get("leaseTransitions", 0) + 1 if lease else 0
-        await self._store(before, {"acquireTime": _now(), "leaseTransitions": transitions}, epoch)
+        await self._store(before, {"acquireTime": self._now(), "leaseTransitions": transitions}, epoch)
         log.info("leader of epoch %d", epoch)
 
     async def _write(self, epoch: int) -> None:
@@ -148,7 +156,7 @@ class Lease:
     async def _recreate(self, epoch: int) -> None:
         """Somebody deleted the Lease; whoever creates it first has it."""
         try:
-            await self._store({}, {"acquireTime": _now()}, epoch)
+            await self._store({}, {"acquireTime": self._now()}, epoch)
         except ApiError as error:
             if error.status == 409:
                 self._lose("another replica holds the lease")
@@ -174,15 +182,19 @@ class Lease:
         spec |= {
             "holderIdentity": self._settings.identity,
             "leaseDurationSeconds": self._settings.lease_seconds,
-            "renewTime": _now(),
+            "renewTime": self._now(),
         }
         lease = {"metadata": metadata | {"annotations": annotations}, "spec": spec}
-        asked_at = time.monotonic()
+        asked_at = self._clock.monotonic()
         write = self._kube.replace if before else self._kube.create
         self._held = await write(LEASES, lease)
         self._renewed_at = asked_at
         self.epoch = epoch
         metrics.EPOCH.set(epoch)
+
+    def _now(self) -> str:
+        """As metav1.MicroTime: with exactly six digits of a second."""
+        return datetime.fromtimestamp(self._clock.wall(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _duration(lease: Json) -> float:
@@ -193,8 +205,3 @@ def _epoch(lease: Json) -> int:
     text = lease.get("metadata", {}).get("annotations", {}).get(EPOCH_ANNOTATION, "0")
     epoch = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     return epoch if epoch < MAX_EPOCH else 0  # nobody could ever go on above it
-
-
-def _now() -> str:
-    """As metav1.MicroTime: with exactly six digits of a second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

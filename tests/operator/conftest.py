@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from evenhand_policy.push_document import encode_document, understood_members
 from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE, ConfigSource
 from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Version
+from harness.virtual_time import VirtualTime
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"operator" * 4)
 ISSUER_KEY = Ed25519PrivateKey.from_private_bytes(b"cluster." * 4)
@@ -213,6 +214,13 @@ class Changes:
 def make() -> SimpleNamespace:
     """The helpers of this file, for test modules, which cannot import it."""
     return SimpleNamespace(offer=make_offer, pod=make_pod, pod_token=make_pod_token, key=KEY, issuer=ISSUER)
+
+
+@pytest.fixture
+def virtual_time() -> Iterator[VirtualTime]:
+    """For tests of what happens when: waiting takes no time."""
+    with VirtualTime() as time:
+        yield time
 
 
 @pytest.fixture

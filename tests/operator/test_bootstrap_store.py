@@ -20,6 +20,7 @@ from evenhand_policy.config import PoolReference, SchedulerConfig, TenantConfig
 from evenhand_policy.push_document import decompress, encode_document, read_document
 from evenhand_policy.signatures import PublicKeys, read_key_set
 from evenhand_policy.version import Version
+from harness.builders import make_pool
 
 Json = dict[str, Any]
 KEY, OTHER_KEY = (Ed25519PrivateKey.from_private_bytes(bytes([index]) * 32) for index in (1, 2))
@@ -76,10 +77,7 @@ def store_on(secrets: Secrets, key: Ed25519PrivateKey = KEY, trusted: PublicKeys
 
 @pytest.fixture
 def pool() -> ObservedPool:
-    metadata = {"name": "default", "namespace": "inference", "uid": "u1", "resourceVersion": "1", "generation": 1}
-    spec = {"selector": {"matchLabels": {"app": "engine"}}}
-    obj = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "EnginePool", "metadata": metadata, "spec": spec}
-    observed = read_pool(obj)
+    observed = read_pool(make_pool(meta={"uid": "u1"}))
     assert observed is not None
     return observed
 

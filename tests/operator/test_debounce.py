@@ -1,18 +1,11 @@
 """Many signals, few wake-ups, none lost."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
 from evenhand_operator.debounce import Debounce
-from harness.virtual_time import VirtualClock
-
-
-@pytest.fixture
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=VirtualClock) as runner:
-        yield runner
+from harness.virtual_time import VirtualTime
 
 
 async def signal_at(debounce: Debounce, *times: float) -> None:
@@ -43,27 +36,27 @@ async def wake_ups(debounce: Debounce, *times: float) -> list[tuple[float, float
     ],
 )
 def test_signals_are_gathered(
-    runner: asyncio.Runner, signals: list[float], expected: list[tuple[float, float]]
+    virtual_time: VirtualTime, signals: list[float], expected: list[tuple[float, float]]
 ) -> None:
-    assert runner.run(wake_ups(Debounce(0.05, 0.5), *signals)) == expected
+    assert virtual_time.run(wake_ups(Debounce(0.05, 0.5), *signals)) == expected
 
 
-def test_many_signals_are_waited_for_longer_until_it_is_quiet(runner: asyncio.Runner) -> None:
+def test_many_signals_are_waited_for_longer_until_it_is_quiet(virtual_time: VirtualTime) -> None:
     burst = [1.0 + index / 100 for index in range(9)]
     more = [1.0 + index / 10 for index in range(1, 26)]  # to 3.5
     debounce = Debounce(0.05, 0.5, 4.0)
-    assert runner.run(wake_ups(debounce, *sorted(burst + more), 9.0)) == [(3.0, 1.0), (3.7, 3.0), (9.05, 9.0)]
+    assert virtual_time.run(wake_ups(debounce, *sorted(burst + more), 9.0)) == [(3.0, 1.0), (3.7, 3.0), (9.05, 9.0)]
 
 
-def test_signal_while_nobody_waits_is_kept(runner: asyncio.Runner) -> None:
+def test_signal_while_nobody_waits_is_kept(virtual_time: VirtualTime) -> None:
     async def scenario() -> float | None:
         debounce = Debounce(0.05, 0.5)
         debounce.signal()
         await asyncio.sleep(3)
         return await debounce.wait(timeout=1)
 
-    assert runner.run(scenario()) == 0.0
+    assert virtual_time.run(scenario()) == 0.0
 
 
-def test_waiting_ends_without_a_signal(runner: asyncio.Runner) -> None:
-    assert runner.run(Debounce(0.05, 0.5).wait(timeout=1)) is None
+def test_waiting_ends_without_a_signal(virtual_time: VirtualTime) -> None:
+    assert virtual_time.run(Debounce(0.05, 0.5).wait(timeout=1)) is None

@@ -8,21 +8,25 @@ from typing import Any
 
 import pytest
 
+from evenhand_operator.clock import SYSTEM_CLOCK
 from evenhand_operator.kube import ApiError
 from evenhand_operator.lease import EPOCH_ANNOTATION, Lease, LeaseLostError
 from evenhand_operator.settings import Settings
+from harness.virtual_time import VirtualTime
 
 Json = dict[str, Any]
 
 
 class OneLease:
-    """The part of KubeClient that a Lease uses. `fail` is asked before every request and may raise."""
+    """The part of KubeClient that a Lease uses. `fail` is asked before every request and may raise; with `hang` none is
+    answered."""
 
     def __init__(self) -> None:
         self.stored: Json | None = None
         self.version = 0
         self.fail: Callable[[str], None] = lambda method: None
         self.lose_answers = False
+        self.hang = False
 
     async def get(self, *_: object) -> Json:
         await self._arrive("get")
@@ -45,7 +49,7 @@ class OneLease:
         return self._store(obj)
 
     async def _arrive(self, method: str) -> None:
-        await asyncio.sleep(0)  # others may come in between
+        await asyncio.sleep(3600 if self.hang else 0)  # others may come in between
         self.fail(method)
 
     def _store(self, obj: Json) -> Json:
@@ -72,9 +76,10 @@ def api() -> OneLease:
     return OneLease()
 
 
-def lease(api: OneLease, identity: str, *, least_epoch: int = 0, **settings: Any) -> Lease:
-    quick: Json = {"lease_seconds": 1, "renew_deadline_seconds": 0.2, "renew_seconds": 0.02} | settings
-    return Lease(api, "n", Settings(identity=identity, **quick), lambda: least_epoch)  # type: ignore[arg-type]
+def lease(api: OneLease, identity: str, *, least_epoch: int = 0, time: VirtualTime | None = None, **own: Any) -> Lease:
+    settings = Settings(identity=identity, **own)
+    clock = time.clock if time is not None else SYSTEM_CLOCK
+    return Lease(api, "n", settings, lambda: least_epoch, clock)  # type: ignore[arg-type]
 
 
 async def test_first_replica_leads_at_once(api: OneLease) -> None:
@@ -85,12 +90,24 @@ async def test_first_replica_leads_at_once(api: OneLease) -> None:
     assert api.version == 2
 
 
-async def test_second_one_waits_until_the_first_is_silent(api: OneLease) -> None:
-    await lease(api, "first").acquire()
-    second = lease(api, "second")
-    began = asyncio.get_running_loop().time()
-    await second.acquire()
-    assert asyncio.get_running_loop().time() - began > 1
+@pytest.mark.parametrize("silent_for", [3, 30])
+def test_second_one_waits_until_the_first_is_silent(virtual_time: VirtualTime, api: OneLease, silent_for: int) -> None:
+    """However long that one has lived: what counts is for how long the Lease is seen unchanged."""
+
+    async def scenario() -> float:
+        first, second = lease(api, "first", time=virtual_time), lease(api, "second", time=virtual_time)
+        await first.acquire()
+        waiting = asyncio.create_task(second.acquire())
+        holding = asyncio.create_task(first.hold())
+        await asyncio.sleep(silent_for)
+        assert not waiting.done()
+        holding.cancel()
+        await waiting
+        return asyncio.get_running_loop().time()
+
+    renew, lease_seconds = Settings().renew_seconds, Settings().lease_seconds
+    waited = virtual_time.run(scenario()) - silent_for
+    assert lease_seconds - renew <= waited < lease_seconds + renew
     assert (api.holder, api.epoch) == ("second", "2")
 
 
@@ -98,8 +115,7 @@ async def test_released_lease_is_taken_at_once(api: OneLease) -> None:
     first, second = lease(api, "first"), lease(api, "second", lease_seconds=60)
     await first.acquire()
     await first.release()
-    async with asyncio.timeout(1):
-        await second.acquire()
+    await second.acquire()
     assert (api.holder, api.epoch) == ("second", "2")
     assert api.stored is not None
     assert api.stored["spec"]["leaseTransitions"] == 1
@@ -109,7 +125,7 @@ async def test_released_lease_is_taken_at_once(api: OneLease) -> None:
     assert api.holder == "second"
 
 
-async def test_of_many_one_leads_and_epochs_are_never_given_twice(api: OneLease) -> None:
+def test_of_many_one_leads_and_epochs_are_never_given_twice(virtual_time: VirtualTime, api: OneLease) -> None:
     """Each leads for one renewal, then falls silent without giving the lease back."""
     epochs: list[int] = []
 
@@ -119,48 +135,76 @@ async def test_of_many_one_leads_and_epochs_are_never_given_twice(api: OneLease)
         with contextlib.suppress(LeaseLostError, ApiError):
             epochs.append(await replica.raise_epoch(0))
 
-    await asyncio.gather(*(live(lease(api, f"r{index}", lease_seconds=0)) for index in range(8)))
+    async def scenario() -> None:
+        await asyncio.gather(*(live(lease(api, f"r{index}", time=virtual_time)) for index in range(8)))
+
+    virtual_time.run(scenario())
     assert len(epochs) == len(set(epochs)) >= 8
     assert epochs == sorted(epochs)
 
 
-async def test_replaced_leader_cannot_raise_the_epoch(api: OneLease) -> None:
-    first, second = lease(api, "first", lease_seconds=0), lease(api, "second")
-    await first.acquire()
-    await second.acquire()
-    with pytest.raises(LeaseLostError, match="another replica holds"):
-        await first.raise_epoch(99)
+def test_replaced_leader_cannot_raise_the_epoch(virtual_time: VirtualTime, api: OneLease) -> None:
+    async def scenario() -> None:
+        first, second = lease(api, "first", time=virtual_time), lease(api, "second", time=virtual_time)
+        await first.acquire()
+        await second.acquire()
+        with pytest.raises(LeaseLostError, match="another replica holds"):
+            await first.raise_epoch(99)
+
+    virtual_time.run(scenario())
     assert (api.holder, api.epoch) == ("second", "2")
 
 
-async def test_leader_that_cannot_renew_stops(api: OneLease) -> None:
-    first = lease(api, "first")
-    await first.acquire()
-
+def test_leader_that_cannot_renew_stops_before_another_one_may_lead(virtual_time: VirtualTime, api: OneLease) -> None:
     def away(method: str) -> None:
         raise ApiError(0, "connection refused")
 
-    api.fail = away
-    with pytest.raises(LeaseLostError, match="in time"):
-        await first.hold()
+    async def scenario() -> float:
+        first = lease(api, "first", time=virtual_time)
+        await first.acquire()
+        await asyncio.sleep(1)
+        api.fail = away
+        with pytest.raises(LeaseLostError, match="in time"):
+            await first.hold()
+        return asyncio.get_running_loop().time()
+
+    settings = Settings()
+    assert virtual_time.run(scenario()) == settings.renew_deadline_seconds < settings.lease_seconds
 
 
-async def test_leader_rides_out_what_is_shorter(api: OneLease) -> None:
-    first = lease(api, "first", renew_deadline_seconds=5.0)
-    await first.acquire()
-    failures = iter([True, False])
+def test_leader_whose_renewal_is_not_answered_stops_as_soon(virtual_time: VirtualTime, api: OneLease) -> None:
+    async def scenario() -> float:
+        first = lease(api, "first", time=virtual_time)
+        await first.acquire()
+        api.hang = True
+        with pytest.raises(LeaseLostError, match="in time"):
+            await first.hold()
+        return asyncio.get_running_loop().time()
 
-    def away(method: str) -> None:
-        if next(failures, False):
-            raise ApiError(503, "apiserver is shutting down")
+    assert virtual_time.run(scenario()) == Settings().renew_deadline_seconds
 
-    api.fail = away
-    await first.confirm()
+
+def test_leader_rides_out_what_is_shorter(virtual_time: VirtualTime, api: OneLease) -> None:
+    async def scenario() -> None:
+        first = lease(api, "first", time=virtual_time)
+        await first.acquire()
+        back_at = asyncio.get_running_loop().time() + 6
+
+        def away(method: str) -> None:
+            if asyncio.get_running_loop().time() < back_at:
+                raise ApiError(503, "apiserver is shutting down")
+
+        api.fail = away
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                await first.hold()
+
+    virtual_time.run(scenario())
     assert api.holder == "first"
 
 
 async def test_renewal_whose_answer_was_lost_is_no_loss(api: OneLease) -> None:
-    first = lease(api, "first", renew_deadline_seconds=5.0)
+    first = lease(api, "first")
     await first.acquire()
     api.lose_answers = True
     with pytest.raises(ApiError):

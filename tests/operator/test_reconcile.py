@@ -1,6 +1,5 @@
 """From objects to documents and statuses: pure, so held by properties and by tables."""
 
-import base64
 import dataclasses
 import random
 from typing import Any
@@ -25,6 +24,7 @@ from evenhand_policy.push_document import encode_document
 from evenhand_policy.secret import API_KEYS_TYPE, Secret
 from evenhand_policy.status import Condition, ConditionStatus, EnginePoolStatus, PodState, TenantPolicyStatus
 from evenhand_policy.version import Version
+from harness.builders import make_policy, make_pool, make_secret
 
 Json = dict[str, Any]
 CURRENT = Version(2, 5)
@@ -32,36 +32,18 @@ NOW = 1_800_000_000.0
 ISSUER = ServiceAccountIssuer(issuer="https://issuer", audience="evenhand", jwks={"keys": []})
 
 
-def metadata(name: str, namespace: str = "inference", generation: int = 1, age: int = 0) -> Json:
-    return {
-        "name": name,
-        "namespace": namespace,
-        "uid": f"uid-{namespace}-{name}",
-        "resourceVersion": "7",
-        "generation": generation,
-        "creationTimestamp": f"2026-01-01T00:00:{age:02d}Z",
-        "managedFields": [{"manager": "kubectl"}],
-    }
+def _meta(name: str, namespace: str = "inference", generation: int = 1, age: int = 0) -> Json:
+    """Arguments of `make_meta`."""
+    uid, created = f"uid-{namespace}-{name}", f"2026-01-01T00:00:{age:02d}Z"
+    return {"namespace": namespace, "generation": generation, "creationTimestamp": created, "uid": uid}
 
 
 def policy_object(name: str, *, status: Json | None = None, spec: Json | None = None, **meta: Any) -> Json:
-    return {
-        "apiVersion": "evenhand.dev/v1alpha1",
-        "kind": "TenantPolicy",
-        "metadata": metadata(name, **meta),
-        "spec": {"poolRef": {"name": "default"}} | (spec or {}),
-        "status": status or {},
-    }
+    return make_policy(name, meta=_meta(name, **meta), status=status or {}, **spec or {})
 
 
 def pool_object(name: str = "default", *, status: Json | None = None, spec: Json | None = None, **meta: Any) -> Json:
-    return {
-        "apiVersion": "evenhand.dev/v1alpha1",
-        "kind": "EnginePool",
-        "metadata": metadata(name, **meta),
-        "spec": {"selector": {"matchLabels": {"app": "engine"}}} | (spec or {}),
-        "status": status or {},
-    }
+    return make_pool(name, meta=_meta(name, **meta), status=status or {}, **spec or {})
 
 
 def policy(name: str, **changes: Any) -> ObservedPolicy:
@@ -77,8 +59,9 @@ def pool(name: str = "default", **changes: Any) -> ObservedPool:
 
 
 def secret(name: str, *values: str, namespace: str = "inference") -> Secret:
-    data = {f"k{index}": base64.b64encode(value.encode()).decode() for index, value in enumerate(values)}
-    return decode({"apiVersion": "v1", "kind": "Secret", "metadata": metadata(name, namespace), "data": data}, Secret)
+    obj = make_secret(name, *values, namespace=namespace)
+    del obj["type"]
+    return decode({"apiVersion": "v1", "kind": "Secret"} | obj, Secret)
 
 
 def plan(policies: list[ObservedPolicy], pools: list[ObservedPool] | None = None, *secrets: Secret) -> Plan:

@@ -18,6 +18,7 @@ from evenhand_operator.signals import Signals
 from evenhand_operator.status_writer import StatusChange
 from evenhand_policy.errors import Reason, problem_of
 from evenhand_policy.status import TenantPolicyStatus
+from harness.builders import make_policy, make_pool
 
 Json = dict[str, Any]
 NOW = 1_800_000_000.0
@@ -66,17 +67,9 @@ class Stage:
     def store(self, name: str, generation: int = 1, status: Any = None) -> ObservedPolicy:
         """A policy as it is from now on."""
         before = self.cache.policies.get(f"uid-{name}")
-        metadata = {
-            "name": name,
-            "namespace": "n",
-            "uid": f"uid-{name}",
-            "generation": generation,
-            "resourceVersion": str(next(_versions)),
-            "creationTimestamp": "2026-01-01T00:00:00Z",
-        }
-        obj = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "TenantPolicy", "metadata": metadata, "spec": {}}
         status = status if status is not None else before.status if before else TenantPolicyStatus()
-        self.cache.policies.take(obj | {"status": msgspec.to_builtins(status)})
+        meta = {"version": next(_versions), "generation": generation}
+        self.cache.policies.take(make_policy(name, meta=meta, status=msgspec.to_builtins(status)))
         observed = self.cache.policies.get(f"uid-{name}")
         assert observed
         return observed
@@ -212,17 +205,7 @@ def test_what_is_right_is_worked_out_once(stage: Stage, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_said_of_a_pool_that_was_not_compiled(stage: Stage) -> None:
-    metadata = {
-        "name": "default",
-        "namespace": "n",
-        "uid": "uid-pool",
-        "generation": 1,
-        "resourceVersion": str(next(_versions)),
-        "creationTimestamp": "2026-01-01T00:00:00Z",
-    }
-    kind = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "EnginePool"}
-    stage.cache.pools.take({**kind, "metadata": metadata, "spec": {"selector": {"matchLabels": {"app": "engine"}}}})
+    stage.cache.pools.take(make_pool(meta={"version": next(_versions)}))
     assert stage.due() == [], "it is about to be compiled"
-    metadata |= {"resourceVersion": str(next(_versions)), "generation": 2}
-    stage.cache.pools.take({**kind, "metadata": metadata, "spec": {"selector": 7}})
+    stage.cache.pools.take(make_pool(meta={"version": next(_versions), "generation": 2}, selector=7))
     assert stage.due() == ["default"], "that it cannot be read is known without"

@@ -13,6 +13,7 @@ from evenhand_operator.kube import ApiError
 from evenhand_operator.observed import ObservedPolicy
 from evenhand_operator.status_writer import StatusChange, StatusWriter
 from evenhand_policy.errors import Reason, problem_of
+from harness.builders import NAMESPACE, make_policy
 
 Json = dict[str, Any]
 
@@ -33,9 +34,8 @@ class Api:
         self.sent.append(obj)
         if self.refusal:
             raise self.refusal
-        metadata = obj["metadata"] | {"resourceVersion": "9", "creationTimestamp": "2026-01-01T00:00:00Z"}
-        kind = {"apiVersion": resource.api_version, "kind": resource.kind}
-        return {**kind, "metadata": metadata, "spec": {}, "status": self.stores(obj["status"])}
+        assert resource.kind == "TenantPolicy"
+        return make_policy(obj["metadata"]["name"], meta={"version": 9}, status=self.stores(obj["status"]))
 
     def record(self, _: ObservedPolicy, transition: Any) -> None:
         self.told.append(transition.reason)
@@ -54,15 +54,7 @@ def api() -> Api:
 @pytest.fixture
 def change(api: Api) -> StatusChange:
     """The policy `a` turns out to name a Secret that is not there."""
-    metadata = {
-        "name": "a",
-        "namespace": "n",
-        "uid": "uid-a",
-        "resourceVersion": "1",
-        "creationTimestamp": "2026-01-01T00:00:00Z",
-    }
-    kind = {"apiVersion": "evenhand.dev/v1alpha1", "kind": "TenantPolicy"}
-    api.cache.policies.observe("ADDED", {**kind, "metadata": metadata, "spec": {}})
+    api.cache.policies.observe("ADDED", make_policy("a"))
     [observed] = api.cache.policies
     assert observed.policy
     problems = (problem_of(observed.policy, Reason.SECRET_NOT_FOUND, "spec", "create it"),)
@@ -81,7 +73,9 @@ async def test_answer_to_a_write_is_what_is_there(api: Api, change: StatusChange
     assert await writer.write([change]) == 0
     [observed] = api.cache.policies
     assert not StatusChange(observed, change.status).is_needed, "before any event has come"
-    assert api.sent[0]["metadata"] == {"name": "a", "namespace": "n", "uid": "uid-a"}, "no other object of that name"
+    assert api.sent[0]["metadata"] == {"name": "a", "namespace": NAMESPACE, "uid": "uid-a"}, (
+        "no other object of that name"
+    )
     assert "programmedRevision" not in api.sent[0]["status"], "the API server takes no null"
     assert api.told == ["SecretNotFound"]
 
