@@ -11,6 +11,7 @@ import pytest
 
 from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
+from evenhand_policy.bootstrap import mounted_keys, read_manifest
 from evenhand_policy.credentials import key_hash
 from harness.fixtures import OPERATOR_NAMESPACE, Operators
 from harness.objects import (
@@ -310,6 +311,45 @@ def test_key_that_was_lost_is_made_anew_and_pods_learn_it(stage: Stage, operator
     until(lambda: stage.enforced("rotation", "weight") == [2, 2])
     stage.wait_ready("rotation")
     stage.kubectl("delete", "tpol", "rotation")
+
+
+def test_pod_that_starts_after_the_key_was_lost_begins_with_what_is_stored(
+    stage: Stage, pods: PodRunner, operator: OperatorProcess
+) -> None:
+    """Also while no other pod answers: what is stored is signed by the new key as soon as that is mounted."""
+    until(lambda: stored_revision(stage) == stage.pool()["status"]["revision"])
+    before, others = bootstrap_keys(stage), sorted(stage.rows())
+    operator.stop()
+    stage.cluster.kubectl("delete", "secret", "evenhand-signing-key", "-n", OPERATOR_NAMESPACE)
+    for name in others:
+        os.kill(pods.program(name).pid, signal.SIGSTOP)
+    try:
+        operator.start()
+        until(lambda: bootstrap_keys(stage) != before)
+        stage.kubectl("scale", "deployment", "engines", "--replicas=3")
+        until(lambda: len(stage.ready_pods()) == 3, timeout=10)
+        [new] = [pod for pod in stage.ready_pods() if pod["metadata"]["name"] not in others]
+        assert "cannot be used" not in pods.program(new["metadata"]["name"]).log.read_text()
+        until(lambda: stage.rows()[new["metadata"]["name"]]["state"] == "Applied", timeout=10)
+    finally:
+        for name in others:
+            os.kill(pods.program(name).pid, signal.SIGCONT)
+    until(lambda: stage.pool()["status"]["applied"] == "3/3")
+    stage.kubectl("scale", "deployment", "engines", "--replicas=2")
+    until(lambda: stage.pool()["status"]["applied"] == "2/2")
+
+
+def bootstrap_files(stage: Stage) -> dict[str, bytes]:
+    data = stage.cluster.get("secret", "evenhand-bootstrap-default-manifest", stage.namespace)["data"]
+    return {name: base64.b64decode(content) for name, content in data.items()}
+
+
+def bootstrap_keys(stage: Stage) -> bytes:
+    return bootstrap_files(stage)["operator-keys.json"]
+
+
+def stored_revision(stage: Stage) -> int:
+    return read_manifest(bootstrap_files(stage), mounted_keys(bootstrap_files(stage))).revision
 
 
 def test_pod_that_cannot_prove_itself_is_told_nothing(stage: Stage, pods: PodRunner) -> None:

@@ -1,7 +1,7 @@
 """pytest fixtures around a running operator."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,11 +54,16 @@ class Operators:
         self._started: list[OperatorProcess] = []
 
     def start(
-        self, *namespaces: str, name: str = "operator", wait: bool = True, kubeconfig: Path | None = None
+        self,
+        *namespaces: str,
+        name: str = "operator",
+        wait: bool = True,
+        kubeconfig: Path | None = None,
+        options: Sequence[str] = (),
     ) -> OperatorProcess:
         """A replica that serves these namespaces, with another kubeconfig where one is given."""
         log = self._logs / f"{name}.log"
-        operator = OperatorProcess(self._cluster, kubeconfig or self._kubeconfig, log, namespaces)
+        operator = OperatorProcess(self._cluster, kubeconfig or self._kubeconfig, log, namespaces, *options)
         self._started.append(operator)
         operator.start(wait)
         return operator

@@ -12,6 +12,16 @@ from evenhand_policy.compact import Loss, Members, compact, members_of
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 
 SCHEMA_VERSION = 1
+_ADDED_LATER = frozenset(
+    {
+        "gateway.tenantHeaders",
+        "prices.contextToken",
+        "tenants.fairness",
+        "tenants.fairness=FIFO",
+        "tenants.fairness=PerUser",
+    }
+)
+"""Members that not every engine of this schema version knows: each that is added belongs here."""
 MAX_DOCUMENT_BYTES = 32 * 2**20
 _COMPRESSION_LEVEL = 1  # more takes twice as long and saves a tenth: what fills a document are hashes
 
@@ -64,6 +74,17 @@ def decompress(compressed: bytes, digest: str) -> bytes:
 def understood_members() -> Members:
     """What this version of the package understands of a document."""
     return members_of(SchedulerConfig)
+
+
+def members_known_by(told: Iterable[str]) -> Members:
+    """What an engine understands that says that it understands these.
+
+    An engine may lack what was added later; all else every engine knows, whatever it says. So none that is broken into can
+    have keys, limits or who is suspended left out of the document of all others.
+    """
+    every = understood_members()
+    known = (every - _ADDED_LATER) | frozenset(told)
+    return every if known >= every else known
 
 
 class DocumentRejectedError(ValueError):

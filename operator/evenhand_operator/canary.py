@@ -21,13 +21,18 @@ _OF_THE_DOCUMENT = frozenset({"rejected", "mismatch"})  # other refusals are of 
 class Canary:
     """Of one pool, in one term.
 
+    Args:
+        clock: monotonic time in seconds.
+        exists: whether there is a pod of that uid, be it that its process has just ended.
+
     Attributes:
         stopped: why the rollout does not go on; empty while it does.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], exists: Callable[[str], bool]) -> None:
         self.stopped = ""
         self._clock = clock
+        self._exists = exists
         self._proven = ""
         self._digest = ""
         self._version = Version(0, 0)
@@ -36,6 +41,7 @@ class Canary:
         self._doubts: dict[str, tuple[PodReport, str]] = {}
         self._passed_over: dict[str, PodReport] = {}  # as they stood then; one that stands otherwise may be chosen
         self._culprit = ""
+        self._distrusted: set[str] = set()  # uids of pods that stopped what others were well with
         self._again_at = 0.0
         self._pause = _FIRST_PAUSE_SECONDS
 
@@ -67,18 +73,19 @@ class Canary:
         if version != self._version:
             self._version, self._passed_over = version, {}
         if digest != self._digest:
-            self._pause = _FIRST_PAUSE_SECONDS
+            self._pause, self._culprit = _FIRST_PAUSE_SECONDS, ""
             self._begin(digest)
         if digest == self._proven:
             return
         by_instance = {report.pod.instance: report for report in reports}
         if any(report.is_well and report.digest == digest for report in by_instance.values()):
+            if self._culprit:
+                self._distrusted.add(self._culprit)
             self._begin(digest)
-            self._proven = digest
+            self._proven, self._culprit = digest, ""
             return
         if self.stopped:
-            is_gone = all(report.pod.uid != self._culprit for report in by_instance.values())
-            if self._clock() < self._again_at and not is_gone:
+            if self._clock() < self._again_at and self._exists(self._culprit):
                 return
             self._begin(digest)
         if self._chosen is not None:
@@ -94,8 +101,8 @@ class Canary:
         """What has become of the chosen one since it was last looked at."""
         now = self._chosen = reports.get(before.pod.instance)
         was_sent = before.sent == self._digest
-        if now is None:  # it was deleted, or its container was started anew
-            if was_sent and any(report.pod.uid == before.pod.uid for report in reports.values()):
+        if now is None:  # it was deleted, or its container has ended
+            if was_sent and self._exists(before.pod.uid):
                 self._stop(before, "ended when it was sent the document")
         elif was_sent and before.boot_id and now.boot_id != before.boot_id:
             self._stop(before, "ended when it was sent the document")
@@ -126,7 +133,7 @@ class Canary:
     def _choose(self, reports: Iterable[PodReport]) -> None:
         """The next one to try it with; where enough have not taken it, none."""
         if len(self._doubts) < _MOST_DOUBTS:
-            self._chosen = min(filter(self._may_try, reports), key=_preference, default=None)
+            self._chosen = min(filter(self._may_try, reports), key=self._preference, default=None)
             self._chosen_at = self._clock()
         if self._chosen is None and self._doubts:
             self._stop(*next(reversed(self._doubts.values())))
@@ -142,7 +149,7 @@ class Canary:
         self._again_at = self._clock() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
 
-
-def _preference(report: PodReport) -> tuple[bool, bool, str]:
-    """One that did well last time and serves, if there is one."""
-    return report.state is not PodState.APPLIED, report.pod.ready_since is None, report.pod.name
+    def _preference(self, report: PodReport) -> tuple[bool, bool, bool, str]:
+        """One that never cried wolf, did well last time and serves, if there is one."""
+        is_distrusted = report.pod.uid in self._distrusted or report.pod.uid == self._culprit
+        return is_distrusted, report.state is not PodState.APPLIED, report.pod.ready_since is None, report.pod.name

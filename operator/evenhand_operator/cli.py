@@ -28,6 +28,12 @@ EXIT_FAILURE = 1
 )
 @click.option("--lease-name", default="evenhand-operator", help="Lease by which replicas agree on a leader.")
 @click.option("--lease-namespace", help="Namespace of the Lease; the operator's own, if not given.")
+@click.option(
+    "--relist-seconds",
+    type=click.IntRange(10, 3600),
+    default=300,
+    help="How often everything is read again, so that what somebody deleted comes back.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.version_option(package_name="evenhand")
 def main(
@@ -37,6 +43,7 @@ def main(
     metrics_port: int,
     lease_name: str,
     lease_namespace: str | None,
+    relist_seconds: int,
     log_level: str,
 ) -> None:
     """Compile TenantPolicies and push them to the engines of their pools.
@@ -52,6 +59,7 @@ def main(
         metrics_port=metrics_port,
         lease_name=lease_name,
         lease_namespace=lease_namespace,
+        relist_seconds=relist_seconds,
         identity=f"{os.environ.get('POD_NAME') or socket.gethostname()}-{secrets.token_hex(4)}",
     )
     from evenhand_operator.login import LoginError  # here, so that --help is quick

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,11 +10,12 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from evenhand_operator import metrics
 from evenhand_operator.canary import Canary
+from evenhand_operator.clock import Clock
 from evenhand_operator.engine_client import EngineClient, PushError
 from evenhand_operator.objects import EnginePod
 from evenhand_operator.offer import Offer
 from evenhand_operator.pod_report import PodReport
-from evenhand_policy.push_document import understood_members
+from evenhand_policy.push_document import members_known_by
 from evenhand_policy.push_protocol import EngineReport
 from evenhand_policy.status import PodState
 
@@ -58,6 +58,7 @@ class PodLink:
         lanes: Lanes,
         notify: Callable[["PodLink"], None],
         tasks: asyncio.TaskGroup,
+        clock: Clock,
     ) -> None:
         self.report = report
         self._offer = offer
@@ -65,6 +66,7 @@ class PodLink:
         self._canary = canary
         self._lanes = lanes
         self._notify = notify
+        self._clock = clock
         self._known: EngineReport | None = None  # by the last answer of a process that proved to be in this pod
         self._woken = asyncio.Event()
         self._task = tasks.create_task(self._run(), name=f"push to {report.pod.name}")
@@ -122,7 +124,7 @@ class PodLink:
                 raise
             except _Waits:
                 return
-        metrics.PUSH_SECONDS.observe(time.monotonic() - offer.offered_at)
+        metrics.PUSH_SECONDS.observe(self._clock.monotonic() - offer.offered_at)
         self._record(PodState.APPLIED, offer, report)
 
     async def _bring_to(self, offer: Offer) -> EngineReport:
@@ -148,7 +150,7 @@ class PodLink:
 
     async def _watch_over(self, offer: Offer, boot_id: str) -> EngineReport:
         """The first pod with a new document: is it still there, and well, after a moment?"""
-        deadline = time.monotonic() + LONGEST_TRIAL_SECONDS
+        deadline = self._clock.monotonic() + LONGEST_TRIAL_SECONDS
         while True:
             await asyncio.sleep(TRIAL_SECONDS)
             report = await self._client.read(self.report.pod, offer)
@@ -157,15 +159,15 @@ class PodLink:
             if not report.ailment and report.assignment == offer.assignment:
                 self._known = report
                 return report
-            if time.monotonic() > deadline:
+            if self._clock.monotonic() > deadline:
                 raise PushError(PodState.REJECTED, "ailing", f"it is not well: {report.ailment}", report)
 
     def _learn(self, report: EngineReport) -> None:
         """What is known before it is told anything: that it can be reached, and where it stands."""
         self._known = report
-        before, members = self.report, frozenset(report.understands)
+        before = self.report
         if before.state is PodState.UNREACHABLE:
-            before = replace(before, state=PodState.PENDING, message="", reason="", since=time.time())
+            before = replace(before, state=PodState.PENDING, message="", reason="", since=self._clock.wall())
         self._change(
             replace(
                 before,
@@ -173,7 +175,7 @@ class PodLink:
                 enforced=report.assignment.version,
                 digest=report.digest,
                 is_well=not report.ailment,
-                understands=(members if members < understood_members() else understood_members()) if members else None,
+                understands=members_known_by(report.understands) if report.understands else None,
             )
         )
 
@@ -205,7 +207,7 @@ class PodLink:
             state=state,
             message=error.message if error else "",
             reason=error.reason if error else "",
-            since=before.since if state is before.state else time.time(),
+            since=before.since if state is before.state else self._clock.wall(),
             boot_id=report.boot_id if report else before.boot_id,
             enforced=report.assignment.version if report else before.enforced,
             digest=report.digest if report else before.digest,

@@ -1,11 +1,11 @@
 """Pusher: the links to all pods of all pools."""
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Mapping, Set
 
 from evenhand_operator import metrics
 from evenhand_operator.canary import PATIENCE_SECONDS, Canary
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.objects import EnginePod, ObjectKey, read_time
 from evenhand_operator.offer import Offer
@@ -26,14 +26,22 @@ class Pusher:
         client: the way to the pods.
         tasks: in which the links run; one that fails by a fault of ours ends them all.
         notify: called with the pool's key and a pod's report after every change of the report.
+        exists: whether there is a pod of that uid, whether it can be pushed to or not.
     """
 
     def __init__(
-        self, client: EngineClient, tasks: asyncio.TaskGroup, notify: Callable[[ObjectKey, PodReport], None]
+        self,
+        client: EngineClient,
+        tasks: asyncio.TaskGroup,
+        notify: Callable[[ObjectKey, PodReport], None],
+        exists: Callable[[str], bool],
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._client = client
         self._tasks = tasks
         self._notify = notify
+        self._exists = exists
+        self._clock = clock
         self._lanes = Lanes(*(asyncio.Semaphore(most) for most in (MAX_PROVEN, MAX_NEW, MAX_LOST)))
         self._pools: dict[ObjectKey, _PoolLinks] = {}
 
@@ -42,7 +50,7 @@ class Pusher:
 
         `known` are the rows, by pod, that an earlier leader wrote.
         """
-        links = self._pools.setdefault(pool, _PoolLinks())
+        links = self._pools.setdefault(pool, _PoolLinks(self._clock, self._exists))
         links.offer = offer
         wanted = {pod.instance: pod for pod in pods}
         for instance in links.by_instance.keys() - wanted.keys():
@@ -52,7 +60,8 @@ class Pusher:
                 link.follow(pod)
                 link.offer(offer)
             else:
-                links.by_instance[instance] = self._start(pool, links, _first_report(pod, known.get(pod.name)))
+                report = _first_report(pod, known.get(pod.name), self._clock.wall())
+                links.by_instance[instance] = self._start(pool, links, report)
             links.count(links.by_instance[instance])
         links.look()
         self._count()
@@ -106,7 +115,7 @@ class Pusher:
             self._count()
             self._notify(pool, link.report)
 
-        return PodLink(report, links.offer, self._client, links.canary, self._lanes, notify, self._tasks)
+        return PodLink(report, links.offer, self._client, links.canary, self._lanes, notify, self._tasks, self._clock)
 
     def _count(self) -> None:
         metrics.QUEUE_DEPTH.labels("pods").set(self.num_pending)
@@ -115,9 +124,9 @@ class Pusher:
 class _PoolLinks:
     """Links to the pods of one pool, and which of them are not where they should be, kept as they change."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock, exists: Callable[[str], bool]) -> None:
         self.by_instance: dict[str, PodLink] = {}
-        self.canary = Canary(time.monotonic)
+        self.canary = Canary(clock.monotonic, exists)
         self.offer: Offer | None = None
         self.unsettled: set[str] = set()
         self.unapplied: set[str] = set()
@@ -167,9 +176,9 @@ class _PoolLinks:
         self.unapplied.discard(instance)
 
 
-def _first_report(pod: EnginePod, row: PodStatus | None) -> PodReport:
+def _first_report(pod: EnginePod, row: PodStatus | None, now: float) -> PodReport:
     """What is known before the first answer: what an earlier leader wrote counts if the container has not changed."""
-    report = PodReport(pod=pod, state=PodState.PENDING, since=time.time())
+    report = PodReport(pod=pod, state=PodState.PENDING, since=now)
     if row is None or row.epoch is None or row.revision is None or read_time(row.since) < pod.started_at:
         return report
     return PodReport(pod=pod, state=PodState.PENDING, since=report.since, enforced=Version(row.epoch, row.revision))

@@ -22,6 +22,7 @@ from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.lease import Lease
 from evenhand_operator.lister import Lister
 from evenhand_operator.objects import EnginePod, ObjectKey
+from evenhand_operator.overtaken import Overtaken
 from evenhand_operator.pod_report import PodReport
 from evenhand_operator.pusher import Pusher
 from evenhand_operator.reconcile import PoolPlan, World
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 5.0
+_RAISE_SECONDS = 0.2
 
 
 class Surroundings(NamedTuple):
@@ -73,7 +75,9 @@ class Term:
         self.heartbeat = time.monotonic()
         self._bootstrap = BootstrapStore(kube, surroundings.key)
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
-        self._pusher = Pusher(surroundings.engines, tasks, self._pod_answered)
+        self._pusher = Pusher(
+            surroundings.engines, tasks, self._pod_answered, lambda uid: cache.pods.get(uid) is not None
+        )
         writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
         self._reporter = Reporter(
             cache,
@@ -88,8 +92,7 @@ class Term:
         self._foreign = ForeignPools(kube, surroundings.lease.installation)
         self._trusting: dict[ObjectKey, str] = {}  # uid of each pool whose pods can know whom to believe
         self._understood: dict[ObjectKey, Members] = {}
-        self._overtaken: dict[ObjectKey, Version] = {}
-        self._is_overtaken = asyncio.Event()
+        self._overtaken = Overtaken(time.monotonic)
         self._signals.is_stale = True
         self._signals.changed.signal()
         for loop in (self._build, self._reporter.run, self._store, self._raise):
@@ -173,8 +176,7 @@ class Term:
         if report.understands is not None and not self._understood.get(pool, report.understands) <= report.understands:
             self._signals.changed.signal()
         if report.reason == "outdated" and report.enforced is not None:
-            self._overtaken[pool] = max(report.enforced, self._overtaken.get(pool, report.enforced))
-            self._is_overtaken.set()
+            self._overtaken.see(pool, report.enforced)
 
     def _look_whether_told(self) -> None:
         if not self._around.told.is_set() and all(map(self._pusher.is_settled, self._documents.plan.pools)):
@@ -187,29 +189,25 @@ class Term:
         ends here.
         """
         while True:
-            await self._is_overtaken.wait()
-            self._is_overtaken.clear()
-            try:
-                for pool, seen in list(self._overtaken.items()):
+            await asyncio.sleep(_RAISE_SECONDS)
+            for pool, seen in self._overtaken.due().items():
+                try:
                     await self._raise_above(pool, seen)
-                    del self._overtaken[pool]
-            except ApiError as error:
-                log.warning("cannot raise the epoch: %s", error)
-                self._is_overtaken.set()
-            await asyncio.sleep(_RETRY_SECONDS)  # a pod that lies cannot make this a busy loop
+                except ApiError as error:
+                    log.warning("cannot raise the epoch: %s", error)
 
     async def _raise_above(self, pool: ObjectKey, seen: Version) -> None:
-        if pool not in self._documents.plan.pools:
-            return
-        own = self._documents.rollout(pool).version
-        if seen < own:
+        if pool not in self._documents.plan.pools or seen < (own := self._documents.rollout(pool).version):
+            self._overtaken.dismiss(pool)
             return
         if not may_be_overtaken(seen, own):
             log.error("pool %s/%s: a pod says that it enforces epoch %d, which is not believed", *pool, seen.epoch)
+            self._overtaken.dismiss(pool)
             return
         epoch = await self._around.lease.raise_epoch(seen.epoch + 1)
         log.warning("pool %s/%s: a pod enforces epoch %d revision %d; going on in epoch %d", *pool, *seen, epoch)
         self._documents.rollout(pool).raise_above(epoch, seen)
+        self._overtaken.raised(pool)
         self._signals.changed.signal()
 
     async def store(self) -> bool:
@@ -233,19 +231,27 @@ class Term:
         return [(key, plan) for key, plan in self._documents.plan.pools.items() if not plan.is_closed]
 
     async def _store(self) -> None:
-        """After changes, and from time to time, since somebody may have deleted what was stored, or a key grown old."""
+        """After changes, and from time to time, however many those are: somebody may have deleted what was stored, and a
+        key grows old."""
+        relist_seconds = self._around.settings.relist_seconds
+        looked_at = time.monotonic()
         while True:
-            is_change = await self._signals.stored.wait(timeout=self._around.settings.relist_seconds) is not None
-            if not is_change:
-                for key in self._documents.plan.pools:
-                    self._bootstrap.forget(key)
+            await self._signals.stored.wait(timeout=looked_at + relist_seconds - time.monotonic())
             try:
-                if not is_change and await self._around.key.refresh():
-                    self._trusting.clear()
-                    self._signals.changed.signal()
+                if time.monotonic() - looked_at >= relist_seconds:
+                    await self._look_anew()
+                    looked_at = time.monotonic()
                 if await self.store():
                     continue
             except ApiError as error:
                 log.warning("cannot read the key to sign with: %s", error)
             await asyncio.sleep(_RETRY_SECONDS)
             self._signals.stored.signal()
+
+    async def _look_anew(self) -> None:
+        """What is stored may be another by now, and so may the key. Raises ApiError."""
+        for key in self._documents.plan.pools:
+            self._bootstrap.forget(key)
+        if await self._around.key.refresh():
+            self._trusting.clear()
+            self._signals.changed.signal()

@@ -20,13 +20,17 @@ class Pool:
 
     def __init__(self, make: Any, count: int = 4) -> None:
         self.now = 0.0
-        self.canary = Canary(lambda: self.now)
+        self.ended: set[str] = set()
+        self.canary = Canary(lambda: self.now, lambda uid: uid in self.ended | self._running())
         self.reports = {
             f"pod-{index}": PodReport(pod=make.pod(f"pod-{index}"), state=PodState.APPLIED, since=0.0, **ANSWERED)
             for index in range(count)
         }
         self._make = make
         self.look()
+
+    def _running(self) -> set[str]:
+        return {report.pod.uid for report in self.reports.values()}
 
     def look(self, digest: str = NEW, version: Version = VERSION) -> None:
         self.canary.look(digest, version, self.reports.values())
@@ -43,6 +47,11 @@ class Pool:
     def send(self, name: str) -> None:
         assert name in self.admitted()
         self.become(name, sent=NEW)
+
+    def end(self, name: str) -> None:
+        """The container has ended, and is not started again yet."""
+        self.ended.add(self.reports.pop(name).pod.uid)
+        self.look()
 
     def restart(self, name: str) -> None:
         pod = self._make.pod(name, restarts=1)
@@ -110,6 +119,23 @@ def test_pod_that_is_restarted_after_it_was_sent_the_document_stops_the_rollout(
     pool.restart("pod-0")
     assert pool.canary.stopped == "pod pod-0 ended when it was sent the document"
     assert pool.admitted() == []
+
+
+def test_pod_whose_container_has_ended_is_not_deleted(pool: Pool) -> None:
+    """It is no pod that can be pushed to before it is started again, and the next one would die too."""
+    pool.send("pod-0")
+    pool.end("pod-0")
+    assert (pool.canary.stopped, pool.admitted()) == ("pod pod-0 ended when it was sent the document", [])
+    pool.look()
+    assert pool.admitted() == []
+
+
+def test_rollout_stays_stopped_while_the_pod_that_stopped_it_is_started_again(pool: Pool) -> None:
+    pool.send("pod-0")
+    pool.become("pod-0", state=PodState.UNREACHABLE, reason="connection")
+    assert pool.canary.stopped
+    pool.end("pod-0")
+    assert pool.canary.stopped
 
 
 def test_pod_that_is_restarted_before_it_was_sent_anything_does_not(pool: Pool) -> None:
@@ -226,6 +252,21 @@ def test_stopped_rollout_is_tried_again_ever_later(pool: Pool) -> None:
         pool.now += 0.1
         pool.look()
         assert not pool.canary.stopped
+
+
+def test_pod_that_stopped_what_others_are_well_with_is_not_asked_first_again(pool: Pool) -> None:
+    """One that is broken into could else hold up every change for a minute, also that which revokes a key."""
+    pool.send("pod-0")
+    pool.become("pod-0", state=PodState.UNREACHABLE, reason="connection")
+    pool.reports["pod-0"] = replace(pool.reports["pod-0"], state=PodState.APPLIED, reason="")
+    pool.now += 60
+    pool.look()
+    assert pool.admitted() == ["pod-1"], "another one is tried first"
+    pool.become("pod-1", digest=NEW, sent=NEW, is_well=True)
+    for name, report in pool.reports.items():
+        pool.reports[name] = replace(report, digest=NEW, sent=NEW, state=PodState.APPLIED)
+    pool.look(NEWER, Version(1, 3))
+    assert pool.admitted(NEWER) == ["pod-1"], "and with the next document too"
 
 
 def test_another_document_is_tried_at_once(pool: Pool) -> None:

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evenhand_operator.cache import Cache
+from evenhand_operator.debounce import Debounce
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import ApiError
 from evenhand_operator.objects import ObjectKey
@@ -20,6 +22,7 @@ from evenhand_operator.signals import Signals
 from evenhand_operator.term import Surroundings, Term
 from evenhand_policy.bootstrap import unpack
 from evenhand_policy.push_document import understood_members
+from harness.builders import NAMESPACE, make_pod, make_policy, make_pool, make_secret
 
 Json = dict[str, Any]
 
@@ -98,7 +101,8 @@ class Api:
 
     def store(self, kind: str, name: str, **spec: Any) -> None:
         """Store an object, and let the watch tell of it."""
-        obj = {"apiVersion": "evenhand.dev/v1alpha1", "kind": kind, "metadata": self._meta(name), "spec": spec}
+        make = make_policy if kind == "TenantPolicy" else make_pool
+        obj = make(name, meta=self._meta(name), **spec)
         self._objects[obj["metadata"]["uid"]] = obj
         (self.cache.policies if kind == "TenantPolicy" else self.cache.pools).observe("ADDED", obj)
 
@@ -117,22 +121,11 @@ class Api:
 
     def delete_pod(self, name: str) -> None:
         """Delete a pod."""
-        self.cache.pods.observe("DELETED", {"metadata": self._meta(name) | {"uid": f"uid-{name}"}})
+        self.cache.pods.observe("DELETED", make_pod(name, version=next(self._versions)))
 
     def store_pod(self, name: str, url: str) -> None:
         """A ready engine pod, of which the watch tells."""
-        host, _, port = url.removeprefix("http://").partition(":")
-        metadata = self._meta(name) | {"uid": f"uid-{name}", "labels": {"app": "engine"}}
-        ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
-        ports = [{"name": "admin", "containerPort": int(port)}]
-        self.cache.pods.observe(
-            "ADDED",
-            {
-                "metadata": metadata,
-                "spec": {"containers": [{"name": "engine", "ports": ports}]},
-                "status": {"podIP": host, "conditions": [ready]},
-            },
-        )
+        self.cache.pods.observe("ADDED", make_pod(name, url, version=next(self._versions)))
 
     def condition(self, name: str, kind: str) -> tuple[str, str]:
         """Status and reason as they are."""
@@ -141,21 +134,13 @@ class Api:
         return rows.get(kind, ("", ""))
 
     def store_secret(self, name: str) -> None:
-        value = base64.b64encode(f"a-key-that-nobody-can-guess-{name}".encode()).decode()
-        self.secrets["inference", name] = {"metadata": self._meta(name), "data": {"key": value}}
+        key = f"a-key-that-nobody-can-guess-{name}"
+        self.secrets[NAMESPACE, name] = make_secret(name, key, version=next(self._versions))
 
     def _meta(self, name: str) -> Json:
-        version = str(next(self._versions))
-        created = "2026-01-01T00:00:00Z"
-        uid = f"uid-{name}-{version}"
-        return {
-            "name": name,
-            "namespace": "inference",
-            "uid": uid,
-            "resourceVersion": version,
-            "generation": 1,
-            "creationTimestamp": created,
-        }
+        """Arguments of `make_meta`: another object than before of that name."""
+        version = next(self._versions)
+        return {"version": version, "uid": f"uid-{name}-{version}"}
 
     def accepted(self, name: str) -> list[str]:
         """Reasons of the condition Accepted that were written of an object, in order."""
@@ -169,9 +154,9 @@ class Api:
 
 
 @contextlib.asynccontextmanager
-async def term(api: Api, client: EngineClient | None = None) -> AsyncIterator[None]:
+async def term(api: Api, client: EngineClient | None = None, settings: Settings = SETTINGS) -> AsyncIterator[None]:
     issuer, told = SimpleNamespace(issuer=None), asyncio.Event()
-    parts: Any = (SETTINGS, "c1", api.cache, api.signals, api, client, api.key, api, api, issuer, told)
+    parts: Any = (settings, "c1", api.cache, api.signals, api, client, api.key, api, api, issuer, told)
     around = Surroundings(*parts)
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -265,6 +250,23 @@ async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any)
     assert api.stored == ["manifest", "0", "manifest"]
     assert await api.term.store()
     assert len(api.stored) == 3, "what is stored is not stored again"
+
+
+async def test_what_somebody_deleted_comes_back_however_often_something_changes(api: Api, changes: Any) -> None:
+    async def refresh() -> bool:
+        return False
+
+    api.key.refresh = refresh
+    api.signals.stored = Debounce(0.005, 0.02)
+    async with term(api, settings=replace(SETTINGS, relist_seconds=0.1)):
+        await changes.until(lambda: "evenhand-bootstrap-default-0" in api.bootstrap)
+        del api.bootstrap["evenhand-bootstrap-default-0"]
+
+        def change() -> bool:
+            api.signals.stored.signal()
+            return "evenhand-bootstrap-default-0" in api.bootstrap
+
+        await changes.until(change)
 
 
 async def test_what_is_stored_is_signed_by_a_new_key_before_any_pod_answers(

@@ -22,10 +22,12 @@ from evenhand_policy.push_document import (
     DocumentRejectedError,
     decompress,
     encode_document,
+    members_known_by,
     read_document,
     understood_members,
 )
 
+LATER = ("gateway.tenantHeaders", "prices.contextToken", "tenants.fairness")
 HASH = "sha256:" + "0" * 64
 
 OPTIONAL = sorted(
@@ -120,6 +122,15 @@ def test_members_are_paths_and_values() -> None:
     members = members_of(SchedulerConfig)
     assert {"tenants", "tenants.limits.requestsPerMinute", "tenants.latencyClass=Batch", "gateway.keyHashes"} <= members
     assert understood_members() == members
+
+
+def test_engine_that_says_that_it_knows_nothing_has_nothing_left_out_that_keeps_others_apart() -> None:
+    """What it may lack came later; it cannot have the keys, limits and suspensions of all others left out."""
+    known = members_known_by(["schemaVersion"])
+    assert {"tenants.keyHashes", "tenants.suspended", "tenants.limits.requestsPerMinute"} < known
+    assert {"unknownTenants.action=Reject", "gateway.keyHashes", "serviceAccounts.audience"} < known
+    assert understood_members() - known == {path for path in understood_members() if path.startswith(LATER)}
+    assert members_known_by(understood_members() | {"tenants.ofTheFuture"}) == understood_members()
 
 
 def test_document_is_read_back_only_as_it_was_made() -> None:
