@@ -217,6 +217,7 @@ def test_second_installation_leaves_the_pools_alone_and_says_so(
         stage.wait_ready("contested")
         assert stage.enforced("contested", "weight")[0] == 5
         assert second.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status") == 0
+    until(lambda: "ForeignOperator" not in conditions(stage.pool()))  # it took it back before it ended
     after = stage.pool()["status"]
     assert (after["operator"], after["epoch"]) == (before["operator"], before["epoch"])
     assert after["revision"] == before["revision"] + 1, "nobody pushed but its own operator"

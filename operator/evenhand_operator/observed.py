@@ -5,7 +5,7 @@ ignored and told in a condition. A status may have been written by another versi
 there is ignored too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +28,9 @@ from evenhand_policy.status import (
 
 _Resource = TypeVar("_Resource", bound=Model)
 _Status = TypeVar("_Status", bound=Model)
+
+STRANGERS = "evenhand-operator/"
+"""How the field managers of installations that leave a pool alone begin; the Lease of the installation follows."""
 
 _OWN_TYPES = frozenset(map(str, ConditionType))
 
@@ -77,12 +80,18 @@ class ObservedPolicy(Observed, frozen=True, kw_only=True):
 
 
 class ObservedPool(Observed, frozen=True, kw_only=True):
-    """An EnginePool. `pool` is None where there is a problem."""
+    """An EnginePool.
+
+    Attributes:
+        pool: None where there is a problem.
+        strangers: field managers of installations that leave the pool alone and say so, and when they last did.
+    """
 
     kind: ClassVar[str] = "EnginePool"
 
     pool: EnginePool | None
     status: EnginePoolStatus
+    strangers: tuple[tuple[str, str], ...] = ()
 
     @property
     def request(self) -> object:
@@ -121,7 +130,15 @@ def read_pool(obj: Json) -> ObservedPool | None:
         problem=problem,
         ignored=ignored,
         status=_read_status(obj, EnginePoolStatus),
+        strangers=tuple(_strangers(obj["metadata"].get("managedFields") or ())),
     )
+
+
+def _strangers(managed_fields: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for entry in managed_fields:
+        manager = str(entry.get("manager", ""))
+        if manager.startswith(STRANGERS) and entry.get("subresource") == "status":
+            yield manager, str(entry.get("time", ""))
 
 
 def _read_resource(

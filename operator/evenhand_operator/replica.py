@@ -108,7 +108,7 @@ class Replica:
                 await self._lease.hold()
         except asyncio.CancelledError:  # told to stop, and still the leader
             if self._term is not None:
-                await _briefly(self._term.store())
+                await _briefly(self._term.end())
             raise
         except ExceptionGroup as group:
             lost, others = group.split(LeaseLostError)

@@ -104,6 +104,7 @@ class Term:
             self.heartbeat = time.monotonic()
             if first_at is None:
                 self._pusher.look()
+                await self._foreign.look(self._around.cache.readable_pools())
                 continue
             try:
                 if not self._around.key.trusted:
@@ -127,8 +128,8 @@ class Term:
         signals.is_stale, signals.num_changes = False, 0
         metrics.QUEUE_DEPTH.labels("changes").set(0)
         installation = self._around.lease.installation
-        policies, pools, foreign = look_whose(cache.readable_policies(), cache.readable_pools(), installation)
-        await self._foreign.tell(foreign)
+        policies, pools = look_whose(cache.readable_policies(), cache.readable_pools(), installation)
+        await self._foreign.look(cache.readable_pools())
         await self._around.lister.provide_secrets(referenced_secrets(policies, pools))
         metrics.BUILDS.inc()
         await self._documents.rebuild(
@@ -209,6 +210,10 @@ class Term:
         self._documents.rollout(pool).raise_above(epoch, seen)
         self._overtaken.raised(pool)
         self._signals.changed.signal()
+
+    async def end(self) -> None:
+        """What is left to do for a leader that is told to stop."""
+        await asyncio.gather(self.store(), self._foreign.take_back())
 
     async def store(self) -> bool:
         """Store what is in force and not stored yet; returns whether all of it is now."""
