@@ -150,7 +150,9 @@ async def _at_once(do: Callable[[Any], Awaitable[object]], items: Iterable[Any])
 
 
 @contextlib.asynccontextmanager
-async def pool_stage(num_pods: int, num_processes: int, *, cluster_wide: bool = False) -> AsyncIterator[PoolStage]:
+async def pool_stage(
+    num_pods: int, num_processes: int, *, num_spares: int = 0, cluster_wide: bool = False
+) -> AsyncIterator[PoolStage]:
     """Everything but the policies; the operator, of one namespace or `cluster_wide`, is not started. Exits where the
     control plane is not built."""
     if missing := build.missing_programs():
@@ -160,7 +162,7 @@ async def pool_stage(num_pods: int, num_processes: int, *, cluster_wide: bool = 
         ControlPlane(build.programs(), Path(name)) as cluster,
     ):
         folder = Path(name) / "crowd"
-        with Crowd(cluster, NAMESPACE, num_pods, num_processes, folder) as crowd:
+        with Crowd(cluster, NAMESPACE, num_pods, num_processes, folder, num_spares) as crowd:
             namespaces = [] if cluster_wide else [NAMESPACE]
             options = ["--pod-selector=evenhand.dev/pool"] if cluster_wide else []
             kubeconfig = _install(cluster)

@@ -35,7 +35,8 @@ async def measure(stage: PoolStage, num_policies: int, num_changes: int, seed: i
     return first, last
 
 
-async def run(num_pods: int, num_policies: int, num_changes: int, seed: int) -> None:
+async def run(shape: tuple[int, int, int], seed: int) -> None:
+    num_pods, num_policies, num_changes = shape
     async with pool_stage(num_pods, NUM_PROCESSES) as stage:
         first, last = await measure(stage, num_policies, num_changes, seed)
     rows = [
@@ -60,9 +61,11 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def main() -> None:
-    options = common.arguments(__doc__).parse_args()
-    shape = (5, 100, 5) if options.quick else (50, 1000, 60)
-    asyncio.run(run(*shape, options.seed))
+    parser = common.arguments(__doc__)
+    parser.add_argument("--pods", type=int, default=50)
+    options = parser.parse_args()
+    shape = (5, 100, 5) if options.quick else (options.pods, 1000, 60)
+    asyncio.run(run(shape, options.seed))
 
 
 if __name__ == "__main__":

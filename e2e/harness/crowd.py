@@ -40,20 +40,30 @@ _LOOK_SECONDS = 0.01
 
 
 class Crowd:
-    """`num_pods` pods of the pool `default`, served by `num_processes` processes while it is entered."""
+    """`num_pods` pods of the pool `default`, served by `num_processes` processes while it is entered, and the engines of
+    `num_spares` more, which may take the place of others."""
 
-    def __init__(self, cluster: ControlPlane, namespace: str, num_pods: int, num_processes: int, folder: Path) -> None:
+    def __init__(
+        self,
+        cluster: ControlPlane,
+        namespace: str,
+        num_pods: int,
+        num_processes: int,
+        folder: Path,
+        num_spares: int = 0,
+    ) -> None:
         self._folder = folder
         self._cluster = cluster
         (folder / "bootstrap").mkdir(parents=True)
         self._install_key()
-        self.addresses = list(itertools.islice(loopback_addresses(), num_pods))
+        addresses = list(itertools.islice(loopback_addresses(), num_pods + num_spares))
+        self.addresses, self._spares = addresses[:num_pods], addresses[num_pods:]
         self._path = f"/api/v1/namespaces/{namespace}/pods"
         self._programs: list[Program] = []
         for index in range(num_processes):
             command = [sys.executable, "-m", "harness.crowd", f"--namespace={namespace}", f"--folder={folder}"]
             log = folder / f"crowd-{index}.log"
-            own = self.addresses[index::num_processes]
+            own = addresses[index::num_processes]
             self._programs.append(cluster.program(log.stem, [*command, *own], log))
         self._offsets = [0] * num_processes
         self._enforced_at: dict[str, dict[int | None, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -85,14 +95,24 @@ class Crowd:
 
     async def join(self, client: ApiClient) -> None:
         """Make the Pods known to the API server, ready as they are, and give each the token that proves it."""
-        for index, address in enumerate(self.addresses):
-            name = f"engine-{index:03}"
-            pod = await client.call("POST", self._path, _pod(name))
-            folder = self._folder / address
-            folder.mkdir(exist_ok=True)
-            (folder / "token").write_text(await request_token(client, pod, POD_TOKEN_AUDIENCE))
-            body = {"status": _status(address)}
-            await client.call("PATCH", f"{self._path}/{name}/status", body, "application/merge-patch+json")
+        for address in self.addresses:
+            await self._join(client, address)
+
+    async def _join(self, client: ApiClient, address: str) -> None:
+        name = _name(address)
+        pod = await client.call("POST", self._path, _pod(name))
+        folder = self._folder / address
+        folder.mkdir(exist_ok=True)
+        (folder / "token").write_text(await request_token(client, pod, POD_TOKEN_AUDIENCE))
+        body = {"status": _status(address)}
+        await client.call("PATCH", f"{self._path}/{name}/status", body, "application/merge-patch+json")
+
+    async def replace_first(self, client: ApiClient) -> None:
+        """One pod more, whose engine has nothing stored, and the pod that is there for longest less: as a Deployment rolls."""
+        address = self._spares.pop()
+        await self._join(client, address)
+        await client.call("DELETE", f"{self._path}/{_name(self.addresses[0])}", {"gracePeriodSeconds": 0})
+        self.addresses = [*self.addresses[1:], address]
 
     async def enforced_at(self, tenant: str, generation: int | None, timeout: float = 30) -> list[float]:
         """When each pod, by `time.monotonic()`, began to enforce that generation of the tenant (None: that it is gone).
@@ -100,10 +120,10 @@ class Crowd:
         Raises TimeoutError where not all of them do in time.
         """
         async with asyncio.timeout(timeout):
-            while len(times := self._enforced_at[tenant][generation]) < len(self.addresses):
+            while not (times := self._enforced_at[tenant][generation]).keys() >= set(self.addresses):
                 await asyncio.sleep(_LOOK_SECONDS)
                 self._read_logs()
-        return list(times.values())
+        return [times[address] for address in self.addresses]
 
     def _read_logs(self) -> None:
         for index, program in enumerate(self._programs):
@@ -116,6 +136,10 @@ class Crowd:
                     change = json.loads(line)
                     for tenant, generation in change["tenants"].items():
                         self._enforced_at[tenant][generation][change["address"]] = change["at"]
+
+
+def _name(address: str) -> str:
+    return f"engine-{address.replace('.', '-')}"
 
 
 def _pod(name: str) -> Object:
