@@ -88,23 +88,24 @@ def operators(
 @pytest.fixture(scope="module")
 def served_namespace(cluster: ControlPlane, operator_kubeconfig: Path) -> Iterator[str]:
     """A namespace for the tests of a module, which the operator may serve."""
-    yield from _served_namespace(cluster)
+    yield from new_served_namespace(cluster)
 
 
 @pytest.fixture(scope="module")
 def other_namespace(cluster: ControlPlane, operator_kubeconfig: Path) -> Iterator[str]:
     """Another one."""
-    yield from _served_namespace(cluster)
+    yield from new_served_namespace(cluster)
 
 
-def _served_namespace(cluster: ControlPlane) -> Iterator[str]:
+def new_served_namespace(cluster: ControlPlane) -> Iterator[str]:
+    """A namespace with the RoleBindings that the manifests make, while it is iterated."""
     name = f"test-{secrets.token_hex(4)}"
     cluster.create_namespace(name)
     account = f"--serviceaccount={OPERATOR_NAMESPACE}:{OPERATOR}"
     for role in (OPERATOR, f"{OPERATOR}-pools"):
         cluster.kubectl("create", "rolebinding", role, f"--clusterrole={role}", account, "-n", name)
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
     cluster.kubectl("delete", "pods", "--all", "-n", name, "--force", "--wait=false")
 
 
