@@ -86,7 +86,7 @@ def read_keys(
             f"there is no Secret {name} in namespace {owner.metadata.namespace}; create it, with keys as its values"
         )
         return [], [problem_of(owner, Reason.SECRET_NOT_FOUND, path, advice)]
-    values = secret.values()
+    values = secret.values
     if not values:
         return [], [problem_of(owner, Reason.SECRET_NOT_FOUND, path, f"Secret {name} holds no key; add one as a value")]
     if len(values) > MAX_KEYS_PER_SECRET:

@@ -1,6 +1,6 @@
 """From an accepted TenantPolicy to the TenantConfig that engines enforce: defaults and units resolved."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from msgspec.structs import asdict
 
@@ -22,11 +22,8 @@ def resolve_limits(own: LimitsSpec | None, defaults: LimitsSpec | None) -> Limit
     return LimitsSpec(**(asdict(defaults) | given))
 
 
-def resolve_tenant(policy: TenantPolicy, tenant_id: str, claims: Iterable[Claim], limits: LimitsSpec) -> TenantConfig:
+def resolve_tenant(policy: TenantPolicy, tenant_id: str, claims: Sequence[Claim], limits: LimitsSpec) -> TenantConfig:
     """The tenant of a policy whose claims nobody contests."""
-    claimed: dict[ClaimKind, set[str]] = {kind: set() for kind in ClaimKind}
-    for claim in claims:
-        claimed[claim.kind].add(claim.value)
     spec = policy.spec
     return TenantConfig(
         tenant_id=tenant_id,
@@ -35,15 +32,19 @@ def resolve_tenant(policy: TenantPolicy, tenant_id: str, claims: Iterable[Claim]
         weight=spec.weight,
         latency_class=spec.latency_class,
         slo=_resolve_slo(spec.slo or SloSpec()),
-        key_hashes=tuple(sorted(claimed[ClaimKind.KEY_HASH])),
-        service_accounts=tuple(sorted(claimed[ClaimKind.SERVICE_ACCOUNT])),
-        header_values=tuple(sorted(claimed[ClaimKind.HEADER_VALUE])),
+        key_hashes=_claimed(claims, ClaimKind.KEY_HASH),
+        service_accounts=_claimed(claims, ClaimKind.SERVICE_ACCOUNT),
+        header_values=_claimed(claims, ClaimKind.HEADER_VALUE),
         limits=_limits_in_milliseconds(limits),
         kv_cache=_resolve_kv_cache(spec.kv_cache or KvCacheSpec(), policy.metadata.namespace),
         fairness=spec.fairness,
         enforcement=spec.enforcement,
         suspended=spec.suspend,
     )
+
+
+def _claimed(claims: Sequence[Claim], kind: ClaimKind) -> tuple[str, ...]:
+    return tuple(sorted({claim.value for claim in claims if claim.kind is kind}))
 
 
 def _resolve_slo(slo: SloSpec) -> Slo:

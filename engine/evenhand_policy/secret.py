@@ -1,6 +1,8 @@
 """Secrets, and how resources refer to them."""
 
 import base64
+import functools
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
@@ -25,7 +27,7 @@ class SecretKeys(Model, frozen=True, kw_only=True):
     ]
 
 
-class Secret(Model, frozen=True, kw_only=True):
+class Secret(Model, frozen=True, kw_only=True, dict=True):
     """A Kubernetes Secret (core/v1), whole or as an item of a list, which has no kind. Its text never shows what it holds."""
 
     api_version: Literal["v1"] = "v1"
@@ -43,8 +45,10 @@ class Secret(Model, frozen=True, kw_only=True):
             except ValueError:
                 raise ValueError(f"data.{key} is not base64; write plain text under stringData") from None
 
-    def values(self) -> dict[str, bytes]:
-        """Decoded values by key; as at the API server, `stringData` wins over `data`."""
+    @functools.cached_property
+    def values(self) -> Mapping[str, bytes]:
+        """Decoded values by key; as at the API server, `stringData` wins over `data`. Decoded once: every change of a
+        policy has the keys of all others compiled again."""
         decoded = {key: _from_base64(value) for key, value in self.data.items()}
         return decoded | {key: value.encode("utf-8", "surrogatepass") for key, value in self.string_data.items()}
 

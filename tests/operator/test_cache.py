@@ -183,7 +183,7 @@ def secret(name: str, version: int, value: str = "v", **more: Any) -> Json:
 
 
 def values(cache: Cache) -> dict[str, str]:
-    return {key[1]: each.values()["k0"].decode() for key, each in cache.secrets.found.items()}
+    return {key[1]: each.values["k0"].decode() for key, each in cache.secrets.found.items()}
 
 
 OURS = {"type": API_KEYS_TYPE}

@@ -149,7 +149,7 @@ def test_a_problem_names_the_object(policy: Build) -> None:
 
 def test_a_secret_is_read_as_the_api_server_reads_it(secret: Build) -> None:
     obj = {**secret("keys", b="plain", c="wins"), "data": {"a": "a2V5\n", "c": "bG9zZXM="}}
-    assert decode(obj, Secret).values() == {"a": b"key", "b": b"plain", "c": b"wins"}
+    assert decode(obj, Secret).values == {"a": b"key", "b": b"plain", "c": b"wins"}
 
 
 def test_a_secret_never_shows_what_it_holds(secret: Build) -> None:
