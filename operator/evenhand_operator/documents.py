@@ -43,12 +43,12 @@ class PoolOffer(NamedTuple):
 
 
 class Documents:
-    """One leader's documents.
+    """One leader's documents. What was compiled is seen with the offers that are made of it, and not before.
 
     Attributes:
-        plan: what was last compiled; empty before the first time.
+        plan: what the offers are made of; empty before the first time.
         policies: by uid, as they were compiled.
-        offers: of each pool that has a plan, since the last `offer`.
+        offers: of each pool that has a plan.
         overlaps: problems of pools of whose pods others have some.
     """
 
@@ -59,6 +59,7 @@ class Documents:
         self.overlaps: Mapping[ResourceReference, PolicyProblem] = {}
         self._store = store
         self._epoch = epoch
+        self._compiled = self.plan, self.policies
         self._rollouts: dict[ObjectKey, Rollout] = {}  # of pools that are gone too: theirs may come back
         self._encoded: dict[ObjectKey, tuple[SchedulerConfig, Members, Document]] = {}
 
@@ -70,13 +71,13 @@ class Documents:
         plan = await asyncio.to_thread(make_plan, world)
         closed = {
             key: close_pool(pool)
-            for key, pool in self.plan.pools.items()
+            for key, pool in self._compiled[0].pools.items()
             if key not in existing and pool.pool.spec.on_deletion is OnDeletion.CLOSE
         }
         plan = Plan({**plan.pools, **closed}, plan.problems, plan.warnings)
         for key in plan.pools.keys() - self._rollouts.keys():
             self._rollouts[key] = await self._continue(plan.pools[key])
-        self.plan, self.policies = plan, {observed.uid: observed for observed in world.policies}
+        self._compiled = plan, {observed.uid: observed for observed in world.policies}
 
     async def offer(
         self,
@@ -85,22 +86,28 @@ class Documents:
         offered_at: float,
     ) -> None:
         """Make the offers to these pods. `understood`: what those of a pool are known to understand."""
+        plan, policies = self._compiled
         running = (pod for pod in pods if pod.is_running)
-        assigned, self.overlaps = assign_pods((plan.pool for plan in self.plan.pools.values()), running)
+        assigned, overlaps = assign_pods((each.pool for each in plan.pools.values()), running)
         offers = {
-            key: await self._offer(plan, assigned[key], understood(key, assigned[key]), offered_at)
-            for key, plan in self.plan.pools.items()
+            key: await self._offer(each, policies, assigned[key], understood(key, assigned[key]), offered_at)
+            for key, each in plan.pools.items()
         }
         for key in self._encoded.keys() - offers.keys():
             del self._encoded[key]
-        self.offers = offers
+        self.plan, self.policies, self.overlaps, self.offers = plan, policies, overlaps, offers
 
     def rollout(self, pool: ObjectKey) -> Rollout:
         """Of a pool that has a plan."""
         return self._rollouts[pool]
 
     async def _offer(
-        self, plan: PoolPlan, pods: tuple[EnginePod, ...], understood: Members, offered_at: float
+        self,
+        plan: PoolPlan,
+        policies: Mapping[str, ObservedPolicy],
+        pods: tuple[EnginePod, ...],
+        understood: Members,
+        offered_at: float,
     ) -> PoolOffer:
         key, rollout = plan.observed.key, self._rollouts[plan.observed.key]
         config, document = plan.config, await self._encode(plan, understood)
@@ -110,7 +117,7 @@ class Documents:
                 return PoolOffer(None, pods, hold, {})
             config, document = rollout.config, rollout.document
         num_ready = sum(pod.ready_since is not None for pod in pods)
-        rollout.advance(config, document, max(1, num_ready), self.policies)
+        rollout.advance(config, document, max(1, num_ready), policies)
         offer = Offer(
             cluster=config.cluster,
             pool=PoolReference(namespace=key[0], name=key[1]),

@@ -236,8 +236,8 @@ async def test_status_that_could_not_be_written_is_written_later(
     api.store("TenantPolicy", "a")
     api.fail_writes = 3
     async with term(api):
-        await changes.until(lambda: len(api.written) == 2)
-    assert api.condition("a", "Ready") == ("True", "Ready")
+        await changes.until(lambda: api.condition("a", "Ready") == ("True", "Ready"))
+        await changes.until(lambda: bool(api.accepted("default")))
 
 
 async def test_what_is_in_force_is_stored_before_the_end(api: Api, changes: Any) -> None:
