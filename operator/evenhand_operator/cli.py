@@ -52,6 +52,7 @@ def main(
     """
     _set_up_logging(log_level)
     gc.set_threshold(50_000, 20, 50)  # thousands of objects live long: looking at them again and again is slow
+    sys.setswitchinterval(0.001)  # who pushes waits for little each time, and shall not wait for who compiles or lists
     settings = Settings(
         namespaces=namespaces,
         pod_selector=pod_selector,

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 10.0
 _LOOK_SECONDS = 1.0
 _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
+_COURTESY_SECONDS = 0.0005
 
 
 async def watch(cache: Cache, settings: Settings, readable_namespaces: Callable[[], tuple[str, ...]]) -> None:
@@ -96,6 +97,8 @@ def _hand_over(
     @kopf.on.event(group, version, resource.plural, registry=registry, id=f"observe-{resource.plural}")
     async def _observe(event: Any, **_: Any) -> None:
         loop.call_soon_threadsafe(observe, event["type"], event["object"])
+        if event["type"] is None:  # of a list, which may be long: the others in this process, who push, go first
+            time.sleep(_COURTESY_SECONDS)
 
 
 def _make_kopf_settings() -> kopf.OperatorSettings:
