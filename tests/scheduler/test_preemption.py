@@ -320,3 +320,18 @@ def test_a_prefix_that_only_others_still_use_does_not_count_to_who_filled_it() -
     engine.drain()
     assert engine.finish_reason(stream) is FinishReason.STOP
     assert len(engine.token_ids(stream)) == 60
+
+
+def test_a_pause_ends_with_its_step_for_whoever_was_preempted_meanwhile() -> None:
+    """What stayed paused could never compute again: the tenant has a prompt in progress, and none that may go on."""
+    engine = PretendEngine(small(min_run_seconds=0.0), [tenant("a")])
+    request = engine.add("a", 200, 4)
+    engine.run(1)
+    scheduler, preemption = engine.scheduler, engine.scheduler._preemption
+    scheduler.ledger.limit = -1  # everybody is too far ahead
+    preemption.pause(engine.now)
+    assert list(scheduler.roster.tenants["a"].in_progress()) == []
+    scheduler.roster.preempt(request)  # as for another's growth
+    preemption.resume()
+    scheduler.roster.admit(request, engine.now)  # as within a guarantee, before the next step's decisions
+    assert list(scheduler.roster.tenants["a"].in_progress()) == [request]

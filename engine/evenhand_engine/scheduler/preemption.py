@@ -38,6 +38,7 @@ class Preemption:
         self._ledger = ledger
         self._order = order
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
+        self._pausing: list[Tenant] = []  # in this step
 
     # -- before a step: room for prompts that the last one starved
 
@@ -100,13 +101,17 @@ class Preemption:
     def pause(self, now: float) -> None:
         """Nothing that could be preempted for service computes while its tenant is too far ahead."""
         if self._ledger.limit is not None:
-            for tenant in filter(self._ledger.is_ahead, self._roster.running_tenants.values()):
+            self._pausing = [
+                tenant for tenant in self._roster.running_tenants.values() if self._ledger.is_ahead(tenant)
+            ]
+            for tenant in self._pausing:
                 tenant.paused = {request.request_id: request for request in self._preemptible(tenant, now)}
 
     def resume(self) -> None:
-        """End the pause."""
-        for tenant in self._roster.running_tenants.values():
+        """End the pause, also of a tenant that has lost all that it ran to the growth of others since it began."""
+        for tenant in self._pausing:
             tenant.paused = {}
+        self._pausing = []
 
     # -- during a step: room for running requests to grow
 
