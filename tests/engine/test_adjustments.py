@@ -54,7 +54,7 @@ def test_bias(bias: tuple[tuple[int, float], ...]) -> None:
     np.testing.assert_allclose(adjusted(logit_bias=bias), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("words", [((7,),), ((20, 0, 9),), ((0, 9), (21, 9), (0, 4)), ((1, 2, 3, 4, 5, 6, 7, 8, 9),)])
+@pytest.mark.parametrize("words", [((7,),), ((20, 0, 9),), ((0, 9), (21, 8), (0, 4)), ((1, 2, 3, 4, 5, 6, 7, 8, 9),)])
 def test_bad_words(words: tuple[tuple[int, ...], ...]) -> None:
     expected = processed(logits_process.NoBadWordsLogitsProcessor([list(word) for word in words]), OUTPUTS)
     np.testing.assert_array_equal(adjusted(bad_words_token_ids=words), expected)

@@ -15,7 +15,7 @@ from evenhand_engine.core.loading import LoadedModel, load_model
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import Checkpoint
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.request import Request, RequestOutput, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.quantized import widened
 from evenhand_policy.config import SchedulerConfig
@@ -73,13 +73,20 @@ class Generation:
         self._runner = model.runner
         self._scheduler = Scheduler(replace(model.settings, **settings), SchedulerConfig())
         self.requests: list[Request] = []
+        self.outputs: list[RequestOutput] = []
         self.batches: list[Batch] = []
 
-    def run(self, prompts: Sequence[list[int]], *, ahead: bool = False) -> list[list[int]]:
-        """The greedy outputs of the prompts, all added at once. `ahead`: plan a step before the last one's tokens are
-        known."""
+    def run(
+        self, prompts: Sequence[list[int]], *, ahead: bool = False, params: Sequence[SamplingParams] | None = None
+    ) -> list[list[int]]:
+        """The outputs of the prompts, all added at once; greedy, unless `params` says how each is sampled.
+
+        `ahead`: plan a step before the last one's tokens are known.
+        """
         now = float(len(self.batches))
-        added = [Request(f"r{len(self.requests) + n}", "t", p, _greedy(), now) for n, p in enumerate(prompts)]
+        params = params or [_greedy()] * len(prompts)
+        first = len(self.requests)
+        added = [Request(f"r{first + n}", "t", prompt, params[n], now) for n, prompt in enumerate(prompts)]
         self.requests += added
         for request in added:
             self._scheduler.add(request, now)
@@ -88,7 +95,7 @@ class Generation:
             self._runner.submit(batch)
             now += 1
             planned = self._scheduler.step(now) if ahead else None
-            self._scheduler.update(self._runner.collect(), now)
+            self.outputs += self._scheduler.update(self._runner.collect(), now)
             self.batches.append(batch)
             batch = planned or self._scheduler.step(now)
         assert all(request.finish_reason is not None for request in added)
@@ -142,6 +149,61 @@ def test_preemption_changes_nothing(
     needed = max(len(prompt) for prompt in prompts) + NUM_OUTPUTS
     generation = Generation(model, num_kv_blocks=-(-needed // 16) + 2, max_num_batched_tokens=64, growth_blocks=0)
     assert generation.run(prompts * 2, ahead=ahead) == alone * 2
+    assert sum(request.num_preemptions for request in generation.requests) > 0, "nothing was preempted"
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [512, 7])
+def test_log_probabilities_of_prompts_are_the_references(
+    model: LoadedModel,
+    prompts: list[list[int]],
+    reference_logits: Callable[[list[int]], Tensor],
+    max_num_batched_tokens: int,
+) -> None:
+    """However they are cut, beside others, and though their prefix is in the cache."""
+    generation = Generation(model, max_num_batched_tokens=max_num_batched_tokens)
+    chosen = prompts[1:4]
+    generation.run(chosen)
+    asks = SamplingParams(max_tokens=2, temperature=0, num_prompt_logprobs=3)
+    generation.run([prompts[0], *chosen], params=[_greedy(), asks, asks, asks])
+    told = {output.request_id: output.prompt_logprobs for output in generation.outputs if output.prompt_logprobs}
+    requests = generation.requests[-3:]
+    assert set(told) == {request.request_id for request in requests}
+    for prompt, request in zip(chosen, requests, strict=True):
+        assert request.num_cached_tokens == 0
+        expected = reference_logits(prompt)[:-1].log_softmax(-1)
+        found = told[request.request_id]
+        assert len(found) == len(prompt) - 1
+        own = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        assert [entry.logprob for entry in found] == pytest.approx(own.tolist(), abs=2e-3)
+        assert [entry.top_token_ids[0] for entry in found] == expected.argmax(-1).tolist()
+        ranks = ((expected > own[:, None]).sum(-1) + 1).tolist()
+        assert [entry.rank for entry in found] == pytest.approx(ranks, rel=0.02), "the last ones are near ties"
+        assert all(len(entry.top_token_ids) == 3 for entry in found)
+
+
+def test_seeded_tokens_are_the_same_whatever_is_in_the_batch(model: LoadedModel, prompts: list[list[int]]) -> None:
+    """With penalties, which look at each request's own tokens."""
+    params = [
+        SamplingParams(
+            max_tokens=NUM_OUTPUTS,
+            seed=n,
+            temperature=0.8,
+            top_p=0.95,
+            min_p=0.02,
+            repetition_penalty=1.2,
+            frequency_penalty=0.3,
+            presence_penalty=0.1,
+            logit_bias=((n, 2.0),),
+        )
+        for n in range(len(prompts))
+    ]
+    alone = [Generation(model).run([prompt], params=[own])[0] for prompt, own in zip(prompts, params, strict=True)]
+    for max_num_batched_tokens in (512, 40):
+        generation = Generation(model, max_num_batched_tokens=max_num_batched_tokens)
+        assert generation.run(prompts, params=params) == alone
+    needed = max(len(prompt) for prompt in prompts) + NUM_OUTPUTS
+    generation = Generation(model, num_kv_blocks=-(-needed // 16) + 2, growth_blocks=0)
+    assert generation.run(prompts, params=params) == alone
     assert sum(request.num_preemptions for request in generation.requests) > 0, "nothing was preempted"
 
 

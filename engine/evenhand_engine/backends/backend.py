@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
 from evenhand_engine.messages import EngineStats
-from evenhand_engine.scheduler.request import FinishReason, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
 from evenhand_policy.config import SchedulerConfig
 
@@ -47,6 +47,7 @@ class GenerationRequest:
         user: orders requests inside a tenant whose fairness is PerUser.
         stop: strings at which the text ends; not part of it unless `include_stop`, which goes for stop tokens too.
         skip_special_tokens: leave special tokens out of the text.
+        keep_stop_token: a stop token that is not shown comes all the same, in a piece without text.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    keep_stop_token: bool = False
 
 
 class Delta(NamedTuple):
@@ -68,11 +70,13 @@ class Delta(NamedTuple):
         num_tokens: output tokens that came since the last delta, up to and with the one that completed a stop string.
             More than the pieces hold where text is held back, and where a stop token is not shown.
         finish_reason: set on the last delta of a stream.
+        prompt_logprobs: of all the prompt's tokens but the first, once, if they were asked for.
     """
 
     pieces: Sequence[Piece] = ()
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Ending(NamedTuple):

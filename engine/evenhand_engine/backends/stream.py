@@ -7,12 +7,12 @@ pieces of text, a count and perhaps an end. Memory grows by the bytes of the tex
 import asyncio
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Observer
 from evenhand_engine.errors import EngineDeadError
-from evenhand_engine.scheduler.request import FinishReason, RequestOutput
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput, TokenLogprobs
 from evenhand_engine.text.detokenizer import Detokenizer, Piece
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class LocalStream:
         self._is_open = True  # something may still come for the reader
         self._has_news = False
         self._pieces: list[Piece] = []
+        self._prompt_logprobs: Sequence[TokenLogprobs] = ()
         self._num_tokens = 0  # outputs that the reader has not been told of
         self._finish_reason: FinishReason | None = None
         self._failure: str | None = None
@@ -64,8 +65,8 @@ class LocalStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        delta = Delta(self._pieces, self._num_tokens, self._finish_reason)
-        self._has_news, self._pieces, self._num_tokens = False, [], 0
+        delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs)
+        self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
         return delta
 
     def finish(self) -> None:
@@ -114,9 +115,11 @@ class LocalStream:
         """Turn an output into news for the reader."""
         token_ids, logprobs = output.token_ids, output.logprobs
         self._finish_reason = output.finish_reason
-        num_taken = self._text.num_tokens
+        num_taken, hidden = self._text.num_tokens, token_ids[:0]
+        if output.prompt_logprobs:
+            self._prompt_logprobs = output.prompt_logprobs
         if output.finish_reason is FinishReason.STOP and not self._request.include_stop:
-            token_ids = token_ids[:-1]  # the stop token, which counts but is not shown
+            token_ids, hidden = token_ids[:-1], token_ids[-1:]  # the stop token, which counts but is not shown
         self._add(self._text.push(token_ids, logprobs or None))
         if self._text.stopped:
             self._num_tokens += self._text.num_tokens - num_taken
@@ -130,6 +133,8 @@ class LocalStream:
                 self._abort(self._request.request_id, FinishReason.LENGTH, None)
             if self._finish_reason is not None:
                 self._add(self._text.flush())
+                if hidden and self._request.keep_stop_token:
+                    self._add([Piece("", hidden)])
         self._is_open = self._finish_reason is None
         self._has_news = self._has_news or bool(self._pieces or self._finish_reason)
 
@@ -141,7 +146,7 @@ class LocalStream:
 
     def _add(self, pieces: list[Piece]) -> None:
         self._pieces += pieces
-        if len(self._pieces) > _MAX_PIECES and self._pieces[-1].logprobs is None:
+        if len(self._pieces) > _MAX_PIECES and not any(piece.logprobs for piece in self._pieces):
             token_ids = array("I", (token_id for piece in self._pieces for token_id in piece.token_ids))
             self._pieces = [Piece("".join(piece.text for piece in self._pieces), token_ids)]
 

@@ -2,9 +2,12 @@
 
 from collections import deque
 
+import msgspec
+import numpy as np
 import torch
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.prompt_logprobs import PromptLogprobs
 from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
 from evenhand_engine.model.decoder import Decoder, forward
@@ -21,6 +24,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
         self._decoder = decoder
         self._staging = Staging(settings, decoder.kernels)
+        self._prompt_logprobs = PromptLogprobs(self._staging.token_ids)
         self._seats = Seats(self._staging.token_ids)
         self._results: deque[list[Sampled]] = deque()
 
@@ -30,11 +34,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
-        model_input = self._staging.fill(batch)
+        prompt_rows = self._prompt_logprobs.rows(batch)
+        model_input = self._staging.fill(batch, prompt_rows)
         rows = self._seats.prepare(batch)
         logits = forward(self._decoder, model_input)
+        places = np.searchsorted(model_input.logits_indices.numpy(), prompt_rows)
+        of_prompts = self._prompt_logprobs.take(batch, logits, places)
+        if prompt_rows:
+            logits = logits[np.delete(np.arange(len(logits)), places)]
         results = accept(batch, sample(logits, rows, self._decoder.kernels))
-        for item, result in zip((item for item in batch.scheduled if item.num_samples), results, strict=True):
+        for number, item in enumerate(item for item in batch.scheduled if item.num_samples):
+            result = results[number]
+            if item.seat in of_prompts:
+                results[number] = msgspec.structs.replace(result, prompt_logprobs=of_prompts[item.seat])
             first = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1
             self._staging.append(item.seat, first, result.token_ids)
         self._results.append(results)

@@ -116,7 +116,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> lis
             row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)
     token_ids = kernels.draw(logits, [_draw(row) for row in rows])
     return [
-        None if token_id is None else Token(token_id, _logprobs(told.get(number), token_id, row.params))
+        None if token_id is None else Token(token_id, _told(told.get(number), token_id, row.params.num_logprobs))
         for number, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
     ]
 
@@ -127,10 +127,17 @@ def _draw(row: SamplingRow) -> Draw:
     return Draw(temperature, params.top_p, params.top_k, params.seed % 2**64, row.index)
 
 
-def _logprobs(logprobs: NDArray[np.float32] | None, token_id: int, params: SamplingParams) -> TokenLogprobs | None:
-    if logprobs is None:
-        return None
-    num_top = min(params.num_logprobs or 0, len(logprobs))
+def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Of a token by its row of logits, [vocab_size], with the `num_top` likeliest."""
+    return _describe(torch.log_softmax(logits, dim=-1).numpy(), token_id, num_top)
+
+
+def _told(logprobs: NDArray[np.float32] | None, token_id: int, num_top: int | None) -> TokenLogprobs | None:
+    return None if logprobs is None else _describe(logprobs, token_id, num_top or 0)
+
+
+def _describe(logprobs: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
+    num_top = min(num_top, len(logprobs))
     top = np.argpartition(-logprobs, num_top - 1)[:num_top] if num_top else np.empty(0, np.intp)
     top = top[np.lexsort((top, -logprobs[top]))]
     return TokenLogprobs(

@@ -1,5 +1,7 @@
 """Staging: what the runner knows of each seat, and each batch laid out for the model, in arrays that live as long as it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,8 +33,11 @@ class Staging:
         self._seq_lens = np.zeros(num_seats, np.int32)
         self._cu_seqlens_q = np.zeros(num_seats + 1, np.int32)
 
-    def fill(self, batch: Batch) -> ModelInput:
-        """Take in what the batch tells of its seats, and lay out its step."""
+    def fill(self, batch: Batch, more_rows: Sequence[int] = ()) -> ModelInput:
+        """Take in what the batch tells of its seats, and lay out its step.
+
+        `more_rows`: of its tokens, whose logits are wanted too; those of all rows come in the order of the rows.
+        """
         self._take_in(batch)
         items = batch.scheduled
         seats = np.array([item.seat for item in items])
@@ -62,7 +67,7 @@ class Staging:
         return ModelInput(
             input_ids=torch.from_numpy(input_ids),
             plan=self._plan(attention),
-            logits_indices=torch.from_numpy(_last_of_each(ends, num_samples)),
+            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)),
         )
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:
@@ -92,3 +97,8 @@ def _last_of_each(ends: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray
     """The last `counts[i]` rows before `ends[i]`, for each i."""
     firsts = np.repeat(ends - np.cumsum(counts), counts)
     return (firsts + np.arange(len(firsts))).astype(np.int32)
+
+
+def _merged(rows: NDArray[np.int32], more_rows: Sequence[int]) -> NDArray[np.int32]:
+    """In ascending order, as kernels take them."""
+    return np.sort(np.concatenate((rows, np.array(more_rows, np.int32)))) if more_rows else rows

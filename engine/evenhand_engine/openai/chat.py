@@ -13,13 +13,14 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
-from evenhand_engine.openai.logprobs import chat_logprobs
-from evenhand_engine.openai.prompts import PromptReader
+from evenhand_engine.openai.logprobs import chat_logprobs, token_ids_of
+from evenhand_engine.openai.logprobs import prompt_logprobs as listed_prompt_logprobs
+from evenhand_engine.openai.prompts import PromptReader, max_prompt_tokens
 from evenhand_engine.openai.reading import read_request
-from evenhand_engine.openai.sampling import sampling_params
+from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
-from evenhand_engine.scheduler.request import SamplingParams
+from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
 from evenhand_engine.text.tokenizer import Tokenizer
 
@@ -29,7 +30,9 @@ class _ChatFormat:
     completion_id: str
     model: str
     created: int
-    tokenizer: Tokenizer | None  # where log probabilities are asked for
+    tokenizer: Tokenizer
+    body: ChatCompletionRequest
+    prompt: "array[int]"
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
@@ -44,15 +47,32 @@ class _ChatFormat:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def choice(
-        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        finish_reason: str | None,
+        *,
+        streamed: bool,
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> dict[str, Any]:
         text = text_of(pieces)
         if streamed:
             message = {"delta": {"content": text} if text else {}}
         else:
             message = {"message": {"role": "assistant", "content": text}}
-        logprobs = chat_logprobs(self.tokenizer, pieces) if self.tokenizer and pieces else None
-        return {"index": index, **message, "logprobs": logprobs, "finish_reason": finish_reason}
+        asked = self.body.num_logprobs is not None
+        choice: dict[str, Any] = {"index": index, **message, "finish_reason": finish_reason}
+        choice["logprobs"] = chat_logprobs(self.tokenizer, pieces) if asked and pieces else None
+        if self.body.return_token_ids:
+            choice["token_ids"] = token_ids_of(pieces)
+        return choice
+
+    def additions(self, prompt_logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        found: dict[str, Any] = {"prompt_token_ids": self.prompt.tolist()} if self.body.return_token_ids else {}
+        if (num_top := self.body.prompt_logprobs) is not None:
+            listed = listed_prompt_logprobs(self.tokenizer, self.prompt, prompt_logprobs, num_top)
+            found["prompt_logprobs"] = listed
+        return found
 
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
@@ -63,7 +83,9 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
-        tokenizer=None if body.num_logprobs is None else service.tokenizer,
+        tokenizer=service.tokenizer,
+        body=body,
+        prompt=prompt,
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     async with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
@@ -75,5 +97,7 @@ def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, a
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-    prompt = PromptReader(service.tokenizer, service.info.max_model_len).chat(body)
+    check_answerable(body)
+    most, max_tokens = service.info.max_model_len, body.max_completion_tokens or body.max_tokens
+    prompt = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens)).chat(body)
     return without_raw(body), prompt, sampling_params(body, service.tokenizer)

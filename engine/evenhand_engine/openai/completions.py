@@ -13,14 +13,16 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
-from evenhand_engine.openai.logprobs import CompletionLogprobs
-from evenhand_engine.openai.prompts import PromptReader
+from evenhand_engine.openai.logprobs import CompletionLogprobs, token_ids_of
+from evenhand_engine.openai.logprobs import prompt_logprobs as listed_prompt_logprobs
+from evenhand_engine.openai.prompts import PromptReader, max_prompt_tokens
 from evenhand_engine.openai.reading import read_request
-from evenhand_engine.openai.sampling import sampling_params
+from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import CompletionRequest
 from evenhand_engine.openai.stream import answer
-from evenhand_engine.scheduler.request import SamplingParams
+from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
+from evenhand_engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,10 @@ class _CompletionFormat:
     completion_id: str
     model: str
     created: int
-    echoes: list[str] | None  # of each choice the prompt's text, to be written before the output
+    tokenizer: Tokenizer
+    body: CompletionRequest
+    prompts: "list[array[int]]"
+    echoes: list[str] | None  # of each prompt its text, to be written before the output
     logprobs: list[CompletionLogprobs] | None  # of each choice
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
@@ -40,19 +45,60 @@ class _CompletionFormat:
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        return None if self.echoes is None else self._choice(index, self.echoes[index], None)
+        if self.echoes is None and not self.body.return_token_ids:
+            return None
+        choice = {"index": index, "text": self._echo(index), "logprobs": None, "finish_reason": None}
+        return choice | self._prompt_ids(index)
 
     def choice(
-        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        finish_reason: str | None,
+        *,
+        streamed: bool,
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> dict[str, Any]:
-        echo = "" if streamed or self.echoes is None else self.echoes[index]
-        logprobs = None if self.logprobs is None else self.logprobs[index].take(pieces)
-        return self._choice(index, echo + text_of(pieces), finish_reason, logprobs)
+        text = text_of(pieces)
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text if streamed else self._echo(index) + text,
+            "logprobs": self._logprobs(index, pieces, prompt_logprobs),
+            "finish_reason": finish_reason,
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = token_ids_of(pieces)
+            choice |= {} if streamed else self._prompt_ids(index)
+        if (num_top := self.body.prompt_logprobs) is not None:
+            prompt = self._prompt(index)
+            choice["prompt_logprobs"] = listed_prompt_logprobs(self.tokenizer, prompt, prompt_logprobs, num_top)
+        return choice
 
-    def _choice(
-        self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def additions(self, prompt_logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return {}
+
+    def _logprobs(
+        self, index: int, pieces: Sequence[Piece], of_prompt: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        if self.echoes is None:
+            return self.logprobs[index].take(pieces)
+        prompt = self.logprobs[index].take_prompt(self._prompt(index), of_prompt)
+        output = self.logprobs[index].take(pieces)
+        return {name: values + output[name] for name, values in prompt.items()}
+
+    def _echo(self, index: int) -> str:
+        return "" if self.echoes is None else self.echoes[self._prompt_index(index)]
+
+    def _prompt(self, index: int) -> "array[int]":
+        return self.prompts[self._prompt_index(index)]
+
+    def _prompt_index(self, index: int) -> int:
+        return index // (self.body.n or 1)
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt(index).tolist()} if self.body.return_token_ids else {}
 
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
@@ -64,13 +110,15 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         completion_id=f"cmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
         created=int(time.time()),
-        echoes=None if echoes is None else [echo for echo in echoes for _ in range(num_choices)],
+        tokenizer=service.tokenizer,
+        body=body,
+        prompts=prompts,
+        echoes=echoes,
         logprobs=None
-        if body.num_logprobs is None
+        if not body.tells_logprobs
         else [CompletionLogprobs(service.tokenizer) for _ in range(len(prompts) * num_choices)],
     )
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    async with begin(service, tenant_id, body, prompts, params, max_tokens, num_taken=num_taken) as generations:
+    async with begin(service, tenant_id, body, prompts, params, body.limit, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 
@@ -79,10 +127,15 @@ def _read(
 ) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
-    if body.echo and body.num_logprobs is not None:
-        message = "`logprobs` with `echo` are not supported: those of a prompt are not computed."
-        raise Refusal(400, "unsupported_parameter", message, param="logprobs")
-    reader = PromptReader(service.tokenizer, service.info.max_model_len)
+    check_answerable(body)
+    if body.echo and body.tells_logprobs and body.stream:
+        message = "`logprobs` with `echo` cannot be streamed."
+        raise Refusal(400, "invalid_value", message, param="logprobs")
+    if body.limit == 0 and not body.echo:
+        message = "`max_tokens` is at least 1, or 0 for an `echo` alone."
+        raise Refusal(400, "invalid_value", message, param="max_tokens")
+    most = service.info.max_model_len
+    reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, body.limit))
     prompts = reader.completion(body)
     echoes = reader.echoes(body, prompts) if body.echo else None
     return without_raw(body), prompts, echoes, sampling_params(body, service.tokenizer)

@@ -23,6 +23,7 @@ from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, SamplingParams
 
 _MAX_CHOICES = 256  # of one body
+_AS_LENGTH = {FinishReason.STOP: FinishReason.LENGTH}
 
 
 class Generation:
@@ -37,6 +38,8 @@ class Generation:
         choice_index: which of that prompt's choices it is.
         num_output_tokens: tokens of the output that were read so far.
         num_cached_tokens: tokens of the prompt that a prefix hit spared.
+
+    With `is_hidden` nothing of its output is told: a request for the prompt alone computes a token that nobody asked for.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class Generation:
         *,
         prompt_index: int = 0,
         choice_index: int = 0,
+        is_hidden: bool = False,
     ) -> None:
         self.request = request
         self.prompt_index = prompt_index
         self.choice_index = choice_index
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+        self._is_hidden = is_hidden
         self._service = service
         self._claim = claim
         self._stream: Stream | None = None
@@ -77,6 +82,9 @@ class Generation:
         if self._refused is not None:
             raise self._refused
         delta = await anext(self._stream)
+        if self._is_hidden:
+            reason = None if delta.finish_reason is None else _AS_LENGTH.get(delta.finish_reason, delta.finish_reason)
+            delta = delta._replace(pieces=(), num_tokens=0, finish_reason=reason)
         self.num_output_tokens += delta.num_tokens
         if delta.finish_reason is not None:
             self._refused = await self._refusal(delta.finish_reason)
@@ -146,12 +154,13 @@ async def begin(
     """
     if any(not prompt for prompt in prompts):
         raise Refusal(400, "invalid_value", "A prompt has no tokens.", param="prompt")
-    choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(body.n or 1)]
+    is_hidden, max_tokens = max_tokens == 0, 1 if max_tokens == 0 else max_tokens
+    choices = [(prompt, choice) for prompt in range(len(prompts)) for choice in range(body.num_generated)]
     if len(choices) > _MAX_CHOICES:
         raise Refusal(400, "invalid_value", f"`n` choices of each prompt are more than {_MAX_CHOICES}.", param="n")
     demand = Demand(
         prompt_lengths=tuple(map(len, prompts)),
-        num_choices=body.n or 1,
+        num_choices=body.num_generated,
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         num_taken=num_taken,
@@ -164,6 +173,7 @@ async def begin(
             claim,
             prompt_index=prompt,
             choice_index=choice,
+            is_hidden=is_hidden,
         )
         for (prompt, choice), claim in zip(choices, claims, strict=True)
     ]
@@ -187,6 +197,7 @@ def _request(tenant_id: str, body: SamplingFields, prompt: "array[int]", params:
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        keep_stop_token=bool(body.return_token_ids),
     )
 
 

@@ -4,7 +4,7 @@ A token is written as its text, special ones too; where it is a part of a code p
 and `bytes` (of chat) has what it really is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from evenhand_engine.scheduler.request import TokenLogprobs
@@ -30,6 +30,23 @@ def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer, prompt: Sequence[int], told: Sequence[TokenLogprobs], num_top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's list: for each token of the prompt but the first, what is told of it and of `num_top` likely ones, by id."""
+
+    def described(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": text}
+
+    listed: list[dict[str, Any] | None] = [None]
+    for token_id, found in zip(prompt[1:], told, strict=True):
+        best = zip(found.top_token_ids[:num_top], found.top_logprobs, strict=False)
+        top = {str(top_id): described(top_id, value, rank) for rank, (top_id, value) in enumerate(best, 1)}
+        listed.append(top | {str(token_id): described(token_id, found.logprob, found.rank)})
+    return listed
+
+
 class CompletionLogprobs:
     """The `logprobs` of one completion's choice, which tells where in the text each token begins."""
 
@@ -40,20 +57,34 @@ class CompletionLogprobs:
 
     def take(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Of these tokens, which follow those of the last call."""
+        return self._listed(_tokens(pieces))
+
+    def take_prompt(self, prompt: Sequence[int], told: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of an echoed prompt, of whose first token nothing is told."""
+        return self._listed(zip(prompt, (None, *told), strict=True))
+
+    def _listed(self, tokens: Iterable[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
         taken: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token_id, found in _tokens(pieces):
-            token, logprob = self._text(token_id), max(found.logprob, MIN_LOGPROB)
-            best = zip(found.top_token_ids, found.top_logprobs, strict=True)
-            top = {self._text(top_id): max(value, MIN_LOGPROB) for top_id, value in best}
+        for token_id, found in tokens:
+            token = self._text(token_id)
             taken["text_offset"].append(self._offset)
-            taken["token_logprobs"].append(logprob)
             taken["tokens"].append(token)
-            taken["top_logprobs"].append(top | {token: logprob} if top else None)
+            taken["token_logprobs"].append(None if found is None else max(found.logprob, MIN_LOGPROB))
+            taken["top_logprobs"].append(None if found is None else self._top(token, found))
             self._offset += len(token)
         return taken
 
+    def _top(self, token: str, found: TokenLogprobs) -> dict[str, float] | None:
+        best = zip(found.top_token_ids, found.top_logprobs, strict=True)
+        top = {self._text(top_id): max(value, MIN_LOGPROB) for top_id, value in best}
+        return top | {token: max(found.logprob, MIN_LOGPROB)} if top else None
+
     def _text(self, token_id: int) -> str:
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def token_ids_of(pieces: Sequence[Piece]) -> list[int]:
+    return [token_id for piece in pieces for token_id in piece.token_ids]
 
 
 def _tokens(pieces: Sequence[Piece]) -> Iterator[tuple[int, TokenLogprobs]]:

@@ -7,15 +7,17 @@ an object is made for each of its parts.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Raw
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import refuse_context
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given, token_ids
-from evenhand_engine.openai.schema import ChatFields, ChatMessage, CompletionRequest, TextPart
+from evenhand_engine.openai.schema import ChatFields, ChatMessage, CompletionRequest, SamplingFields, TextPart
 from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, Tokenizer
+
+S = TypeVar("S", "list[int]", "array[int]")
 
 _MAX_PROMPTS = 256
 _MAX_MESSAGES = 4096
@@ -31,10 +33,12 @@ class PromptReader:
     Args:
         tokenizer: of the model.
         max_model_len: its context in tokens, which no prompt may exceed; None: no matter.
+        max_prompt_tokens: of a longer prompt the last so many are taken; None: all, or it is refused.
     """
 
     tokenizer: Tokenizer
     max_model_len: int | None
+    max_prompt_tokens: int | None = None
 
     def completion(self, body: CompletionRequest) -> "list[array[int]]":
         """Token ids of each prompt; raises Refusal 400 for what is none, or does not fit."""
@@ -63,7 +67,7 @@ class PromptReader:
         parts = [raw] if raw is None or bytes(raw)[:1] == b'"' else first_elements(raw, len(prompts), "prompt")
         return [
             decode_raw(part, str, "prompt")
-            if part is not None and bytes(part)[:1] == b'"'
+            if part is not None and bytes(part)[:1] == b'"' and self.max_prompt_tokens is None
             else self.tokenizer.decode(prompt, skip_special_tokens=False)
             for part, prompt in zip(parts, prompts, strict=True)
         ]
@@ -96,21 +100,33 @@ class PromptReader:
 
     def text(self, text: str, param: str, *, add_special_tokens: bool) -> "array[int]":
         """Token ids of `text`; raises Refusal 400 if it cannot fit."""
+        most = self.max_model_len if self.max_prompt_tokens is None else None
         try:
-            found = self.tokenizer.encode(text, add_special_tokens, max_tokens=self.max_model_len)
+            found = self.tokenizer.encode(text, add_special_tokens, max_tokens=most)
         except TextTooLongError as error:
             raise refuse_context(error.max_tokens, error.num_tokens, 1) from error
         check_token_ids(self.tokenizer, found, param)
-        return array("I", found)
+        return array("I", self._last(found))
 
     def ids(self, raw: Raw, param: str) -> "array[int]":
         """Token ids as the body gives them; raises Refusal 400 if they cannot fit, or are none of this model's."""
-        most = self.max_model_len
+        most = self.max_model_len if self.max_prompt_tokens is None else None
         if most is not None and (num_tokens := bytes(raw).count(b",") + 1) > most:
             raise refuse_context(most, num_tokens, 1)
         found = token_ids(raw, param)
         check_token_ids(self.tokenizer, found, param)
-        return found
+        return self._last(found)
+
+    def _last(self, found: S) -> S:
+        return found if self.max_prompt_tokens is None else found[-self.max_prompt_tokens :]
+
+
+def max_prompt_tokens(body: SamplingFields, max_model_len: int, max_tokens: int | None) -> int | None:
+    """What `truncate_prompt_tokens` leaves of a prompt; -1: what the context has room for beside the output."""
+    most = body.truncate_prompt_tokens
+    if most == 0:
+        raise _invalid("`truncate_prompt_tokens` is -1, or at least 1.", "truncate_prompt_tokens")
+    return max(1, max_model_len - max(1, max_tokens or 1)) if most == -1 else most
 
 
 def check_token_ids(tokenizer: Tokenizer, token_ids: Sequence[int], param: str) -> None:

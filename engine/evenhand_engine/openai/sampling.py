@@ -17,6 +17,15 @@ T = TypeVar("T")
 _MAX_BIAS = 100.0
 
 
+def check_answerable(body: SamplingFields) -> None:
+    """Raises Refusal 400 for what a stream cannot tell, since it is known after its beginning."""
+    if body.stream and body.prompt_logprobs is not None:
+        message = "`prompt_logprobs` cannot be streamed."
+        raise Refusal(400, "invalid_value", message, param="prompt_logprobs")
+    if body.stream and body.num_generated > (body.n or 1):
+        raise Refusal(400, "invalid_value", "`best_of` above `n` cannot be streamed.", param="best_of")
+
+
 def sampling_params(body: SamplingFields, tokenizer: Tokenizer) -> SamplingParams:
     """What all choices of a body have in common; their limits are still to come.
 
@@ -48,6 +57,7 @@ def sampling_params(body: SamplingFields, tokenizer: Tokenizer) -> SamplingParam
         min_tokens=body.min_tokens or 0,
         stop_token_ids=stop_token_ids,
         num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
     )
 
 

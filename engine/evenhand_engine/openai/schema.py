@@ -25,7 +25,7 @@ RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 # Known fields that cannot be honoured -> the values, besides null, that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
+    "best_of": (1,),  # of chat; completions have it
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),  # of chat; completions have it
@@ -45,10 +45,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -57,7 +55,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "web_search_options": (),
@@ -97,6 +94,9 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: NonNegative | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     request_id: RequestId | None = None
     user: UserName | None = None
 
@@ -110,6 +110,16 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
+
+    @property
+    def num_generated(self) -> int:
+        """Choices to generate for each prompt."""
+        return self.n or 1
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -119,18 +129,43 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
-    """Body of POST /v1/completions. `max_tokens` is 16 unless given, as OpenAI's and vLLM's; null: what is left."""
+    """Body of POST /v1/completions. `max_tokens` is 16 unless given, as OpenAI's and vLLM's; null: what is left.
+
+    0 is for an echo alone.
+    """
 
     prompt: Raw | UnsetType  # text, token ids, or a list of either
-    max_tokens: Positive | None = 16
+    max_tokens: NonNegative | None = 16
     max_completion_tokens: Positive | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | bool | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
-        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
+        if self.logprobs is None or self.logprobs is False:
+            return 0 if self.num_generated > (self.n or 1) else None  # the best are chosen by them
+        return int(self.logprobs)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of an output; None: what is left."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def tells_logprobs(self) -> bool:
+        return self.logprobs is not None and self.logprobs is not False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """With an echo the prompt's tokens have theirs too."""
+        echoed = self.num_logprobs if self.echo and self.tells_logprobs else None
+        return max((n for n in (self.prompt_logprobs, echoed) if n is not None), default=None)
+
+    @property
+    def num_generated(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):

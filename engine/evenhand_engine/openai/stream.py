@@ -17,7 +17,7 @@ from evenhand_engine.openai.errors import error_body, refuse_dead_engine
 from evenhand_engine.openai.generation import Generation, merge
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.schema import SamplingFields
-from evenhand_engine.scheduler.request import FinishReason
+from evenhand_engine.scheduler.request import FinishReason, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
 
 _MAX_BUFFERED_BYTES = 16384  # of events that a client has not taken; what comes then is coalesced
@@ -36,9 +36,19 @@ class Format(Protocol):
         ...
 
     def choice(
-        self, index: int, pieces: Sequence[Piece], finish_reason: str | None, *, streamed: bool
+        self,
+        index: int,
+        pieces: Sequence[Piece],
+        finish_reason: str | None,
+        *,
+        streamed: bool,
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> dict[str, Any]:
         """One choice: all of its text, or what a delta adds."""
+        ...
+
+    def additions(self, prompt_logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """More fields of an answer as a whole, or of the first event, by what is told of its first prompt."""
         ...
 
 
@@ -62,7 +72,7 @@ async def answer(
     try:
         if body.stream:
             return await _Events(request, body, generations, form).answer()
-        return await _answer_whole(generations, form)
+        return await _answer_whole(body, generations, form)
     finally:
         used = usage(generations)
         request[LOG_FIELDS].update(
@@ -72,15 +82,35 @@ async def answer(
         )
 
 
-async def _answer_whole(generations: Sequence[Generation], form: Format) -> web.Response:
+async def _answer_whole(body: SamplingFields, generations: Sequence[Generation], form: Format) -> web.Response:
     pieces: list[list[Piece]] = [[] for _ in generations]
     reasons: list[str | None] = [None] * len(generations)
+    told: list[Sequence[TokenLogprobs]] = [()] * len(generations)
     async with contextlib.aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
             pieces[index] += delta.pieces
             reasons[index] = _reason(delta)
-    choices = [form.choice(i, pieces[i], reasons[i], streamed=False) for i in range(len(generations))]
-    return json_response({**form.envelope(streamed=False), "choices": choices, "usage": usage(generations)})
+            told[index] = delta.prompt_logprobs or told[index]
+    chosen = _best(pieces, body.num_generated, body.n or 1)
+    choices = [
+        form.choice(index, pieces[i], reasons[i], streamed=False, prompt_logprobs=told[i])
+        for index, i in enumerate(chosen)
+    ]
+    answer = {**form.envelope(streamed=False), "choices": choices, "usage": usage(generations)}
+    return json_response({**answer, **form.additions(told[0])})
+
+
+def _best(pieces: list[list[Piece]], num_generated: int, num_chosen: int) -> list[int]:
+    """Of each prompt's choices those whose tokens were the likeliest in the mean, best first; all, if all are wanted."""
+    if num_generated == num_chosen:
+        return list(range(len(pieces)))
+
+    def mean(index: int) -> float:
+        told: list[float] = [found.logprob for piece in pieces[index] for found in piece.logprobs or ()]
+        return sum(told) / max(1, len(told))
+
+    groups = (range(first, first + num_generated) for first in range(0, len(pieces), num_generated))
+    return [index for group in groups for index in sorted(group, key=mean, reverse=True)[:num_chosen]]
 
 
 class _Events:
@@ -137,9 +167,11 @@ class _Events:
             raise
 
     async def _send_opening(self, events: "EventStream") -> None:
+        more = self._form.additions(())
         for index in range(len(self._generations)):
             if (choice := self._form.opening(index)) is not None:
-                await events.send(self._chunk(choice))
+                await events.send({**self._chunk(choice), **more})
+                more = {}
 
     async def _send_delta(self, events: "EventStream", index: int, delta: Delta) -> None:
         if delta.pieces or delta.finish_reason is not None:

@@ -79,7 +79,7 @@ class BlockManager:
     def cached_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the longest known prefix of the request. Its last token is never part of it, since somebody
         must compute the logits."""
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or not request.may_use_prefixes:
             return []
         blocks = []
         for digest in self._hashes(request, (len(request.token_ids) - 1) // self.block_size):
@@ -94,7 +94,7 @@ class BlockManager:
 
         Exact but where prefixes are shared between tenants with and without a guarantee, whose blocks are evicted apart.
         """
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or not request.may_use_prefixes:
             return 0
         most, known = (len(request.token_ids) - 1) // self.block_size, request.num_prefix_blocks
         while known and request.block_hashes[known - 1] not in self._block_of_hash:
@@ -171,7 +171,7 @@ class BlockManager:
 
     def is_next_block_expected(self, request: Request) -> bool:
         """Whether a batch in flight computes the first block of the request's prompt that is not known yet."""
-        if not self._expected:
+        if not self._expected or not request.may_use_prefixes:
             return False
         index = len(self.cached_prefix(request))
         has_more = index < (len(request.token_ids) - 1) // self.block_size

@@ -25,6 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
     batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
     `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
+    `num_prompt_logprobs`: the same of the prompt's tokens, which are then all computed, cached or not.
 
     The logits are changed first, in this order: only `allowed_token_ids` may come (None: all), no stop token within the first
     `min_tokens` outputs, and no last token of one of `bad_words_token_ids` whose other tokens are the last outputs;
@@ -49,10 +50,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
-    """How likely an output token was, and which tokens were likelier: natural logarithms of the model's own distribution.
+    """How likely a token was, and which tokens were likelier: natural logarithms of the model's own distribution.
 
     Before temperature, penalties and masks. `top_token_ids` are the most likely ones, best first, with `top_logprobs`;
     `rank` is the place of the token itself, counted from 1.
@@ -68,11 +70,13 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     """What a step gave one request: its next output tokens, drafts that were right first.
 
     Without token ids: its logits were not finite, so nothing could be sampled, and the request ends with an error.
-    `logprobs` has an entry for each token if the request asked for them, else none.
+    `logprobs` has an entry for each token if the request asked for them, else none. `prompt_logprobs`, with the first
+    output of a request that asked for them, has one for each token of the prompt but the first.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -80,7 +84,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a
     prefix hit spared; `num_preemptions`: how often it lost its blocks so far; `num_output_tokens`: outputs computed so
-    far, on the last one. `logprobs` has an entry for each of `token_ids` if the request asked for them.
+    far, on the last one. `logprobs` has an entry for each of `token_ids` if the request asked for them; `prompt_logprobs`
+    comes with the first token.
     """
 
     request_id: str
@@ -90,6 +95,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_preemptions: int = 0
     num_output_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Request:
@@ -170,6 +176,11 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def may_use_prefixes(self) -> bool:
+        """Whether a known prefix spares its computation: not where the logits of all its tokens are wanted."""
+        return self.sampling_params.num_prompt_logprobs is None
 
     @property
     def is_at_end(self) -> bool:

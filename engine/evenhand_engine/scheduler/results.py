@@ -50,6 +50,7 @@ class Results:
     def _append(self, request: Request, result: Sampled) -> None:
         """Append what was sampled, up to the token that ends the request."""
         params, num_taken, reason = request.sampling_params, 0, None
+        prompt_logprobs = () if request.num_output_tokens else result.prompt_logprobs  # else told before a preemption
         request.num_in_flight_tokens -= len(result.token_ids)
         for token_id in result.token_ids:
             request.token_ids.append(token_id)
@@ -67,10 +68,15 @@ class Results:
         if not token_ids:
             self._roster.finish(request, FinishReason.ERROR)
         elif reason is not None:
-            self._roster.finish(request, reason, token_ids, logprobs)
+            self._roster.finish(request, reason, token_ids, logprobs, prompt_logprobs)
         else:
             self._roster.outputs.append(
-                RequestOutput(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
+                RequestOutput(
+                    request_id=request.request_id,
+                    token_ids=token_ids,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                )
             )
 
     def _reject(self, request: Request, num_tokens: int) -> int:

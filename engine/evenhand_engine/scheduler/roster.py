@@ -141,6 +141,7 @@ class Roster:
         reason: FinishReason,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """Out, from wherever it is: the one exit of a request. `token_ids`: its last tokens, told with the end."""
         tenant = self.tenants[request.tenant_id]
@@ -160,6 +161,7 @@ class Roster:
                 num_preemptions=request.num_preemptions,
                 num_output_tokens=request.num_output_tokens,
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             )
         )
 

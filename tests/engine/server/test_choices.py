@@ -12,7 +12,7 @@ from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput, TokenLogprobs
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, Serve, Server
+from .conftest import Say, Serve, Server, token_ids
 
 TEXT = "Paris: 東京 👩‍🚀."  # every code point beyond ASCII is several tokens
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
@@ -24,8 +24,12 @@ def told(serve: Serve, say: Say) -> Server:
     plain = say(TEXT)
 
     def reply(request: AddRequest) -> Iterator[RequestOutput]:
-        num_logprobs = request.sampling_params.num_logprobs
+        num_logprobs, of_prompt = request.sampling_params.num_logprobs, request.sampling_params.num_prompt_logprobs
         for output in plain(request):
+            if of_prompt is not None and output.token_ids:
+                first = TokenLogprobs(-0.75, 3, (5, 6)[:of_prompt], (-0.25, -0.5)[:of_prompt])
+                told = (first, *[TokenLogprobs(-1.5, 1)] * (len(request.prompt_token_ids) // 4 - 2))
+                output, of_prompt = msgspec.structs.replace(output, prompt_logprobs=told), None
             if num_logprobs is not None and output.token_ids:
                 (token_id,) = output.token_ids
                 top_ids, top_values = (5, token_id)[:num_logprobs], (-0.25, -0.5)[:num_logprobs]
@@ -112,7 +116,6 @@ def test_choices_of_several_prompts_follow_each_other(told: Server) -> None:
         ({"n": 100, "prompt": ["x"] * 3}, "n"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
     ],
 )
 def test_completions_that_cannot_be_told(told: Server, fields: dict[str, Any], param: str) -> None:
@@ -126,6 +129,108 @@ def test_chats_that_cannot_be_told(told: Server, fields: dict[str, Any]) -> None
     with pytest.raises(openai.BadRequestError) as caught:
         told.client().chat.completions.create(model="tiny", messages=MESSAGES, **fields)
     assert caught.value.param == "top_logprobs"
+
+
+def test_an_echo_with_log_probabilities_tells_those_of_the_prompt_first(told: Server) -> None:
+    """As lm-eval reads them: none of the first token, then the prompt's, then the output's."""
+    prompt = "capital of France"
+    answer = told.client().completions.create(model="tiny", prompt=prompt, echo=True, logprobs=1, max_tokens=1)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.token_logprobs is not None
+    num_prompt_tokens = len(told.core.expect(AddRequest).prompt_token_ids) // 4
+    assert "".join(found.tokens or ()).startswith(prompt)
+    assert found.token_logprobs == [None, -0.75, *[-1.5] * (num_prompt_tokens - 2), -0.5]
+    assert found.top_logprobs is not None and found.top_logprobs[0] is None
+    assert max((found.top_logprobs[1] or {}).values()) == -0.25 and -0.75 in found.top_logprobs[1].values()
+    assert found.text_offset == [len("".join((found.tokens or ())[:i])) for i in range(num_prompt_tokens + 1)]
+
+
+def test_an_echo_alone(told: Server) -> None:
+    """`max_tokens` 0: lm-eval and others score prompts so."""
+    answer = told.client().completions.create(model="tiny", prompt="capital", echo=True, logprobs=0, max_tokens=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("capital", "length")
+    assert answer.usage is not None and answer.usage.completion_tokens == 0
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.tokens or ()) == answer.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError):
+        told.client().completions.create(model="tiny", prompt="x", max_tokens=0)
+
+
+def test_log_probabilities_of_prompts_by_token_id(told: Server, model_dir: Path) -> None:
+    client, tokenizer = told.client(), Tokenizer(model_dir)
+    body = {"prompt_logprobs": 2}
+    completion: Any = client.completions.create(
+        model="tiny", prompt=["capital of", "x of"], max_tokens=1, extra_body=body
+    )
+    for choice, prompt in zip(completion.choices, ("capital of", "x of"), strict=True):
+        ids = tokenizer.encode(prompt)
+        none, told_first, *others = choice.prompt_logprobs
+        assert none is None and len(others) == len(ids) - 2
+        own = {"logprob": -0.75, "rank": 3, "decoded_token": tokenizer.token_bytes(ids[1]).decode()}
+        assert told_first[str(ids[1])] == own
+        assert {entry["rank"] for entry in told_first.values()} == {1, 2, 3}
+        assert told_first["6"]["logprob"] == -0.5
+    chat: Any = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1, extra_body=body)
+    assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens and chat.prompt_logprobs[0] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids(told: Server, model_dir: Path, stream: bool) -> None:
+    """Of prompt and output, the stop token that is not shown among them."""
+    tokenizer = Tokenizer(model_dir)
+    output = [*tokenizer.encode(TEXT), min(tokenizer.eos_token_ids)]
+    body = {"return_token_ids": True}
+    client = told.client()
+    answer: Any = client.completions.create(
+        model="tiny", prompt=["x of", "y"], max_tokens=99, logprobs=0, stream=stream, extra_body=body
+    )
+    ids: list[list[int]] = [[], []]
+    prompts: list[list[int]] = [[], []]
+    for chunk in answer if stream else [answer]:
+        for choice in chunk.choices:
+            ids[choice.index] += getattr(choice, "token_ids", [])
+            prompts[choice.index] += getattr(choice, "prompt_token_ids", [])
+    assert ids == [output, output]
+    assert prompts == [tokenizer.encode("x of"), tokenizer.encode("y")]
+    chat: Any = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=99, stream=stream, extra_body=body
+    )
+    chunks = list(chat) if stream else [chat]
+    assert [token for chunk in chunks for token in getattr(chunk.choices[0], "token_ids", [])] == output
+    assert sum(len(getattr(chunk, "prompt_token_ids", None) or ()) for chunk in chunks) > 5
+
+
+def test_the_best_of_several(serve: Serve, say: Say) -> None:
+    """By the mean log probability of their tokens; the others are counted, not told."""
+
+    def reply(request: AddRequest) -> Iterator[RequestOutput]:
+        number = request.sampling_params.seed
+        for output in say("abcd"[number] * (number + 1))(request):
+            logprobs = (TokenLogprobs((-0.5, -0.1, -0.9, -0.2)[number], 1),) if output.token_ids else ()
+            yield msgspec.structs.replace(output, logprobs=logprobs)
+
+    client = serve(reply).client()
+    answer = client.completions.create(model="tiny", prompt=["x", "y"], seed=0, n=2, best_of=4, max_tokens=9)
+    assert [choice.text for choice in answer.choices] == ["bb", "dddd", "bb", "dddd"]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in answer.choices)
+    assert answer.usage is not None and answer.usage.completion_tokens == 2 * (2 + 3 + 4 + 5)
+
+
+@pytest.mark.parametrize("prompt", ["The capital of France is Paris.", [[5, 6, 7, 8, 9]]])
+def test_truncated_prompts(told: Server, model_dir: Path, prompt: Any) -> None:
+    ids = Tokenizer(model_dir).encode(prompt) if isinstance(prompt, str) else prompt[0]
+    client = told.client()
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, echo=True, max_tokens=1, extra_body={"truncate_prompt_tokens": 3}
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens == 3
+    assert token_ids(told.core.expect(AddRequest)) == ids[-3:]
+    assert answer.choices[0].text.startswith(Tokenizer(model_dir).decode(ids[-3:]))
+    answer = client.completions.create(
+        model="tiny", prompt="x " * 2000, max_tokens=6, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens == 250, "what the context of 256 has room for"
 
 
 def test_bytes_of_tokens_are_those_of_the_text(model_dir: Path) -> None:

@@ -67,6 +67,13 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
         ({"prompt": ["x"] * 300}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "7"}, "max_tokens"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"logprobs": 1, "echo": True, "stream": True}, "logprobs"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": [7] * 100}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -144,7 +151,6 @@ def test_bad_chats_name_the_field(server: Server, fields: dict[str, Any], param:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"best_of": 2},
         {"response_format": {"type": "json_object"}},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
