@@ -128,3 +128,14 @@ def test_a_frozen_gauge_says_nothing() -> None:
     for second in range(2, 60):
         window.correct(frozen, float(second))
     assert (window.kv_tokens, window.batch_tokens) == learned
+
+
+def test_seats_that_the_upstream_names_bound_what_is_in_flight() -> None:
+    window = Window()
+    window.num_seats = 2
+    flights = [window.send(10, 10, 0.0) for _ in range(2)]
+    for flight in flights:
+        window.start(flight, 1.0)
+    assert not window.has_room(1, 1)
+    window.end(flights[0])
+    assert window.has_room(1, 1)

@@ -16,7 +16,7 @@ import aiohttp
 from yarl import URL
 
 from evenhand_engine.backends.backend import ModelInfo
-from evenhand_engine.backends.upstream_metrics import read_gauges
+from evenhand_engine.backends.upstream_metrics import backend_name, read_gauges, read_slots
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
 from evenhand_engine.messages import EngineStats
@@ -25,6 +25,7 @@ from evenhand_policy.config import SchedulerConfig
 
 _PROBE_SECONDS = 1.0
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+_PROBES_PER_SIZING = 30
 _STATS_SECONDS = 0.1
 _MAX_METRICS_BYTES = 4 * 2**20
 
@@ -40,6 +41,7 @@ class UpstreamSettings:
         connect_timeout: seconds for a connection; one that cannot be made is tried again until then, as nothing was sent.
         idle_timeout: seconds without a byte of an answer after which it has failed.
         max_model_len: the upstream's context.
+        kv_tokens: size of its KV cache in tokens; None: what it says of itself.
     """
 
     url: str
@@ -48,6 +50,7 @@ class UpstreamSettings:
     connect_timeout: float = 5.0
     idle_timeout: float = 600.0
     max_model_len: int = 131_072
+    kv_tokens: int | None = None
 
 
 class Upstream:
@@ -57,6 +60,7 @@ class Upstream:
         dispatcher: who is sent next.
         problem: why the upstream cannot be used now, by the last probe; None: it can.
         metrics_text: its `/metrics` as last scraped.
+        backend: which engine it is, as far as it says.
     """
 
     def __init__(self, settings: UpstreamSettings, dispatcher: Dispatcher) -> None:
@@ -64,6 +68,7 @@ class Upstream:
         self.dispatcher = dispatcher
         self.problem: str | None = "the upstream was not reached yet"
         self.metrics_text = b""
+        self.backend = "unknown"
         self.stats: EngineStats | None = None
         self.died = asyncio.Event()  # never set: the upstream may come back
         self._loop = asyncio.get_running_loop()
@@ -72,7 +77,8 @@ class Upstream:
         self._timer: asyncio.TimerHandle | None = None
         self._recorder = StatsRecorder(dispatcher)
         self._listeners: list[Callable[[EngineStats], None]] = []
-        self._kv_tokens: int | None = None
+        self._kv_tokens = settings.kv_tokens
+        dispatcher.window.resize_kv(settings.kv_tokens)
         self._tasks: list[asyncio.Task[None]] = []
         self.session = self._session()
 
@@ -101,6 +107,11 @@ class Upstream:
     def url(self, raw_path: str) -> URL:
         """Where a request for this path and query, as the client wrote it, goes."""
         return URL(self._origin + raw_path, encoded=True)
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that proves to the upstream who asks; empty where it wants none."""
+        return {} if self.settings.api_key is None else {"Authorization": f"Bearer {self.settings.api_key}"}
 
     # -- turns
 
@@ -172,42 +183,51 @@ class Upstream:
     # -- what the upstream says of itself
 
     async def _probe(self) -> None:
+        count = 0
         while True:
-            self.problem = await self._check_health()
+            was_well, self.problem = self.problem is None, await self._check_health()
             if self.problem is None:
+                if not was_well or count % _PROBES_PER_SIZING == 0:  # it may be another process than before
+                    await self._ask_slots()
                 await self._scrape()
+            count += 1
             await asyncio.sleep(_PROBE_SECONDS)
 
     async def _check_health(self) -> str | None:
         try:
             async with self._get("/health") as response:
+                self.backend = backend_name(response.headers.get("Server", ""), self.metrics_text)
                 if response.status >= 500:
                     return f"the upstream answers {response.status} to /health"
                 return None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return "the upstream does not answer"
 
+    async def _ask_slots(self) -> None:
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            async with self._get("/props") as response:
+                slots = read_slots(await _read(response) or b"") if response.status == 200 else None
+            self.dispatcher.window.num_seats = float("inf") if slots is None else slots
+            self.pump()
+
     async def _scrape(self) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
             async with self._get("/metrics") as response:
-                if response.status != 200:
-                    return
-                text = await response.content.read(_MAX_METRICS_BYTES)
-                while chunk := await response.content.read(_MAX_METRICS_BYTES):
-                    if len(text) + len(chunk) > _MAX_METRICS_BYTES:
-                        return
-                    text += chunk
+                text = await _read(response) if response.status == 200 else None
+            if text is None:
+                return
             gauges, kv_tokens = read_gauges(text.decode(errors="replace"))
             self.metrics_text = text
-            if kv_tokens is not None and kv_tokens != self._kv_tokens:
+            if self.settings.kv_tokens is None and kv_tokens is not None and kv_tokens != self._kv_tokens:
                 self._kv_tokens = kv_tokens
                 self.dispatcher.window.resize_kv(kv_tokens)
             self.dispatcher.correct(gauges, time.monotonic())
             self.pump()
 
     def _get(self, path: str) -> "aiohttp.client._RequestContextManager":
-        headers = {} if self.settings.api_key is None else {"Authorization": f"Bearer {self.settings.api_key}"}
-        return self.session.get(self.url(path), timeout=_PROBE_TIMEOUT, headers=headers, allow_redirects=False)
+        return self.session.get(
+            self.url(path), timeout=_PROBE_TIMEOUT, headers=self.authorization, allow_redirects=False
+        )
 
     async def _report(self) -> None:
         while True:
@@ -217,3 +237,13 @@ class Upstream:
                 self.stats = stats
                 for listener in self._listeners:
                     listener(stats)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes | None:
+    """The answer; None if it is larger than any of use."""
+    text = b""
+    async for chunk in response.content.iter_any():
+        text += chunk
+        if len(text) > _MAX_METRICS_BYTES:
+            return None
+    return text

@@ -1,6 +1,8 @@
-"""What a foreign engine says of itself in its `/metrics`: vLLM's, SGLang's and llama.cpp's names for the same things. Pure."""
+"""What a foreign engine says of itself: vLLM's, SGLang's and llama.cpp's names for the same things. Pure."""
 
 import re
+
+import msgspec
 
 from evenhand_engine.dispatch.window import Gauges
 
@@ -13,7 +15,7 @@ _KV_USAGE = (
 )
 _PREEMPTIONS = ("vllm:num_preemptions_total", "sglang:num_retracted_reqs")
 _GENERATED = ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total")
-_KV_TOKENS = ("sglang:max_total_num_tokens", "llamacpp:n_tokens_max")
+_KV_TOKENS = ("sglang:max_total_num_tokens",)  # not llamacpp:n_tokens_max, which is the longest context seen so far
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{([^}]*)\})?\s+(\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -48,3 +50,29 @@ def read_gauges(text: str) -> tuple[Gauges, int | None]:
 def _cache_size(labels: dict[str, str]) -> int:
     blocks, block_size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
     return int(blocks) * int(block_size) if blocks.isdecimal() and block_size.isdecimal() else 0
+
+
+class Props(msgspec.Struct, frozen=True):
+    """llama.cpp's `/props`, as far as it is of use.
+
+    Attributes:
+        total_slots: requests that it runs at once; later ones wait in its queue.
+    """
+
+    total_slots: int = 0
+
+
+def backend_name(server: str, metrics: bytes) -> str:
+    """What engine it is, by its `Server` header and its metrics: vllm, sglang, llama.cpp, evenhand or unknown."""
+    if server in ("evenhand", "llama.cpp"):
+        return server
+    names = {b"vllm:": "vllm", b"sglang:": "sglang", b"llamacpp:": "llama.cpp"}
+    return next((name for prefix, name in names.items() if prefix in metrics), "unknown")
+
+
+def read_slots(body: bytes) -> int | None:
+    """The slots of a llama.cpp server, by its `/props`; None where the text does not say."""
+    try:
+        return max(0, msgspec.json.decode(body, type=Props).total_slots) or None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -55,6 +55,11 @@ def _origin(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.option("--max-model-len", type=quantity, default="128K", help="The upstream's context.")
 @click.option("--kv-tokens", type=quantity, help="Size of its KV cache in tokens; default: what it says of itself.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Directory with the model's tokenizer.json, to count prompts with.",
+)
 @server_options(max_request_bytes="32M", max_tenant_body_bytes="256M")
 def sidecar(**options: Any) -> None:
     """Share an engine that you already run: queue, order and bound what tenants send to vLLM, SGLang or llama.cpp.
@@ -81,6 +86,7 @@ def sidecar(**options: Any) -> None:
         connect_timeout=options["upstream_connect_timeout"],
         idle_timeout=options["upstream_idle_timeout"],
         max_model_len=options["max_model_len"],
+        kv_tokens=options["kv_tokens"],
     )
     settings = server_settings(options)
 
@@ -90,7 +96,7 @@ def sidecar(**options: Any) -> None:
             upstream,
             priority=options["upstream_priority"],
             salts_caches=options["upstream_cache_salt"],
-            kv_tokens=options["kv_tokens"],
+            tokenizer=options["tokenizer"],
         )
         return await run_until_stopped(server, _announce)
 

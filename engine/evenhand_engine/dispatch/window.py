@@ -7,8 +7,9 @@ upstream lacks work. Two counts, both seen on the wire at the moment they change
     in flight   tokens of all requests sent: prompts, outputs so far, and outputs still expected: what fills its KV cache
 
 *The rule.* A request is sent if nothing is in flight; else if (1) fewer than two requests are unstarted, or their prompts and
-its own are together within `batch_tokens`, and (2) all tokens in flight and its own are within `kv_tokens`. Two, because
-one computes while the other waits: with one the upstream would run a step without a prompt for each prompt.
+its own are together within `batch_tokens`, (2) all tokens in flight and its own are within `kv_tokens`, and (3) a seat is
+free of those that the upstream says it has. Two, because one computes while the other waits: with one the upstream would run
+a step without a prompt for each prompt.
 
 *What is learned.* `batch_tokens` follows the prompt tokens that the upstream takes at once. If first chunks come and every
 request sent before them has started, while somebody waits here, the upstream had nothing left to start: it grows by a
@@ -90,6 +91,7 @@ class Window:
 
     Attributes:
         batch_tokens, kv_tokens: as learned.
+        num_seats: requests that the upstream runs at once, as it says (llama.cpp's slots); infinite: it does not.
         num_unstarted_tokens, num_tokens: in flight, see above.
     """
 
@@ -97,7 +99,7 @@ class Window:
         self, *, batch_tokens: float = 4096.0, kv_tokens: int | None = None, prefill_rate: float = 8000.0
     ) -> None:
         self.batch_tokens = batch_tokens
-        self.kv_tokens = _NEVER
+        self.kv_tokens = self.num_seats = _NEVER
         self.num_unstarted_tokens = 0
         self.num_tokens = 0
         self._flights: dict[Flight, None] = {}
@@ -133,7 +135,7 @@ class Window:
         if len(self._unstarted) >= _MIN_UNSTARTED:
             self._holds_for_batch = self.num_unstarted_tokens + num_prompt_tokens > self.batch_tokens
         self._holds_for_kv = self.num_tokens + num_prompt_tokens + num_expected_tokens > self.kv_tokens
-        return not (self._holds_for_batch or self._holds_for_kv)
+        return not (self._holds_for_batch or self._holds_for_kv or len(self._flights) >= self.num_seats)
 
     def release(self) -> None:
         """Nobody waits for the window."""

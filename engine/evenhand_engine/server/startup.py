@@ -9,6 +9,7 @@ import gc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evenhand_engine.backends.engine_client import Core, spawn_core
@@ -144,11 +145,11 @@ async def start_sidecar(
     *,
     priority: str = "off",
     salts_caches: bool = False,
-    kv_tokens: int | None = None,
+    tokenizer: Path | None = None,
 ) -> AsyncIterator[Running]:
     """A sidecar that accepts requests, whether or not its upstream does yet; on leaving, everything is stopped.
 
-    Raises StartupError.
+    `tokenizer`: directory of the model's, to count prompts with. Raises StartupError.
     """
     from evenhand_engine.backends.upstream import Upstream
     from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings
@@ -157,6 +158,7 @@ async def start_sidecar(
     from evenhand_engine.server.malformed import keep_out_of_logs
     from evenhand_engine.server.sidecar_app import build_sidecar_app
     from evenhand_engine.sidecar.service import SidecarService, UpstreamPriority
+    from evenhand_engine.text.tokenizer import Tokenizer
 
     async with contextlib.AsyncExitStack() as stack:
         allow_many_connections()
@@ -165,15 +167,19 @@ async def start_sidecar(
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
         in_force = await in_daemon_thread(lambda: _initial_config(settings))
         dispatcher = Dispatcher(
-            Window(kv_tokens=kv_tokens),
-            in_force.config,
-            DispatchSettings(max_model_len=upstream_settings.max_model_len),
+            Window(), in_force.config, DispatchSettings(max_model_len=upstream_settings.max_model_len)
         )
         upstream = Upstream(upstream_settings, dispatcher)
         stack.push_async_callback(upstream.close)
         service = SidecarService(
-            settings, upstream, in_force, priority=UpstreamPriority(priority), salts_caches=salts_caches
+            settings,
+            upstream,
+            in_force,
+            priority=UpstreamPriority(priority),
+            salts_caches=salts_caches,
+            tokenizer=None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer)),
         )
+        stack.callback(service.close)
         upstream.start()
         keep_out_of_logs()
         await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)

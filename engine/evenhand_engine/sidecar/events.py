@@ -10,7 +10,7 @@ import msgspec
 
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{|"tokens_evaluated"\s*:')  # no text can hold it: its quotes are escaped
 _ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:')
 _MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
 
@@ -46,16 +46,40 @@ class Usage(msgspec.Struct, frozen=True):
         return 0 <= self.num_cached_tokens <= prompt <= num_prompt_tokens and 0 <= output <= num_output_tokens
 
 
-class _WithUsage(msgspec.Struct, frozen=True):
+class _Timings(msgspec.Struct, frozen=True):
+    cache_n: int | None = None
+
+
+class _Inner(msgspec.Struct, frozen=True):
     usage: Usage | None = None
+
+
+class _WithUsage(msgspec.Struct, frozen=True):
+    """OpenAI's completions and responses, Anthropic's messages, and llama.cpp's own `/completion`."""
+
+    usage: Usage | None = None
+    response: _Inner | None = None
+    message: _Inner | None = None
+    tokens_evaluated: int | None = None
+    tokens_predicted: int | None = None
+    timings: _Timings | None = None
 
 
 def usage_of(body: bytes) -> Usage | None:
     """The usage in a JSON answer or event; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(body, type=_WithUsage).usage
+        found = msgspec.json.decode(body, type=_WithUsage)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    if found.usage is not None:
+        return found.usage
+    inner = found.response or found.message
+    if inner is not None:
+        return inner.usage
+    if found.tokens_evaluated is None:
+        return None
+    cached = PromptDetails(found.timings.cache_n if found.timings else None)
+    return Usage(found.tokens_evaluated, found.tokens_predicted, prompt_tokens_details=cached)
 
 
 class EventReader:
@@ -65,21 +89,31 @@ class EventReader:
         hides_usage: leave the event out that holds nothing but usage.
 
     Attributes:
-        num_events: data events that came, but for usage and the end.
-        usage: of the last event that had one and no choices.
+        num_events: data events that came, but for the end and for one that holds nothing but usage.
         is_done: `[DONE]` came, or an error in its place.
     """
 
     def __init__(self, *, hides_usage: bool) -> None:
         self.num_events = 0
-        self.usage: Usage | None = None
         self.is_done = False
         self._hides_usage = hides_usage
         self._held = b""
         self._passes_rest = False  # the event that goes on is too long to be held, and is known not to be hidden
+        self._first_usage = self._last_usage = b""  # events that have one
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the last event that had a usage says; prompts by the first one where only that knows them."""
+        last = _usage_of_event(self._last_usage)
+        if last is None or last.num_prompt_tokens is not None:
+            return last
+        first = _usage_of_event(self._first_usage)
+        return last if first is None else msgspec.structs.replace(last, input_tokens=first.num_prompt_tokens)
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in what came; returns what goes to the client now."""
+        if not self._held and chunk.endswith(b"\n\n") and chunk.find(b"\n\n") == len(chunk) - 2 and b"\r" not in chunk:
+            return chunk if self._keeps(chunk) else b""  # one whole event, as nearly always
         data = self._held + chunk if self._held else chunk
         start, out = 0, []
         for match in _BOUNDARY.finditer(data, max(0, len(self._held) - 3)):
@@ -108,14 +142,16 @@ class EventReader:
     def _keeps(self, event: bytes) -> bool:
         if b"data:" not in event:
             return True  # a comment
-        if b"[DONE]" in event[:32]:
+        if b"[DONE]" in event[:32] or (b'"error"' in event[:32] and _ERROR.match(event.lstrip())):
             self.is_done = True
             return True
-        if b'"usage"' in event and _NO_CHOICES.search(event) and _USAGE.search(event):
-            self.usage = usage_of(event[event.index(b"data:") + 5 :]) or self.usage
-            return not self._hides_usage
-        if _ERROR.match(event.lstrip()):
-            self.is_done = True
-            return True
+        if (b'"usage"' in event or b'"tokens_evaluated"' in event) and _USAGE.search(event):
+            self._first_usage, self._last_usage = self._first_usage or event, event
+            if _NO_CHOICES.search(event):
+                return not self._hides_usage
         self.num_events += 1
         return True
+
+
+def _usage_of_event(event: bytes) -> Usage | None:
+    return usage_of(event.partition(b"data:")[2]) if event else None

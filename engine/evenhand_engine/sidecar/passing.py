@@ -60,7 +60,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if request.content_type == "application/json" or request.content_length in (None, 0):
         body = Body(await read_body(request))
         passage = Passage(service, request, body, len(body.raw), num_taken)
-        passage.num_prompt_tokens = await _count_prompt(service, request, body)
+        limits = service.admission.account(tenant_id).config.limits
+        is_limited = limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None
+        passage.num_prompt_tokens = await service.prompts.count(tenant_id, body, is_limited=is_limited)
     else:  # such as audio: streamed, and sized by what its header says
         passage = Passage(service, request, None, request.content_length or 0, num_taken)
     with passage:
@@ -93,7 +95,7 @@ class Passage:
         self.is_stream = body is not None and body.is_stream
         self.path = request.path
         self.num_bytes = num_bytes
-        self.num_prompt_tokens = service.bytes_per_token.estimate(self.tenant_id, num_bytes)
+        self.num_prompt_tokens = service.prompts.bytes_per_token.estimate(self.tenant_id, num_bytes)
         self.hides_usage = False
         self.outcome = ("failed", "upstream_error")
         self._log: dict[str, Any] = request[LOG_FIELDS]
@@ -203,7 +205,7 @@ class Passage:
         dispatcher = self.service.upstream.dispatcher
         if usage.num_prompt_tokens:
             self.num_prompt_tokens = usage.num_prompt_tokens
-            self.service.bytes_per_token.learn(self.tenant_id, self.num_bytes, usage.num_prompt_tokens)
+            self.service.prompts.bytes_per_token.learn(self.tenant_id, self.num_bytes, usage.num_prompt_tokens)
             dispatcher.sized(self.errand, usage.num_prompt_tokens, usage.num_cached_tokens)
         if usage.num_output_tokens is not None:
             if not self.is_stream:
@@ -226,20 +228,6 @@ class Passage:
         if not was_sent:
             self._was_computed = False
             self.service.upstream.dispatcher.sized(self.errand, 0)
-
-
-async def _count_prompt(service: SidecarService, request: web.Request, body: Body) -> int:
-    """Tokens of the prompt: exact where it is token ids, or where a limit of the policy depends on it and the upstream can
-    tokenize; else by its bytes."""
-    if (num_token_ids := body.num_token_ids) is not None:
-        return num_token_ids
-    tenant_id = request[TENANT_ID]
-    limits = service.admission.account(tenant_id).config.limits
-    if limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None:
-        count = await service.tokenize(body.prompt_fields())
-        if count is not None:
-            return max(1, count)
-    return service.bytes_per_token.estimate(tenant_id, len(body.raw))
 
 
 async def _exchange(
@@ -276,8 +264,7 @@ async def _send(
     headers = _forwarded(request.headers, _OURS | {"content-encoding"} if is_decoded else _OURS)
     headers["X-Request-Id"] = request[REQUEST_ID]
     headers["Accept-Encoding"] = "identity"
-    if upstream.settings.api_key is not None:
-        headers["Authorization"] = f"Bearer {upstream.settings.api_key}"
+    headers.update(upstream.authorization)
     deadline = time.monotonic() + upstream.settings.connect_timeout
     while True:
         try:

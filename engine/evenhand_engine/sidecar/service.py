@@ -4,10 +4,7 @@ import hmac
 import secrets
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any
 
-import aiohttp
-import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -17,10 +14,10 @@ from evenhand_engine.backends.upstream import Upstream
 from evenhand_engine.frontend.config_in_force import ConfigInForce
 from evenhand_engine.frontend.service import Service
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.sidecar.body import BytesPerToken
+from evenhand_engine.sidecar.counting import PromptCounter
+from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import LatencyClass
 
-_TOKENIZE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 _CLASSES = tuple(LatencyClass)
 _MANAGEMENT = {  # of vLLM, SGLang and llama.cpp: for whoever runs the engine, on its own port
     *("/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/scale_elastic_ep"),
@@ -53,7 +50,7 @@ class SidecarService(Service):
 
     Attributes:
         upstream: the engine behind it, and the queue before that.
-        bytes_per_token: of each tenant's bodies, for estimates.
+        prompts: counts prompts before the upstream does.
     """
 
     def __init__(
@@ -64,10 +61,11 @@ class SidecarService(Service):
         *,
         priority: UpstreamPriority = UpstreamPriority.OFF,
         salts_caches: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(settings, upstream, in_force)
         self.upstream = upstream
-        self.bytes_per_token = BytesPerToken()
+        self.prompts = PromptCounter(upstream, tokenizer)
         self._priority = priority
         self._salt_key = secrets.token_bytes(32) if salts_caches else None
         self._window = CollectorRegistry()
@@ -106,28 +104,8 @@ class SidecarService(Service):
         name = f"group {group}" if group else f"tenant {tenant_id} {config.uid}"
         return hmac.new(self._salt_key, name.encode(), "sha256").hexdigest()
 
-    async def tokenize(self, fields: dict[str, Any]) -> int | None:
-        """Tokens of a prompt, by the upstream's own tokenizer; None if it has none that answers."""
-        headers = {"Content-Type": "application/json"}
-        if self.upstream.settings.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.upstream.settings.api_key}"
-        try:
-            async with self.upstream.session.post(
-                self.upstream.url("/tokenize"),
-                data=msgspec.json.encode(fields),
-                headers=headers,
-                timeout=_TOKENIZE_TIMEOUT,
-                allow_redirects=False,
-            ) as response:
-                if response.status != 200:
-                    return None
-                return msgspec.json.decode(await response.read(), type=_Tokenized).count
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError):
-            return None
-
-
-class _Tokenized(msgspec.Struct, frozen=True):
-    count: int | None = None
+    def close(self) -> None:
+        self.prompts.close()
 
 
 class _WindowCollector(Collector):

@@ -53,19 +53,24 @@ class ScriptedUpstream:
     Attributes:
         script: answers a request; the tests set it.
         received: (path, headers, body) of each request but probes, in order.
+        metrics, props, server: what it says of itself; no props: it knows no such path.
         num_open, num_cancelled: answers in progress, and those that the sidecar ended.
     """
 
     script: Script | None = None
     received: list[tuple[str, Mapping[str, str], bytes]] = field(default_factory=list)
     metrics: str = ""
+    props: dict[str, Any] | None = None
+    server: str = "scripted"
     num_open: int = 0
     num_cancelled: int = 0
     url: str = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/health":
-            return web.Response()
+            return web.Response(headers={"Server": self.server})
+        if request.path == "/props":
+            return web.Response(status=404) if self.props is None else web.json_response(self.props)
         if request.path == "/metrics":
             return web.Response(text=self.metrics)
         self.received.append((request.raw_path, request.headers, await request.read()))
@@ -118,6 +123,11 @@ class Sidecar:
         dispatcher.roster.check_integrity()
         assert not self.upstream._turns
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not condition():
+                await asyncio.sleep(0.01)
+
     def tokens(self, tenant_id: str = "default") -> tuple[int, int]:
         """Prompt and output tokens that the tenant was charged."""
         tenant = self.upstream.dispatcher.roster.tenants[tenant_id]
@@ -147,11 +157,21 @@ async def start() -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def begin(
-            url: str, *, connect_timeout: float = 0.3, idle_timeout: float = 20.0, socket: Any = None, **options: Any
+            url: str,
+            *,
+            connect_timeout: float = 0.3,
+            idle_timeout: float = 20.0,
+            socket: Any = None,
+            kv_tokens: int | None = None,
+            **options: Any,
         ) -> Sidecar:
             settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, max_request_bytes=2**25)
             reached = UpstreamSettings(
-                url=url, connect_timeout=connect_timeout, idle_timeout=idle_timeout, socket=socket
+                url=url,
+                connect_timeout=connect_timeout,
+                idle_timeout=idle_timeout,
+                socket=socket,
+                kv_tokens=kv_tokens,
             )
             running = await stack.enter_async_context(start_sidecar(settings, reached, **options))
             session = await stack.enter_async_context(aiohttp.ClientSession())
