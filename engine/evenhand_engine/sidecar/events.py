@@ -10,7 +10,7 @@ import msgspec
 
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_USAGE = re.compile(rb'"usage"\s*:\s*\{|"tokens_evaluated"\s*:')  # no text can hold it: its quotes are escaped
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')  # no text can hold it: its quotes are escaped
 _ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:')
 _MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
 
@@ -100,11 +100,14 @@ class EventReader:
         self._held = b""
         self._passes_rest = False  # the event that goes on is too long to be held, and is known not to be hidden
         self._first_usage = self._last_usage = b""  # events that have one
+        self._last = b""  # the last event but for those that have nothing else to say
 
     @property
     def usage(self) -> Usage | None:
         """What the last event that had a usage says; prompts by the first one where only that knows them."""
-        last = _usage_of_event(self._last_usage)
+        last = _usage_of_event(
+            self._last_usage or self._last
+        )  # llama.cpp's own tells it in each event, under no such name
         if last is None or last.num_prompt_tokens is not None:
             return last
         first = _usage_of_event(self._first_usage)
@@ -112,8 +115,10 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in what came; returns what goes to the client now."""
-        if not self._held and chunk.endswith(b"\n\n") and chunk.find(b"\n\n") == len(chunk) - 2 and b"\r" not in chunk:
-            return chunk if self._keeps(chunk) else b""  # one whole event, as nearly always
+        if not self._held and _is_plain(chunk):  # as nearly always
+            self.num_events += 1
+            self._last = chunk
+            return chunk
         data = self._held + chunk if self._held else chunk
         start, out = 0, []
         for match in _BOUNDARY.finditer(data, max(0, len(self._held) - 3)):
@@ -145,12 +150,24 @@ class EventReader:
         if b"[DONE]" in event[:32] or (b'"error"' in event[:32] and _ERROR.match(event.lstrip())):
             self.is_done = True
             return True
-        if (b'"usage"' in event or b'"tokens_evaluated"' in event) and _USAGE.search(event):
+        if b'"usage"' in event and _USAGE.search(event):
             self._first_usage, self._last_usage = self._first_usage or event, event
             if _NO_CHOICES.search(event):
                 return not self._hides_usage
         self.num_events += 1
+        self._last = event
         return True
+
+
+def _is_plain(chunk: bytes) -> bool:
+    """Whether it is one whole event, of one line, with neither an error nor a usage."""
+    return (
+        chunk.startswith(b'data: {"')
+        and chunk.find(b"\n") == len(chunk) - 2
+        and chunk.endswith(b"\n\n")
+        and b'"usage"' not in chunk
+        and not chunk.startswith(b'data: {"error"')
+    )
 
 
 def _usage_of_event(event: bytes) -> Usage | None:

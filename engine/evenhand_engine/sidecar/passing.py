@@ -26,6 +26,7 @@ from evenhand_engine.openai.errors import error_body, refuse_draining, refuse_fi
 from evenhand_engine.scheduler.request import FinishReason
 from evenhand_engine.sidecar.body import Body
 from evenhand_engine.sidecar.events import EventReader, Usage, usage_of
+from evenhand_engine.sidecar.relay import EventWriter, Relay
 from evenhand_engine.sidecar.service import SIDECAR, SidecarService
 
 _HOP_BY_HOP = {
@@ -303,8 +304,6 @@ async def _pass_whole(
     if request.method == "HEAD" or upstream.status in (204, 304):
         await response.prepare(request)
         return response
-    if upstream.content_length is None:
-        response.enable_chunked_encoding()
     await response.prepare(request)
     try:
         async for chunk in _chunks(upstream):
@@ -342,21 +341,29 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
     headers = _forwarded(upstream.headers, _ANSWERED_BY_US | {"content-length"})
     headers["X-Accel-Buffering"] = "no"
     response = web.StreamResponse(status=upstream.status, headers=headers)
-    response.enable_chunked_encoding()
     await response.prepare(request)
     writes, reader = request[WRITES], EventReader(hides_usage=passage.hides_usage)
+    send = EventWriter(request, response)
     failure: Refusal | None = None
+
+    def take(chunk: bytes) -> bool:
+        nonlocal failure
+        num_events = reader.num_events
+        out = reader.feed(chunk)
+        failure = passage.take_events(reader.num_events - num_events)  # before somebody who does not read stops us
+        return send(out) and failure is None
+
     try:
-        async for chunk in _chunks(upstream):
-            num_events = reader.num_events
-            out = reader.feed(chunk)
-            failure = passage.take_events(reader.num_events - num_events)  # before somebody who does not read stops us
-            if out:
-                await writes.wait(response.write(out))
-            if failure is not None:
-                break
-    except Refusal as refusal:
-        failure = refusal
+        relay = Relay(upstream, take, request.app[SIDECAR].upstream.settings.idle_timeout)
+        while failure is None and not relay.has_ended:
+            await relay.run()
+            await writes.wait(send.drain())
+    except TimeoutError:
+        failure = _upstream_timeout()
+    except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, ConnectionResetError) and send.is_closed:
+            raise  # it is the client who has gone
+        failure = _upstream_error("its connection ended before its answer did")
     out = reader.flush()
     passage.take_usage(reader.usage)
     if failure is None and not reader.is_done and request.path in _OPENAI_STREAMS:

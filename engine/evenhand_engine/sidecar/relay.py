@@ -1,0 +1,150 @@
+"""Relay and EventWriter: an upstream's bytes handed on in the very call that brings them, while the client keeps up.
+
+To wake a task for each event costs more than the event does. So while a stream runs, a Relay stands between the upstream's
+transport and aiohttp's protocol, which goes on to parse: what it has parsed is taken from it at once.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+_MAX_BUFFERED_BYTES = 16 * 1024  # for a client that does not read; the rest stays with the upstream
+
+
+class Relay(asyncio.Protocol):
+    """Reads one answer that nobody else reads.
+
+    Args:
+        response: of the upstream.
+        take: is given what came, and says whether it takes more; what it raises ends the relay.
+        idle_timeout: seconds without a byte after which the upstream has failed.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, take: Callable[[bytes], bool], idle_timeout: float) -> None:
+        self._content = response.content
+        self._take = take
+        self._idle_timeout = idle_timeout
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._heard_at = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        connection = response.connection  # None: all of it has come, and the connection is somebody else's by now
+        self._inner = None if connection is None else connection.protocol
+        self._transport = None if connection is None else connection.transport
+        if self._inner is not None:
+            self._inner.read_timeout = None  # aiohttp sets its own anew for each event
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of the answer came and was taken."""
+        return self._content.at_eof()
+
+    async def run(self) -> None:
+        """Hand on until the answer ends or `take` wants no more; may be called again after that.
+
+        Raises what `take` raises, TimeoutError, and aiohttp's errors where the connection ends before the answer does.
+        """
+        self._done = self._loop.create_future()
+        if self._transport is not None and not self._content.is_eof():
+            self._transport.set_protocol(self)
+            self._check()
+        self._hand_on()  # what has come meanwhile
+        try:
+            await self._done
+        finally:
+            self._stop()
+
+    def _hand_on(self) -> None:
+        if self._done.done():
+            return
+        try:
+            takes_more = True
+            if chunk := self._content.read_nowait():
+                takes_more = self._take(chunk)
+            if self._content.is_eof() or not takes_more:
+                self._stop()
+                self._done.set_result(None)
+            elif self._transport is None or self._transport.is_closing():
+                raise aiohttp.ClientPayloadError("the connection ended before the answer did")
+        except Exception as error:
+            self._stop()
+            self._done.set_exception(error)
+
+    def _stop(self) -> None:
+        """Give the connection back to aiohttp, at once: it may be in its pool already."""
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        self._timer = None
+        if self._transport is not None and self._inner is not None:
+            self._transport.set_protocol(self._inner)
+
+    def _check(self) -> None:
+        left = self._heard_at + self._idle_timeout - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._check)
+        elif not self._done.done():
+            self._stop()
+            self._done.set_exception(TimeoutError())
+
+    # -- asyncio.Protocol
+
+    def data_received(self, data: bytes) -> None:
+        assert self._inner is not None
+        self._heard_at = self._loop.time()
+        self._inner.data_received(data)
+        self._hand_on()
+
+    def eof_received(self) -> None:
+        assert self._inner is not None
+        self._inner.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert self._inner is not None
+        self._inner.connection_lost(exc)
+        self._transport = None
+        self._hand_on()
+
+    def pause_writing(self) -> None:
+        assert self._inner is not None
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        assert self._inner is not None
+        self._inner.resume_writing()
+
+
+class EventWriter:
+    """Writes to a client without a coroutine for each write.
+
+    Args:
+        response: to `request`; prepared, and nothing else is written until this is done.
+    """
+
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+        request.writer.send_headers()  # not with the first event: that may be long in coming
+        self._request = request
+        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not to a client of HTTP/1.0
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the client has gone."""
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
+    def __call__(self, data: bytes) -> bool:
+        """Send; returns whether the client keeps up. Raises ConnectionResetError if it has gone."""
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has gone")
+        if data:
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        return not self._request.protocol.writing_paused
+
+    async def drain(self) -> None:
+        """Wait until the client keeps up again."""
+        await self._request.writer.drain()
