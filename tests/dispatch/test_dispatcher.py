@@ -1,19 +1,21 @@
 """The dispatcher before a simulated first-come-first-served engine: shares, order and limits are the engine's own."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
 from evenhand_engine.dispatch.window import Window
 from evenhand_engine.scheduler.request import FinishReason
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_engine.simulator.device import Device, LinearStepTime
 from evenhand_engine.simulator.scenario import Scenario
 from evenhand_engine.simulator.sidecar import SidecarFaults, SidecarInFront
-from evenhand_engine.simulator.simulation import Run, Simulation
+from evenhand_engine.simulator.simulation import Run, SimulatedScheduler, Simulation
 from evenhand_engine.simulator.traces import TraceRequest
 from evenhand_policy.config import Fairness, LatencyClass, Limits, SchedulerConfig, TenantConfig
 
@@ -123,6 +125,27 @@ def test_a_quiet_tenant_hardly_waits_beside_a_flood_and_no_token_is_lost() -> No
         tokens[policy] = sum(served(run).values())
     assert waits["sidecar"][-2] < waits["fcfs"][-2] / 10
     assert tokens["sidecar"] > 0.97 * tokens["fcfs"]
+
+
+def test_two_tenants_of_kvwarden() -> None:
+    """A flooder at 1.5 times the capacity, a quiet tenant at 3 % of it, 128 outputs each: nobody is refused, and the quiet
+    one starts as if it were nearly alone, where the upstream's seats are known."""
+    capacity, until = 22.0, 40.0
+    quiet = [TraceRequest("quiet", 2.0 + i / (0.03 * capacity), 100, 128) for i in range(25)]
+    crowd = [TraceRequest("flood", i / (1.5 * capacity), 100, 128) for i in range(int(1.5 * capacity * until))]
+    fcfs = dataclasses.replace(SETTINGS, scheduling_policy=SchedulingPolicy.FCFS)
+    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="quiet"), TenantConfig(tenant_id="flood")))
+    sidecar = SidecarInFront(SETTINGS, config)
+    sidecar.dispatcher.window.num_seats = SETTINGS.max_num_seqs
+    schedulers: dict[str, SimulatedScheduler] = {"fcfs": Scheduler(fcfs, SchedulerConfig()), "sidecar": sidecar}
+    waits, tokens = {}, {}
+    for name, scheduler in schedulers.items():
+        run = Simulation(scheduler, DEVICE, [*quiet, *crowd], max_model_len=SETTINGS.max_model_len).run(until)
+        records = [r for r in run.records if r.tenant_id == "quiet" and 10.0 < r.arrival_time < until - 1.0]
+        waits[name] = max((record.first_token_time or until) - record.arrival_time for record in records)
+        tokens[name] = served(run)["flood"]
+    assert waits["sidecar"] < 0.2 < waits["fcfs"] / 10  # alone: 0.05 s; without seats left free: 1 s
+    assert tokens["sidecar"] > 0.95 * tokens["fcfs"]
 
 
 def test_a_restart_of_the_upstream_ends_what_it_had_and_no_more() -> None:

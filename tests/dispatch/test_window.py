@@ -139,3 +139,20 @@ def test_seats_that_the_upstream_names_bound_what_is_in_flight() -> None:
     assert not window.has_room(1, 1)
     window.end(flights[0])
     assert window.has_room(1, 1)
+
+
+def test_a_tenant_that_has_little_in_flight_finds_a_seat_and_tokens_that_others_leave() -> None:
+    window = Window(kv_tokens=10_000)  # 9,500 of which may be used
+    window.num_seats = 64
+    for flight in [window.send(100, 40, 0.0) for _ in range(62)]:
+        window.start(flight, 0.1)
+    assert not window.has_room(100, 40) and window.has_room(100, 40, uses_reserve=True)
+    window.num_seats = float("inf")
+    assert window.has_room(800, 0) and not window.has_room(900, 0) and window.has_room(900, 0, uses_reserve=True)
+    window.num_seats = 4
+    assert not window.has_room(1, 1, uses_reserve=True)
+    few = Window()
+    few.num_seats = 4
+    for _ in range(3):
+        few.start(few.send(1, 1, 0.0), 0.1)
+    assert few.has_room(1, 1), "too few seats to leave one free"

@@ -42,6 +42,7 @@ class UpstreamSettings:
         idle_timeout: seconds without a byte of an answer after which it has failed.
         max_model_len: the upstream's context.
         kv_tokens: size of its KV cache in tokens; None: what it says of itself.
+        max_num_seqs: requests that it runs at once; None: what it says of itself.
     """
 
     url: str
@@ -51,6 +52,7 @@ class UpstreamSettings:
     idle_timeout: float = 600.0
     max_model_len: int = 131_072
     kv_tokens: int | None = None
+    max_num_seqs: int | None = None
 
 
 class Upstream:
@@ -79,6 +81,7 @@ class Upstream:
         self._listeners: list[Callable[[EngineStats], None]] = []
         self._kv_tokens = settings.kv_tokens
         dispatcher.window.resize_kv(settings.kv_tokens)
+        dispatcher.window.num_seats = settings.max_num_seqs or float("inf")
         self._tasks: list[asyncio.Task[None]] = []
         self.session = self._session()
 
@@ -204,6 +207,8 @@ class Upstream:
             return "the upstream does not answer"
 
     async def _ask_slots(self) -> None:
+        if self.settings.max_num_seqs is not None:
+            return
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
             async with self._get("/props") as response:
                 slots = read_slots(await _read(response) or b"") if response.status == 200 else None

@@ -56,6 +56,9 @@ def _origin(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option("--max-model-len", type=quantity, default="128K", help="The upstream's context.")
 @click.option("--kv-tokens", type=quantity, help="Size of its KV cache in tokens; default: what it says of itself.")
 @click.option(
+    "--max-num-seqs", type=quantity, help="Most requests that it runs at once; default: what it says of itself."
+)
+@click.option(
     "--tokenizer",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Directory with the model's tokenizer.json, to count prompts with.",
@@ -87,6 +90,7 @@ def sidecar(**options: Any) -> None:
         idle_timeout=options["upstream_idle_timeout"],
         max_model_len=options["max_model_len"],
         kv_tokens=options["kv_tokens"],
+        max_num_seqs=options["max_num_seqs"],
     )
     settings = server_settings(options)
 

@@ -26,6 +26,7 @@ from evenhand_policy.config import KvCacheShare, SchedulerConfig
 
 _OUTPUT_SMOOTHING = 0.05  # weight of the newest request in the mean length of outputs
 _FIRST_EXPECTED_TOKENS = 256.0
+_LITTLE = 16  # a tenant with at most one in so many of the requests in flight uses the window's reserve
 
 
 class Errand(Request):
@@ -217,9 +218,11 @@ class Dispatcher:
             return None
         tenant = self._order.next_tenant((), may_admit=True)
         request = tenant.next_prompt() if tenant is not None else None
-        if not isinstance(request, Errand):
+        if tenant is None or not isinstance(request, Errand):
             return None
-        return request if self.window.has_room(request.num_prompt_tokens, self._expected(request)) else None
+        has_little = tenant.num_running * _LITTLE <= self.window.num_in_flight
+        has_room = self.window.has_room(request.num_prompt_tokens, self._expected(request), uses_reserve=has_little)
+        return request if has_room else None
 
     def _send(self, errand: Errand, now: float) -> Errand:
         tenant: Tenant = self.roster.tenants[errand.tenant_id]

@@ -11,9 +11,12 @@ its own are together within `batch_tokens`, (2) all tokens in flight and its own
 free of those that the upstream says it has. Two, because one computes while the other waits: with one the upstream would run
 a step without a prompt for each prompt.
 
+*The reserve.* Tenants that have little in flight may use a thirty-second more of the tokens, and of the seats a part that others
+leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
+
 *What is learned.* `batch_tokens` follows the prompt tokens that the upstream takes at once. If first chunks come and every
 request sent before them has started, while somebody waits here, the upstream had nothing left to start: it grows by a
-quarter. Otherwise it shrinks, with a half-life of 20 s of holding back. So it stays just above what keeps the upstream
+quarter. Otherwise it shrinks, with a half-life of 2 s of holding back. So it stays just above what keeps the upstream
 busy, whatever its batch budget, and no gauge takes part. `kv_tokens` is what the upstream says of its cache, or unbounded;
 where that is unknown or wrong, (1) still bounds what queues: a request without memory does not start.
 
@@ -29,8 +32,9 @@ from dataclasses import dataclass
 
 _MIN_UNSTARTED = 2
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
+_RESERVE = 1 / 32
 _GROWTH = 1.25
-_HALF_LIFE_SECONDS = 20.0
+_HALF_LIFE_SECONDS = 2.0
 _BURST_SECONDS = 0.005  # first chunks of one step come within this time
 _LARGEST_BATCH = 1 << 17
 _SMALLEST_BATCH = 16
@@ -127,15 +131,20 @@ class Window:
         """The upstream says how large its cache is; None: it does not."""
         self.kv_tokens = _NEVER if kv_tokens is None else kv_tokens * _KV_MARGIN
 
-    def has_room(self, num_prompt_tokens: int, num_expected_tokens: int) -> bool:
-        """Whether such a request may be sent now. False is remembered: somebody waits for the window."""
+    def has_room(self, num_prompt_tokens: int, num_expected_tokens: int, *, uses_reserve: bool = False) -> bool:
+        """Whether such a request may be sent now. False is remembered: somebody waits for the window.
+
+        `uses_reserve`: its tenant has little in flight.
+        """
         self._holds_for_batch = self._holds_for_kv = False
         if not self._flights:
             return True
         if len(self._unstarted) >= _MIN_UNSTARTED:
             self._holds_for_batch = self.num_unstarted_tokens + num_prompt_tokens > self.batch_tokens
-        self._holds_for_kv = self.num_tokens + num_prompt_tokens + num_expected_tokens > self.kv_tokens
-        return not (self._holds_for_batch or self._holds_for_kv or len(self._flights) >= self.num_seats)
+        num_tokens = self.num_tokens + num_prompt_tokens + num_expected_tokens
+        self._holds_for_kv = num_tokens > self.kv_tokens * (1 + _RESERVE * uses_reserve)
+        has_seat = len(self._flights) < self.num_seats * (1 - _RESERVE * (not uses_reserve))
+        return has_seat and not (self._holds_for_batch or self._holds_for_kv)
 
     def release(self) -> None:
         """Nobody waits for the window."""

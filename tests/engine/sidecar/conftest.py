@@ -163,6 +163,7 @@ async def start() -> AsyncIterator[Start]:
             idle_timeout: float = 20.0,
             socket: Any = None,
             kv_tokens: int | None = None,
+            max_num_seqs: int | None = None,
             **options: Any,
         ) -> Sidecar:
             settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, max_request_bytes=2**25)
@@ -172,6 +173,7 @@ async def start() -> AsyncIterator[Start]:
                 idle_timeout=idle_timeout,
                 socket=socket,
                 kv_tokens=kv_tokens,
+                max_num_seqs=max_num_seqs,
             )
             running = await stack.enter_async_context(start_sidecar(settings, reached, **options))
             session = await stack.enter_async_context(aiohttp.ClientSession())

@@ -169,3 +169,23 @@ async def test_a_given_size_of_the_cache_is_not_overruled(
     sidecar = await start(upstream.url, kv_tokens=kv_tokens)
     await sidecar.until(lambda: bool(sidecar.upstream.metrics_text))
     assert sidecar.upstream.dispatcher.window.kv_tokens == pytest.approx(0.95 * (kv_tokens or 1_600))
+
+
+def test_llama_cpps_own_stream_tells_its_counts_in_the_last_event() -> None:
+    events = [
+        b'data: {"content":"a","stop":false,"tokens_predicted":1,"tokens_evaluated":6}\n\n',
+        b'data: {"content":"","stop":true,"tokens_predicted":2,"tokens_evaluated":6,"timings":{"cache_n":4}}\n\n',
+    ]
+    reader, out = read(*events)
+    assert out == b"".join(events) and reader.usage is not None
+    assert (reader.usage.num_prompt_tokens, reader.usage.num_output_tokens, reader.usage.num_cached_tokens) == (6, 2, 4)
+
+
+@pytest.mark.parametrize("max_num_seqs", [None, 7])
+async def test_given_seats_are_not_overruled(
+    upstream: ScriptedUpstream, start: Start, max_num_seqs: int | None
+) -> None:
+    upstream.props = {"total_slots": 2}
+    sidecar = await start(upstream.url, max_num_seqs=max_num_seqs)
+    await sidecar.until(lambda: sidecar.upstream.problem is None)
+    await sidecar.until(lambda: sidecar.upstream.dispatcher.window.num_seats == (max_num_seqs or 2))
