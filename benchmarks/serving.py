@@ -128,9 +128,12 @@ async def stream(client: openai.AsyncOpenAI, timing: Timing, prompt: list[int], 
         extra_body={"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     )
     async for chunk in chunks:
-        if chunk.choices and chunk.usage:
+        if chunk.choices:
             timing.token_times.append(time.monotonic())
-            timing.token_counts.append(chunk.usage.completion_tokens)
+            last = timing.token_counts[-1] if timing.token_counts else 0
+            timing.token_counts.append(
+                chunk.usage.completion_tokens if chunk.usage else last + 1
+            )  # a peer may say nothing
     timing.is_finished = True
 
 
