@@ -29,6 +29,7 @@ class ServerSettings:
         max_request_bytes: largest body.
         max_tenant_body_bytes: most bytes that the bodies of one tenant's requests in flight take together.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
+        drain_notice: seconds for which the admin port's /drained waits for a drain to begin.
         write_timeout: seconds that a client may take to read what is buffered for it before its connection is ended.
         queue_heartbeat: seconds of waiting after which a stream begins with comments, and between two of them; None:
             nothing is sent before the request runs, so that a refusal in the queue is an HTTP status.
@@ -51,6 +52,7 @@ class ServerSettings:
     max_request_bytes: int = 4 * 2**20
     max_tenant_body_bytes: int = 64 * 2**20
     drain_timeout: float = 30.0
+    drain_notice: float = 20.0
     write_timeout: float = 60.0
     queue_heartbeat: float | None = None
     stall_timeout: float = 60.0

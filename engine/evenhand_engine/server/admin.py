@@ -4,6 +4,8 @@ Health and metrics are for anybody who reaches the port; the rest is for this ma
 since it names tenants.
 """
 
+import asyncio
+import contextlib
 import math
 import time
 from typing import Any
@@ -24,14 +26,23 @@ from evenhand_engine.messages import TenantStats
 from evenhand_engine.openai.responses import json_response, metrics_response
 from evenhand_engine.server.app import PROBES, Handler, answer_errors, is_probe, log_access, show_health, show_ready
 
+_DRAIN_POLL_SECONDS = 0.1
 
-def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> web.Application:
-    """`receiver`: takes the operator's pushes; what it finds signed is answered like what comes from this machine."""
+
+def build_admin_app(
+    service: Service, receiver: PushReceiver | None = None, *, tells_of_drains: bool = False
+) -> web.Application:
+    """The application.
+
+    Args:
+        receiver: takes the operator's pushes; what it finds signed is answered like what comes from this machine.
+        tells_of_drains: answer /drained, for an engine that this server stands before.
+    """
     guard = require_loopback if receiver is None else _require_signature(receiver)
     app = web.Application(middlewares=[log_access, answer_errors, guard])
     app[SERVICE] = service
     app[DOOR] = OwnDoor(service)
-    app[PROBES] = frozenset({show_health, show_ready, show_metrics})
+    app[PROBES] = frozenset({show_health, show_ready, show_metrics, wait_until_drained})
     if receiver is not None:
         app.add_routes(receiver.routes())
     app.add_routes(
@@ -43,6 +54,8 @@ def build_admin_app(service: Service, receiver: PushReceiver | None = None) -> w
             web.get("/ready", show_ready),
         ]
     )
+    if tells_of_drains:
+        app.router.add_get("/drained", wait_until_drained)
     return app
 
 
@@ -149,3 +162,20 @@ def _quota(bucket: TokenBucket | None, now: float) -> dict[str, Any] | None:
 
 async def show_metrics(request: web.Request) -> web.Response:
     return metrics_response(request.app[SERVICE].metrics.admin_text())
+
+
+async def wait_until_drained(request: web.Request) -> web.Response:
+    """Answers when a drain has ended, within --drain-timeout; soon where none begins: whoever asks may be alone to end.
+
+    It begins none, so that anybody who reaches the port may ask, such as the preStop hook of a container that must outlive
+    what runs here.
+    """
+    service = request.app[SERVICE]
+    until = time.monotonic() + service.settings.drain_notice
+    while not service.draining and time.monotonic() < until:
+        await asyncio.sleep(_DRAIN_POLL_SECONDS)
+    if service.draining:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(service.settings.drain_timeout):
+                await service.active.wait_until_none()
+    return web.Response()

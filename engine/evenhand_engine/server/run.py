@@ -24,7 +24,7 @@ async def serve(
     *,
     spawn: SpawnCore = spawn_core,
 ) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain. Returns the exit code.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain. SIGUSR1 drains alone. Returns the exit code.
 
     A signal during start-up ends it. Raises StartupError. Must run in the main thread, as the main task.
     """
@@ -39,6 +39,7 @@ async def run_until_stopped(
     try:
         async with server as running:
             stop.started()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _begin_draining, running)
             announce(running)
             return await _serve_until_stopped(running, stop)
     except asyncio.CancelledError:
@@ -73,6 +74,12 @@ class _StopSignals:
             self.repeated.set()
         if self._starting is not None:
             self._starting.cancel()
+
+
+def _begin_draining(running: Running) -> None:
+    """On SIGUSR1: refuse what is new and stay, for a server that ends when something else has ended."""
+    running.drain()
+    log.info("draining until SIGTERM")
 
 
 async def _serve_until_stopped(running: Running, stop: _StopSignals) -> int:

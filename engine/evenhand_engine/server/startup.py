@@ -182,7 +182,7 @@ async def start_sidecar(
         stack.callback(service.close)
         upstream.start()
         keep_out_of_logs()
-        await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
+        await serve_app(stack, build_admin_app(service, _push_receiver(service), tells_of_drains=True), admin, None)
         await serve_app(stack, build_sidecar_app(service), public, tls, decompress=False)  # `read_body` does
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
