@@ -213,6 +213,12 @@ class Passage:
                 self._metrics.take_tokens(usage.num_output_tokens, time.monotonic())
             dispatcher.counted(self.errand, usage.num_output_tokens)
 
+    def take_bytes(self, num_bytes: int) -> None:
+        """An answer of that size does not say, or not so that it can be read, how many tokens it has."""
+        if self.path in _OPENAI_STREAMS:
+            estimate = self.service.prompts.bytes_per_token.estimate(self.tenant_id, num_bytes)
+            self.service.upstream.dispatcher.counted(self.errand, min(estimate, self.max_output_tokens))
+
     def finish(self, status: int) -> None:
         """The answer is complete."""
         if status >= 400:
@@ -241,7 +247,7 @@ async def _exchange(
         response = await _send(upstream, request, body)
         if passage is None or response.status >= 400:
             return await _pass_whole(request, response, passage)
-        if response.content_type == "text/event-stream":
+        if response.content_type == "text/event-stream" and "Content-Encoding" not in response.headers:
             return await _pass_events(request, response, passage)
         if response.content_type.endswith("json") and "Content-Encoding" not in response.headers:
             return await _pass_json(request, response, passage)
@@ -305,8 +311,10 @@ async def _pass_whole(
         await response.prepare(request)
         return response
     await response.prepare(request)
+    num_bytes = 0
     try:
         async for chunk in _chunks(upstream):
+            num_bytes += len(chunk)
             await writes.wait(response.write(chunk))
     except Refusal as failure:
         if passage is not None:
@@ -315,6 +323,8 @@ async def _pass_whole(
             request.transport.abort()  # the client must see that it is not whole
         return response
     if passage is not None:
+        if "Content-Encoding" in upstream.headers:
+            passage.take_bytes(num_bytes)
         passage.finish(upstream.status)
     await writes.wait(response.write_eof())
     return response
@@ -328,7 +338,10 @@ async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, pas
             msgspec.json.decode(answer, type=msgspec.Raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _upstream_error("its answer is not JSON") from error
-        passage.take_usage(usage_of(answer))
+        usage = usage_of(answer)
+        passage.take_usage(usage)
+        if usage is None:
+            passage.take_bytes(len(answer))
         passage.finish(upstream.status)
         headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
         headers["Content-Length"] = str(len(answer))

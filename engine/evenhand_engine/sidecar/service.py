@@ -72,6 +72,10 @@ class SidecarService(Service):
         self._window.register(_WindowCollector(upstream))
         self.metrics.tenant_registry.register(_WindowCollector(upstream))
 
+    @property
+    def backend_name(self) -> str:
+        return self.upstream.backend
+
     def health(self, now: float) -> str | None:
         return self.upstream.problem
 
