@@ -66,6 +66,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         num_replicas: among how many engines the pool's limits are divided.
         ailment: what is wrong with the engine, such as that its core does not enforce the document yet; empty: nothing.
         understands: members of a document that it knows (`evenhand_policy.compact`); told in answer to a GET.
+        backend: what generates: evenhand, or the engine that a sidecar stands before.
         problem: why the request was refused; None where it was not.
         path: the field of the refused document that is at fault; empty: the document as a whole.
     """
@@ -78,6 +79,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     num_replicas: Annotated[int, Meta(ge=1)] = 1
     ailment: Annotated[str, Meta(max_length=1024)] = ""
     understands: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=1024)] = ()
+    backend: Annotated[str, Meta(max_length=64)] = ""
     problem: Annotated[str, Meta(max_length=1024)] | None = None
     path: Annotated[str, Meta(max_length=256)] = ""
 

@@ -117,6 +117,10 @@ class PodStatus(Model, frozen=True, kw_only=True):
         Annotated[str, Meta(max_length=1024)] | None, Meta(description="Why the pod is not in state Applied.")
     ] = None
     since: Annotated[Time | None, Meta(description="When the state last changed.")] = None
+    backend: Annotated[
+        Annotated[str, Meta(max_length=64)] | None,
+        Meta(description="What generates there: evenhand, or the engine that a sidecar stands before, such as vllm."),
+    ] = None
 
 
 class EnginePoolStatus(Model, frozen=True, kw_only=True):

@@ -219,6 +219,7 @@ def _pod_row(report: PodReport) -> PodStatus:
         state=report.state,
         message=report.message[:_MAX_POD_MESSAGE_CHARACTERS] or None,
         since=write_time(report.since),
+        backend=report.backend or None,
     )
 
 

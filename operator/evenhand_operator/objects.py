@@ -80,8 +80,9 @@ class _ContainerSpec(msgspec.Struct):
     ports: list[_Port] = []
 
 
-class _PodSpec(msgspec.Struct):
+class _PodSpec(msgspec.Struct, rename="camel"):
     containers: list[_ContainerSpec] = []
+    init_containers: list[_ContainerSpec] = []  # native sidecars are among them
 
 
 class _Running(msgspec.Struct, rename="camel"):
@@ -108,6 +109,7 @@ class _PodStatus(msgspec.Struct, rename="camel"):
     pod_ip: str = msgspec.field(default="", name="podIP")
     conditions: list[_PodCondition] = []
     container_statuses: list[_ContainerStatus] = []
+    init_container_statuses: list[_ContainerStatus] = []
 
 
 class _Pod(msgspec.Struct):
@@ -120,7 +122,8 @@ def read_pod(obj: Mapping[str, Any]) -> EnginePod:
     """A pod as the API server sends it."""
     pod = msgspec.convert(obj, _Pod)
     container, port = _admin_container(pod.spec)
-    status = next((each for each in pod.status.container_statuses if each.name == container), _ContainerStatus())
+    statuses = [*pod.status.container_statuses, *pod.status.init_container_statuses]
+    status = next((each for each in statuses if each.name == container), _ContainerStatus())
     started = status.state.running.started_at if status.state.running else None
     ready = next((each for each in pod.status.conditions if each.type == "Ready"), None)
     is_ready = ready is not None and ready.status == "True" and pod.metadata.deletion_timestamp is None
@@ -139,7 +142,7 @@ def read_pod(obj: Mapping[str, Any]) -> EnginePod:
 
 def _admin_container(spec: _PodSpec) -> tuple[str, int]:
     """Name of the container with the admin port, and the port; the first container where none names it."""
-    for container in spec.containers:
+    for container in [*spec.containers, *spec.init_containers]:
         for port in container.ports:
             if port.name == ADMIN_PORT_NAME:
                 return container.name, port.container_port

@@ -172,6 +172,7 @@ class PodLink:
             replace(
                 before,
                 boot_id=report.boot_id,
+                backend=report.backend,
                 enforced=report.assignment.version,
                 digest=report.digest,
                 is_well=not report.ailment,
@@ -209,6 +210,7 @@ class PodLink:
             reason=error.reason if error else "",
             since=before.since if state is before.state else self._clock.wall(),
             boot_id=report.boot_id if report else before.boot_id,
+            backend=report.backend if report else before.backend,
             enforced=report.assignment.version if report else before.enforced,
             digest=report.digest if report else before.digest,
             is_well=report is not None and not report.ailment,

@@ -19,6 +19,7 @@ class PodReport:
         reason: the same in one word, as in metrics; empty where there is nothing wrong.
         since: Unix time at which the state last changed.
         boot_id: of the engine process, by its own last answer; empty where it never answered.
+        backend: what generates there, by its own last answer.
         enforced: version of the assignment in force there, by its own last answer or what an earlier leader wrote.
         digest: of the document in force there, by its own last answer.
         is_well: whether it said that it serves with that document.
@@ -33,6 +34,7 @@ class PodReport:
     message: str = ""
     reason: str = ""
     boot_id: str = ""
+    backend: str = ""
     enforced: Version | None = None
     digest: str = ""
     is_well: bool = False

@@ -96,6 +96,7 @@ class EngineStandIn:
         self.enforced: list[tuple[SchedulerConfig, int]] = []
         self.requests: list[str] = []
         self.ailment: str | None = None
+        self.backend = "vllm"
         self.url = ""
         self.restart()
 
@@ -108,7 +109,9 @@ class EngineStandIn:
         built_in = ConfigDocument.unversioned(SchedulerConfig(), ConfigSource.BUILT_IN)
         in_force = ConfigInForce(built_in, LastGoodFile(self.last_good))
         in_force.on_change(self._enforce)
-        self.receiver = PushReceiver(self._settings, in_force, ailment=lambda: self.ailment)
+        self.receiver = PushReceiver(
+            self._settings, in_force, ailment=lambda: self.ailment, backend=lambda: self.backend
+        )
 
     def _enforce(self, offered: ConfigDocument) -> None:
         self.enforced.append((offered.config, offered.assignment.num_replicas))

@@ -296,6 +296,26 @@ def test_instance_is_that_of_the_engine_container() -> None:
     assert read_pod(pod()).instance != read_pod(pod(uid="other")).instance
 
 
+def test_a_native_sidecar_is_the_engine_container_where_it_has_the_admin_port() -> None:
+    """It stands among the init containers; its restarts are those of an engine process, and its container's port counts."""
+
+    def beside(restarts: int, others: int) -> Json:
+        obj = pod(restarts=restarts)
+        spec, status = obj["spec"], obj["status"]
+        vllm, evenhand = {"name": "vllm", "ports": []}, spec["containers"][1] | {"restartPolicy": "Always"}
+        states = {each["name"]: each for each in status["containerStatuses"]}
+        engine_status = {"name": "vllm", "restartCount": others, "state": {}}
+        return obj | {
+            "spec": {"initContainers": [{"name": "fetch"}, evenhand], "containers": [vllm]},
+            "status": status | {"containerStatuses": [engine_status], "initContainerStatuses": [states["engine"]]},
+        }
+
+    assert read_pod(beside(0, 0)).url == "http://127.1.2.3:9100"
+    assert read_pod(beside(0, 0)).instance == read_pod(beside(0, 3)).instance
+    assert read_pod(beside(0, 0)).instance != read_pod(beside(1, 0)).instance
+    assert read_pod(beside(0, 0)).started_at == 1767225600.0
+
+
 @pytest.mark.parametrize("obj", [pod(ready=False), pod(deleted=True), pod() | {"status": {}}])
 def test_pod_that_cannot_be_pushed_to_is_not_ready(obj: Json) -> None:
     assert read_pod(obj).ready_since is None

@@ -422,6 +422,19 @@ async def test_pod_that_comes_back_is_brought_up_to_date(
     assert stand_in.revision == 1
 
 
+async def test_what_generates_is_told_and_told_anew(pusher: Pusher, engine: Any, make: Any, changes: Any) -> None:
+    """A sidecar knows which engine it stands before only when that has started."""
+    stand_in = await engine()
+    stand_in.backend = "unknown"
+    pod = make.pod("pod-0", stand_in.url)
+    pusher.sync(POOL, [pod], make.offer(1), {})
+    await changes.until(lambda: pusher.is_settled(POOL))
+    assert pusher.reports(POOL)[0].backend == "unknown"
+    stand_in.backend = "sglang"
+    pusher.sync(POOL, [pod], make.offer(2), {})
+    await changes.until(lambda: pusher.reports(POOL)[0].backend == "sglang")
+
+
 async def test_restarted_pod_is_pushed_to_at_once(pusher: Pusher, engine: Any, make: Any, changes: Any) -> None:
     stand_in = await engine()
     pusher.sync(POOL, [make.pod("pod-0", stand_in.url)], make.offer(1), {})

@@ -427,6 +427,7 @@ def test_pool_status_has_a_row_for_every_pod_the_failing_first(make: Any) -> Non
         report(make, "b", UNREACHABLE, (2, 4)),
         report(make, "c", PENDING, None),
     ]
+    reports[0] = dataclasses.replace(reports[0], backend="vllm")
     observed = pool(generation=2)
     status = pool_status(observed, (), 17, pool_state(reports), NOW)
     assert [(row.name, row.state, row.epoch, row.revision) for row in status.pods] == [
@@ -434,6 +435,7 @@ def test_pool_status_has_a_row_for_every_pod_the_failing_first(make: Any) -> Non
         ("a", APPLIED, 2, 5),
         ("c", PENDING, None, None),
     ]
+    assert [row.backend for row in status.pods] == [None, "vllm", None]
     assert (status.epoch, status.revision, status.tenants) == (2, 5, 17)
     assert (status.desired_pods, status.applied_pods, status.applied) == (3, 1, "1/3")
     assert conditions_of(status)["Programmed"] == ("False", "PartiallyProgrammed")

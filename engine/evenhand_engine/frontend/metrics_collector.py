@@ -37,6 +37,7 @@ class Snapshot:
 
     Attributes:
         info: what the backend serves.
+        backend: what generates, in a word.
         stats: None before the engine's first step.
         tenants: latest state of each tenant in the engine.
         shares: recent service of each tenant beside its entitlement.
@@ -55,6 +56,7 @@ class Snapshot:
     config_is_current: bool
     num_config_reloads: Mapping[str, int]
     audited: Mapping[str, Mapping[str, int]]
+    backend: str = "evenhand"
 
 
 class PublicCollector(Collector):
@@ -182,6 +184,9 @@ class TenantCollector(Collector):
         info = InfoMetricFamily("evenhand_config", "The config in force.")
         info.add_metric([], {"digest": snapshot.config_digest, "source": snapshot.config_source})
         yield info
+        backend = InfoMetricFamily("evenhand_backend", "What generates.")
+        backend.add_metric([], {"backend": snapshot.backend})
+        yield backend
         current = GaugeMetricFamily("evenhand_config_current", "0 if a newer config was rejected.")
         current.add_metric([], snapshot.config_is_current)
         yield current

@@ -81,6 +81,7 @@ class PushReceiver:
 
     Args:
         ailment: what is wrong with the engine, such as that its core does not enforce yet what was applied; None: nothing.
+        backend: what generates.
 
     Attributes:
         boot_id: identity of this process: the public half of a key that only it has.
@@ -93,11 +94,13 @@ class PushReceiver:
         in_force: ConfigInForce,
         *,
         ailment: Callable[[], str | None] = lambda: None,
+        backend: Callable[[], str] = lambda: "evenhand",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.in_force = in_force
         self._pool = settings.pool
         self._ailment = ailment
+        self._backend = backend
         self._clock = clock
         self._key = Ed25519PrivateKey.generate()
         self.boot_id = public_text(self._key)
@@ -250,6 +253,7 @@ class PushReceiver:
             source=self.in_force.source,
             num_replicas=num_replicas,
             ailment=(self._ailment() or "")[:_MAX_PROBLEM_CHARACTERS],
+            backend=self._backend(),
             problem=refused.message[:_MAX_PROBLEM_CHARACTERS] if refused else None,
             path=refused.path[:_MAX_PATH_CHARACTERS] if refused else "",
         )

@@ -115,6 +115,11 @@ class Service:
         return self._enforcer
 
     @property
+    def backend_name(self) -> str:
+        """What generates, in a word."""
+        return "evenhand"
+
+    @property
     def info(self) -> ModelInfo:
         return self.backend.info
 
@@ -178,6 +183,7 @@ class Service:
         in_force = self.in_force
         return Snapshot(
             info=self.info,
+            backend=self.backend_name,
             stats=self.backend.stats,
             tenants=list(self.tenants.values()),
             shares=self.shares.shares(),
@@ -199,6 +205,11 @@ class EngineService:
         self.door = door
         self.created = int(time.time())
         self._executor = FairExecutor(_TOKENIZER_THREADS)
+
+    @property
+    def backend_name(self) -> str:
+        """What generates, in a word."""
+        return "evenhand"
 
     @property
     def info(self) -> ModelInfo:

@@ -84,6 +84,7 @@ async def show_config(request: web.Request) -> web.Response:
     stats = service.backend.stats
     return json_response(
         {
+            "backend": service.backend_name,
             "source": in_force.source,
             "path": None if service.settings.policies is None else str(service.settings.policies),
             "digest": in_force.digest,

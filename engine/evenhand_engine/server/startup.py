@@ -211,7 +211,9 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
         return None
     from evenhand_engine.frontend.push_receiver import PushReceiver
 
-    return PushReceiver(service.settings.push, service.in_force, ailment=service.ailment)
+    return PushReceiver(
+        service.settings.push, service.in_force, ailment=service.ailment, backend=lambda: service.backend_name
+    )
 
 
 @contextlib.asynccontextmanager

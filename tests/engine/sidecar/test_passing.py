@@ -216,8 +216,12 @@ async def test_probes_and_metrics_tell_of_the_upstream(upstream: ScriptedUpstrea
     async with sidecar.session.get(sidecar.url + "/metrics") as response:
         text = await response.text()
     assert "vllm:num_requests_waiting" in text and "evenhand_sidecar_upstream_up 1.0" in text
+    await sidecar.until(lambda: sidecar.upstream.backend == "vllm")
     async with sidecar.session.get(sidecar.admin_url + "/metrics") as response:
-        assert "evenhand_sidecar_queued_requests" in await response.text()
+        text = await response.text()
+    assert "evenhand_sidecar_queued_requests" in text and 'evenhand_backend_info{backend="vllm"} 1.0' in text
+    async with sidecar.session.get(sidecar.admin_url + "/v1/scheduler-config") as response:
+        assert (await response.json())["backend"] == "vllm"
 
 
 async def test_a_unix_socket_and_more_connections_than_aiohttp_allows_by_itself(tmp_path: Path, start: Start) -> None:
