@@ -21,6 +21,7 @@ from torch import Tensor
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.core.sampler import SamplingRow, sample
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
@@ -211,7 +212,9 @@ def _runner(kernels: Kernels, config: ModelConfig, precision: Precision, kv_dtyp
     settings = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=max(SIZES), num_kv_blocks=num_blocks)
     cache = KvCacheShape(num_blocks, settings.block_size, kv_dtype)
     weights = load_weights(resolve_model_dir(None), config, precision, kernels)
-    return ModelRunner(build_decoder(config, weights, kernels, cache, settings.max_model_len), settings)
+    return ModelRunner(
+        build_decoder(config, weights, kernels, cache, settings.max_model_len), settings, Structures(config.vocab_size)
+    )
 
 
 def _request(seat: int, num_computed: int, num_scheduled: int, first_block: int) -> Request:

@@ -54,6 +54,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     block_size: int
     dtype: str
     device: str
+    knows_grammars: bool = False
 
 
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import queue
 import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +17,11 @@ import pytest
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.connections import Connections
 from evenhand_engine.core.engine import EngineCore
-from evenhand_engine.messages import AddRequest, FromCore, Shutdown, StepOutputs, ToCore
+from evenhand_engine.core.structures import Structures
+from evenhand_engine.messages import AbortRequest, AddRequest, FromCore, Shutdown, StepOutputs, ToCore
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, Sampled, SamplingParams
+from evenhand_engine.structured.grammars import GrammarError
 
 SETTINGS = SchedulerSettings(max_num_seqs=4, num_kv_blocks=64, max_model_len=64)
 Compute = Callable[[Batch], list[Sampled]]
@@ -50,15 +54,16 @@ class ScriptedRunner:
 class Core:
     """A running EngineCore, in a thread of this process."""
 
-    def __init__(self, runner: ScriptedRunner) -> None:
+    def __init__(self, runner: ScriptedRunner, **grammars: Any) -> None:
         self.connection, inner = Pipe()
+        self._grammars = grammars
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(runner, inner), daemon=True)
         self._thread.start()
 
     def _run(self, runner: ScriptedRunner, connection: Connection) -> None:
         try:
-            EngineCore(SETTINGS, runner, Connections(connection)).run()
+            EngineCore(SETTINGS, runner, Connections(connection), **self._grammars).run()
         except Exception as error:
             self.error = error
         finally:
@@ -93,8 +98,8 @@ class Core:
         assert not self._thread.is_alive()
 
 
-def add(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4) -> AddRequest:
-    params = SamplingParams(max_tokens=max_tokens)
+def add(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4, grammar: str | None = None) -> AddRequest:
+    params = SamplingParams(max_tokens=max_tokens, grammar=grammar)
     return AddRequest(
         request_id=request_id,
         tenant_id="t",
@@ -167,3 +172,69 @@ def test_a_command_that_cannot_be_read_ends_the_core() -> None:
     core.connection.send_bytes(b"\x81\xa4type\xa7Unknown")
     core.join()
     assert isinstance(core.error, msgspec.MsgspecError)
+
+
+class PacedCompiler:
+    """Compiles when it is told to; "bad" cannot be compiled."""
+
+    def __init__(self) -> None:
+        self.asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.may_answer = threading.Semaphore(0)
+
+    def compile(self, tenant_id: str, grammar: str) -> Any:
+        self.asked.put(grammar)
+        assert self.may_answer.acquire(timeout=30)
+        if grammar == "bad":
+            raise GrammarError(grammar)
+        return grammar
+
+
+class RecordingStructures(Structures):
+    """Knows which grammars the runner was told, and forgets them as it should."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.added: list[str] = []
+
+    def add(self, request_id: str, compiled: Any) -> None:
+        super().add(request_id, compiled)
+        self.added.append(request_id)
+
+    @property
+    def known(self) -> set[str]:
+        return set(self._compiled)
+
+
+def test_grammars_are_compiled_beside_the_loop() -> None:
+    """Others are computed meanwhile; who leaves meanwhile is never computed, and is told its end at once."""
+    compiler, structures = PacedCompiler(), RecordingStructures()
+    known_at: list[set[str]] = []
+
+    def compute(batch: Batch) -> list[Sampled]:
+        known_at.append(structures.known)
+        return sampled(batch)
+
+    core = Core(ScriptedRunner(compute), structures=structures, compiler=compiler)
+    core.send(add("slow", grammar="good"), add("free"))
+    assert compiler.asked.get(timeout=30) == "good"
+    assert core.ends(1)["free"].finish_reason is FinishReason.LENGTH
+    core.send(add("gone", grammar="good"), AbortRequest(request_id="gone", reason=FinishReason.ABORT))
+    assert core.ends(1)["gone"].finish_reason is FinishReason.ABORT
+    core.send(add("bad", grammar="bad"))
+    for _ in range(3):
+        compiler.may_answer.release()
+    ends = core.ends(2)
+    assert (ends["slow"].finish_reason, ends["bad"].finish_reason) == (FinishReason.LENGTH, FinishReason.ERROR)
+    assert structures.added == ["slow"]
+    assert known_at[0] == set() and known_at[-1] == {"slow"}
+    core.send(Shutdown())
+    core.join()
+    assert core.error is None and structures.known == set(), "nothing is kept of who has ended"
+
+
+def test_a_runner_that_knows_no_grammars_gives_no_free_text() -> None:
+    core = Core(ScriptedRunner(sampled))
+    core.send(add("a", grammar="good"))
+    assert core.ends(1)["a"].finish_reason is FinishReason.ERROR
+    core.send(Shutdown())
+    core.join()

@@ -26,12 +26,14 @@ class ModelInfo:
         max_model_len: most tokens of one request, prompt and output together.
         num_kv_blocks: size of the KV cache; None where that is not known.
         block_size: tokens in one KV block; None where that is not known.
+        knows_grammars: outputs can be made to follow a grammar.
     """
 
     model_name: str
     max_model_len: int
     num_kv_blocks: int | None = None
     block_size: int | None = None
+    knows_grammars: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ class LocalBackend:
             max_model_len=ready.max_model_len,
             num_kv_blocks=ready.num_kv_blocks,
             block_size=ready.block_size,
+            knows_grammars=ready.knows_grammars,
         )
 
     @property

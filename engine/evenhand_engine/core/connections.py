@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
+from evenhand_engine.core.compile_queue import Compiled
 from evenhand_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -46,7 +47,7 @@ class Connections:
     """
 
     def __init__(self, owner: Connection, doors: socket.socket | None = None, greeting: FromCore | None = None) -> None:
-        self.commands: queue.SimpleQueue[ToCore | Exception] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[ToCore | Compiled | Exception] = queue.SimpleQueue()
         self._owner = owner
         self._doors = doors
         self._greeting = greeting

@@ -52,7 +52,7 @@ def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelCon
             )
         kernels = CudaKernels(device, dtype)
         weights = make_weights(config, model_dir, model_config, Precision(dtype), kernels)
-        return _with_cache(config, model_config, dtype, kernels, weights)
+        return _with_cache(config, model_dir, model_config, dtype, kernels, weights)
     except (DeviceError, CompileError) as error:
         raise StartupError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -82,7 +82,12 @@ def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
 
 
 def _with_cache(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, kernels: CudaKernels, weights: Weights
+    config: EngineConfig,
+    model_dir: Path,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    kernels: CudaKernels,
+    weights: Weights,
 ) -> LoadedModel:
 
     def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
@@ -105,7 +110,7 @@ def _with_cache(
     settings = runner.settings
     logger.info("%s: %d KV blocks of %d tokens", device.name, settings.num_kv_blocks, settings.block_size)
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    return LoadedModel(runner, settings, config.model or default_model.NAME, name, device.name)
+    return LoadedModel(runner, settings, config.model or default_model.NAME, name, device.name, model_dir)
 
 
 def _left_for_cache(device: Device, utilization: float) -> int:

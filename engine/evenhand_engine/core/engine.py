@@ -19,23 +19,28 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
+from evenhand_engine.core.compile_queue import Compiled, CompileQueue
 from evenhand_engine.core.connections import Connections, send
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.core.step_recorder import StepRecorder, load_token_budgets
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     Reconfigure,
     Shutdown,
     StartupFailed,
     ToCore,
 )
 from evenhand_engine.scheduler.batch import Batch, Runner
-from evenhand_engine.scheduler.request import Request, Sampled
+from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.structured.compiler import Compiler
+from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import SchedulerConfig
 
 logger = logging.getLogger(__name__)
@@ -73,10 +78,20 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
             block_size=model.settings.block_size,
             dtype=model.dtype,
             device=model.device,
+            knows_grammars=model.structures is not None,
         )
         connections = Connections(connection, doors, ready)
         with recorder or contextlib.nullcontext():
-            EngineCore(model.settings, model.runner, connections, token_budgets=token_budgets, recorder=recorder).run()
+            compiler = Compiler(lambda: Tokenizer(model.directory))
+            EngineCore(
+                model.settings,
+                model.runner,
+                connections,
+                structures=model.structures,
+                compiler=compiler,
+                token_budgets=token_budgets,
+                recorder=recorder,
+            ).run()
     except (BrokenPipeError, ConnectionResetError):
         logger.info("the HTTP process is gone; the engine core ends")
     except Exception as error:
@@ -99,15 +114,20 @@ class EngineCore:
         runner: Runner,
         connections: Connections,
         *,
+        structures: Structures | None = None,
+        compiler: Compiler | None = None,
         token_budgets: Iterator[int] | None = None,
         recorder: StepRecorder | None = None,
     ) -> None:
-        """`token_budgets`: budgets of the steps to come, without end (a replay). `recorder` is told of every finished step."""
+        """`structures`: of the runner; None, or no `compiler`: requests with a grammar end with an error. `token_budgets`:
+        budgets of the steps to come, without end (a replay). `recorder` is told of every finished step."""
         self._scheduler = Scheduler(settings, SchedulerConfig(), token_budgets=token_budgets)
         self._recorder = recorder
         self._runner = runner
         self._connections = connections
         self._commands = connections.commands
+        self._structures = structures
+        self._compiling = None if compiler is None else CompileQueue(compiler, self._commands.put)
         self._stats = StatsRecorder(self._scheduler)
         self._in_flight: deque[_Submitted] = deque()
         self._num_failed_steps = 0  # in a row
@@ -152,32 +172,60 @@ class EngineCore:
             self._scheduler.roster.check_integrity()
             gc.collect()
 
-    def _execute(self, command: ToCore | Exception) -> None:
+    def _execute(self, command: ToCore | Compiled | Exception) -> None:
         match command:
             case Exception():
                 raise command
+            case AddRequest() if command.sampling_params.grammar is not None:
+                if self._structures is None or self._compiling is None:
+                    self._end_before_its_beginning(command.request_id, FinishReason.ERROR)
+                else:
+                    self._compiling.submit(command)
+            case Compiled():
+                self._add_compiled(command)
             case AddRequest():
-                request = Request(
-                    command.request_id,
-                    command.tenant_id,
-                    array("I", command.prompt_token_ids),
-                    command.sampling_params,
-                    command.arrival_time,
-                    user=command.user,
-                )
-                self._scheduler.add(request, time.monotonic())
+                self._add(command)
             case AbortRequest():
-                self._scheduler.abort(command.request_id, command.reason, command.num_output_tokens)
+                if self._compiling is not None and self._compiling.take(command.request_id):
+                    self._end_before_its_beginning(command.request_id, command.reason)
+                else:
+                    self._scheduler.abort(command.request_id, command.reason, command.num_output_tokens)
             case Reconfigure():
                 self._scheduler.reconfigure(command.config, num_replicas=command.num_replicas)
             case Shutdown():
                 self._is_stopping = True
 
+    def _add(self, command: AddRequest) -> None:
+        request = Request(
+            command.request_id,
+            command.tenant_id,
+            array("I", command.prompt_token_ids),
+            command.sampling_params,
+            command.arrival_time,
+            user=command.user,
+        )
+        self._scheduler.add(request, time.monotonic())
+
+    def _add_compiled(self, compiled: Compiled) -> None:
+        """Its request waits from now on, if it is still wanted."""
+        command, matcher = compiled
+        if self._compiling is None or self._structures is None or not self._compiling.take(command.request_id):
+            return
+        if matcher is None:
+            self._end_before_its_beginning(command.request_id, FinishReason.ERROR)
+        else:
+            self._structures.add(command.request_id, matcher)
+            self._add(command)
+
+    def _end_before_its_beginning(self, request_id: str, reason: FinishReason) -> None:
+        """The scheduler has never heard of it."""
+        self._publish([RequestOutput(request_id=request_id, finish_reason=reason)])
+
     def _advance(self) -> None:
         """Submit one batch; take in the oldest when the pipeline is full or there is nothing to submit."""
         started_at = time.monotonic()
         batch = self._scheduler.step(started_at)
-        self._connections.publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
+        self._publish(self._scheduler.collect())  # first starts and refusals need not wait for the batch
         if batch is not None:
             self._in_flight.append(_Submitted(batch, self._submit(batch)))
         if self._in_flight and (batch is None or len(self._in_flight) >= self._runner.pipeline_depth):
@@ -187,16 +235,16 @@ class EngineCore:
             seconds = now - max(started_at, self._step_ended_at)
             self._step_ended_at = now
             if isinstance(sampled, Exception):
-                self._connections.publish(self._scheduler.fail(now))
+                self._publish(self._scheduler.fail(now))
                 self._count_failure(sampled)
             else:
-                self._connections.publish(self._scheduler.update(sampled, now))
+                self._publish(self._scheduler.update(sampled, now))
                 self._num_failed_steps = 0
                 self._stats.record_step(oldest.num_tokens, seconds)
                 if self._recorder is not None:
                     self._recorder.record(oldest, seconds)
         self._is_stuck = batch is None and not self._in_flight
-        self._connections.publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
+        self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
 
     def _submit(self, batch: Batch) -> Exception | None:
         try:
@@ -217,3 +265,10 @@ class EngineCore:
         if self._num_failed_steps >= _MAX_FAILED_STEPS:
             raise error
         logger.error("a step failed, and its requests with it", exc_info=error)
+
+    def _publish(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
+        if self._structures is not None:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._structures.forget(output.request_id)
+        self._connections.publish(outputs, stats)

@@ -8,6 +8,7 @@ import torch
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.model_runner import ModelRunner
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
@@ -50,6 +51,8 @@ class LoadedModel:
     model_name: str
     dtype: str
     device: str
+    directory: Path
+    structures: Structures | None = None  # None: the runner knows no grammars
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -80,10 +83,12 @@ def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfi
     kernels = _cpu_kernels()
     weights = make_weights(config, model_dir, model_config, precision, kernels)
     cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
-    runner = ModelRunner(build_decoder(model_config, weights, kernels, cache, settings.max_model_len), settings)
+    structures = Structures(model_config.vocab_size)
+    decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
+    runner = ModelRunner(decoder, settings, structures)
     run_largest_step(runner, settings)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu")
+    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu", model_dir, structures)
 
 
 def _cpu_kernels() -> Kernels:

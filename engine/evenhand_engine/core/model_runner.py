@@ -10,6 +10,7 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.prompt_logprobs import PromptLogprobs
 from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled
@@ -21,8 +22,10 @@ class ModelRunner:
     Its own state is the content of the KV cache, and by seat the tokens and block table of who runs.
     """
 
-    def __init__(self, decoder: Decoder, settings: SchedulerSettings) -> None:
+    def __init__(self, decoder: Decoder, settings: SchedulerSettings, structures: Structures) -> None:
+        """`structures`: grammars of requests, told before they are scheduled."""
         self._decoder = decoder
+        self._structures = structures
         self._staging = Staging(settings, decoder.kernels)
         self._prompt_logprobs = PromptLogprobs(self._staging.token_ids)
         self._seats = Seats(self._staging.token_ids)
@@ -37,12 +40,15 @@ class ModelRunner:
         prompt_rows = self._prompt_logprobs.rows(batch)
         model_input = self._staging.fill(batch, prompt_rows)
         rows = self._seats.prepare(batch)
+        masks = self._structures.begin(batch)
         logits = forward(self._decoder, model_input)
         places = np.searchsorted(model_input.logits_indices.numpy(), prompt_rows)
         of_prompts = self._prompt_logprobs.take(batch, logits, places)
         if prompt_rows:
             logits = logits[np.delete(np.arange(len(logits)), places)]
-        results = accept(batch, sample(logits, rows, self._decoder.kernels))
+        forbidden = {} if masks is None else masks.result()
+        results = accept(batch, sample(logits, rows, self._decoder.kernels, forbidden))
+        self._structures.advance(batch, results)
         for number, item in enumerate(item for item in batch.scheduled if item.num_samples):
             result = results[number]
             if item.seat in of_prompts:

@@ -4,7 +4,7 @@ Stateless: token i of a request depends on its logits, its SamplingParams, its o
 neither batching nor chunking nor preemption changes a seeded result. The drawing itself is the kernels' (`Kernels.draw`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from evenhand_engine.core.adjustments import MIN_TEMPERATURE, Adjustments
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, SamplingParams, TokenLogprobs
 from evenhand_kernels.kernels import Draw, Kernels
+
+_NONE: Mapping[int, NDArray[np.bool_]] = {}
 
 
 def _no_tokens() -> NDArray[np.int32]:
@@ -101,8 +103,12 @@ def accept(batch: Batch, tokens: Sequence[Token | None]) -> list[Sampled]:
     return results
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> list[Token | None]:
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels, forbidden: Mapping[int, NDArray[np.bool_]] = _NONE
+) -> list[Token | None]:
     """A token for each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten.
+
+    `forbidden`: by row, [vocab_size], tokens that may not come.
 
     None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
     """
@@ -111,6 +117,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels) -> lis
         for number, row in enumerate(rows)
         if row.params.num_logprobs is not None
     }
+    for number, tokens in forbidden.items():
+        logits[number].numpy()[tokens] = -np.inf
     for number, row in enumerate(rows):
         if row.adjustments is not None:
             row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)

@@ -24,6 +24,7 @@ from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.frontend.share_tracker import ShareTracker
 from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.messages import EngineStats, TenantStats
+from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
@@ -204,6 +205,7 @@ class EngineService:
         self.tokenizer = tokenizer
         self.door = door
         self.created = int(time.time())
+        self.compiler = Compiler(lambda: tokenizer)
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 
     @property

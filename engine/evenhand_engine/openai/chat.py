@@ -20,6 +20,7 @@ from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
+from evenhand_engine.openai.structure import read_grammar
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
 from evenhand_engine.text.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompt, params = await read_request(request, functools.partial(_read, service))
+    body, prompt, params = await read_request(request, functools.partial(_read, service, tenant_id))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -92,7 +93,9 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         return await answer(request, body, generations, form)
 
 
-def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, array[int], SamplingParams]":
+def _read(
+    service: EngineService, tenant_id: str, raw: bytes
+) -> "tuple[ChatCompletionRequest, array[int], SamplingParams]":
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -100,4 +103,4 @@ def _read(service: EngineService, raw: bytes) -> "tuple[ChatCompletionRequest, a
     check_answerable(body)
     most, max_tokens = service.info.max_model_len, body.max_completion_tokens or body.max_tokens
     prompt = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens)).chat(body)
-    return without_raw(body), prompt, sampling_params(body, service.tokenizer)
+    return without_raw(body), prompt, sampling_params(body, service.tokenizer, read_grammar(service, tenant_id, body))

@@ -26,8 +26,8 @@ def check_answerable(body: SamplingFields) -> None:
         raise Refusal(400, "invalid_value", "`best_of` above `n` cannot be streamed.", param="best_of")
 
 
-def sampling_params(body: SamplingFields, tokenizer: Tokenizer) -> SamplingParams:
-    """What all choices of a body have in common; their limits are still to come.
+def sampling_params(body: SamplingFields, tokenizer: Tokenizer, grammar: str | None = None) -> SamplingParams:
+    """What all choices of a body have in common; their limits are still to come. `grammar`: of the output.
 
     Raises Refusal 400 for token ids that are none of the model's, and where nothing could be drawn.
     """
@@ -58,6 +58,7 @@ def sampling_params(body: SamplingFields, tokenizer: Tokenizer) -> SamplingParam
         stop_token_ids=stop_token_ids,
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
+        grammar=grammar,
     )
 
 

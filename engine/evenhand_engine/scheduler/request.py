@@ -25,7 +25,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
     batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
     `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
-    `num_prompt_logprobs`: the same of the prompt's tokens, which are then all computed, cached or not.
+    `num_prompt_logprobs`: the same of the prompt's tokens, which are then all computed, cached or not. `grammar`: what the
+    output must look like, as the runner's `structured` grammars write it.
 
     The logits are changed first, in this order: only `allowed_token_ids` may come (None: all), no stop token within the first
     `min_tokens` outputs, and no last token of one of `bad_words_token_ids` whose other tokens are the last outputs;
@@ -51,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):

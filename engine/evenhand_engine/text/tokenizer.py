@@ -122,6 +122,11 @@ class Tokenizer:
             text = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return text
 
+    def to_json(self) -> str:
+        """All of it as one `tokenizer.json`."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of one token."""
         return self._tokenizer.id_to_token(token_id) or ""

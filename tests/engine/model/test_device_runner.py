@@ -16,6 +16,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_runner import DeviceRunner, graph_sizes
 from evenhand_engine.core.model_runner import ModelRunner
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import Decoder, build_decoder
@@ -88,7 +89,7 @@ class Model:
         on_device = DeviceRunner(decoder(kernels, torch.float16), kernels, SETTINGS, config.vocab_size)
         on_device.warm_up()
         with torch.inference_mode():
-            on_cpu = ModelRunner(decoder(ReferenceKernels(), torch.float32), SETTINGS)
+            on_cpu = ModelRunner(decoder(ReferenceKernels(), torch.float32), SETTINGS, Structures(config.vocab_size))
         return cls(device, on_device, on_cpu)
 
 

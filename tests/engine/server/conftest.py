@@ -146,6 +146,7 @@ class ScriptedCore:
     origins: dict[str, int] = field(default_factory=dict)
     max_model_len: int = 256
     tells_config: bool = False
+    knows_grammars: bool = True
     _connection: Connection | None = None  # the first, which is the owner's
     _others: list[Connection] = field(default_factory=list)  # of API servers
     _sending: threading.Lock = field(default_factory=threading.Lock)
@@ -176,6 +177,7 @@ class ScriptedCore:
             block_size=16,
             dtype="float32",
             device="cpu",
+            knows_grammars=self.knows_grammars,
         )
 
     def _run(self, connection: Connection) -> None:

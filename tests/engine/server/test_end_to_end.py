@@ -1,6 +1,7 @@
 """`evenhand serve` as a process of its own, with the real engine core: the default model, and a tiny one for faults."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,54 @@ def test_stop_string_and_usage(default_model: ServeProcess) -> None:
 def test_the_default_model_is_sampled_as_its_card_recommends() -> None:
     defaults = Tokenizer(resolve_model_dir(None)).sampling_defaults
     assert (defaults.temperature, defaults.top_p) == (0.2, 0.9)
+
+
+def test_an_output_follows_its_schema_beside_free_ones(default_model: ServeProcess) -> None:
+    """The default model alone would hardly write JSON; at this temperature it writes nonsense."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 10},
+            "size": {"enum": ["small", "large"]},
+            "people": {"type": "integer", "minimum": 1, "maximum": 99},
+        },
+        "required": ["city", "size", "people"],
+        "additionalProperties": False,
+    }
+    named = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    with default_model.client() as client, ThreadPoolExecutor(4) as threads:
+        asked = [
+            threads.submit(ask, client, seed=seed, temperature=1.5, max_tokens=120, response_format=named)
+            for seed in range(3)
+        ]
+        free = threads.submit(ask, client, max_tokens=60)
+        found = [json.loads(future.result().choices[0].message.content) for future in asked]
+        choice = ask(client, temperature=1.5, extra_body={"guided_choice": ["London", "Rome"]})
+    for answer in found:
+        assert list(answer) == ["city", "size", "people"]
+        assert len(answer["city"]) <= 10 and answer["size"] in ("small", "large") and 1 <= answer["people"] <= 99
+    assert "Paris" in free.result().choices[0].message.content
+    assert choice.choices[0].message.content in ("London", "Rome")
+    assert choice.choices[0].finish_reason == "stop"
+
+
+def test_scores_of_an_echo_are_those_of_the_prompt(default_model: ServeProcess) -> None:
+    """As lm-eval asks for them; the likelier ending has the higher one."""
+    with default_model.client() as client:
+        scores = []
+        for ending in (" Paris", " Tokyo"):
+            answer = client.completions.create(
+                model="smollm2-135m-instruct",
+                prompt=f"The capital of France is{ending}",
+                max_tokens=0,
+                echo=True,
+                logprobs=1,
+            )
+            told = answer.choices[0].logprobs
+            assert told is not None and told.tokens is not None and told.token_logprobs is not None
+            assert "".join(told.tokens) == f"The capital of France is{ending}" and told.token_logprobs[0] is None
+            scores.append(told.token_logprobs[-1])
+    assert scores[0] > scores[1]
 
 
 def test_seed_makes_sampling_reproducible(default_model: ServeProcess) -> None:

@@ -1,0 +1,133 @@
+"""Structure: what a body says that its output must look like, in any of the ways in which clients say it, as one grammar."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Raw, UnsetType
+
+from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.openai.bodies import decode_raw, given
+from evenhand_engine.openai.schema import SamplingFields
+from evenhand_engine.structured import grammars
+from evenhand_engine.structured.grammars import GrammarError
+
+_FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+Choices = Annotated[list[str], Meta(max_length=4096)]
+
+
+class _NamedSchema(msgspec.Struct, frozen=True):
+    """OpenAI's; without `strict` what is not supported of a schema does not constrain."""
+
+    schema: Raw | UnsetType = msgspec.UNSET
+    strict: bool | None = None
+
+
+class _ResponseFormat(msgspec.Struct, frozen=True):
+    type: str
+    json_schema: _NamedSchema | None = None
+
+
+class _Structured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`; its `guided_*` fields are the same with another name."""
+
+    json: Raw | UnsetType = msgspec.UNSET
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
+
+
+def read_grammar(service: EngineService, tenant_id: str, body: SamplingFields) -> str | None:
+    """What the engine is told; None where the output is free. Slow: run by `Service.compute`.
+
+    Raises Refusal 400 that names the field: what it holds is no grammar or cannot be compiled, or the engine knows none.
+    """
+    asked = [
+        (name, text)
+        for name in _FIELDS
+        if (raw := given(getattr(body, name))) is not None and (text := _read(name, raw, body)) is not None
+    ]
+    if not asked:
+        return None
+    (name, grammar), *more = asked
+    if more:
+        message = f"`{name}` and `{more[0][0]}` exclude each other."
+        raise Refusal(400, "invalid_value", message, param=more[0][0])
+    for other in ("min_tokens", "allowed_token_ids", "bad_words"):
+        if getattr(body, other):
+            message = f"`{other}` and `{name}` exclude each other: together they may leave no token."
+            raise Refusal(400, "invalid_value", message, param=other)
+    if not service.info.knows_grammars:
+        message = f"`{name}` is not supported on this engine's device: leave it out."
+        raise Refusal(400, "unsupported_parameter", message, param=name)
+    try:
+        service.compiler.compile(tenant_id, grammar)
+    except GrammarError as error:
+        raise Refusal(400, "invalid_grammar", f"`{name}` cannot be followed: {error}", param=name) from error
+    return grammar
+
+
+def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
+    if len(bytes(raw)) > grammars.MAX_BYTES:
+        raise Refusal(400, "invalid_value", f"`{name}` has more than {grammars.MAX_BYTES} bytes.", param=name)
+    whitespace = body.guided_whitespace_pattern
+    try:
+        match name:
+            case "response_format":
+                return _response_format(decode_raw(raw, _ResponseFormat, name), whitespace)
+            case "structured_outputs":
+                return _structured(decode_raw(raw, _Structured, name))
+            case "guided_json":
+                return _schema(raw, name, strict=True, whitespace=whitespace)
+            case "guided_regex":
+                return grammars.regex(decode_raw(raw, str, name))
+            case "guided_choice":
+                return grammars.choice(decode_raw(raw, Choices, name))
+            case _:
+                return grammars.lark(decode_raw(raw, str, name))
+    except GrammarError as error:
+        raise Refusal(400, "invalid_grammar", f"`{name}`: {error}", param=name) from error
+
+
+def _response_format(asked: _ResponseFormat, whitespace: str | None) -> str | None:
+    match asked.type:
+        case "text":
+            return None
+        case "json_object":
+            return grammars.json_object(whitespace)
+        case "json_schema":
+            schema = None if asked.json_schema is None else given(asked.json_schema.schema)
+            if asked.json_schema is None or schema is None:
+                message = "`response_format.json_schema.schema` is missing."
+                raise Refusal(400, "invalid_value", message, param="response_format")
+            return _schema(schema, "response_format", strict=bool(asked.json_schema.strict), whitespace=whitespace)
+    message = f"`response_format.type` {asked.type[:50]!r} is not supported: text, json_object or json_schema."
+    raise Refusal(400, "unsupported_parameter", message, param="response_format")
+
+
+def _structured(asked: _Structured) -> str:
+    whitespace = asked.whitespace_pattern
+    found = []
+    if (schema := given(asked.json)) is not None:
+        found.append(_schema(schema, "structured_outputs", strict=True, whitespace=whitespace))
+    if asked.regex is not None:
+        found.append(grammars.regex(asked.regex))
+    if asked.choice is not None:
+        found.append(grammars.choice(asked.choice))
+    if asked.grammar is not None:
+        found.append(grammars.lark(asked.grammar))
+    if asked.json_object:
+        found.append(grammars.json_object(whitespace))
+    if len(found) != 1:
+        message = "`structured_outputs` takes one of json, regex, choice, grammar and json_object."
+        raise Refusal(400, "invalid_value", message, param="structured_outputs")
+    return found[0]
+
+
+def _schema(raw: Raw, name: str, *, strict: bool, whitespace: str | None) -> str:
+    """A schema is an object, or text that holds one."""
+    text = decode_raw(raw, str, name) if bytes(raw)[:1] == b'"' else bytes(raw).decode()
+    return grammars.json_schema(text, strict=strict, whitespace=whitespace)
