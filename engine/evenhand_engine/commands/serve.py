@@ -63,6 +63,15 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     type=click.FloatRange(0, min_open=True),
     help="Seconds between comments in a stream whose request waits; default: none.",
 )
+@click.option(
+    "--tool-call-parser",
+    type=click.Choice(["auto", "none", "hermes", "llama3_json", "mistral", "granite"]),
+    default="auto",
+    help="How the model writes tool calls; by default as its chat template says.",
+)
+@click.option(
+    "--reasoning-parser", type=click.Choice(["deepseek_r1", "qwen3"]), help="Tell the model's reasoning apart."
+)
 @server_options(max_request_bytes="4M", max_tenant_body_bytes="64M")
 def serve(model: str | None, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API.
@@ -105,6 +114,8 @@ def serve(model: str | None, **options: Any) -> None:
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
         queue_heartbeat=options["queue_heartbeat"],
+        tool_call_parser=options["tool_call_parser"],
+        reasoning_parser=options["reasoning_parser"],
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:

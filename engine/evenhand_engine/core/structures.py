@@ -83,4 +83,5 @@ class Structures:
         if matcher.is_error():
             return np.ones(self._vocab_size, np.bool_)
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=self._vocab_size, bitorder="little")
-        return bits == 0
+        forbidden: Forbidden = bits == 0
+        return forbidden

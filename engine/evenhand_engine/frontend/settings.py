@@ -33,6 +33,8 @@ class ServerSettings:
         write_timeout: seconds that a client may take to read what is buffered for it before its connection is ended.
         queue_heartbeat: seconds of waiting after which a stream begins with comments, and between two of them; None:
             nothing is sent before the request runs, so that a refusal in the queue is an HTTP status.
+        tool_call_parser: how the model writes tool calls; "auto": as its chat template says, "none": it does not.
+        reasoning_parser: how its reasoning is told from its answers; None: it is not.
         stall_timeout: seconds without progress, with work to do, after which the engine counts as unhealthy.
     """
 
@@ -55,4 +57,6 @@ class ServerSettings:
     drain_notice: float = 20.0
     write_timeout: float = 60.0
     queue_heartbeat: float | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str | None = None
     stall_timeout: float = 60.0

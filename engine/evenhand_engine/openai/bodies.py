@@ -59,7 +59,7 @@ def parse_body(body: bytes, kind: type[S]) -> S:
     }
     request = msgspec.structs.replace(request, **typed)
     for name, neutral in UNSUPPORTED.items():
-        if _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET)):
+        if name in kind.__struct_fields__ or _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET)):
             continue
         if isinstance(value := getattr(request, name, UNSET), Raw) and not _asks_for_nothing(value, neutral):
             message = f"`{name}` is not supported by this engine: leave it out."

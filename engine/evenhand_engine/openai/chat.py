@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
@@ -15,15 +16,19 @@ from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.logprobs import chat_logprobs, token_ids_of
 from evenhand_engine.openai.logprobs import prompt_logprobs as listed_prompt_logprobs
+from evenhand_engine.openai.messages import MessageReader
 from evenhand_engine.openai.prompts import PromptReader, max_prompt_tokens
 from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
 from evenhand_engine.openai.structure import read_grammar
+from evenhand_engine.openai.tools import Tools, definitions, read_tools
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
+from evenhand_engine.text.reasoning import PARSERS, ReasoningParser
 from evenhand_engine.text.tokenizer import Tokenizer
+from evenhand_engine.text.tool_calls import FORMATS, ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class _ChatFormat:
     tokenizer: Tokenizer
     body: ChatCompletionRequest
     prompt: "array[int]"
+    readers: list[MessageReader]  # of each choice
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
@@ -56,13 +62,13 @@ class _ChatFormat:
         streamed: bool,
         prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> dict[str, Any]:
-        text = text_of(pieces)
+        text, reader = text_of(pieces), self.readers[index]
         if streamed:
-            message = {"delta": {"content": text} if text else {}}
+            message = {"delta": reader.delta(text, is_last=finish_reason is not None)}
         else:
-            message = {"message": {"role": "assistant", "content": text}}
+            message = {"message": reader.message(text)}
         asked = self.body.num_logprobs is not None
-        choice: dict[str, Any] = {"index": index, **message, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": index, **message, "finish_reason": reader.finish_reason(finish_reason)}
         choice["logprobs"] = chat_logprobs(self.tokenizer, pieces) if asked and pieces else None
         if self.body.return_token_ids:
             choice["token_ids"] = token_ids_of(pieces)
@@ -79,7 +85,7 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompt, params = await read_request(request, functools.partial(_read, service, tenant_id))
+    body, prompt, params, tools = await read_request(request, functools.partial(_read, service, tenant_id))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -87,6 +93,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         tokenizer=service.tokenizer,
         body=body,
         prompt=prompt,
+        readers=[_reader(service, body, tools) for _ in range(body.n or 1)],
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     async with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
@@ -95,12 +102,29 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 
 def _read(
     service: EngineService, tenant_id: str, raw: bytes
-) -> "tuple[ChatCompletionRequest, array[int], SamplingParams]":
+) -> "tuple[ChatCompletionRequest, array[int], SamplingParams, Tools | None]":
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
     check_answerable(body)
     most, max_tokens = service.info.max_model_len, body.max_completion_tokens or body.max_tokens
-    prompt = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens)).chat(body)
-    return without_raw(body), prompt, sampling_params(body, service.tokenizer, read_grammar(service, tenant_id, body))
+    tools = read_tools(body, _tool_format(service))
+    reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens))
+    prompt = reader.chat(body, definitions(body, tools))
+    grammar = None if tools is None else tools.grammar(service.tokenizer)
+    params = sampling_params(body, service.tokenizer, read_grammar(service, tenant_id, body, of_tools=grammar))
+    if tools is not None and any(service.tokenizer.special_id(marker) is not None for marker in tools.form.markers):
+        body = msgspec.structs.replace(body, skip_special_tokens=False)  # or the calls could not be seen
+    return without_raw(body), prompt, params, tools
+
+
+def _tool_format(service: EngineService) -> ToolFormat | None:
+    name = service.settings.tool_call_parser
+    return service.tokenizer.tool_format if name == "auto" else FORMATS.get(name)
+
+
+def _reader(service: EngineService, body: ChatCompletionRequest, tools: Tools | None) -> MessageReader:
+    parser = service.settings.reasoning_parser
+    reasoning = None if parser is None else ReasoningParser(starts_inside=PARSERS[parser])
+    return MessageReader(tools, reasoning, shows_reasoning=body.include_reasoning is not False)

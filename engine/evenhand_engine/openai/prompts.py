@@ -5,7 +5,7 @@ an object is made for each of its parts.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, 
 
 S = TypeVar("S", "list[int]", "array[int]")
 
+_NONE: Mapping[str, Any] = {}
 _MAX_PROMPTS = 256
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 1024  # of one message
@@ -72,8 +73,8 @@ class PromptReader:
             for part, prompt in zip(parts, prompts, strict=True)
         ]
 
-    def chat(self, body: ChatFields) -> "array[int]":
-        """Token ids of a conversation; raises Refusal 400 if the chat template or the vocabulary does not take it.
+    def chat(self, body: ChatFields, more_variables: Mapping[str, Any] = _NONE) -> "array[int]":
+        """Token ids of a conversation, of which the template sees `more_variables`; raises Refusal 400 if the chat template or the vocabulary does not take it.
 
         Templates write the special tokens themselves, so none are added unless the body asks for it.
         """
@@ -92,7 +93,7 @@ class PromptReader:
                 _messages(given(body.messages), untyped),
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
                 continue_final_message=bool(body.continue_final_message),
-                variables=variables,
+                variables={**variables, **more_variables},
             )
         except ChatTemplateError as error:
             raise _invalid(f"The chat template refuses the messages: {error}", "messages") from error

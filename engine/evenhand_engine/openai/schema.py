@@ -32,7 +32,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "guided_decoding_backend": (),
-    "include_reasoning": (True,),
+    "include_reasoning": (True,),  # of completions, like tools; chat has them
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -214,6 +214,10 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     chat_template_kwargs: Raw | UnsetType = UNSET
     reasoning_effort: ShortText | None = None
+    tools: Raw | UnsetType = UNSET
+    tool_choice: Raw | UnsetType = UNSET
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:

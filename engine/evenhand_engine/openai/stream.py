@@ -174,8 +174,15 @@ class _Events:
                 more = {}
 
     async def _send_delta(self, events: "EventStream", index: int, delta: Delta) -> None:
-        if delta.pieces or delta.finish_reason is not None:
-            await events.send(self._chunk(self._form.choice(index, delta.pieces, _reason(delta), streamed=True)))
+        if not delta.pieces and delta.finish_reason is None:
+            return
+        choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
+        if choice["finish_reason"] is not None and "tool_calls" in choice.get("delta", ()):
+            await events.send(
+                self._chunk({**choice, "finish_reason": None})
+            )  # OpenAI's client sees no end beside a call
+            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+        await events.send(self._chunk(choice))
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._envelope, "choices": [choice]}

@@ -40,8 +40,10 @@ class _Structured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whitespace_pattern: str | None = None
 
 
-def read_grammar(service: EngineService, tenant_id: str, body: SamplingFields) -> str | None:
-    """What the engine is told; None where the output is free. Slow: run by `Service.compute`.
+def read_grammar(
+    service: EngineService, tenant_id: str, body: SamplingFields, *, of_tools: str | None = None
+) -> str | None:
+    """What the engine is told; None where the output is free. Slow: run by `Service.compute`. `of_tools`: of its calls.
 
     Raises Refusal 400 that names the field: what it holds is no grammar or cannot be compiled, or the engine knows none.
     """
@@ -50,6 +52,8 @@ def read_grammar(service: EngineService, tenant_id: str, body: SamplingFields) -
         for name in _FIELDS
         if (raw := given(getattr(body, name))) is not None and (text := _read(name, raw, body)) is not None
     ]
+    if of_tools is not None:
+        asked.insert(0, ("tools", of_tools))
     if not asked:
         return None
     (name, grammar), *more = asked

@@ -17,6 +17,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.text.tool_calls import ToolFormat, detect_format
 
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
@@ -29,8 +30,14 @@ class ChatTemplateError(Exception):
 class ChatTemplate:
     """A model's templates, compiled: one by default, and perhaps others by name, like "tool_use"."""
 
-    def __init__(self, templates: Mapping[str, jinja2.Template], variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        templates: Mapping[str, jinja2.Template],
+        variables: Mapping[str, str],
+        tool_format: ToolFormat | None = None,
+    ) -> None:
         """`variables` are there in every template: the spellings of special tokens by name, like `bos_token`."""
+        self.tool_format = tool_format
         self._templates = templates
         self._variables = variables
 
@@ -45,7 +52,8 @@ class ChatTemplate:
             templates = {name: environment.from_string(source) for name, source in sources.items()}
         except (jinja2.TemplateError, OSError, UnicodeDecodeError, TypeError, KeyError) as error:
             raise StartupError(f"the chat template of {directory} is broken: {error}") from error
-        return cls(templates, special_tokens) if templates else None
+        source = sources.get("tool_use", sources.get("default", ""))
+        return cls(templates, special_tokens, detect_format(source)) if templates else None
 
     def render(
         self,

@@ -16,6 +16,7 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.text.chat_template import ChatTemplate
 from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
+from evenhand_engine.text.tool_calls import ToolFormat
 
 _MANY_TOKENS = 256
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's, for what it has no piece of
@@ -97,6 +98,11 @@ class Tokenizer:
         return [token_id for token_id in found if isinstance(token_id, int) and token_id < self.vocab_size]
 
     @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the chat template teaches the model to call tools; None if it does not, or in no known way."""
+        return None if self._template is None else self._template.tool_format
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
@@ -126,6 +132,11 @@ class Tokenizer:
         """All of it as one `tokenizer.json`."""
         text: str = self._tokenizer.to_str()
         return text
+
+    def special_id(self, text: str) -> int | None:
+        """Of the special token that is spelled so; None if there is none."""
+        added: dict[int, tokenizers.AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        return next((i for i, token in added.items() if token.content == text and token.special), None)
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of one token."""

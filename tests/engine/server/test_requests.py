@@ -152,12 +152,9 @@ def test_bad_chats_name_the_field(server: Server, fields: dict[str, Any], param:
     "fields",
     [
         {"response_format": {"type": "structural_tag"}},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"tool_choice": "required"},
         {"suffix": "x"},
         {"guided_decoding_backend": "xgrammar"},
         {"logits_processors": ["f"]},
-        {"include_reasoning": False},
         {"use_beam_search": True},
     ],
 )
@@ -166,6 +163,23 @@ def test_known_but_unsupported_fields_are_refused(server: Server, fields: dict[s
     for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
         status, answer = error(server, path, body | fields)
         assert (status, answer["param"], answer["code"]) == (400, name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fields"),
+    [
+        ("/v1/completions", COMPLETION, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("/v1/completions", COMPLETION, {"tool_choice": "required"}),
+        ("/v1/completions", COMPLETION, {"include_reasoning": False}),
+        ("/v1/chat/completions", CHAT, {"best_of": 2}),
+    ],
+)
+def test_fields_of_the_other_endpoint_are_refused(
+    server: Server, path: str, body: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    (name,) = fields
+    status, answer = error(server, path, body | fields)
+    assert (status, answer["param"], answer["code"]) == (400, name, "unsupported_parameter")
 
 
 def test_tools_that_must_not_be_called_are_none(server: Server) -> None:

@@ -1,0 +1,73 @@
+"""Tool calls as a grammar: which functions may be called, with arguments that fit their schemas, in the model's format."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from evenhand_engine.structured.grammars import WHITESPACE, GrammarError, lark
+from evenhand_engine.text.tokenizer import Tokenizer
+from evenhand_engine.text.tool_calls import ToolFormat
+
+_TEXT = "/(.|\\n)*/"
+
+
+class Function(NamedTuple):
+    """One that may be called.
+
+    Attributes:
+        parameters: JSON of the schema of its arguments.
+        is_strict: what is not supported of the schema is an error, else no constraint.
+    """
+
+    name: str
+    parameters: str = '{"type": "object"}'
+    is_strict: bool = False
+
+
+def calls(
+    form: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, is_required: bool, is_parallel: bool
+) -> str:
+    """The grammar of an output that is calls of these functions (`is_required`), or text with calls in it."""
+    begin = _terminals(form.begin, form, tokenizer)
+    more = f"({_terminals(form.between, form, tokenizer)} call)*" if is_parallel else ""
+    close = _terminals(form.close, form, tokenizer)
+    rules = [f"sequence: {begin} call {more} {close}"]
+    marker = form.markers[0] if form.markers else ""
+    if is_required:
+        rules.append(f"start: {_terminals(marker, form, tokenizer)} sequence")
+    elif not marker:
+        rules += ["start: OTHER | sequence", "OTHER: /([^{](.|\\n)*)?/"]
+    else:
+        times = "*" if is_parallel else "?"
+        rules += [f"start: (head sequence){times} TEXT", f"TEXT: {_TEXT}"]
+        token_id = tokenizer.special_id(marker)
+        rules.append(f"head[lazy]: {_TEXT} {json.dumps(marker)}" if token_id is None else f"head: TEXT <[{token_id}]>")
+    rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+    for number, function in enumerate(functions):
+        opening = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.arguments}": ')
+        rules.append(f'call_{number}: {opening} arguments_{number} "}}"')
+        rules.append(f"arguments_{number}: %json {_schema(function)}")
+    return lark("\n".join(rules))
+
+
+def _schema(function: Function) -> str:
+    try:
+        schema = msgspec.json.decode(function.parameters, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise GrammarError(f"The parameters of {function.name} are no schema: {error}") from error
+    except RecursionError as error:
+        raise GrammarError(f"The parameters of {function.name} are nested too deeply.") from error
+    options = {"whitespace_pattern": f"(?:{WHITESPACE})?", "lenient": not function.is_strict}
+    return msgspec.json.encode({**schema, "x-guidance": options}).decode()
+
+
+def _terminals(text: str, form: ToolFormat, tokenizer: Tokenizer) -> str:
+    """Special tokens by their ids, the text between them as it is."""
+    special = [mark for mark in (*form.markers, form.end) if mark and tokenizer.special_id(mark) is not None]
+    parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+    return " ".join(
+        f"<[{tokenizer.special_id(part)}]>" if part in special else json.dumps(part) for part in parts if part
+    )
