@@ -72,6 +72,9 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 @click.option(
     "--reasoning-parser", type=click.Choice(["deepseek_r1", "qwen3"]), help="Tell the model's reasoning apart."
 )
+@click.option(
+    "--allowed-origins", multiple=True, help="Origin whose pages may read answers (CORS), or *; may be repeated."
+)
 @server_options(max_request_bytes="4M", max_tenant_body_bytes="64M")
 def serve(model: str | None, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API.
@@ -114,6 +117,7 @@ def serve(model: str | None, **options: Any) -> None:
         served_model_names=options["served_model_name"],
         api_key=options["api_key"],
         queue_heartbeat=options["queue_heartbeat"],
+        allowed_origins=options["allowed_origins"],
         tool_call_parser=options["tool_call_parser"],
         reasoning_parser=options["reasoning_parser"],
     )

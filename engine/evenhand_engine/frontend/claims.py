@@ -63,14 +63,23 @@ class OwnClaim:
     """A claim in the process that owns quotas and metrics."""
 
     def __init__(
-        self, admission: Admission, metrics: Metrics, tenant_id: str, reservation: Reservation, now: float
+        self,
+        admission: Admission,
+        metrics: Metrics,
+        tenant_id: str,
+        reservation: Reservation,
+        now: float,
+        num_choices: int | None = 1,
     ) -> None:
+        """`num_choices`: of its prompt, told of the first one alone; None: another choice."""
         cost = reservation.cost
         self.max_tokens = cost.max_output_tokens
         self.exhausted: Callable[[], None] = _ignore
         self._admission = admission
         self._reservation = reservation
-        self._metrics = RequestMetrics(metrics, tenant_id, cost.num_prompt_tokens, cost.max_output_tokens, now)
+        self._metrics = RequestMetrics(
+            metrics, tenant_id, cost.num_prompt_tokens, cost.max_output_tokens, now, num_choices
+        )
         self._is_settled = False
 
     @property
@@ -111,4 +120,9 @@ def reserve(admission: Admission, metrics: Metrics, tenant_id: str, demand: Dema
         for _ in range(demand.num_choices)
     ]
     reservations = admission.reserve(tenant_id, costs, now, demand.num_taken)
-    return [OwnClaim(admission, metrics, tenant_id, reservation, now) for reservation in reservations]
+    return [
+        OwnClaim(
+            admission, metrics, tenant_id, reservation, now, None if number % demand.num_choices else demand.num_choices
+        )
+        for number, reservation in enumerate(reservations)
+    ]

@@ -150,12 +150,22 @@ class Metrics:
 class RequestMetrics:
     """Follows one request: call `start`, `take_tokens` and `end` as they happen, at times of one monotonic clock."""
 
-    def __init__(self, metrics: Metrics, tenant_id: str, num_prompt_tokens: int, max_tokens: int, now: float) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tenant_id: str,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        now: float,
+        num_choices: int | None = 1,
+    ) -> None:
+        """`num_choices`: of its prompt, told of the first one alone; None: another choice."""
         self._metrics = metrics
         self._tenant = metrics.label(tenant_id)
         self._meter = metrics.tokens.meter(self._tenant)
         self._num_prompt_tokens = num_prompt_tokens
         self._max_tokens = max_tokens
+        self._num_choices = num_choices
         self._arrived_at = now
         self._started_at: float | None = None
         self._first_token_at: float | None = None
@@ -194,8 +204,9 @@ class RequestMetrics:
         metrics.request_latency.observe(now - self._arrived_at)
         metrics.prompt_tokens.observe(self._num_prompt_tokens)
         metrics.generation_tokens.observe(self._num_tokens)
-        metrics.max_generation_tokens.observe(self._num_tokens)  # one output each: `n` above 1 is refused
-        metrics.params_n.observe(1)
+        metrics.max_generation_tokens.observe(self._num_tokens)
+        if self._num_choices is not None:
+            metrics.params_n.observe(self._num_choices)
         metrics.request_preemptions.observe(num_preemptions)
         metrics.max_tokens.observe(self._max_tokens)
         if self._started_at is not None:

@@ -35,6 +35,7 @@ class ServerSettings:
             nothing is sent before the request runs, so that a refusal in the queue is an HTTP status.
         tool_call_parser: how the model writes tool calls; "auto": as its chat template says, "none": it does not.
         reasoning_parser: how its reasoning is told from its answers; None: it is not.
+        allowed_origins: of pages that may read answers (CORS); "*": all.
         stall_timeout: seconds without progress, with work to do, after which the engine counts as unhealthy.
     """
 
@@ -59,4 +60,5 @@ class ServerSettings:
     queue_heartbeat: float | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str | None = None
+    allowed_origins: tuple[str, ...] = ()
     stall_timeout: float = 60.0

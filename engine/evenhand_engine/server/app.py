@@ -38,6 +38,7 @@ from evenhand_engine.openai.errors import (
 )
 from evenhand_engine.openai.responses import json_response, metrics_response
 from evenhand_engine.openai.tokens import detokenize, tokenize
+from evenhand_engine.server.cors import add_origin, answer_preflights
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -45,19 +46,24 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("evenhand.access")
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only in the log
+_OTHER_MODELS = {
+    path
+    for name in ("embeddings", "score", "rerank", "pooling", "classify")
+    for path in (f"/{name}", f"/v1/{name}", f"/v2/{name}")
+}
 PROBES = web.AppKey("probes", frozenset[Any])
 _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody's
 
 
 def build_app(service: EngineService) -> web.Application:
     app = web.Application(
-        middlewares=[bound_writes, log_access, answer_errors, authenticate, hold_body],
+        middlewares=[bound_writes, log_access, answer_preflights, answer_errors, authenticate, hold_body],
         client_max_size=service.settings.max_request_bytes,
     )
     app[ENGINE] = service
     app[DOOR], app[SETTINGS] = service.door, service.settings
     app[PROBES] = frozenset({show_health, show_ready, show_version, show_metrics})
-    app.on_response_prepare.append(add_headers)
+    app.on_response_prepare.extend((add_headers, add_origin))
     app.add_routes(
         [
             web.post("/v1/completions", create_completion, expect_handler=wait_to_be_read),
@@ -72,6 +78,7 @@ def build_app(service: EngineService) -> web.Application:
             web.post("/ping", show_health),
             web.get("/version", show_version),
             web.get("/metrics", show_metrics),
+            web.route("*", "/{path:.*}", refuse_route, expect_handler=wait_to_be_read),
         ]
     )
     return app
@@ -79,6 +86,18 @@ def build_app(service: EngineService) -> web.Application:
 
 async def wait_to_be_read(request: web.Request) -> None:
     """Of `Expect: 100-continue`: aiohttp would send leave at once, before credential and size are known."""
+
+
+async def refuse_route(request: web.Request) -> web.StreamResponse:
+    """No such route: 404, or 405 where another method is known. Nobody gets leave to send a body for it."""
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        allowed |= (await resource.resolve(request))[1]
+    if allowed := allowed - {"*"}:
+        raise web.HTTPMethodNotAllowed(request.method, allowed)
+    if request.path in _OTHER_MODELS:
+        raise Refusal(404, "not_found", f"{request.path} is for models that embed or rank; this one generates text.")
+    raise web.HTTPNotFound
 
 
 @web.middleware

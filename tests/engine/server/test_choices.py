@@ -1,9 +1,11 @@
 """Several choices of a prompt, and the log probabilities of their tokens, as the official client reads them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import msgspec
 import openai
 import pytest
@@ -100,6 +102,13 @@ def test_choices_of_a_chat(told: Server, stream: bool) -> None:
         prompt_tokens = len(requests[0].prompt_token_ids) // 4
         assert answer.usage.prompt_tokens == prompt_tokens, "a prompt counts once"
         assert answer.usage.completion_tokens % 3 == 0
+
+
+def test_the_metric_of_choices_counts_each_prompt_once(told: Server) -> None:
+    told.client().completions.create(model="tiny", prompt=["a", "b"], n=3, max_tokens=50)
+    metrics = httpx2.get(f"{told.url}/metrics").text
+    told_of = dict(re.findall(r"^vllm:request_params_n_(count|sum)\{.*\} (\S+)$", metrics, re.MULTILINE))
+    assert told_of == {"count": "2.0", "sum": "6.0"}
 
 
 def test_choices_of_several_prompts_follow_each_other(told: Server) -> None:

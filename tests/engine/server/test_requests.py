@@ -328,9 +328,21 @@ def test_prompt_beyond_the_context(server: Server) -> None:
 
 
 def test_unknown_routes_and_methods(server: Server) -> None:
-    assert error(server, "/v1/embeddings", {})[0] == 404
-    status, answer, _ = post(server, "/v1/models", {})
+    for path in ("/v1/embeddings", "/score", "/v2/rerank"):
+        status, answer = error(server, path, {})
+        assert (status, answer["code"]) == (404, "not_found") and "generates text" in answer["message"]
+    assert error(server, "/v1/unheard/of", {})[0] == 404
+    status, answer, headers = post(server, "/v1/models", {})
     assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
+    assert set(headers["Allow"].split(",")) == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/unheard/of", b"404"), ("/v1/models", b"405")])
+def test_no_leave_to_send_a_body_where_nothing_reads_it(server: Server, path: str, status: bytes) -> None:
+    with connect(server) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 25\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(64).startswith(b"HTTP/1.1 " + status)
 
 
 @pytest.mark.parametrize(
