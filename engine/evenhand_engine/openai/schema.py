@@ -37,6 +37,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
+    "moderation": (),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
@@ -48,7 +49,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "truncation_side": ("left",),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
     "vllm_xargs": ({},),
     "web_search_options": (),
 }
