@@ -76,6 +76,24 @@ def test_newer_crd_stops_nobody_and_what_is_ignored_is_told(
         )
 
 
+def test_value_that_only_a_newer_version_knows_stops_no_key(
+    stage: Stage, operator: OperatorProcess, change_crds: Callable[..., None]
+) -> None:
+    """The operator was rolled back after somebody had used something new."""
+
+    def add_value(schema: Object) -> None:
+        if "latencyClass" in (properties := schema["spec"]["properties"]):
+            properties["latencyClass"]["enum"].append("Realtime")
+
+    change_crds(add_value)
+    until(lambda: apply(stage, "modern", weight=3, latencyClass="Realtime") is None)  # the new schema is in force soon
+    stage.wait_ready("modern")
+    assert stage.enforced("modern", "weight") == [3, 3]
+    assert stage.enforced("modern", "latencyClass") == ["Standard"] * 2
+    assert accepted_message(stage.policy("modern")).endswith("only a newer operator knows it: spec.latencyClass")
+    stage.kubectl("delete", "tpol", "modern")
+
+
 def refreshed(stage: Stage, obj: Object) -> Object:
     return stage.cluster.get(obj["kind"], obj["metadata"]["name"], stage.namespace)
 

@@ -2,7 +2,7 @@
 
 Accepts what the API server accepts with strict field validation: null stands for a field that is not set, an integral
 number for an integer, an unknown field is an error. Of an object that an API server has stored already, `decode_stored`
-ignores fields that are unknown: it knew them, so they are no mistakes but of a newer schema.
+ignores fields that are unknown, and values where a field says so: it knew them, so they are no mistakes but of a newer schema.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import msgspec
 from msgspec import inspect
 
 from evenhand_policy.errors import InvalidResourceError, PolicyProblem, Reason, ResourceReference
-from evenhand_policy.schema import Model
+from evenhand_policy.schema import NEWER_IGNORED, Model
 
 _Resource = TypeVar("_Resource", bound=Model)
 
@@ -112,21 +112,47 @@ def _normalise(value: Any, info: inspect.Type | None) -> Any:
 
 
 def _drop_unknown(value: Any, info: inspect.Type | None, path: str, dropped: list[str]) -> Any:
-    """The value without fields that a strict struct does not have; their paths are added to `dropped`."""
+    """The value without fields that a strict struct does not have, and without values that only a newer version knows,
+    where those may be missing; their paths are added to `dropped`."""
     bare = _bare(info)
     if isinstance(value, list) and isinstance(bare, inspect.VarTupleType):
-        return [_drop_unknown(item, bare.item_type, f"{path}[{index}]", dropped) for index, item in enumerate(value)]
+        is_optional = _is_newer_ignored(info)
+        kept_items = []
+        for index, item in enumerate(value):
+            inner = f"{path}[{index}]"
+            if is_optional and _has_newer_value(item, bare.item_type):
+                dropped.append(inner)
+            else:
+                kept_items.append(_drop_unknown(item, bare.item_type, inner, dropped))
+        return kept_items
     if not isinstance(value, dict) or not isinstance(bare, inspect.StructType):
         return value
     kept = {}
     for key, item in value.items():
         inner = f"{path}.{_shown(key)}".lstrip(".")
         member = _member(bare, key)
-        if member is not None:
+        if member is not None and _is_newer_ignored(member) and _has_newer_value(item, member):
+            dropped.append(inner)
+        elif member is not None:
             kept[key] = _drop_unknown(item, member, inner, dropped)
         elif bare.cls.__struct_config__.forbid_unknown_fields:
             dropped.append(inner)
     return kept
+
+
+def _is_newer_ignored(info: inspect.Type | None) -> bool:
+    return isinstance(info, inspect.Metadata) and NEWER_IGNORED.items() <= (info.extra or {}).items()
+
+
+def _has_newer_value(value: Any, info: inspect.Type | None) -> bool:
+    """Whether it is a value of an enum that this version lacks, or an object of a kind that it lacks."""
+    bare = _bare(info)
+    if isinstance(bare, inspect.EnumType):
+        return isinstance(value, str) and value not in {each.value for each in bare.cls}
+    if isinstance(bare, inspect.StructType) and isinstance(value, dict):
+        kinds = (field for field in bare.fields if field.required and isinstance(_bare(field.type), inspect.EnumType))
+        return any(_has_newer_value(value.get(field.encode_name), field.type) for field in kinds)
+    return False
 
 
 def _explain(text: str, info: inspect.Type) -> tuple[str, str]:

@@ -65,6 +65,11 @@ class Rule:
     holds: Callable[[Any], bool] | None
 
 
+NEWER_IGNORED = {"newer": "ignored"}
+"""In the `extra` of a field: of a stored object, a value that only a newer version knows is left out, as an unknown field is.
+For fields whose default, or whose item's absence, lets nobody in and lifts no limit."""
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     """Base of resources and their parts. Raises ValueError with the message of the first rule that is broken."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from evenhand_policy.config import DEFAULT_TENANT_ID, Enforcement, Fairness, LatencyClass
-from evenhand_policy.schema import DnsLabel, DnsName, Duration, Metadata, Model, Rule, within
+from evenhand_policy.schema import NEWER_IGNORED, DnsLabel, DnsName, Duration, Metadata, Model, Rule, within
 from evenhand_policy.secret import SecretKeys
 
 
@@ -253,7 +253,8 @@ class TenantPolicySpec(Model, frozen=True, kw_only=True):
         LatencyClass,
         Meta(
             description="Who goes first among equally entitled tenants: Interactive, then Standard, then Batch. It "
-            "decides when the tenant is served inside the fairness bound, never how much over time."
+            "decides when the tenant is served inside the fairness bound, never how much over time.",
+            extra=NEWER_IGNORED,
         ),
     ] = LatencyClass.STANDARD
     slo: Annotated[SloSpec | None, Meta(description="Latency objectives.")] = None
@@ -263,6 +264,7 @@ class TenantPolicySpec(Model, frozen=True, kw_only=True):
             max_length=16,
             description="How a request proves that it is this tenant's. Without any, nobody can use the policy.",
             extra_json_schema={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+            extra=NEWER_IGNORED,
         ),
     ] = ()
     limits: Annotated[LimitsSpec | None, Meta(description="Limits over all engines of the pool together.")] = None
@@ -271,12 +273,16 @@ class TenantPolicySpec(Model, frozen=True, kw_only=True):
         Fairness,
         Meta(
             description="Order of the tenant's own requests. FIFO: by arrival. PerUser: fair between the values of the "
-            "request field user."
+            "request field user.",
+            extra=NEWER_IGNORED,
         ),
     ] = Fairness.FIFO
     enforcement: Annotated[
         Enforcement,
-        Meta(description="Enforce the limits, or Audit: count and report what would be refused, and refuse nothing."),
+        Meta(
+            description="Enforce the limits, or Audit: count and report what would be refused, and refuse nothing.",
+            extra=NEWER_IGNORED,
+        ),
     ] = Enforcement.ENFORCE
     suspend: Annotated[
         bool,

@@ -11,6 +11,7 @@ from evenhand_policy.pool import EnginePool
 from evenhand_policy.schema import Model
 from evenhand_policy.secret import Secret
 from evenhand_policy.spec import TenantPolicy
+from harness.builders import make_pool
 
 Build = Callable[..., dict[str, Any]]
 
@@ -170,6 +171,38 @@ def test_stored_object_of_a_newer_schema_is_read_but_for_what_only_that_knows(po
     assert ignored == ("spec.limits.requestsPerDay", "spec.identities[0].expires", "spec.colour", "spec.priority")
     known = policy(weight=4, limits={"requestsPerMinute": 5}, identities=[API_KEY])
     assert decoded == decode(known, TenantPolicy)
+
+
+def test_stored_value_that_only_a_newer_version_knows_is_left_out_where_that_lets_nobody_in(policy: Build) -> None:
+    """After a rollback of the operator its tenants go on, with what it knows of them."""
+    newer = {"name": "mesh", "type": "SPIFFE", "spiffe": {"id": "a"}}
+    obj = policy(weight=4, latencyClass="Realtime", fairness="PerModel", identities=[API_KEY, newer])
+    assert refusal(obj, TenantPolicy)[0] in {"spec.latencyClass", "spec.fairness", "spec.identities[1].type"}
+    decoded, ignored = decode_stored(obj, TenantPolicy)
+    assert set(ignored) == {"spec.latencyClass", "spec.fairness", "spec.identities[1]"}
+    assert decoded == decode(policy(weight=4, identities=[API_KEY]), TenantPolicy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ({"unknownTenants": {"action": "Queue"}}, "spec.unknownTenants.action"),
+        (
+            {
+                "allowedNamespaces": {
+                    "from": "Selector",
+                    "selector": {"matchExpressions": [{"key": "a", "operator": "Gt"}]},
+                }
+            },
+            "spec.allowedNamespaces.selector.matchExpressions[0].operator",
+        ),
+    ],
+)
+def test_value_without_which_more_would_be_let_in_is_not_left_out(spec: dict[str, Any], path: str) -> None:
+    obj = make_pool(**spec)
+    with pytest.raises(InvalidResourceError) as caught:
+        decode_stored(obj, EnginePool)
+    assert caught.value.problem.path == path
 
 
 def test_stored_object_of_our_schema_is_read_whole(policy: Build) -> None:
