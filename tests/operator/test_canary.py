@@ -82,6 +82,15 @@ def test_next_document_begins_with_one_pod_again(pool: Pool) -> None:
     assert pool.admitted(NEW) == list(pool.reports), "what is proven may still be sent"
 
 
+@pytest.mark.parametrize("following", ["sha256:aaa", "sha256:zzz"])
+def test_whatever_follows_a_proven_document_is_tried_anew(pool: Pool, following: str) -> None:
+    pool.become("pod-0", digest=NEW, sent=NEW)
+    pool.look(following, Version(1, 3))
+    [name] = pool.admitted(following)
+    assert pool.canary.concerns(replace(pool.reports[name], digest=following, is_well=True))
+    assert not pool.canary.is_proven(following)
+
+
 def test_document_that_some_pod_enforces_already_needs_no_trial(make: Any) -> None:
     """A new leader, and one old pod that a new one joins."""
     pool = Pool(make)
