@@ -34,6 +34,8 @@ class SchedulerSettings:
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
         max_refunded_tokens: outputs past a stop string that are given back to a request's tenant: what can be computed
             while one message goes to the HTTP process and back.
+        num_speculative_tokens: most tokens of a stream that a step guesses beside the next one; 0: none. Only where a step's
+            results are known before the next is planned (`Runner.pipeline_depth` 1).
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
     """
@@ -52,7 +54,14 @@ class SchedulerSettings:
     growth_blocks: float = 1.5
     min_prefill_tokens: int = 16
     max_refunded_tokens: int = 8
+    num_speculative_tokens: int = 0
     objective_hold_seconds: float = 1.0
+
+    @property
+    def max_num_outputs(self) -> int:
+        """Most output tokens of one step."""
+        with_drafts = self.max_num_seqs * (1 + self.num_speculative_tokens)
+        return max(self.max_num_seqs, min(self.max_num_batched_tokens, with_drafts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,8 @@ class EngineConfig:
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
         max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
+        speculative: "none", or "ngram": guess a stream's next tokens from what followed the same ones before. CPU only.
+        num_speculative_tokens: most guesses of a stream in one step.
         seed: of dummy weights.
         record_steps: CSV file to write every step's shape and duration to, for fits and replays.
         replay_steps: such a file, whose steps' token counts are the token budgets of this run's steps, over and over.
@@ -91,6 +102,8 @@ class EngineConfig:
     block_size: int = 16
     enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FAIR
+    speculative: str = "none"
+    num_speculative_tokens: int = 8
     seed: int = 0
     record_steps: Path | None = None
     replay_steps: Path | None = None

@@ -98,6 +98,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     num_prefix_queries: int  # tokens looked up in the prefix cache
     num_prefix_hits: int  # tokens found there
+    num_drafts: int  # streams' steps with guessed tokens
+    num_draft_tokens: int  # tokens guessed
+    num_accepted_tokens: int  # of these, right
     virtual_time: float
     config_digest: str
     step_tokens: tuple[int, ...]  # tokens of each step since the last EngineStats

@@ -207,6 +207,35 @@ def test_seeded_tokens_are_the_same_whatever_is_in_the_batch(model: LoadedModel,
     assert sum(request.num_preemptions for request in generation.requests) > 0, "nothing was preempted"
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 48}, {"num_kv_blocks": 24, "growth_blocks": 0}])
+def test_drafts_change_nothing(
+    model: LoadedModel, prompts: list[list[int]], alone: list[list[int]], changes: dict[str, int]
+) -> None:
+    generation = Generation(model, num_speculative_tokens=4, **changes)
+    assert generation.run(prompts) == alone
+    check_drafts(generation)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"temperature": 0.0, "repetition_penalty": 1.1}])
+def test_drafts_change_nothing_that_is_drawn_or_penalized(prompts: list[list[int]], changes: dict[str, float]) -> None:
+    """With keys and values in float32: in 16 bits, rounding that depends on the rows of a step may change a draw."""
+    exact = load_model(EngineConfig(kv_cache_dtype="float32", kv_cache_bytes=256 << 20, max_model_len=1024))
+    repeated = [prompt * (120 // len(prompt) + 1) for prompt in prompts[1:7]]
+    params = [SamplingParams(max_tokens=NUM_OUTPUTS, seed=n, **changes) for n in range(len(repeated))]  # type: ignore[arg-type]
+    without = Generation(exact).run(repeated, params=params)
+    generation = Generation(exact, num_speculative_tokens=4)
+    assert generation.run(repeated, params=params) == without
+    check_drafts(generation)
+
+
+def check_drafts(generation: Generation) -> None:
+    """Some drafts were right."""
+    items = [item for batch in generation.batches for item in batch.scheduled]
+    num_outputs = sum(request.num_output_tokens for request in generation.requests)
+    num_certain = sum(item.num_samples - len(item.draft_token_ids) for item in items)
+    assert num_certain < num_outputs
+
+
 def test_bfloat16_differs_only_where_it_cannot_tell(
     prompts: list[list[int]], alone: list[list[int]], reference_logits: Callable[[list[int]], Tensor]
 ) -> None:

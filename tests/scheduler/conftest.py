@@ -28,11 +28,13 @@ class PretendEngine:
         prices: Prices | None = None,
         depth: int = 1,
         check_kv: bool = False,
+        period: int = 0,
     ) -> None:
-        """`depth`: batches submitted before the first is taken in. `check_kv`: keep a pretended KV cache and assert
+        """`period`: outputs repeat after so many tokens, but for every eleventh; 0: they never repeat. `depth`: batches submitted before the first is taken in. `check_kv`: keep a pretended KV cache and assert
         that every token finds the keys and values of exactly the tokens before it (slow)."""
         self.settings = settings
         self.check_kv = check_kv
+        self.period = period
         self.scheduler = Scheduler(settings, SchedulerConfig(tenants=tuple(tenants), prices=prices or Prices()))
         self.depth = depth
         self.charged = 0
@@ -45,6 +47,7 @@ class PretendEngine:
         self.requests: dict[str, Request] = {}
         self.batches: list[Batch] = []
         self.owners: list[list[Request]] = []  # whose the items of each batch were
+        self.given: list[list[int]] = []  # how many outputs each item of each batch gave
         self._num_output_tokens: dict[str, int] = {}  # where a request says EOS
         self._in_flight: deque[list[Sampled]] = deque()
         self._seats: dict[int, Request] = {}
@@ -83,7 +86,9 @@ class PretendEngine:
 
     def token(self, request: Request, index: int) -> int:
         """The request's output token number `index`, counted from 0."""
-        return EOS if index + 1 >= self._num_output_tokens[request.request_id] else 100 + index
+        if index + 1 >= self._num_output_tokens[request.request_id]:
+            return EOS
+        return 100 + (index % self.period if self.period and index % 11 != 10 else index)
 
     def step(self) -> Batch | None:
         """Submit one batch, and take in the oldest one when the pipeline is full or there is nothing to submit."""
@@ -103,11 +108,19 @@ class PretendEngine:
 
     def sample(self, batch: Batch) -> list[Sampled]:
         """What the pretended model gives the last batch."""
-        results = []
+        results, given = [], []
         for item in batch.scheduled:
+            request, end = self._seats[item.seat], item.num_computed_tokens + item.num_scheduled_tokens
+            first = end - item.num_samples + 1 - request.num_prompt_tokens
+            token_ids: list[int] = []
+            for number in range(item.num_samples):
+                if number and token_ids[-1] != item.draft_token_ids[number - 1]:
+                    break  # what follows was computed from a wrong draft
+                token_ids.append(self.token(request, first + number))
+            given.append(min(len(token_ids), max(1, self.num_output_tokens(request) - first)))
             if item.num_samples:
-                request, end = self._seats[item.seat], item.num_computed_tokens + item.num_scheduled_tokens
-                results.append(Sampled((self.token(request, end - request.num_prompt_tokens),)))
+                results.append(Sampled(tuple(token_ids)))
+        self.given.append(given)
         return results
 
     def run(self, num_steps: int, before_step: Callable[[], None] = lambda: None) -> None:
@@ -164,8 +177,10 @@ class PretendEngine:
         for reads in (False, True):
             for item in batch.scheduled:
                 request, end = self._seats[item.seat], item.num_computed_tokens + item.num_scheduled_tokens
+                num_drafts = len(item.draft_token_ids)
                 outputs = (self.token(request, index) for index in range(end - request.num_prompt_tokens))
-                token_ids = (*request.token_ids[: request.num_prompt_tokens], *outputs)[:end]
+                token_ids = (*request.token_ids[: request.num_prompt_tokens], *outputs)[: end - num_drafts]
+                token_ids += item.draft_token_ids
                 for position in range(0 if reads else item.num_computed_tokens, end):
                     slot = self._block_tables[item.seat][position // size] * size + position % size
                     content = (request.cache_salt, token_ids[: position + 1])

@@ -69,15 +69,18 @@ class Meter:
 
     def read(self) -> None:
         first = self._num_batches
-        for batch, owners in zip(self._engine.batches[first:], self._engine.owners[first:], strict=True):
-            for item, request in zip(batch.scheduled, owners, strict=True):
+        engine = self._engine
+        for batch, owners, outputs in zip(
+            engine.batches[first:], engine.owners[first:], engine.given[first:], strict=True
+        ):
+            for item, request, num_outputs in zip(batch.scheduled, owners, outputs, strict=True):
                 known = self._computed.get(request.request_id, request.num_cached_tokens)
                 end = min(item.num_computed_tokens + item.num_scheduled_tokens, request.num_prompt_tokens)
                 self._computed[request.request_id] = max(known, end)
-                service = max(0, end - known) * INPUT_PRICE + item.num_samples * OUTPUT_PRICE
-                service += context_cost(self._engine, known, end)
-                if item.num_samples and (last := item.num_computed_tokens + item.num_scheduled_tokens - 1) >= end:
-                    service += context_cost(self._engine, last, last + 1)
+                service = max(0, end - known) * INPUT_PRICE + num_outputs * OUTPUT_PRICE
+                service += context_cost(engine, known, end)
+                sampled_from = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples
+                service += context_cost(engine, max(end, sampled_from), sampled_from + num_outputs)
                 self.by_tenant[request.tenant_id] += service
                 self.by_user[request.tenant_id, request.user] += service
         self._num_batches = len(self._engine.batches)
@@ -216,7 +219,9 @@ class Trial:
         """Most by which the weighted service of one of two backlogged tenants may run ahead; docs/fairness.md."""
         slack = CHUNK * OUTPUT_PRICE + self.step_context
         lead = slack + (LONGEST * INPUT_PRICE + self.longest_context + LAG) / self._lightest
-        step = CHUNK * INPUT_PRICE + self.engine.settings.max_num_seqs * OUTPUT_PRICE + self.step_context
+        seats, num_drafts = self.engine.settings.max_num_seqs, self.engine.settings.num_speculative_tokens
+        num_outputs = max(seats, min(CHUNK, seats * (1 + num_drafts)))
+        step = CHUNK * INPUT_PRICE + num_outputs * OUTPUT_PRICE + self.step_context
         return sum(lead + (step + self.exempt) / weight for weight in weights)
 
     @property
@@ -233,7 +238,8 @@ class Trial:
     @property
     def user_bound(self) -> float:
         """The same for two users of one tenant: nothing of a user is preempted for another one."""
-        step = CHUNK * INPUT_PRICE + SEATS * OUTPUT_PRICE + self.step_context
+        num_outputs = SEATS if not self.engine.settings.num_speculative_tokens else CHUNK
+        step = CHUNK * INPUT_PRICE + num_outputs * OUTPUT_PRICE + self.step_context
         return 2.0 * (step + SEATS * (LONGEST * OUTPUT_PRICE + self.longest_context))
 
     @property
@@ -318,11 +324,12 @@ def trials(draw: st.DrawFn, *, exemptions: bool = False) -> Trial:
         draw(st.integers(60, 300)),
         growth_blocks=draw(st.sampled_from((0.0, 1.5))),
         enable_prefix_caching=draw(st.booleans()),
+        num_speculative_tokens=draw(st.sampled_from((0, 0, 2, 8))),
         **(changes if exemptions else {}),
     )
     configs = draw(tenant_configs(names, guarantees=exemptions))
     prices = Prices(context_token=draw(st.sampled_from((0, 0, 20))))
-    engine = PretendEngine(made, configs.values(), prices=prices)
+    engine = PretendEngine(made, configs.values(), prices=prices, period=draw(st.sampled_from((0, 3))))
     engine.step_time = STEP_TIME
     trial = Trial(engine, configs, {name: draw(floods) for name in names})
     if exemptions:

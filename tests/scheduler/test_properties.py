@@ -1,7 +1,7 @@
 """Random workloads: whatever comes, tokens, blocks and charges are conserved and every request ends once."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -70,6 +70,7 @@ scheduler_settings = st.builds(
     growth_blocks=st.sampled_from((0.0, 1.5)),
     min_prefill_tokens=st.integers(1, 4),
     max_refunded_tokens=st.integers(0, 4),
+    num_speculative_tokens=st.sampled_from((0, 1, 4)),
 )
 
 operations = st.lists(
@@ -94,21 +95,23 @@ class Ledger:
     """What should have been charged, reckoned from the batches alone."""
 
     computed: dict[str, set[int]] = field(default_factory=dict)  # prompt positions, first time
-    num_samples: Counter[str] = field(default_factory=Counter)
+    num_outputs: Counter[str] = field(default_factory=Counter)
     num_batches: int = 0
     context_price: int = 0
 
     def read(self, engine: PretendEngine) -> None:
         first = self.num_batches
-        for batch, owners in zip(engine.batches[first:], engine.owners[first:], strict=True):
+        for batch, owners, outputs in zip(
+            engine.batches[first:], engine.owners[first:], engine.given[first:], strict=True
+        ):
             assert 0 < batch.num_tokens <= engine.settings.max_num_batched_tokens
             assert len(batch.scheduled) <= engine.settings.max_num_seqs
             assert len({item.seat for item in batch.scheduled}) == len(batch.scheduled)
-            for item, request in zip(batch.scheduled, owners, strict=True):
+            for item, request, num_outputs in zip(batch.scheduled, owners, outputs, strict=True):
                 end = item.num_computed_tokens + item.num_scheduled_tokens
                 computed = self.computed.setdefault(request.request_id, set(range(request.num_cached_tokens)))
                 computed |= set(range(item.num_computed_tokens, min(end, request.num_prompt_tokens)))
-                self.num_samples[request.request_id] += item.num_samples
+                self.num_outputs[request.request_id] += num_outputs
         self.num_batches = len(engine.batches)
 
     def service(self, request: Request, num_counted_outputs: int) -> int:
@@ -154,9 +157,12 @@ def check_whatever_comes(
     operations: list,
     depth: int,
     context_price: int,
+    period: int,
 ) -> None:
+    if depth > 1:  # drafts need the tokens before them
+        scheduler_settings = replace(scheduler_settings, num_speculative_tokens=0)
     prices = Prices(context_token=context_price)
-    engine = PretendEngine(scheduler_settings, tenants, prices=prices, depth=depth, check_kv=True)
+    engine = PretendEngine(scheduler_settings, tenants, prices=prices, depth=depth, check_kv=True, period=period)
     ledger, kept = Ledger(context_price=context_price), {}
     for operation in (*operations, ("reconfigure", ()), ("step", 1)):
         run_operation(engine, operation, kept)
@@ -178,32 +184,48 @@ def check_whatever_comes(
         elif request.finish_reason is FinishReason.STOP:
             counted = len(token_ids)
         else:
-            counted = ledger.num_samples[request.request_id]
+            counted = ledger.num_outputs[request.request_id]
         expected_service += ledger.service(request, counted)
     assert engine.charged == expected_service
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2), st.sampled_from((0, 50)))
+@given(
+    scheduler_settings,
+    tenant_configs(),
+    operations,
+    st.integers(1, 2),
+    st.sampled_from((0, 50)),
+    st.sampled_from((0, 2)),
+)
 def test_whatever_comes(
     scheduler_settings: SchedulerSettings,
     tenants: tuple[TenantConfig, ...],
     operations: list,
     depth: int,
     context_price: int,
+    period: int,
 ) -> None:
-    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price)
+    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price, period)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(scheduler_settings, tenant_configs(), operations, st.integers(1, 2), st.sampled_from((0, 50)))
+@given(
+    scheduler_settings,
+    tenant_configs(),
+    operations,
+    st.integers(1, 2),
+    st.sampled_from((0, 50)),
+    st.sampled_from((0, 2)),
+)
 def test_whatever_comes_for_long(
     scheduler_settings: SchedulerSettings,
     tenants: tuple[TenantConfig, ...],
     operations: list,
     depth: int,
     context_price: int,
+    period: int,
 ) -> None:
-    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price)
+    check_whatever_comes(scheduler_settings, tenants, operations, depth, context_price, period)

@@ -51,6 +51,13 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 @click.option("--max-num-batched-tokens", type=quantity, help="Most tokens in one step; default: by the device.")
 @click.option("--kv-cache-memory-bytes", type=quantity, help="Memory of the KV cache; default: by the device.")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
+@click.option(
+    "--speculative",
+    type=click.Choice(["none", "ngram"]),
+    default="none",
+    help="ngram: guess tokens of text that repeats.",
+)
+@click.option("--num-speculative-tokens", type=quantity, default=8, help="Most guesses of a stream in one step.")
 @click.option("--scheduling-policy", type=click.Choice(["fair", "fcfs", "static"]), default="fair")
 @click.option("--record-steps", type=click.Path(path_type=Path), help="CSV file to write every step's time to.")
 @click.option(
@@ -107,6 +114,8 @@ def serve(model: str | None, **options: Any) -> None:
         kv_cache_bytes=options["kv_cache_memory_bytes"],
         enable_prefix_caching=options["enable_prefix_caching"],
         scheduling_policy=SchedulingPolicy(options["scheduling_policy"]),
+        speculative=options["speculative"],
+        num_speculative_tokens=options["num_speculative_tokens"],
         seed=options["seed"],
         record_steps=options["record_steps"],
         replay_steps=options["replay_steps"],

@@ -41,6 +41,8 @@ def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelCon
     dtype = _dtype(config, model_config)
     if config.quantization != "none":
         raise StartupError(f"quantization {config.quantization} is for the CPU; on a GPU leave it out")
+    if config.speculative != "none":
+        raise StartupError(f"speculative {config.speculative} is for the CPU; on a GPU leave it out")
     try:
         device = _device(config)
         free, total = device.memory()

@@ -128,7 +128,7 @@ class EngineCore:
         self._commands = connections.commands
         self._structures = structures
         self._compiling = None if compiler is None else CompileQueue(compiler, self._commands.put)
-        self._stats = StatsRecorder(self._scheduler)
+        self._stats = StatsRecorder(self._scheduler, self._scheduler.speculation)
         self._in_flight: deque[_Submitted] = deque()
         self._num_failed_steps = 0  # in a row
         self._step_ended_at = 0.0

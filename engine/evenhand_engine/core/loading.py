@@ -144,6 +144,7 @@ def resolve_settings(
         num_kv_blocks=num_kv_blocks,
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        num_speculative_tokens=config.num_speculative_tokens if config.speculative == "ngram" else 0,
     )
 
 

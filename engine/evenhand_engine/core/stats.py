@@ -7,6 +7,7 @@ from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.speculation import Speculation
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
 
@@ -28,8 +29,10 @@ class Observed(Protocol):
 class StatsRecorder:
     """Collects each step's size and duration, and says every 100 ms what changed since."""
 
-    def __init__(self, scheduler: Observed) -> None:
+    def __init__(self, scheduler: Observed, speculation: Speculation | None = None) -> None:
+        """`speculation`: whose drafts are counted; None: there are none."""
         self._scheduler = scheduler
+        self._speculation = speculation
         self._steps: deque[tuple[int, float]] = deque()
         self._due = 0.0
         self._reported: dict[str, TenantStats] = {}
@@ -45,7 +48,7 @@ class StatsRecorder:
         if now < self._due and not is_idle:
             return None
         self._due = now + _INTERVAL_SECONDS
-        scheduler, roster = self._scheduler, self._scheduler.roster
+        scheduler, roster, speculation = self._scheduler, self._scheduler.roster, self._speculation
         if self._config is not scheduler.config:
             self._config, self._digest = scheduler.config, scheduler.config.digest()
         ledger = scheduler.ledger
@@ -68,6 +71,9 @@ class StatsRecorder:
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queries=roster.blocks.num_prefix_queries,
             num_prefix_hits=roster.blocks.num_prefix_hits,
+            num_drafts=speculation.num_drafts if speculation else 0,
+            num_draft_tokens=speculation.num_draft_tokens if speculation else 0,
+            num_accepted_tokens=speculation.num_accepted_tokens if speculation else 0,
             virtual_time=scheduler.ledger.shares.virtual_time / VIRTUAL_UNIT,
             config_digest=self._digest,
             step_tokens=tuple(num_tokens for num_tokens, _ in steps),

@@ -81,6 +81,9 @@ class PublicCollector(Collector):
             ("num_preemptions", "Requests preempted.", stats.num_preemptions if stats else 0),
             ("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.num_prefix_queries if stats else 0),
             ("prefix_cache_hits", "Tokens found in the prefix cache.", stats.num_prefix_hits if stats else 0),
+            ("spec_decode_num_drafts", "Steps of a stream with guessed tokens.", stats.num_drafts if stats else 0),
+            ("spec_decode_num_draft_tokens", "Tokens guessed.", stats.num_draft_tokens if stats else 0),
+            ("spec_decode_num_accepted_tokens", "Guesses that were right.", stats.num_accepted_tokens if stats else 0),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=list(self._names))
             counter.add_metric(list(self._names.values()), value)

@@ -85,6 +85,24 @@ class BatchPlan:
         """The next tokens of a prompt; the last chunk gives an output."""
         self._add(request, num_tokens, int(num_tokens == request.num_pending_tokens))
 
+    def add_drafts(self, index: int, token_ids: tuple[int, ...]) -> None:
+        """Guesses that follow the token of decode number `index`; the request has room for them."""
+        request, item, count = self.requests[index], self._scheduled[index], len(token_ids)
+        self._scheduled[index] = msgspec.structs.replace(
+            item,
+            num_scheduled_tokens=item.num_scheduled_tokens + count,
+            num_samples=item.num_samples + count,
+            new_block_ids=item.new_block_ids + _take_new_blocks(request),
+            draft_token_ids=token_ids,
+        )
+        request.num_computed_tokens += count
+        request.num_in_flight_tokens += count
+
+    @property
+    def decodes(self) -> Sequence[Request]:
+        """Requests with a token past their prompt in this step."""
+        return self.requests[: self._num_decodes]
+
     def build(self, step_id: int, freed_seats: Sequence[int]) -> Batch:
         return Batch(step_id, tuple(self._scheduled), self._num_decodes, tuple(self._started), tuple(freed_seats))
 
@@ -99,16 +117,20 @@ class BatchPlan:
                     request.sampling_params,
                 )
             )
-        new_block_ids: tuple[int, ...] = ()
-        if len(request.block_table) > request.num_sent_blocks:
-            new_block_ids = tuple(request.block_table[request.num_sent_blocks :])
-            request.num_sent_blocks = len(request.block_table)
         self.requests.append(request)
         self._scheduled.append(
-            ScheduledRequest(request.seat, request.num_computed_tokens, num_tokens, num_samples, new_block_ids)
+            ScheduledRequest(
+                request.seat, request.num_computed_tokens, num_tokens, num_samples, _take_new_blocks(request)
+            )
         )
         request.num_computed_tokens += num_tokens
         request.num_in_flight_tokens += num_samples
+
+
+def _take_new_blocks(request: Request) -> tuple[int, ...]:
+    """Blocks of the request's table that no batch has told the runner yet."""
+    num_sent, request.num_sent_blocks = request.num_sent_blocks, len(request.block_table)
+    return tuple(request.block_table[num_sent:]) if request.num_sent_blocks > num_sent else ()
 
 
 class Runner(Protocol):

@@ -135,6 +135,15 @@ class KvCapacity:
         """Whether the request runs, on blocks with room for its next token."""
         return len(request.block_table) * self._settings.block_size > request.num_computed_tokens
 
+    def num_spare_blocks(self, request: Request) -> int:
+        """Blocks that a running request may take before it must: within its tenant's ceiling, and beyond what all that
+        run will need to grow."""
+        spare = self.blocks.num_free_blocks - int(self.num_running * self._settings.growth_blocks)
+        tenant = self._tenants[request.tenant_id]
+        if self._has_ceiling(tenant):
+            spare = min(spare, tenant.max_blocks - self.blocks.num_held_blocks(tenant.tenant_id))
+        return max(0, spare)
+
     def check_integrity(self, running: list[Request]) -> None:
         """Assert that the blocks' and seats' books are right for those that run. For tests and idle moments."""
         self.blocks.check_integrity()

@@ -65,7 +65,7 @@ class Ledger:
         of all that compete."""
         settings, lightest = self._settings, min(weights, default=1)
         step = settings.max_num_batched_tokens * self.prices.input_token
-        step += settings.max_num_seqs * self.prices.output_token + self._step_context()
+        step += settings.max_num_outputs * self.prices.output_token + self._step_context()
         return self.lead(lightest) + step * VIRTUAL_UNIT // lightest
 
     def is_ahead(self, tenant: Tenant) -> bool:
@@ -101,7 +101,7 @@ class Ledger:
             self._charge(tenant, (request,), lambda request: self.prompt_cost(start, end))
 
     def charge_outputs(self, tenant: Tenant, requests: Sequence[Request]) -> None:
-        """Charge the last output of each request, which is in flight now."""
+        """Charge the next output of each request, which is in flight now."""
         tenant.num_generation_tokens += len(requests)
         self._charge(tenant, requests, lambda r: self.output_cost(r, r.num_tokens - 1, r.num_tokens))
 

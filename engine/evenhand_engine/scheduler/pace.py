@@ -24,6 +24,8 @@ class StepBudget:
         self._max_seconds = min(objectives, default=_NEVER)
         self._min_prefill_tokens = min_prefill_tokens
         self._num_prompt_tokens = 0
+        self._num_outputs = 0
+        self._num_expected_drafts = 0.0  # that will be right
 
     def spend(self, num_computed_tokens: int, num_scheduled_tokens: int) -> None:
         """Note that a part of a prompt was scheduled."""
@@ -37,6 +39,7 @@ class StepBudget:
         An objective that they miss alone no longer binds: shorter chunks of prompts could not meet it either.
         """
         self.tokens -= num_decodes
+        self._num_outputs = num_decodes
         self.shape = self.shape.with_decodes(num_decodes, context)
         if self._model.is_fitted:
             seconds = self._model.predict(self.shape)
@@ -69,6 +72,22 @@ class StepBudget:
         else:
             affordable = (-slope + (slope * slope + 4 * half * seconds) ** 0.5) / (2 * half)
         return max(0, min(most, max(int(min(affordable, most)), self._min_prefill_tokens - self._num_prompt_tokens)))
+
+    def is_worth_a_draft(self, probability: float, context: int) -> bool:
+        """Whether there is room for one more token after `context` tokens, and it gives an output, with this
+        probability, no slower than the step gives tokens without it. Before steps can be predicted: no."""
+        if self.tokens < 1 or not self._model.is_fitted:
+            return False
+        seconds = self._model.predict(self.shape)
+        more = self._model.predict(self.shape.with_decodes(1, context)) - seconds
+        num_tokens = self.shape.num_prefill_tokens + self._num_outputs + self._num_expected_drafts
+        return probability * seconds >= more * num_tokens and seconds + more <= self._max_seconds
+
+    def spend_draft(self, probability: float, context: int) -> None:
+        """Note that such a token was scheduled."""
+        self.tokens -= 1
+        self.shape = self.shape.with_decodes(1, context)
+        self._num_expected_drafts += probability
 
 
 class Pace:

@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import msgspec
 
+_PRIOR_ACCEPTANCE = 0.5
+
 
 class FinishReason(StrEnum):
     """Why a request left the engine. Every request leaves exactly once, with exactly one of these."""
@@ -109,11 +111,13 @@ class Request:
     """
 
     __slots__ = (
+        "acceptance",
         "arrival_time",
         "block_hashes",
         "block_table",
         "cache_salt",
         "finish_reason",
+        "guess",
         "max_num_tokens",
         "num_cached_tokens",
         "num_charged_tokens",
@@ -165,6 +169,8 @@ class Request:
         self.num_sent_blocks = 0  # first blocks of its table that a batch has told the runner
         self.block_hashes: list[bytes] = []  # of its full blocks, as far as they were computed
         self.num_prefix_blocks = 0  # first blocks that were cached when somebody last asked
+        self.guess: tuple[int, ...] = ()  # what its next tokens may be, while a step computes the first of them
+        self.acceptance = _PRIOR_ACCEPTANCE  # how likely the next token of a guess is right, by those so far
         self.finish_reason: FinishReason | None = None
 
     @property

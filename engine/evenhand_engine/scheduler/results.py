@@ -6,13 +6,15 @@ from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.speculation import Speculation
 
 
 class Results:
     """Takes in results, in the order in which batches were planned."""
 
-    def __init__(self, roster: Roster, ledger: Ledger) -> None:
+    def __init__(self, roster: Roster, ledger: Ledger, speculation: Speculation) -> None:
         self._roster = roster
+        self._speculation = speculation
         self._ledger = ledger
 
     def take(self, batch: Batch, requests: Sequence[Request], sampled: Sequence[Sampled]) -> None:
@@ -22,7 +24,7 @@ class Results:
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
                 if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
-                    self.give_back(request, _first_output(item), item.num_samples)
+                    self._settle(request, _first_output(item), 0)
                 continue
             start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
             if result is not None and len(result.token_ids) < item.num_samples:
@@ -40,16 +42,22 @@ class Results:
                 request.num_in_flight_tokens -= item.num_samples
                 self._roster.finish(request, FinishReason.ERROR)
             if item.num_samples:
-                self.give_back(request, _first_output(item), item.num_samples)
+                self._settle(request, _first_output(item), 0)
 
     def give_back(self, request: Request, start: int, count: int) -> None:
-        """The outputs at the positions [start, start + count) were charged when they were planned, and are no outputs."""
+        """The outputs at the positions [start, start + count) were charged, and are no outputs."""
         if count:
             self._ledger.correct_outputs(self._roster.tenant(request.tenant_id), request, start + count, start)
 
+    def _settle(self, request: Request, first: int, count: int) -> None:
+        """A step was planned, and charged, to give one output at the position `first`; it gave `count`."""
+        if count != 1:
+            tenant = self._roster.tenant(request.tenant_id)
+            self._ledger.correct_outputs(tenant, request, first + 1, first + count)
+
     def _append(self, request: Request, result: Sampled) -> None:
         """Append what was sampled, up to the token that ends the request."""
-        params, num_taken, reason = request.sampling_params, 0, None
+        params, first, num_taken, reason = request.sampling_params, len(request.token_ids), 0, None
         prompt_logprobs = () if request.num_output_tokens else result.prompt_logprobs  # else told before a preemption
         request.num_in_flight_tokens -= len(result.token_ids)
         for token_id in result.token_ids:
@@ -61,10 +69,9 @@ class Results:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 break
-        token_ids, logprobs = result.token_ids, result.logprobs
-        if num_taken < len(token_ids):
-            self.give_back(request, len(request.token_ids), len(token_ids) - num_taken)
-            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
+        self._settle(request, first, num_taken)
+        token_ids, logprobs = result.token_ids[:num_taken], result.logprobs[:num_taken]
+        self._speculation.learn(request, token_ids)
         if not token_ids:
             self._roster.finish(request, FinishReason.ERROR)
         elif reason is not None:
@@ -83,7 +90,6 @@ class Results:
         """Take back the last sampled positions of a batch: drafts that were wrong, or logits without a token."""
         request.num_in_flight_tokens -= num_tokens
         request.num_computed_tokens -= num_tokens
-        self.give_back(request, request.num_tokens, num_tokens)
         return num_tokens
 
 

@@ -9,7 +9,8 @@ that serves. A step, in order:
     3. decode     every running request that generates computes one token; those of tenants that are ahead take turns
                   where somebody's inter-token objective, or the budget, has no room for all (turns.py)
     4. prefill    chunks of prompts, one tenant at a time by least virtual service, while the budget lasts
-    5. close      the virtual time advances to the least virtual service of those left out (ledger.py)
+    5. draft      streams guess tokens beyond their next one with what is left of the step (speculation.py)
+    6. close      the virtual time advances to the least virtual service of those left out (ledger.py)
 
 A step may be planned before the previous batch's results are known: an output in flight counts as a token whose value
 only the runner knows, and what a request computed past its end is discarded and not charged.
@@ -30,6 +31,7 @@ from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.results import Results
 from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.speculation import Speculation
 from evenhand_engine.scheduler.step_time import StepShape
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_engine.scheduler.turns import take_turns
@@ -56,6 +58,7 @@ class Scheduler:
     Attributes:
         roster: the requests' places and the KV blocks.
         ledger: what every tenant was served.
+        speculation: what drafts came to.
     """
 
     def __init__(
@@ -77,7 +80,8 @@ class Scheduler:
         self._preemption = Preemption(settings, roster, self.ledger, self._order)
         self._pace = Pace(settings, self.roster, token_budgets)
         self._timeouts = QueueTimeouts(self.roster)
-        self._results = Results(self.roster, self.ledger)
+        self.speculation = Speculation(settings, self.roster)
+        self._results = Results(self.roster, self.ledger, self.speculation)
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._in_flight: deque[_Step] = deque()
         self._last_update = -_NEVER
@@ -142,6 +146,8 @@ class Scheduler:
         plan = BatchPlan()
         left_out = self._schedule_decodes(budget, plan)
         expected = self._schedule_prompts(budget, plan, now)
+        if not left_out:
+            self.speculation.extend(plan, budget, may_grow=not self._is_starved)
         self._preemption.resume()
         if tenant := self._order.least_served():
             left_out.add(tenant.tenant_id)

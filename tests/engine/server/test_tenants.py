@@ -438,6 +438,9 @@ def stats(*tenants: TenantStats, step_id: int = 1) -> StepOutputs:
             num_preemptions=3,
             num_prefix_queries=50,
             num_prefix_hits=20,
+            num_drafts=4,
+            num_draft_tokens=9,
+            num_accepted_tokens=6,
             virtual_time=0.0,
             config_digest="sha256:x",
             step_tokens=(5, 7),
@@ -516,6 +519,9 @@ def test_metrics_of_the_engine(serve: Serve, policies: Path) -> None:
     rows = {row["tenantId"]: row for row in admin(server, "/v1/tenants")["tenants"]}
     assert (rows["chat"]["lag"], rows["chat"]["lagBound"]) == (1.5, 4000)
     assert metrics["vllm:prefix_cache_hits_total{}"] == 20
+    assert metrics["vllm:spec_decode_num_drafts_total{}"] == 4
+    assert metrics["vllm:spec_decode_num_draft_tokens_total{}"] == 9
+    assert metrics["vllm:spec_decode_num_accepted_tokens_total{}"] == 6
     assert metrics["evenhand_kv_blocks{tenant=batch}"] == 10
     assert metrics["evenhand_service_total{tenant=chat}"] == 600
     assert metrics["evenhand_attained_share{tenant=chat}"] == pytest.approx(6 / 7, abs=0.01)
