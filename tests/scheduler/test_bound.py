@@ -577,3 +577,28 @@ def test_stopping_at_the_first_misfit_wastes_the_machine(monkeypatch: pytest.Mon
     fit = KvCapacity.fit
     monkeypatch.setattr(KvCapacity, "fit", stop)
     assert served_beside_it() < 3
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_memory_held_for_who_goes_first_is_not_held_against_who_is_furthest_behind(is_ahead: bool) -> None:
+    """Found by search. `first`, of a higher class, is ahead of `second` by less than the slack, or came after it, and has
+    a prompt without room. What runs is `third`'s alone and pauses once that is too far ahead of `second`, whose prompt
+    would fit."""
+    configs = [
+        TenantConfig(tenant_id="first", weight=10, latency_class=INTERACTIVE),
+        TenantConfig(tenant_id="second", weight=10, latency_class=BATCH),
+        TenantConfig(tenant_id="third", latency_class=BATCH),
+    ]
+    engine = PretendEngine(settings_for(33, max_bypasses=0), configs)
+    engine.add("third", 40, 80)
+    engine.run(3)
+    if is_ahead:
+        engine.add("first", CHUNK - 1, 1)
+        engine.add("first", 100, 4)
+        second = engine.add("second", 4, 2)
+    else:
+        second = engine.add("second", 4, 2)
+        engine.add("first", 100, 4)
+    engine.run(50)
+    assert engine.finish_reason(second) is FinishReason.STOP
+    engine.drain(500)

@@ -248,6 +248,8 @@ class Scheduler:
                 elif fit is Fit.STARVED:
                     without_room[tenant.tenant_id] = tenant
                     may_admit = self._may_bypass(tenant, request) and len(without_room) < _MAX_WITHOUT_ROOM
+                    if not may_admit and self._is_fair:
+                        self._admit_who_is_behind(tenant, now)
                 else:
                     self.roster.admit(request, now)
                     for bypassed in without_room.values():
@@ -261,6 +263,16 @@ class Scheduler:
             expected += self._schedule_chunk(tenant, request, num_tokens, budget, plan)
         self._is_starved = bool(without_room) or not may_admit
         return expected
+
+    def _admit_who_is_behind(self, tenant: Tenant, now: float) -> None:
+        """Memory that is held for `tenant`, who went first by class, deadline or prefix, is not held against the least
+        served: else that one waits for who is ahead of it, and once all that runs is paused for its sake, for ever."""
+        least = self._order.least_served()
+        if least is None or least is tenant or least.prefilling:
+            return
+        request = least.next_prompt()
+        if request is not None and self.roster.capacity.fit(request) is Fit.FITS:
+            self.roster.admit(request, now)
 
     def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
         """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
