@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster images test soak mutants lock kernels plots bench-% bench-operator
+.PHONY: help install serve demo check crds cluster images test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -63,6 +63,15 @@ $(COSMIC_RAY)/bin/python: | $(UV)
 
 mutants: install $(COSMIC_RAY)/bin/python  ## change operator and policy at random, and see whether a test notices (ARGS="--number 40 --seed 2")
 	$(COSMIC_RAY)/bin/python tools/mutants.py $(ARGS)
+
+GPU_SITE := benchmarks/gpu-site
+gpu:  ## on a machine with a GPU: correctness, parity and every number that needs one (ARGS="--device emulated": a rehearsal)
+	PYTHONPATH=engine:cuda:$(GPU_SITE) $(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-wheels: | $(UV)  ## what `make gpu` needs beside torch, CuPy and transformers for Python 3.12, for a machine without a network
+	rm -rf $(GPU_SITE)
+	$(UV) pip install -q --target $(GPU_SITE) --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+		--no-deps --only-binary :all: --constraint requirements.lock gguf msgspec
 
 kernels: install  ## the CUDA kernels without a GPU: machine code of every variant, every case emulated, every mutant
 	.venv/bin/python -m evenhand_kernels.checks $(CACHE)

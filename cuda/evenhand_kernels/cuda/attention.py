@@ -66,7 +66,7 @@ class PagedAttention:
     def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
         assert isinstance(plan, CudaPlan), "the plan was made by other kernels"
         self.write(qkv, plan.batch)
-        return self._attend(qkv, plan)
+        return self.attend(qkv, plan)
 
     def write(self, qkv: Tensor, batch: AttentionBatch) -> None:
         """Norm and rotate queries and keys in place; store keys and values."""
@@ -87,7 +87,8 @@ class PagedAttention:
             eps=layer.eps,
         )
 
-    def _attend(self, qkv: Tensor, plan: CudaPlan) -> Tensor:
+    def attend(self, qkv: Tensor, plan: CudaPlan) -> Tensor:
+        """Of queries that have been normed and rotated, with keys and values that lie in the cache."""
         layer, batch, window = self._layer, plan.batch, self._layer.sliding_window
         work = self._work.of_window(plan, window)
         partial_output, partial_state = self._work.partials

@@ -45,16 +45,8 @@ def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelCon
         raise StartupError(f"speculative {config.speculative} is for the CPU; on a GPU leave it out")
     try:
         device = _device(config)
-        free, total = device.memory()
-        needed = weight_bytes(config, model_dir, model_config, Precision(dtype))
-        if needed > free:
-            raise StartupError(
-                f"too little memory on {device.name}: the weights need {_gib(needed)}, {_gib(free)} of {_gib(total)} are "
-                "free: stop what else runs there, or choose a smaller model"
-            )
-        kernels = CudaKernels(device, dtype)
-        weights = make_weights(config, model_dir, model_config, Precision(dtype), kernels)
-        return _with_cache(config, model_dir, model_config, dtype, kernels, weights)
+        with device.stream():  # that the runner uses: no other is in order with it
+            return _load(config, model_dir, model_config, dtype, device)
     except (DeviceError, CompileError) as error:
         raise StartupError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -62,6 +54,21 @@ def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelCon
             f"the device ran out of memory while the model was loaded: {error}; lower --gpu-memory-utilization, "
             "--max-num-batched-tokens or --max-num-seqs, or choose a smaller model"
         ) from error
+
+
+def _load(
+    config: EngineConfig, model_dir: Path, model_config: ModelConfig, dtype: torch.dtype, device: Device
+) -> LoadedModel:
+    free, total = device.memory()
+    needed = weight_bytes(config, model_dir, model_config, Precision(dtype))
+    if needed > free:
+        raise StartupError(
+            f"too little memory on {device.name}: the weights need {_gib(needed)}, {_gib(free)} of {_gib(total)} are "
+            "free: stop what else runs there, or choose a smaller model"
+        )
+    kernels = CudaKernels(device, dtype)
+    weights = make_weights(config, model_dir, model_config, Precision(dtype), kernels)
+    return _with_cache(config, model_dir, model_config, dtype, kernels, weights)
 
 
 def _device(config: EngineConfig) -> Device:

@@ -1,5 +1,6 @@
 """Weights: a checkpoint's tensors on the device, in the layout of its kernels. Each tensor is used exactly once."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -138,7 +139,12 @@ class Checkpoint:
 
 
 class RandomTensors:
-    """Weights for `--load-format dummy`: the right shapes, small random values, norms of one."""
+    """Weights for `--load-format dummy`: the right shapes, small random values, norms of one.
+
+    Large tensors repeat `LONGEST` numbers, so that a model of 8B is there in seconds.
+    """
+
+    LONGEST = (1 << 24) + 43  # divides no row, or rows would be equal
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -147,7 +153,11 @@ class RandomTensors:
     def take(self, name: str, *shape: int) -> Tensor:
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape)
-        return (torch.randn(shape, generator=self._generator) * 0.02).to(self._dtype)
+        size = math.prod(shape)
+        values = (torch.randn(min(size, self.LONGEST), generator=self._generator) * 0.02).to(self._dtype)
+        if size > self.LONGEST:
+            values = values.repeat(-(-size // self.LONGEST))[:size]
+        return values.view(shape)
 
 
 def load_weights(model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:

@@ -1,0 +1,61 @@
+"""`make gpu`, rehearsed: every part that a GPU will run is run here on the emulated device, with tiny sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PARTS = ("cases", "parity", "kernels", "engine-1b", "incident")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | environment)
+
+
+def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
+    only = [word for part in PARTS for word in ("--only", part)]
+    done = run("--device", "emulated", "--out", str(tmp_path), *only)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "emulated.json").read_text())
+    assert figures == json.loads(done.stdout.splitlines()[-1])
+    assert list(figures["parts"]) == list(PARTS)
+    assert figures["cases"]["cases"] > 5 and not figures["cases"]["failed"]
+    assert figures["parity"]["tokens"] > 0 == figures["parity"]["wrong"]
+    assert figures["prefill"]["max_difference"] < 0.05
+    assert figures["transformers_1b"]["finished"] == figures["throughput_1b"]["requests"]
+    assert {"decode", "memory", "incident_fcfs", "batching", "long_prompt"} <= set(figures)
+    assert (tmp_path / "emulated.png").stat().st_size > 10_000
+
+
+def test_a_part_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None:
+    """The kernels cannot be compiled: no part that needs them ends well, and what is known is written all the same."""
+    done = run(
+        *("--device", "emulated", "--out", str(tmp_path), "--only", "cases", "--only", "kernels"),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        CXX="/bin/false",
+    )
+    assert done.returncode == 1
+    parts = json.loads((tmp_path / "emulated.json").read_text())["parts"]
+    assert all("exit status 1" in part["problem"] for part in parts.values()) and len(parts) == 2
+
+
+def test_idle_is_what_no_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    idle_part = import_module("gpu_engine").idle_part
+    assert idle_part([(0, 4), (3, 6), (8, 10), (8, 9)]) == pytest.approx(0.2)
+    assert idle_part([(5, 6)]) == 0
+
+
+@pytest.mark.parametrize("hidden", ["cupy", "msgspec"])
+def test_a_machine_that_lacks_something_is_told_what(tmp_path: Path, hidden: str) -> None:
+    (tmp_path / f"{hidden}.py").write_text(f"raise ImportError('no {hidden} here')")
+    done = run(PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("make gpu: ") and f"no {hidden} here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
