@@ -51,3 +51,9 @@ def test_with_a_price_of_context_long_contexts_get_no_more_time_than_short_ones(
     found = results_of("context_price")
     assert found["0"]["long_share"] > 0.8
     assert found["suggested"]["long_share"] == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_hosts_part_of_a_decode_step_is_told_by_batch_size() -> None:
+    found = results_of("host_step")
+    assert list(found["host_step_ms"]) == list(found["planning_us"]) == ["1", "8", "32", "64", "128", "256"]
+    assert min(found["host_step_ms"].values()) > 0

@@ -97,8 +97,30 @@ def check_ties(device: Device) -> None:
     sampler = DeviceSampler(device, torch.float32, 6, num_threads=THREADS)
     token_ids = sampler.sample(logits, rows_of(rows, [-1] * len(rows), device)).tolist()
     assert token_ids[0] == 1 and token_ids[1] in (1, 3) and set(token_ids[2:]) <= {1, 2, 3, 4}, token_ids
-    forbidden = torch.full((1, 6), -torch.inf, device=device.torch_device)
-    assert sampler.sample(forbidden, rows_of([Parameters()], [-1], device)).tolist() == [0]
+
+
+def check_not_finite(device: Device) -> None:
+    """No token where a logit is NaN, of either sign, or infinite, or where all are forbidden."""
+    sound = [1.0, 3.0, -torch.inf, 2.0]
+    rows = [
+        sound,
+        [1.0, torch.nan, 9.0, 2.0],
+        [1.0, -torch.nan, 9.0, 2.0],
+        [torch.inf, 3.0, 1.0, 2.0],
+        [-torch.inf] * 4,
+    ]
+    logits = torch.tensor(rows, device=device.torch_device)
+    logits[2, 1] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)
+    sampler = DeviceSampler(device, torch.float32, 4, num_penalty_seats=5, num_threads=THREADS)
+    sampler.count_tokens(
+        *(
+            torch.tensor(x, dtype=torch.int32, device=device.torch_device)
+            for x in (range(5), [0], [0] * 5 + [1], [1] * 5)
+        )
+    )
+    for temperature in (0.0, 1.0):
+        token_ids = sampler.sample(logits, rows_of([Parameters(temperature)] * 5, range(5), device)).tolist()
+        assert token_ids[1:] == [-1] * 4 and token_ids[0] in (0, 1, 3), token_ids
 
 
 def check_adjusted(device: Device, *, vocab_size: int, dtype: torch.dtype) -> None:
@@ -201,7 +223,7 @@ ROWS = [
 
 
 def _cases() -> list[Case]:
-    cases = [Case("sample: ties", KERNELS, check_ties)]
+    cases = [Case("sample: ties", KERNELS, check_ties), Case("sample: not finite", KERNELS, check_not_finite)]
     for vocab_size, dtype in ((1, torch.float32), (7, torch.float32), (1000, torch.bfloat16), (4099, torch.float16)):
         run = partial(check_sample, vocab_size=vocab_size, dtype=dtype, threads=THREADS, rows=ROWS)
         cases.append(Case(f"sample: vocabulary of {vocab_size}", KERNELS, run))

@@ -131,23 +131,31 @@ class Planner:
             parts = self._parts(tiles, units[:, NUM_ROWS])
             if parts.max() > 1:
                 return self._split(units, tiles, parts)
-        return Work(units[np.argsort(-tokens)], _NO_MERGES, 0)
+        return Work(units[(-tokens).argsort()], _NO_MERGES, 0)
 
     def _parts(self, tiles: NDArray[np.int64], num_rows: Ints) -> NDArray[np.int64]:
-        """How many parts each unit is best cut into: all into parts of about one length, which is tried out."""
-        longest, total = int(tiles.max()), int(tiles.sum())
+        """How many parts each unit is best cut into: all into parts of about one length, which is tried out.
+
+        Units of one length are cut alike, and there are few lengths: the trials are over these.
+        """
+        of_length = np.bincount(tiles)
+        lengths = of_length.nonzero()[0]
+        units = of_length[lengths]
+        rows = np.bincount(tiles, num_rows)[lengths]
+        longest, total = int(lengths[-1]), int(units @ lengths)
         share = longest * self._slots // total
         tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
         counts = np.array(sorted(count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES)))
-        parts = -(-tiles * counts[:, None] // longest)
-        length = -(-tiles // parts)
-        longest_part = length.max(axis=1)
-        num_long = np.where(2 * length > longest_part[:, None], parts, 0).sum(axis=1)  # two of them do not fit a gap
-        end = np.maximum(-(-num_long // self._slots) * longest_part, total / self._slots)
+        parts = np.ceil(lengths * counts[:, None] / longest)  # exact, and floats divide several times as fast
+        part = np.ceil(lengths / parts)
+        longest_part = part.max(axis=1)
+        num_long = np.where(2 * part > longest_part[:, None], parts, 0) @ units  # two of them do not fit a gap
+        end = np.maximum(np.ceil(num_long / self._slots) * longest_part, total / self._slots)
         split = np.where(parts > 1, parts, 0)
-        end[(split.sum(axis=1) > MAX_PARTS * self._slots) | (split @ num_rows > self._head_rows)] = np.inf
-        best: NDArray[np.int64] = parts[np.argmax(end <= end.min() * (1 + TOLERANCE))]
-        return best
+        end[(split @ units > MAX_PARTS * self._slots) | (split @ rows > self._head_rows)] = np.inf
+        best = np.zeros(longest + 1, np.int64)
+        best[lengths] = parts[(end <= end.min() * (1 + TOLERANCE)).argmax()]
+        return best[tiles]
 
     def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
         """Whole units as items, in the order of requests."""
@@ -177,24 +185,21 @@ class Planner:
 
     def _split(self, units: Ints, tiles: NDArray[np.int64], parts: NDArray[np.int64]) -> Work:
         """Units in parts of equal length, which begin at tiles; those at the end that this leaves empty are no parts."""
+        is_split = parts > 1
+        merges, tiles, parts = units[is_split], tiles[is_split], parts[is_split]
         length = -(-tiles // parts)
         parts = -(-tiles // length)
-        is_split = parts > 1
-        head_rows = np.where(is_split, parts * units[:, NUM_ROWS], 0)
-        ends = (head_rows * self.num_kv_heads).cumsum()
-        first_partial = ends - head_rows * self.num_kv_heads
+        merges[:, HEAD_ROWS] = parts * merges[:, NUM_ROWS]
+        ends = merges[:, HEAD_ROWS].cumsum() * self.num_kv_heads
+        merges[:, PARTIAL_ROW] = ends - merges[:, HEAD_ROWS] * self.num_kv_heads
 
-        unit = np.repeat(np.arange(len(units)), parts)
-        part = np.arange(len(unit)) - np.repeat(parts.cumsum() - parts, parts)
-        items = units[unit]
+        unit = np.arange(len(parts)).repeat(parts)
+        part = np.arange(len(unit)) - (parts.cumsum() - parts)[unit]
         size = (length * TILE)[unit]
+        items = merges[unit]
         items[:, BEGIN] += part * size
         items[:, END] = np.minimum(items[:, BEGIN] + size, items[:, END])
-        items[:, HEAD_ROWS] = head_rows[unit]
-        items[:, PARTIAL_ROW] = np.where(is_split[unit], first_partial[unit] + part * items[:, NUM_ROWS], -1)
-
-        merges = units[is_split]
-        merges[:, HEAD_ROWS] = head_rows[is_split]
-        merges[:, NUM_PARTS] = parts[is_split]
-        merges[:, PARTIAL_ROW] = first_partial[is_split]
-        return Work(items[np.argsort(items[:, BEGIN] - items[:, END])], merges, int(ends[-1]))
+        items[:, PARTIAL_ROW] += part * items[:, NUM_ROWS]
+        merges[:, NUM_PARTS] = parts
+        items = np.concatenate((units[~is_split], items))
+        return Work(items[(items[:, BEGIN] - items[:, END]).argsort()], merges, int(ends[-1]))

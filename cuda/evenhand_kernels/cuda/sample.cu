@@ -18,7 +18,7 @@ struct Arguments {
   const int64_t* indices;        // [num_rows]: output tokens of the request before this one
   const int32_t* seats;          // [num_rows]: row of token_counts, or -1
   uint32_t* token_counts;        // [num_seats, vocab_size]: count_tokens.cu; null: nobody is penalised
-  int32_t* token_ids;            // [num_rows]
+  int32_t* token_ids;            // [num_rows]; -1 where a logit is NaN or infinite, or no token is allowed
   int32_t vocab_size;
 };
 
@@ -166,16 +166,17 @@ KERNEL(sample) {
   uint64_t best = 0;
   for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS) best = max(best, logit_key(row.logit(token), token));
   best = block_max(best, shared.scratch);
-  int token = key_token(best);
+  row.maximum = key_logit(best);
+  const bool finite = (__float_as_uint(row.maximum) & 0x7f800000u) != 0x7f800000u;
+  int token = finite ? key_token(best) : -1;
   const float temperature = arguments.temperature[index];
-  if (temperature >= MIN_TEMPERATURE && key_logit(best) > __uint_as_float(0xff800000u)) {
-    row.maximum = key_logit(best);
+  if (finite && temperature >= MIN_TEMPERATURE) {
     row.scale = LOG2_E / temperature;
     token = draw(shared, arguments, row, index);
   }
   if (threadIdx.x == 0) {
     arguments.token_ids[index] = token;
-    if (arguments.token_counts && arguments.seats[index] >= 0)
+    if (finite && arguments.token_counts && arguments.seats[index] >= 0)
       arguments.token_counts[static_cast<int64_t>(arguments.seats[index]) * vocab_size + token]++;
   }
 }

@@ -124,7 +124,10 @@ class DeviceSampler:
         )
 
     def sample(self, logits: Tensor, rows: SamplingRows, adjustments: Adjustments | None = None) -> Tensor:
-        """int32 [num_rows], a token for each row; counted at once for those with a seat. `logits` stay as they are."""
+        """int32 [num_rows], a token for each row; counted at once for those with a seat. `logits` stay as they are.
+
+        -1 for a row that holds a NaN or an infinity, or allows no token.
+        """
         adjusted = None if adjustments is None else self.adjusted(logits, adjustments)
         token_ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         self._sample(

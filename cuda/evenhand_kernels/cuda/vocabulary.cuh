@@ -17,9 +17,9 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr int WEIGHT_BITS = 40;
 constexpr int NUM_WARPS = NUM_THREADS / 32;
 
-// Orders like the numbers, and breaks ties for the lower token.
+// Orders like the numbers, and breaks ties for the lower token; what is not a number is above all of them.
 DEVICE uint64_t logit_key(float logit, int token) {
-  const uint32_t bits = __float_as_uint(logit);
+  const uint32_t bits = logit == logit ? __float_as_uint(logit) : 0x7fffffffu;
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(token);
 }

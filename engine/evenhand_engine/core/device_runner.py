@@ -8,15 +8,14 @@ is the next step's input on the device, before the host has seen it. So two step
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.core.device_sampling import SamplingStep, StepSampler
+from evenhand_engine.core.device_sampling import Samples, SamplingStep, StepSampler
 from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
 from evenhand_engine.core.warm_up import run_largest_step
@@ -79,13 +78,13 @@ class DeviceRunner:
             self._seats.take_in(batch)
             recorded = self._recorded(batch)
             if recorded is not None:
-                layout, step = self._copy(batch, recorded.layout, recorded.shape)
+                step, samples = self._copy(batch, recorded.layout, recorded.shape)
                 recorded.graph.replay()
                 logits = self._logits
             else:
-                layout, step, shape = self._copy_exactly(batch)
-                logits = self._forward(step, layout, shape, batch.num_decodes)
-            self._steps.append(self._sampler.sample(batch, step, logits))
+                step, samples, shape = self._copy_exactly(batch)
+                logits = self._forward(step, shape, batch.num_decodes)
+            self._steps.append(self._sampler.sample(samples, step, logits))
 
     def collect(self) -> list[Sampled]:
         return self._steps.popleft().wait()
@@ -98,24 +97,22 @@ class DeviceRunner:
 
     # -- laying out
 
-    def _copy_exactly(self, batch: Batch) -> tuple[StepLayout, DeviceStep, WorkShape]:
+    def _copy_exactly(self, batch: Batch) -> tuple[DeviceStep, Samples, WorkShape]:
         num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
         bound = self._kernels.work.shape(num_requests, num_rows)
         layout = StepLayout(num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch))
-        host, index = self._begin(layout)
-        cu_seqlens_q = self._lay_out(batch, host)
-        shape = self._kernels.work.write(host.part("plan"), host.part("seq_lens"), cu_seqlens_q)
-        return layout, self._send(index, layout), shape
+        host, memory = self._begin(layout)
+        samples = self._lay_out(batch, host)
+        shape = self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"))
+        return self._send(memory, layout), samples, shape
 
-    def _copy(self, batch: Batch, padded: StepLayout, shape: WorkShape) -> tuple[StepLayout, DeviceStep]:
+    def _copy(self, batch: Batch, padded: StepLayout, shape: WorkShape) -> tuple[DeviceStep, Samples]:
         """Into the places where a graph reads."""
-        layout = StepLayout(
-            padded.num_rows, padded.num_requests, padded.num_samples, padded.num_plan_words, _num_new_blocks(batch)
-        )
-        host, index = self._begin(layout)
-        cu_seqlens_q = self._lay_out(batch, host)
-        self._kernels.work.write(host.part("plan"), host.part("seq_lens"), cu_seqlens_q, shape)
-        return layout, self._send(index, layout)
+        layout = replace(padded, num_new_blocks=_num_new_blocks(batch))
+        host, memory = self._begin(layout)
+        samples = self._lay_out(batch, host)
+        self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"), shape)
+        return self._send(memory, layout), samples
 
     def _begin(self, layout: StepLayout) -> tuple[HostStep, Tensor]:
         """Host memory that no copy reads any more."""
@@ -132,50 +129,46 @@ class DeviceRunner:
             self._seats.apply_new_blocks(step)
         return step
 
-    def _lay_out(self, batch: Batch, host: HostStep) -> NDArray[np.int32]:
-        """Fill all parts but the plan; padding reads and writes where nobody does. Returns cu_seqlens_q."""
+    def _lay_out(self, batch: Batch, host: HostStep) -> Samples:
+        """Fill all parts but the plan; padding reads and writes where nobody does."""
         items, seats = batch.scheduled, self._seats
-        num_requests, num_rows = len(items), batch.num_tokens
+        num_requests = len(items)
         seat = np.array([item.seat for item in items], np.int64)
         start = np.array([item.num_computed_tokens for item in items], np.int64)
         count = np.array([item.num_scheduled_tokens for item in items], np.int64)
-        samples = np.array([item.num_samples for item in items], np.int64)
-        assert samples.max(initial=0) <= 1, "drafts are not planned for a device"
+        num_samples = np.array([item.num_samples for item in items], np.int64)
+        assert num_samples.max(initial=0) <= 1, "drafts are not planned for a device"
 
-        for name, padding in (("token_ids", 0), ("positions", 0), ("row_seats", seats.nobody)):
-            host.part(name)[num_rows:] = padding
-        host.part("seats")[:num_requests], host.part("seats")[num_requests:] = seat, seats.nobody
-        host.part("seq_lens")[:num_requests], host.part("seq_lens")[num_requests:] = start + count, 0
+        end = start + count
         cu_seqlens_q = host.part("cu_seqlens_q")
         cu_seqlens_q[0] = 0
         np.cumsum(count, out=cu_seqlens_q[1 : num_requests + 1])
+        num_rows = int(cu_seqlens_q[num_requests])
         cu_seqlens_q[num_requests + 1 :] = num_rows
+        host.fill("seats", seat, padding=seats.nobody)
+        host.fill("seq_lens", end, padding=0)
 
-        owner = np.repeat(np.arange(num_requests), count)
-        positions = host.part("positions")[:num_rows]
-        positions[:] = np.arange(num_rows) - cu_seqlens_q[owner] + start[owner]
-        host.part("row_seats")[:num_rows] = seat[owner]
-        host.part("token_ids")[:num_rows] = seats.token_ids(seat[owner], positions)
+        row_seat, position = seat, start
+        if num_rows > num_requests:
+            owner = np.arange(num_requests).repeat(count)
+            row_seat = seat[owner]
+            position = np.arange(num_rows) + (start - cu_seqlens_q[:num_requests])[owner]
+        host.fill("row_seats", row_seat, padding=seats.nobody)
+        host.fill("positions", position, padding=0)
+        host.fill("token_ids", seats.token_ids(row_seat, position), padding=0)
 
-        sampled = np.flatnonzero(samples)
-        sample_seat, num_sampled = seat[sampled], len(sampled)
-        host.part("logits_indices")[:num_sampled] = cu_seqlens_q[sampled + 1] - 1
-        host.part("logits_indices")[num_sampled:] = 0
-        host.part("sample_seats")[:num_sampled] = sample_seat
-        host.part_as("temperature", np.float32)[:num_sampled] = seats.temperature[sample_seat]
-        host.part_as("top_p", np.float32)[:num_sampled] = seats.top_p[sample_seat]
-        host.part_as("min_p", np.float32)[:num_sampled] = seats.min_p[sample_seat]
-        host.part("top_k")[:num_sampled] = seats.top_k[sample_seat]
-        host.part_as("seeds", np.uint64)[:num_sampled] = seats.seeds[sample_seat]
-        ends = (start + count)[sampled] - seats.num_prompt_tokens[sample_seat]
-        host.part_as("indices", np.int64)[:num_sampled] = ends
+        sampled = num_samples.nonzero()[0]
+        samples = Samples(seat[sampled], end[sampled] - seats.num_prompt_tokens[seat[sampled]])
+        host.fill("logits_indices", cu_seqlens_q[sampled + 1] - 1, padding=0)
+        seats.write_sampling(samples.seats, host)
+        host.fill("indices", samples.indices, np.int64)
         seats.write_new_blocks(items, host)
-        return cu_seqlens_q
+        return samples
 
     # -- computing
 
-    def _forward(self, step: DeviceStep, layout: StepLayout, shape: WorkShape, num_decodes: int) -> Tensor:
-        """Logits of the rows that are sampled, [layout.num_samples, vocab_size]."""
+    def _forward(self, step: DeviceStep, shape: WorkShape, num_decodes: int) -> Tensor:
+        """Logits of the rows that are sampled, [the layout's num_samples, vocab_size]."""
         positions, row_seats = step.part("positions"), step.part("row_seats")
         block_tables = self._seats.block_tables
         blocks = block_tables[row_seats, (positions // self._block_size).long()]
@@ -207,7 +200,7 @@ class DeviceRunner:
         empty = Batch(0, (), 0)
 
         def compute() -> None:
-            self._logits[:size].copy_(self._forward(DeviceStep(self._memory, layout), layout, shape, size))
+            self._logits[:size].copy_(self._forward(DeviceStep(self._memory, layout), shape, size))
 
         with self._device.stream(), torch.inference_mode():
             self._copy(empty, layout, shape)

@@ -1,6 +1,7 @@
 """StepSampler: tokens of a device's step, from its logits to the host, without waiting for either."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,13 +10,19 @@ from torch import Tensor
 
 from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.core.step_layout import DeviceStep
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
 from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler, SamplingRows
 from evenhand_kernels.device import Device, Event
 
-NOT_FINITE = -1
-"""Stands for the token of a row whose logits were not finite."""
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are not finite, or allow none."""
+
+
+class Samples(NamedTuple):
+    """The rows of a step's logits that are sampled: int64, whose each is, and how many outputs that one has by then."""
+
+    seats: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class SamplingStep:
         token_ids = self.token_ids.tolist()
         told = {} if self.told is None else _read(self.told)
         return [
-            Sampled(() if token_id == NOT_FINITE else (token_id,), (told[row],) if row in told else ())
+            Sampled(() if token_id == NO_TOKEN else (token_id,), (told[row],) if row in told else ())
             for row, token_id in enumerate(token_ids)
         ]
 
@@ -55,14 +62,14 @@ class StepSampler:
 
     def __init__(self, device: Device, sampler: DeviceSampler, seats: DeviceSeats) -> None:
         self._device, self._sampler, self._seats = device, sampler, seats
+        self._nobody = torch.full((seats.nobody,), -1, dtype=torch.int32, device=device.torch_device)
 
-    def sample(self, batch: Batch, step: DeviceStep, logits: Tensor) -> SamplingStep:
-        """Draw from the rows of `logits`, [at least the batch's samples, vocab_size], and start the way to the host.
+    def sample(self, samples: Samples, step: DeviceStep, logits: Tensor) -> SamplingStep:
+        """Draw from the rows of `logits`, [at least the number of samples, vocab_size], and start the way to the host.
 
         The tokens are the seats' last ones on the device at once, for the next step.
         """
-        items = [item for item in batch.scheduled if item.num_samples]
-        num_rows = len(items)
+        num_rows = len(samples.seats)
         token_ids = self._device.pinned(num_rows, dtype=torch.int32)
         told = None
         if num_rows:
@@ -74,27 +81,23 @@ class StepSampler:
                 top_k=step.part("top_k")[:num_rows],
                 seeds=step.part("seeds", torch.int64)[:num_rows],
                 indices=step.part("indices", torch.int64)[:num_rows],
-                seats=torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device),
+                seats=self._nobody[:num_rows],
             )
-            sampled = self._sampler.sample(logits, rows, self._adjustments(items))
+            sampled = self._sampler.sample(logits, rows, self._adjustments(samples))
+            token_ids.copy_(sampled, non_blocking=True)
+            sampled = sampled.clamp(min=0)  # a request without a token has a step in flight that reads one
             self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
-            told = self._log_probabilities(items, logits, sampled)
-            is_finite = logits.amax(dim=-1).isfinite()
-            token_ids.copy_(torch.where(is_finite, sampled, NOT_FINITE), non_blocking=True)
+            told = self._log_probabilities(samples, logits, sampled)
         return SamplingStep(self._device.record(), token_ids, told)
 
-    def _adjustments(self, items: list[ScheduledRequest]) -> Adjustments | None:
+    def _adjustments(self, samples: Samples) -> Adjustments | None:
         """Stop tokens are forbidden until a request has its `min_tokens`."""
-        forbidden: dict[int, list[int]] = {}
-        for row, item in enumerate(items):
-            started = self._seats.started[item.seat]
-            params = started.sampling_params
-            index = item.num_computed_tokens + item.num_scheduled_tokens - started.num_prompt_tokens
-            if index < params.min_tokens and params.stop_token_ids:
-                forbidden[row] = sorted(params.stop_token_ids)
+        rows = (samples.indices < self._seats.min_tokens[samples.seats]).nonzero()[0].tolist()
+        started = self._seats.started
+        forbidden = {row: sorted(started[int(samples.seats[row])].sampling_params.stop_token_ids) for row in rows}
         if not forbidden:
             return None
-        places = np.full(len(items), -1, np.int32)
+        places = np.full(len(samples.seats), -1, np.int32)
         places[list(forbidden)] = np.arange(len(forbidden))
         tokens = np.concatenate([np.array(tokens, np.int32) for tokens in forbidden.values()])
         offsets = np.cumsum([0, *map(len, forbidden.values())], dtype=np.int32)
@@ -111,12 +114,9 @@ class StepSampler:
             bias_values=self._sent(np.full(len(tokens), -np.inf, np.float32)),
         )
 
-    def _log_probabilities(self, items: list[ScheduledRequest], logits: Tensor, sampled: Tensor) -> _Told | None:
-        asked = {
-            row: number
-            for row, item in enumerate(items)
-            if (number := self._seats.started[item.seat].sampling_params.num_logprobs) is not None
-        }
+    def _log_probabilities(self, samples: Samples, logits: Tensor, sampled: Tensor) -> _Told | None:
+        wanted = self._seats.num_logprobs[samples.seats]
+        asked = {row: int(wanted[row]) for row in (wanted >= 0).nonzero()[0].tolist()}
         if not asked:
             return None
         rows, num_top = self._sent(np.array(list(asked), np.int64)), max(1, *asked.values())

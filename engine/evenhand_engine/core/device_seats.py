@@ -23,6 +23,9 @@ class DeviceSeats:
     Attributes:
         last_token_ids: int32 [num_seats + 1] on the device, what each seat sampled last.
         block_tables: int32 [num_seats + 1, max_num_blocks] on the device.
+        temperature, top_p, min_p, top_k, seeds, num_prompt_tokens: by seat, on the host, as each request asks.
+        min_tokens: outputs before which its stop tokens are forbidden.
+        num_logprobs: of how many of the likeliest tokens it wants to be told; -1: it does not ask.
     """
 
     def __init__(self, settings: SchedulerSettings, device: torch.device) -> None:
@@ -37,6 +40,8 @@ class DeviceSeats:
         self.top_k = np.zeros(num_seats, np.int32)
         self.seeds = np.zeros(num_seats, np.uint64)
         self.num_prompt_tokens = np.zeros(num_seats, np.int64)
+        self.min_tokens = np.zeros(num_seats, np.int64)
+        self.num_logprobs = np.full(num_seats, -1, np.int64)
         self.started: dict[int, StartedRequest] = {}
         self._token_ids = np.zeros((num_seats, settings.max_model_len), np.int32)
         self._num_known = np.zeros(num_seats, np.int64)
@@ -55,14 +60,27 @@ class DeviceSeats:
             self.temperature[seat], self.top_p[seat], self.top_k[seat] = params.temperature, params.top_p, params.top_k
             self.seeds[seat] = params.seed % 2**64
             self.num_prompt_tokens[seat] = started.num_prompt_tokens
+            self.min_tokens[seat] = params.min_tokens if params.stop_token_ids else 0
+            self.num_logprobs[seat] = -1 if params.num_logprobs is None else params.num_logprobs
 
-    def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+    def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32: the tokens at these places, ON_DEVICE for those that were sampled and are on their way."""
         return np.where(positions < self._num_known[seats], self._token_ids[seats, positions], ON_DEVICE)
+
+    def write_sampling(self, seats: NDArray[np.int64], step: HostStep) -> None:
+        """How the requests in these seats are sampled, into the parts for samples."""
+        step.fill("sample_seats", seats)
+        step.fill("temperature", self.temperature[seats], np.float32)
+        step.fill("top_p", self.top_p[seats], np.float32)
+        step.fill("min_p", self.min_p[seats], np.float32)
+        step.fill("top_k", self.top_k[seats])
+        step.fill("seeds", self.seeds[seats], np.uint64)
 
     def write_new_blocks(self, items: tuple[ScheduledRequest, ...], step: HostStep) -> None:
         """The entries of block tables that the batch adds, into the parts `block_places` and `blocks`."""
         places, blocks, end = step.part("block_places"), step.part("blocks"), 0
+        if not len(places):
+            return
         for item in items:
             if item.new_block_ids:
                 start, end = end, end + len(item.new_block_ids)

@@ -8,7 +8,7 @@ of its padded size.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Words = NDArray[np.int32]
-S = TypeVar("S", bound=np.generic)
 
 _ALIGNMENT = 4  # words: 16 bytes, so that kernels may read vectors
 
@@ -66,16 +65,21 @@ class StepLayout:
     @property
     def places(self) -> dict[str, slice]:
         """Words of the memory that each part has."""
-        places, start = {}, 0
-        for name, size in self.sizes.items():
-            places[name] = slice(start, start + size)
-            start += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return places
+        return _places(self)
 
     @property
     def num_words(self) -> int:
         """All of it."""
         return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in self.sizes.values())
+
+
+@lru_cache(maxsize=256)
+def _places(layout: StepLayout) -> dict[str, slice]:
+    places, start = {}, 0
+    for name, size in layout.sizes.items():
+        places[name] = slice(start, start + size)
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return places
 
 
 class HostStep:
@@ -88,9 +92,19 @@ class HostStep:
     def part(self, name: str) -> Words:
         return self._memory[self._places[name]]
 
-    def part_as(self, name: str, dtype: type[S]) -> NDArray[S]:
-        """The same memory as floats or as 64-bit numbers."""
-        return self._memory[self._places[name]].view(dtype)
+    def fill(
+        self,
+        name: str,
+        values: NDArray[np.generic],
+        dtype: type[np.generic] = np.int32,
+        *,
+        padding: int | None = None,
+    ) -> None:
+        """Write a part, which holds numbers of `dtype`. What is beyond `values` becomes `padding`, or stays."""
+        part = self._memory[self._places[name]].view(dtype)
+        part[: len(values)] = values
+        if padding is not None:
+            part[len(values) :] = padding
 
 
 class DeviceStep:

@@ -1,0 +1,167 @@
+"""What the host does for one decode step of a GPU engine, with the scheduler: milliseconds by the number of requests.
+
+The real scheduler, planner, layout, seats and sampling of `--device cuda`; launches and copies do nothing, as on a device that
+is never late: what is left is the time in which a GPU would wait for its host. A step is what the engine's loop does for it:
+plan and submit the next, take in the last. Shapes are those of an 8B model on an H200.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import common
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_runner import DeviceRunner
+from evenhand_engine.model.decoder import Decoder
+from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.cuda.source import Variant
+from evenhand_kernels.device import Event, Graph, Launch
+from evenhand_kernels.kernels import AttentionLayer, KvCacheShape
+from evenhand_policy.config import SchedulerConfig
+
+BATCH_SIZES = (1, 8, 32, 64, 128, 256)
+VOCAB_SIZE = 64  # on a device the host only launches: let what stands for it here cost no more
+PROMPT = 512
+PARTS = ("scheduler", "submit", "collect")
+
+
+class IdleDevice:
+    """Implements `Device`: does nothing, at once."""
+
+    name = "idle"
+    torch_device = torch.device("cpu")
+    architecture = "sm_90"
+    num_multiprocessors = 132
+
+    def load(self, variant: Variant) -> Launch:
+        return _launch
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        yield
+
+    def record(self) -> Event:
+        return _Past()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        return _Nothing()
+
+    def memory(self) -> tuple[int, int]:
+        return 1 << 30, 1 << 30
+
+
+def _launch(grid: int | tuple[int, ...], **arguments: Tensor | int | float | None) -> None:
+    sampled = arguments.get("token_ids")
+    if "top_k" in arguments and isinstance(sampled, Tensor):
+        sampled.zero_()  # what lies there by chance may be no token
+
+
+class _Past:
+    def wait(self) -> None:
+        pass
+
+    def done(self) -> bool:
+        return True
+
+
+class _Nothing:
+    def replay(self) -> None:
+        pass
+
+
+class IdleRunner(DeviceRunner):
+    """The runner of an 8B model's decodes, without the model."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        kernels = CudaKernels(IdleDevice(), torch.bfloat16)
+        kernels.attention(AttentionLayer(32, 8, 128, 1e-5), KvCacheShape(1, settings.block_size, torch.bfloat16))
+
+        def compute(input_ids: Tensor, plan: object, logits_indices: Tensor) -> Tensor:
+            return torch.zeros(len(logits_indices), VOCAB_SIZE, dtype=torch.bfloat16)
+
+        self.work = kernels.work
+        super().__init__(Decoder(kernels, compute), kernels, settings, VOCAB_SIZE)
+
+
+def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, list[float]]:
+    """Seconds of each part of `num_steps` steps of `size` requests."""
+    scheduler = Scheduler(runner.settings, SchedulerConfig())
+    for number in range(size):
+        params = SamplingParams(max_tokens=num_steps + 100, seed=number)
+        prompt = [number % VOCAB_SIZE] * (PROMPT + number % 64)
+        scheduler.add(Request(f"r{number}", f"t{number % 8}", prompt, params, 0.0), 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+    in_flight, now = 0, 0.0
+    while len(seconds["collect"]) < num_steps:
+        now += 0.02
+        marks = [time.perf_counter()]
+        batch = scheduler.step(now)
+        marks.append(time.perf_counter())
+        assert batch is not None
+        runner.submit(batch)
+        in_flight += 1
+        marks.append(time.perf_counter())
+        if in_flight < runner.pipeline_depth:
+            continue
+        sampled = runner.collect()
+        in_flight -= 1
+        marks.append(time.perf_counter())
+        scheduler.update(sampled, now + 0.01)
+        marks.append(time.perf_counter())
+        if batch.num_decodes == size:
+            parts = [b - a for a, b in pairwise(marks)]
+            seconds["scheduler"].append(parts[0] + parts[3])
+            seconds["submit"].append(parts[1])
+            seconds["collect"].append(parts[2])
+    while in_flight:
+        runner.collect()
+        in_flight -= 1
+    return seconds
+
+
+def planning_us(runner: IdleRunner, size: int, num_steps: int) -> float:
+    """Of the plan of such a step's attention alone."""
+    work = runner.work
+    words = torch.zeros(work.shape(size, size).words, dtype=torch.int32).numpy()
+    shape, cu_seqlens_q = work.shape(size, size), np.arange(size + 1, dtype=np.int32)
+    lens = PROMPT + np.arange(size, dtype=np.int32) % 64
+    times = []
+    for step in range(num_steps):
+        started_at = time.perf_counter()
+        work.write(words, lens + step, cu_seqlens_q, shape)
+        times.append(time.perf_counter() - started_at)
+    return 1e6 * statistics.median(times)
+
+
+def main() -> None:
+    options = common.arguments(__doc__).parse_args()
+    torch.set_num_threads(1)
+    num_steps = 30 if options.quick else 500
+    settings = SchedulerSettings(max_num_seqs=256, max_num_batched_tokens=4096, num_kv_blocks=40_000)
+    runner = IdleRunner(settings)
+    runner.warm_up()
+    rows, found, planning = [], {}, {}
+    for size in BATCH_SIZES:
+        seconds = decode_steps(runner, size, num_steps)
+        total = [1e3 * sum(parts) for parts in zip(*seconds.values(), strict=True)]
+        found[size], planning[size] = statistics.median(total), planning_us(runner, size, num_steps)
+        middle = [f"{1e3 * statistics.median(seconds[name]):.3f}" for name in PARTS]
+        rows.append([str(size), f"{found[size]:.3f}", *middle, f"{planning[size]:.0f}"])
+    headings = ["requests", "step ms", *(f"{part} ms" for part in PARTS), "planning us"]
+    common.print_table("The host's part of a decode step, launches stubbed", headings, rows)
+    common.finish("host_step", {"host_step_ms": found, "planning_us": planning})
+
+
+if __name__ == "__main__":
+    main()
