@@ -1,10 +1,12 @@
 """ReferenceKernels: the kernels in plain torch. Every other implementation is tested against it.
 
-It also runs the engine on a CPU where nothing can be compiled, with oneDNN's packed weights where torch has them.
+It also runs the engine on a CPU where nothing can be compiled, with oneDNN's packed weights where torch has them, and on a
+GPU as what the CUDA kernels are compared with.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from evenhand_kernels.kernels import (
 )
 from evenhand_kernels.quantized import QuantizedTensor, Weight, widened
 
+CPU = torch.device("cpu")
+
 PACKING_ROWS = 32
 """How many rows oneDNN should expect when it chooses a weight's layout; any number of rows works."""
 
@@ -31,10 +35,15 @@ class ReferenceKernels:
     """Implements `Kernels`."""
 
     name = "torch"
-    torch_device = torch.device("cpu")
+
+    def __init__(self, torch_device: torch.device = CPU) -> None:
+        self.torch_device = torch_device
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        wide = widened(weight)  # activations are float32, and a mixed product would round them
+        wide = widened(weight).to(self.torch_device)  # activations are float32, and a mixed product would round them
+        bias = None if bias is None else bias.to(self.torch_device)
+        if self.torch_device.type != "cpu":
+            return lambda x: F.linear(x, wide, bias)
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(wide, PACKING_ROWS)
             multiply = torch.ops.mkldnn._linear_pointwise
@@ -43,9 +52,11 @@ class ReferenceKernels:
         return lambda x: multiply(x, packed, bias, "none", [], "")
 
     def embedding(self, weight: Weight) -> Embedding:
-        if isinstance(weight, QuantizedTensor):
-            return lambda ids: weight.rows(ids).dequantized()
-        return lambda ids: weight[ids].float()
+        if isinstance(weight, QuantizedTensor) and self.torch_device.type == "cpu":
+            codes = weight
+            return lambda ids: codes.rows(ids).dequantized()
+        table = (widened(weight) if isinstance(weight, QuantizedTensor) else weight).to(self.torch_device)
+        return lambda ids: table[ids].float()
 
     def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
         return self.embedding(weight), self.linear(weight, None)
@@ -60,10 +71,14 @@ class ReferenceKernels:
         return gated
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
-        return AttentionPlan(batch)
+        tensors = {
+            name: getattr(batch, name).to(self.torch_device)
+            for name in ("positions", "slot_mapping", "block_table", "seq_lens", "cu_seqlens_q")
+        }
+        return AttentionPlan(replace(batch, **tensors))
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
-        return _Attention(layer, cache)
+        return _Attention(layer, cache, self.torch_device)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x, weight, eps)
@@ -72,18 +87,18 @@ class ReferenceKernels:
         return _rms_norm(residual.add_(x), weight, eps)
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-        return draw_rows(logits, draws)
+        return draw_rows(logits.cpu(), draws)
 
 
 class _Attention:
     """Keys and values are [num_blocks, block_size, num_kv_heads, head_dim]."""
 
-    def __init__(self, layer: AttentionLayer, cache: KvCacheShape) -> None:
+    def __init__(self, layer: AttentionLayer, cache: KvCacheShape, device: torch.device) -> None:
         shape = (cache.num_blocks, cache.block_size, layer.num_kv_heads, layer.head_dim)
         self._layer = layer
         self._block_size = cache.block_size
-        self._keys = torch.zeros(shape, dtype=cache.dtype)
-        self._values = torch.zeros(shape, dtype=cache.dtype)
+        self._keys = torch.zeros(shape, dtype=cache.dtype, device=device)
+        self._values = torch.zeros(shape, dtype=cache.dtype, device=device)
 
     def __call__(self, qkv: Tensor, plan: AttentionPlan) -> Tensor:
         layer, batch = self._layer, plan.batch
@@ -115,7 +130,7 @@ class _Attention:
         scores = torch.einsum("rhgd,khd->rhgk", grouped, keys) / math.sqrt(self._layer.head_dim)
         if self._layer.soft_cap is not None:
             scores = torch.tanh(scores / self._layer.soft_cap) * self._layer.soft_cap
-        distance = positions[:, None] - torch.arange(seq_len)
+        distance = positions[:, None] - torch.arange(seq_len, device=positions.device)
         visible = distance >= 0
         if self._layer.sliding_window is not None:
             visible &= distance < self._layer.sliding_window

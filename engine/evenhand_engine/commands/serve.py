@@ -40,6 +40,12 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     help="What computes; auto: a GPU where there is one.",
 )
 @click.option(
+    "--kernels",
+    type=click.Choice(["auto", "reference"]),
+    default="auto",
+    help="reference: plain torch on any device, to compare with.",
+)
+@click.option(
     "--gpu-memory-utilization",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.9,
@@ -103,6 +109,7 @@ def serve(model: str | None, **options: Any) -> None:
     config = EngineConfig(
         model=model,
         device=options["device"],
+        kernels=options["kernels"],
         gpu_memory_utilization=options["gpu_memory_utilization"],
         load_format=options["load_format"],
         dtype=options["dtype"],

@@ -28,6 +28,7 @@ from evenhand_kernels.reference import ReferenceKernels
 logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "emulated")
+KERNELS = ("auto", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +58,28 @@ class LoadedModel:
 
 def load_model(config: EngineConfig) -> LoadedModel:
     """Load the model, allocate the KV cache and run once. Raises StartupError, before it loads where it can."""
+    if config.device not in DEVICES:
+        raise StartupError(f"device {config.device} is not supported; choose auto, cpu or cuda")
+    if config.kernels not in KERNELS:
+        raise StartupError(f"kernels {config.kernels} are not supported; choose auto or reference")
     model_dir = resolve_model_dir(config.model)
     model_config = load_model_config(model_dir)
-    match config.device:
-        case "cpu":
-            return _load_on_cpu(config, model_dir, model_config)
-        case "auto" if not torch.cuda.is_available():
-            return _load_on_cpu(config, model_dir, model_config)
-        case "auto" | "cuda" | "emulated":
-            from evenhand_engine.core.device_loading import load_on_device
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.kernels == "reference":
+        return _load_with(_reference_kernels(device), config, model_dir, model_config, device)
+    if device == "cpu":
+        return _load_with(_cpu_kernels(), config, model_dir, model_config, device)
+    from evenhand_engine.core.device_loading import load_on_device
 
-            return load_on_device(config, model_dir, model_config)
-    raise StartupError(f"device {config.device} is not supported; choose auto, cpu or cuda")
+    return load_on_device(config, model_dir, model_config)
 
 
-def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfig) -> LoadedModel:
+def _load_with(
+    kernels: Kernels, config: EngineConfig, model_dir: Path, model_config: ModelConfig, device: str
+) -> LoadedModel:
+    """For a runner that does one step after the other, in float32."""
     precision = resolve_precision(config.dtype, config.quantization)
     kv_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, config.dtype, model_config)
     kv_cache_bytes = DEFAULT_KV_CACHE_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
@@ -80,7 +88,6 @@ def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfi
         weights=weight_bytes(config, model_dir, model_config, precision),
         kv_cache=settings.num_kv_blocks * block_bytes(model_config, settings.block_size, kv_dtype),
     )
-    kernels = _cpu_kernels()
     weights = make_weights(config, model_dir, model_config, precision, kernels)
     cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
     structures = Structures(model_config.vocab_size)
@@ -88,7 +95,15 @@ def _load_on_cpu(config: EngineConfig, model_dir: Path, model_config: ModelConfi
     runner = ModelRunner(decoder, settings, structures)
     run_largest_step(runner, settings)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, "cpu", model_dir, structures)
+    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, device, model_dir, structures)
+
+
+def _reference_kernels(device: str) -> Kernels:
+    if device != "cuda":
+        return ReferenceKernels()
+    if not torch.cuda.is_available():
+        raise StartupError("torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA")
+    return ReferenceKernels(torch.device("cuda"))
 
 
 def _cpu_kernels() -> Kernels:

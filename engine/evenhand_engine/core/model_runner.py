@@ -1,4 +1,4 @@
-"""ModelRunner: computes batches with a model on the CPU."""
+"""ModelRunner: computes batches with a model on the CPU, or one by one with the reference kernels on a GPU."""
 
 from collections import deque
 
@@ -17,7 +17,7 @@ from evenhand_engine.scheduler.request import Sampled
 
 
 class ModelRunner:
-    """Implements `Runner` on the CPU: `submit` computes, `collect` returns what it sampled.
+    """Implements `Runner` without looking ahead: `submit` computes, `collect` returns what it sampled.
 
     Its own state is the content of the KV cache, and by seat the tokens and block table of who runs.
     """
@@ -41,8 +41,8 @@ class ModelRunner:
         model_input = self._staging.fill(batch, prompt_rows)
         rows = self._seats.prepare(batch)
         masks = self._structures.begin(batch)
-        logits = forward(self._decoder, model_input)
-        places = np.searchsorted(model_input.logits_indices.numpy(), prompt_rows)
+        logits = forward(self._decoder, model_input).cpu()
+        places = np.searchsorted(model_input.logits_indices.cpu().numpy(), prompt_rows)
         of_prompts = self._prompt_logprobs.take(batch, logits, places)
         if prompt_rows:
             logits = logits[np.delete(np.arange(len(logits)), places)]

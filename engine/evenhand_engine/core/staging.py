@@ -23,7 +23,7 @@ class Staging:
         num_tokens, num_seats = settings.max_num_batched_tokens, settings.max_num_seqs
         max_num_blocks = -(-settings.max_model_len // settings.block_size)
         self._block_size = settings.block_size
-        self._plan = kernels.plan
+        self._plan, self._torch_device = kernels.plan, kernels.torch_device
         self._token_ids = np.zeros((num_seats, settings.max_model_len + 1), np.int32)
         self._block_tables = np.zeros((num_seats, max_num_blocks), np.int32)
         self._num_blocks = [0] * num_seats
@@ -65,9 +65,9 @@ class Staging:
             num_decodes=batch.num_decodes,
         )
         return ModelInput(
-            input_ids=torch.from_numpy(input_ids),
+            input_ids=torch.from_numpy(input_ids).to(self._torch_device),
             plan=self._plan(attention),
-            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)),
+            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)).to(self._torch_device),
         )
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:

@@ -8,8 +8,12 @@ from transformers import LlamaConfig
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import load_model
+from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.errors import StartupError
+from evenhand_engine.scheduler.request import Request, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.emulation.device import EmulatedDevice
+from evenhand_policy.config import SchedulerConfig
 
 from .conftest import make_checkpoint
 
@@ -79,7 +83,27 @@ def test_what_a_device_cannot_do_is_refused(config: EngineConfig, changed: dict[
         load_model(replace(config, **changed))
 
 
+def test_the_reference_takes_the_place_of_the_devices_kernels(config: EngineConfig) -> None:
+    """Greedy tokens are those of the CPU's kernels: both compute in float32."""
+    reference = load_model(replace(config, kernels="reference"))
+    assert isinstance(reference.runner, ModelRunner) and reference.device == "emulated"
+    found = []
+    for model in (reference, load_model(replace(config, device="cpu"))):
+        scheduler = Scheduler(model.settings, SchedulerConfig())
+        request = Request("r", "t", [3, 14, 15, 92, 65], SamplingParams(max_tokens=8, temperature=0), 0.0)
+        scheduler.add(request, 0.0)
+        while (batch := scheduler.step(0.0)) is not None:
+            model.runner.submit(batch)
+            scheduler.update(model.runner.collect(), 0.0)
+        found.append(list(request.token_ids))
+    assert found[0] == found[1]
+    with pytest.raises(StartupError, match="kernels fast are not supported; choose auto or reference"):
+        load_model(replace(config, kernels="fast"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_says_so(config: EngineConfig) -> None:
+    with pytest.raises(StartupError, match="torch finds no CUDA device"):
+        load_model(replace(config, device="cuda", kernels="reference"))
     with pytest.raises(StartupError, match=r"CuPy cannot be imported|torch finds no CUDA device"):
         load_model(replace(config, device="cuda"))
