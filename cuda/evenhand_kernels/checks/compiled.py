@@ -104,6 +104,10 @@ def _small() -> Iterator[Variant]:
         yield variants.adjust(dtype)
         yield variants.log_probabilities(dtype)
     yield variants.count_tokens()
+    for bits in (4, 8):
+        yield variants.dequantize(BF16, bits)
+        for rows in variants.QUANTIZED_ROWS:
+            yield variants.quantized_linear(BF16, bits, rows)
 
 
 def available() -> str | None:
@@ -141,15 +145,19 @@ def faults(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.blocks} blocks fit a multiprocessor, {variant.blocks_per_sm} are planned with")
     if variant.kernel in _MOVERS and not (compiled.wide_loads and compiled.wide_stores):
         found.append(f"{compiled.wide_loads} loads and {compiled.wide_stores} stores of 16 bytes")
-    if variant.kernel == "attention" and (compiled.hot_loops < 2 or compiled.bare_loops):
+    loops = _HOT_LOOPS.get(variant.kernel, 0)
+    if compiled.hot_loops < loops or compiled.bare_loops:
         found.append(
-            f"{compiled.hot_loops} loops with products of tensor cores, where decodes and prompts have one each; "
+            f"{compiled.hot_loops} loops with products of tensor cores, {loops} are meant; "
             f"{compiled.bare_loops} of them without a load of 16 bytes"
         )
     return found
 
 
-_MOVERS = ("write_kv", "rms_norm", "silu_mul", "embedding", "block_copy")
+_HOT_LOOPS = {"attention": 2, "quantized_linear": 1}
+"""With products of tensor cores: decodes and prompts have one each."""
+
+_MOVERS = ("write_kv", "rms_norm", "silu_mul", "embedding", "block_copy", "dequantize")
 """Bound by moving elements: 16 bytes at a time, or they reach half of the bandwidth."""
 
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from evenhand_kernels.checks import attention, elementwise, sampling
+from evenhand_kernels.checks import attention, elementwise, quantized, sampling
 from evenhand_kernels.cuda.source import SOURCE_DIR
 from evenhand_kernels.emulation.device import EmulatedDevice, EmulationError
 
-CASES = [*attention.CASES, *elementwise.CASES, *sampling.CASES]
+CASES = [*attention.CASES, *elementwise.CASES, *quantized.CASES, *sampling.CASES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ WINDOW = ("attention: window",)
 MIXED = ("attention: decodes beside",)
 PADDING = ("attention: a graph",)
 FP8 = ("attention: fp8, head size 64, torch.bf",)
+QUANTIZED = ("quantized_linear", "dequantize")
 SAMPLE = ("sample: ties", "sample: vocabulary of 7", "sample: vocabulary of 1000")
 ADJUST = ("adjust",)
 NORM = ("rms_norm: 3 x",)
@@ -184,4 +185,28 @@ MUTANTS = [
     Mutant("adjust.cu", "logit > 0.f ? logit / repetition : logit * repetition", "logit / repetition", ADJUST),
     Mutant("adjust.cu", "times ? logit", "count ? logit", ADJUST),
     Mutant("log_probabilities.cu", "if (key < bound)", "if (key <= bound)", ("log_probabilities",)),
+    # quantised weights
+    Mutant("quantized_linear.cu", "  __syncthreads();\n", "", QUANTIZED),
+    Mutant(
+        "quantized_linear.cu", "const bool exists = column < columns && output", "const bool exists = output", QUANTIZED
+    ),
+    Mutant("quantized_linear.cu", "column < columns && row < arguments.num_rows", "column < columns", QUANTIZED),
+    Mutant(
+        "quantized_linear.cu",
+        "first_row + row >= arguments.num_rows",
+        "first_row + row > arguments.num_rows",
+        QUANTIZED,
+    ),
+    Mutant(
+        "quantized_linear.cu",
+        "{x[m][0].z, x[m][1].z, x[m][0].w, x[m][1].w}, w2, w3",
+        "{x[m][0].z, x[m][1].z, x[m][0].w, x[m][1].w}, w3, w2",
+        QUANTIZED,
+    ),
+    Mutant("quantized_linear.cu", "warp < NUM_WARPS; warp++", "warp < NUM_WARPS - 1; warp++", QUANTIZED),
+    Mutant("quantized_linear.cu", "if (arguments.bias)", "if (false)", QUANTIZED),
+    Mutant("quantized.cuh", "column / group) * 2", "column / (group + 32)) * 2", QUANTIZED),
+    Mutant("quantized.cuh", " ^ 0x80808080u", "", QUANTIZED),
+    Mutant("dequantize.cu", "if (row >= arguments.rows) return;", "", ("dequantize",)),
+    Mutant("dequantize.cu", "run.pair(i * 4 + 3)", "run.pair(i * 4)", ("dequantize",)),
 ]

@@ -1,4 +1,4 @@
-"""CudaKernels: the kernels in CUDA C++, and torch for products of matrices; on a GPU or on the emulated device.
+"""CudaKernels: the kernels in CUDA C++, and torch for products of dense matrices; on a GPU or on the emulated device.
 
 Activations, weights and the residual are bfloat16 or float16; norms, softmax and rotations are computed in float32.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.attention import PagedAttention
+from evenhand_kernels.cuda.quantized import QuantizedLinears
 from evenhand_kernels.cuda.work import AttentionWork, CudaPlan
 from evenhand_kernels.device import Device, Launch
 from evenhand_kernels.drawing import draw_rows
@@ -34,6 +35,7 @@ class CudaKernels:
         """`dtype` of activations and weights: bfloat16 or float16."""
         self.device, self.dtype = device, dtype
         self.work = AttentionWork(device.torch_device)
+        self._quantized = QuantizedLinears(device, dtype)
         self._silu_mul = device.load(variants.silu_mul(dtype))
         self._embedding = device.load(variants.embedding(dtype))
 
@@ -42,6 +44,8 @@ class CudaKernels:
         return self.device.torch_device
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
+        if isinstance(weight, QuantizedTensor) and self._quantized.can_take(weight):
+            return self._quantized.linear(weight, bias)
         dense, bias = self._dense(weight), None if bias is None else self._to_device(bias)
         return lambda x: F.linear(x, dense, bias)
 

@@ -136,3 +136,20 @@ def count_tokens() -> Variant:
 
 def _logits(dtype: torch.dtype) -> tuple[tuple[str, int | None], ...]:
     return (("BF16", None), ("LOGITS_FP32", None)) if dtype == torch.float32 else DTYPES[dtype]
+
+
+QUANTIZED_ROWS = (16, 32, 64)
+"""Rows of x that a block of quantized_linear makes, in turn: as few as hold all of them."""
+
+
+def quantized_linear(dtype: torch.dtype, bits: int, rows: int) -> Variant:
+    """`rows`: one of QUANTIZED_ROWS."""
+    num_threads = 256
+    shared = (num_threads // 32) * rows * (32 + 2) * 4
+    constants = (*DTYPES[dtype], ("BITS", bits), ("ROWS", rows))
+    blocks = 2 if rows * bits <= 32 * 4 else 1  # by the registers that sums and codes take
+    return Variant("quantized_linear", constants, num_threads, shared_bytes=shared, blocks_per_sm=blocks)
+
+
+def dequantize(dtype: torch.dtype, bits: int) -> Variant:
+    return Variant("dequantize", (*DTYPES[dtype], ("BITS", bits)), num_threads=256, blocks_per_sm=4)

@@ -22,7 +22,7 @@ from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.decoder import build_decoder
-from evenhand_engine.model.precision import DTYPES, Precision
+from evenhand_engine.model.precision import DTYPES, Precision, resolve_precision
 from evenhand_engine.model.weights import Weights
 from evenhand_kernels.cuda.device import CudaDevice
 from evenhand_kernels.cuda.kernels import CudaKernels
@@ -39,14 +39,13 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelConfig) -> LoadedModel:
     """Raises StartupError: no such device, kernels that do not compile, or too little memory."""
     dtype = _dtype(config, model_config)
-    if config.quantization != "none":
-        raise StartupError(f"quantization {config.quantization} is for the CPU; on a GPU leave it out")
     if config.speculative != "none":
         raise StartupError(f"speculative {config.speculative} is for the CPU; on a GPU leave it out")
+    precision = resolve_precision(config.dtype, config.quantization)
     try:
         device = _device(config)
         with device.stream():  # that the runner uses: no other is in order with it
-            return _load(config, model_dir, model_config, dtype, device)
+            return _load(config, model_dir, model_config, dtype, precision, device)
     except (DeviceError, CompileError) as error:
         raise StartupError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -57,17 +56,23 @@ def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelCon
 
 
 def _load(
-    config: EngineConfig, model_dir: Path, model_config: ModelConfig, dtype: torch.dtype, device: Device
+    config: EngineConfig,
+    model_dir: Path,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    precision: Precision,
+    device: Device,
 ) -> LoadedModel:
+    """`dtype` of activations, KV cache and all weights that `precision` leaves unquantised."""
     free, total = device.memory()
-    needed = weight_bytes(config, model_dir, model_config, Precision(dtype))
+    needed = min(weight_bytes(config, model_dir, model_config, precision), model_config.num_parameters * dtype.itemsize)
     if needed > free:
         raise StartupError(
             f"too little memory on {device.name}: the weights need {_gib(needed)}, {_gib(free)} of {_gib(total)} are "
             "free: stop what else runs there, or choose a smaller model"
         )
     kernels = CudaKernels(device, dtype)
-    weights = make_weights(config, model_dir, model_config, Precision(dtype), kernels)
+    weights = make_weights(config, model_dir, model_config, precision, kernels)
     return _with_cache(config, model_dir, model_config, dtype, kernels, weights)
 
 

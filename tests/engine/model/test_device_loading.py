@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from evenhand_engine.config import EngineConfig
@@ -12,7 +13,10 @@ from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.errors import StartupError
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cuda.quantized import QuantizedLinears
 from evenhand_kernels.emulation.device import EmulatedDevice
+from evenhand_kernels.kernels import Linear
+from evenhand_kernels.quantized import QuantizedTensor
 from evenhand_policy.config import SchedulerConfig
 
 from .conftest import make_checkpoint
@@ -36,6 +40,19 @@ def test_the_cache_is_as_large_as_asked_for(config: EngineConfig) -> None:
     model = load_model(config)
     assert (model.device, model.dtype, model.settings.num_kv_blocks) == ("emulated", "bfloat16", 20)
     assert model.runner.pipeline_depth == 2
+
+
+def test_weights_are_quantised_where_asked(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    linear = QuantizedLinears.linear
+
+    def noting(self: QuantizedLinears, weight: QuantizedTensor, bias: Tensor | None) -> Linear:
+        seen.add(weight.bits)
+        return linear(self, weight, bias)
+
+    monkeypatch.setattr(QuantizedLinears, "linear", noting)
+    assert load_model(replace(config, quantization="int8")).dtype == "bfloat16"
+    assert seen == {8}
 
 
 def test_the_cache_gets_what_weights_and_activations_leave(
@@ -72,8 +89,8 @@ def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
     ("changed", "message"),
     [
         ({"dtype": "float32"}, "dtype float32 is not supported on a GPU; choose auto, bfloat16 or float16"),
-        ({"quantization": "int8"}, "quantization int8 is for the CPU"),
         ({"speculative": "ngram"}, "speculative ngram is for the CPU"),
+        ({"quantization": "int8", "dtype": "float16"}, "quantization int8 and dtype float16 exclude each other"),
         ({"device": "tpu"}, "device tpu is not supported; choose auto, cpu or cuda"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "KV cache dtype bfloat16 is not supported on a GPU"),
     ],

@@ -26,17 +26,20 @@ from evenhand_engine.scheduler.batch import Runner
 from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.kernels import CudaKernels
-from evenhand_kernels.device import Graph
+from evenhand_kernels.cuda.source import Variant
+from evenhand_kernels.device import Graph, Launch
 from evenhand_kernels.emulation.device import EmulatedDevice
 from evenhand_kernels.kernels import Kernels, KvCacheShape
 from evenhand_kernels.reference import ReferenceKernels
 from evenhand_policy.config import SchedulerConfig
 
 from .conftest import make_checkpoint
+from .test_packed_int import rewrite
 
 SETTINGS = SchedulerSettings(
     max_num_seqs=5, max_num_batched_tokens=24, max_model_len=96, num_kv_blocks=24, growth_blocks=0.0
 )
+SIXTEEN_BITS = Precision(torch.float16)
 NUM_OUTPUTS = 6
 POISON = 190
 """A token whose embedding is not a number."""
@@ -47,9 +50,16 @@ PROMPTS = [
 
 
 class CountingDevice(EmulatedDevice):
-    """Counts what was replayed."""
+    """Counts what was replayed, and remembers what was loaded."""
 
-    num_replays = 0
+    def __init__(self) -> None:
+        super().__init__(cache_dir() / "kernels", checked=False)
+        self.num_replays = 0
+        self.loaded: set[str] = set()
+
+    def load(self, variant: Variant) -> Launch:
+        self.loaded.add(variant.kernel)
+        return super().load(variant)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         graph, device = super().capture(work), self
@@ -76,20 +86,22 @@ class Model:
         return cls.load(directory)
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
+    def load(cls, directory: Path, precision: Precision = SIXTEEN_BITS) -> Self:
+        """`precision` of the weights on the device; on the CPU they are the same numbers, rounded to 16 bits."""
         config = load_model_config(directory)
 
-        def decoder(kernels: Kernels, dtype: torch.dtype) -> Decoder:
-            weights = load_weights(directory, config, Precision(torch.float16), kernels)
+        def decoder(kernels: Kernels, precision: Precision, dtype: torch.dtype) -> Decoder:
+            weights = load_weights(directory, config, precision, kernels)
             cache = KvCacheShape(SETTINGS.num_kv_blocks, SETTINGS.block_size, dtype)
             return build_decoder(config, weights, kernels, cache, SETTINGS.max_model_len)
 
-        device = CountingDevice(cache_dir() / "kernels", checked=False)
+        device = CountingDevice()
         kernels = CudaKernels(device, torch.float16)
-        on_device = DeviceRunner(decoder(kernels, torch.float16), kernels, SETTINGS, config.vocab_size)
+        on_device = DeviceRunner(decoder(kernels, precision, torch.float16), kernels, SETTINGS, config.vocab_size)
         on_device.warm_up()
         with torch.inference_mode():
-            on_cpu = ModelRunner(decoder(ReferenceKernels(), torch.float32), SETTINGS, Structures(config.vocab_size))
+            reference = decoder(ReferenceKernels(), SIXTEEN_BITS, torch.float32)
+            on_cpu = ModelRunner(reference, SETTINGS, Structures(config.vocab_size))
         return cls(device, on_device, on_cpu)
 
 
@@ -173,6 +185,17 @@ def test_every_architecture_alone_and_in_mixed_batches(
     expected = [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]
     assert served(model.on_device, SETTINGS, PROMPTS) == expected
     assert served(model.on_device, SETTINGS, PROMPTS[1:2]) == expected[1:2]
+
+
+@pytest.mark.parametrize(("method", "bits"), [("awq", 4), ("gptq", 8)])
+def test_packed_weights_stay_packed(tmp_path: Path, method: str, bits: int) -> None:
+    """Their products are those of the weights that the codes say."""
+    _, reference = make_checkpoint(tmp_path, LlamaConfig, intermediate_size=192)
+    rewrite(tmp_path, reference, method, bits, "gptq")
+    model = Model.load(tmp_path, Precision())
+    assert "quantized_linear" in model.device.loaded
+    expected = [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]
+    assert served(model.on_device, SETTINGS, PROMPTS) == expected
 
 
 def test_decodes_are_replayed_and_padding_changes_nothing(model: Model, alone: list[list[int]]) -> None:

@@ -5,13 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from evenhand_kernels.checks import attention, elementwise, sampling
 from evenhand_kernels.checks.case import Case
+from evenhand_kernels.checks.mutants import CASES
 from evenhand_kernels.cuda.device import CudaDevice
 from evenhand_kernels.cuda.source import SOURCE_DIR
 from evenhand_kernels.emulation.device import EmulatedDevice
-
-CASES = [*attention.CASES, *elementwise.CASES, *sampling.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
