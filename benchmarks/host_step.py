@@ -57,6 +57,9 @@ class IdleDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         return _Nothing()
 
+    def seconds(self, work: Callable[[], None]) -> float:
+        return 1.0
+
     def memory(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30
 

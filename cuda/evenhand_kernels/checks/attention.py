@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evenhand_kernels.checks.case import Case, assert_close, exact
 from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.cuda.variants import has_bulk_copies
 from evenhand_kernels.cuda.work import CudaPlan
 from evenhand_kernels.device import Device
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
@@ -37,6 +38,7 @@ class AttentionCase:
     normed: bool = False
     rotated: bool = False
     padding: int = 0
+    bulk_copy: bool = False
     seed: int = 0
     tolerance: float = field(init=False)
 
@@ -48,7 +50,7 @@ class AttentionCase:
         lens = [total for _, total in self.requests]
         heads = self.num_kv_heads * (self.group + 2)
         layer = self._layer(rng, device, max(lens))
-        kernels = CudaKernels(device, self.dtype)
+        kernels = CudaKernels(device, self.dtype, bulk_copy=self.bulk_copy and has_bulk_copies(device.architecture))
         table, num_blocks = self._block_table(rng)
         cache_dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
         attend = kernels.attention(layer, KvCacheShape(num_blocks, self.block_size, cache_dtype))
@@ -203,10 +205,28 @@ def _cases() -> dict[str, AttentionCase]:
         cases[f"head size {head_dim}"] = AttentionCase(
             requests=[(1, 70), (40, 50), (1, 600)], head_dim=head_dim, num_kv_heads=1, rotated=True, normed=True
         )
+    for name in (
+        "decodes at block borders",
+        "decodes at the end of the block table",
+        "decodes beside chunks and an empty request",
+        "window, decodes",
+        "blocks of 32",
+        "split",
+        "split, window",
+        "soft cap",
+        "a graph's padding",
+        "28,000 tokens beside short ones",
+    ):
+        cases[f"bulk copies, {name}"] = replace(cases[name], bulk_copy=True)
+    for head_dim in (16, 80, 128, 256):
+        cases[f"bulk copies, head size {head_dim}"] = replace(cases[f"head size {head_dim}"], bulk_copy=True)
     for head_dim in (64, 96, 128, 256):
         for dtype in (torch.bfloat16, torch.float16):
             cases[f"fp8, head size {head_dim}, {dtype}"] = AttentionCase(
                 requests=[(1, 70), (40, 50), (1, 600)], head_dim=head_dim, num_kv_heads=1, dtype=dtype, fp8=True
+            )
+            cases[f"bulk copies, fp8, head size {head_dim}, {dtype}"] = replace(
+                cases[f"fp8, head size {head_dim}, {dtype}"], bulk_copy=True
             )
     return cases
 

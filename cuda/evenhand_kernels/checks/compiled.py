@@ -45,8 +45,9 @@ class Compiled:
     Attributes:
         blocks: how many fit a multiprocessor, by registers, shared memory and threads.
         spill_bytes: of registers in local memory, with the stack.
-        wide_loads, wide_stores: 16-byte accesses of global memory, LDGSTS among the loads; for sm_100 the compiler leaves
-            some of them generic.
+        wide_loads, wide_stores: 16-byte accesses of global memory, LDGSTS and bulk copies among the loads; for sm_100 the
+            compiler leaves some of them generic.
+        bulk_copies: instructions that copy a whole slice (UBLKCP).
         products: instructions of tensor cores (HMMA, HGMMA).
         hot_loops: loops with products of tensor cores in them.
         bare_loops: those of them with no 16-byte load of what they multiply.
@@ -61,6 +62,7 @@ class Compiled:
     spill_bytes: int
     wide_loads: int
     wide_stores: int
+    bulk_copies: int
     products: int
     hot_loops: int
     bare_loops: int
@@ -75,7 +77,7 @@ def shipped(architecture: str) -> Iterator[Variant]:
         (FP16, FP16, 128),
         (FP16, FP8, 128),
     ]:
-        yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture)
+        yield from _attention(dtype, kv_dtype, head_dim, architecture)
         yield variants.write_kv(dtype, kv_dtype, head_dim, 16)
         yield variants.merge(dtype, kv_dtype, head_dim, 16)
     yield variants.attention(BF16, BF16, 128, 16, architecture, soft_cap=True)
@@ -86,10 +88,17 @@ def quick(architecture: str) -> Iterator[Variant]:
     """Attention takes seconds to compile: here at two head sizes, another pair for each architecture."""
     head_dim = {"sm_80": 64, "sm_89": 256, "sm_90": 128, "sm_100": 96}[architecture]
     for kv_dtype, size in ((BF16, head_dim), (FP8, 128 if head_dim != 128 else 64)):
-        yield variants.attention(BF16, kv_dtype, size, 16, architecture)
+        yield from _attention(BF16, kv_dtype, size, architecture)
         yield variants.write_kv(BF16, kv_dtype, size, 16)
         yield variants.merge(BF16, kv_dtype, size, 16)
     yield from _small()
+
+
+def _attention(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, architecture: str) -> Iterator[Variant]:
+    """All that a device measures when it chooses."""
+    yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture)
+    if variants.has_bulk_copies(architecture):
+        yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture, bulk_copy=True)
 
 
 def _small() -> Iterator[Variant]:
@@ -145,6 +154,8 @@ def faults(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.blocks} blocks fit a multiprocessor, {variant.blocks_per_sm} are planned with")
     if variant.kernel in _MOVERS and not (compiled.wide_loads and compiled.wide_stores):
         found.append(f"{compiled.wide_loads} loads and {compiled.wide_stores} stores of 16 bytes")
+    if ("BULK_COPY", None) in variant.constants and not compiled.bulk_copies:
+        found.append("no bulk copies")
     loops = _HOT_LOOPS.get(variant.kernel, 0)
     if compiled.hot_loops < loops or compiled.bare_loops:
         found.append(
@@ -195,7 +206,11 @@ def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compil
         THREADS[architecture] // variant.num_threads,
     )
     lines = code.splitlines()
-    loads = [bool(re.search(r"\bLD(G|GSTS)?\.E\S*\.128", line)) for line in lines]
+    bulk_copies = [bool(re.search(r"\bUBLKCP\b", line)) for line in lines]
+    loads = [
+        bulk or bool(re.search(r"\bLD(G|GSTS)?\.E\S*\.128", line))
+        for line, bulk in zip(lines, bulk_copies, strict=True)
+    ]
     products = [bool(re.search(r"\bHG?MMA\b", line)) for line in lines]
     hot = [(begin, end) for begin, end in _loops(lines) if any(products[begin:end])]
     return Compiled(
@@ -207,6 +222,7 @@ def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compil
         spill_bytes=sum(map(int, spills.groups())),
         wide_loads=sum(loads),
         wide_stores=sum(bool(re.search(r"\bSTG?\.E\S*\.128", line)) for line in lines),
+        bulk_copies=sum(bulk_copies),
         products=sum(products),
         hot_loops=len(hot),
         bare_loops=sum(not any(loads[begin:end]) for begin, end in hot),

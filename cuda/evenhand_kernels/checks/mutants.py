@@ -69,6 +69,7 @@ WINDOW = ("attention: window",)
 MIXED = ("attention: decodes beside",)
 PADDING = ("attention: a graph",)
 FP8 = ("attention: fp8, head size 64, torch.bf",)
+BULK = ("attention: bulk copies, decodes", "attention: bulk copies, split")
 QUANTIZED = ("quantized_linear", "dequantize")
 SAMPLE = ("sample: ties", "sample: vocabulary of 7", "sample: vocabulary of 1000")
 ADJUST = ("adjust",)
@@ -77,22 +78,29 @@ NORM = ("rms_norm: 3 x",)
 MUTANTS = [
     # barriers and waits
     Mutant("decode.cuh", "__syncthreads();  // the queries are there", "", DECODE),
-    Mutant("decode.cuh", "cp_async_wait<2 * (DECODE_STAGES - 1)>();\n  __syncthreads()", "__syncthreads()", DECODE),
+    Mutant("slices_async.cuh", "{ cp_async_wait<2 * (DECODE_STAGES - 1)>(); }", "{}", DECODE),
     Mutant(
-        "decode.cuh",
+        "slices_async.cuh",
         "cp_async_wait<2 * (DECODE_STAGES - 1) + 1>();",
         "cp_async_wait<2 * (DECODE_STAGES - 1) + 2>();",
         DECODE,
     ),
-    Mutant("decode.cuh", "__syncwarp();  // the keys of all lanes are there", "", DECODE),
-    Mutant("decode.cuh", "__syncwarp();  // and the values", "", DECODE),
+    Mutant("slices_async.cuh", "__syncwarp();  // those of all lanes are there", "", DECODE),
+    Mutant("slices_async.cuh", "__syncwarp();\n    return buffers.values", "return buffers.values", DECODE),
     Mutant(
         "decode.cuh",
         "__syncwarp();  // all lanes are done with the stage that is filled now",
         "",
         ("attention: split",),
     ),
-    Mutant("decode.cuh", "cp_async_wait<2 * (DECODE_STAGES - 1)>();\n    __syncwarp();", "__syncwarp();", DECODE),
+    Mutant("slices_async.cuh", "cp_async_wait<2 * (DECODE_STAGES - 1)>();\n    __syncwarp();", "__syncwarp();", DECODE),
+    Mutant("decode.cuh", "__syncwarp();  // all lanes are done with the stage that is filled now", "", BULK),
+    Mutant("slices_bulk.cuh", "mbarrier_wait(barrier, slice / NUM_WARPS / DECODE_STAGES & 1);", "", BULK),
+    Mutant("slices_bulk.cuh", "slice / NUM_WARPS / DECODE_STAGES & 1", "0", BULK),
+    Mutant("slices_bulk.cuh", "store_16B(rows + i * 16, {0, 0, 0, 0});", "", BULK),
+    Mutant("slices_bulk.cuh", "      __syncwarp();\n    }\n    return rows", "    }\n    return rows", BULK),
+    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || rows <= 0)", "if (rows <= 0)", BULK),
+    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || rows <= 0)", "if (lane_index() != 0)", BULK),
     Mutant("decode.cuh", "__syncthreads();  // the parts lie where the slices were", "", DECODE),
     Mutant(
         "decode.cuh",
@@ -141,7 +149,7 @@ MUTANTS = [
     Mutant("attention_tile.cuh", "behind >= visible.window", "behind > visible.window", WINDOW),
     Mutant("attention.cu", "if (static_cast<int>(blockIdx.y) >= arguments.counts[0]) return;", "", PADDING),
     Mutant("merge.cu", "if (static_cast<int>(blockIdx.z) >= arguments.counts[1]) return;", "", PADDING),
-    Mutant("decode.cuh", "first_token(slice) < item.kv_end ?", "first_token(slice) <= item.kv_end ?", DECODE + PADDING),
+    Mutant("slices.cuh", "first_token(slice) < item.kv_end ?", "first_token(slice) <= item.kv_end ?", DECODE + PADDING),
     Mutant("write_kv.cu", "if (slot < 0) return;", "", PADDING),
     Mutant("write_kv.cu", "token < arguments.num_tokens && lane", "token <= arguments.num_tokens && lane", DECODE),
     Mutant(

@@ -24,7 +24,14 @@ class PagedAttention:
     """
 
     def __init__(
-        self, device: Device, dtype: torch.dtype, layer: AttentionLayer, cache: KvCacheShape, work: AttentionWork
+        self,
+        device: Device,
+        dtype: torch.dtype,
+        layer: AttentionLayer,
+        cache: KvCacheShape,
+        work: AttentionWork,
+        *,
+        bulk_copy: bool = False,
     ) -> None:
         """`cache.dtype` is the activations' `dtype` or float8_e4m3fn. Adds itself to `work`. Raises ValueError."""
         heads = layer.num_kv_heads
@@ -34,7 +41,9 @@ class PagedAttention:
                 f"block_size {cache.block_size} a multiple of 16"
             )
         key = (dtype, cache.dtype, layer.head_dim, cache.block_size)
-        variant = variants.attention(*key, device.architecture, soft_cap=layer.soft_cap is not None)
+        variant = variants.attention(
+            *key, device.architecture, soft_cap=layer.soft_cap is not None, bulk_copy=bulk_copy
+        )
         self._group = layer.num_heads // heads
         planner = Planner(
             num_kv_heads=heads,

@@ -4,38 +4,22 @@
 // itself, so no warp ever waits for another until all meet to merge. Bound by the reading of the cache; each byte is read
 // once for all query heads of the group.
 #pragma once
-#include "attention.cuh"
+#include "slices.cuh"
+#ifdef BULK_COPY
+#include "slices_bulk.cuh"
+#else
+#include "slices_async.cuh"
+#endif
 
-struct DecodeShared {
+struct DecodeShared : SliceBarriers {
   Element query[DECODE_ROWS * HEAD_DIM];
   union {
-    struct {
-      uint8_t keys[NUM_WARPS][DECODE_STAGES][SLICE_BYTES];
-      uint8_t values[NUM_WARPS][DECODE_STAGES][SLICE_BYTES];
-    } slices;
+    SliceBuffers slices;
     struct {
       float output[NUM_WARPS][DECODE_ROWS][HEAD_DIM + 4];
       float state[NUM_WARPS][DECODE_ROWS][2];
     } parts;
   };
-};
-
-// The slices of one warp, one after the other.
-struct Slices {
-  const Arguments& arguments;
-  const Item& item;
-  const int32_t* table;
-
-  DEVICE int first_token(int slice) const { return item.kv_begin + slice * SLICE; }
-  DEVICE int block(int slice) const {
-    return first_token(slice) < item.kv_end ? table[first_token(slice) / BLOCK_SIZE] : 0;
-  }
-  DEVICE void copy(uint8_t* to, const uint8_t* cache, int slice, int block) const {
-    const int first = first_token(slice);
-    if (first < item.kv_end)
-      copy_rows<SLICE>(to, cache + row_offset(block, item.kv_head, arguments.num_kv_heads, first % BLOCK_SIZE), item.kv_end - first);
-    cp_async_commit();
-  }
 };
 
 // Merges what the warps have found, and writes it.
@@ -77,7 +61,7 @@ DEVICE void merge_warps(DecodeShared& shared, const Accumulator<1>& a, const Arg
 DEVICE void attend_decode(DecodeShared& shared, const Arguments& arguments, const Item& item) {
   const Rows rows = load_rows(arguments, item);
   const int warp = warp_index(), num_slices = (item.kv_end - item.kv_begin + SLICE - 1) / SLICE;
-  const Slices slices{arguments, item, arguments.block_table + static_cast<int64_t>(item.request) * arguments.table_stride};
+  const Slices slices(arguments, item, shared.slices, shared);
   copy_queries<DECODE_ROWS>(shared.query, arguments, item, rows);
   cp_async_commit();
 
@@ -86,11 +70,10 @@ DEVICE void attend_decode(DecodeShared& shared, const Arguments& arguments, cons
 #pragma unroll
   for (int stage = 0; stage < DECODE_STAGES - 1; stage++) {
     const int slice = warp + stage * NUM_WARPS, next = slices.block(slice + NUM_WARPS);
-    slices.copy(shared.slices.keys[warp][stage], arguments.keys, slice, block);
-    slices.copy(shared.slices.values[warp][stage], arguments.values, slice, block);
+    slices.start(stage, slice, block);
     block = next;
   }
-  cp_async_wait<2 * (DECODE_STAGES - 1)>();
+  slices.await_queries();
   __syncthreads();  // the queries are there
   const Visible<1> visible = visible_tokens<1>(arguments, item, rows, 0);
   const int first_position = rows.position + item.first_row / arguments.group;
@@ -111,19 +94,16 @@ DEVICE void attend_decode(DecodeShared& shared, const Arguments& arguments, cons
   for (int slice = warp; slice < num_slices; slice += NUM_WARPS) {
     __syncwarp();  // all lanes are done with the stage that is filled now
     const int ahead = slice + (DECODE_STAGES - 1) * NUM_WARPS, next = slices.block(ahead + NUM_WARPS);
-    slices.copy(shared.slices.keys[warp][free_stage], arguments.keys, ahead, block);
-    slices.copy(shared.slices.values[warp][free_stage], arguments.values, ahead, block);
+    slices.start(free_stage, ahead, block);
     block = next;
-    cp_async_wait<2 * (DECODE_STAGES - 1) + 1>();
-    __syncwarp();  // the keys of all lanes are there
+    const uint8_t* keys = slices.await_keys(stage, slice);
     float scores[1][SLICE / 8][4];
-    multiply_keys<1, SLICE>(scores, fragment, shared.slices.keys[warp][stage]);
+    multiply_keys<1, SLICE>(scores, fragment, keys);
     const int first = slices.first_token(slice);
     const bool masked = first + SLICE - 1 > first_position || first <= last_position - arguments.window;
     softmax<1, SLICE>(scores, a, visible, first, masked, scale, arguments.soft_cap);
-    cp_async_wait<2 * (DECODE_STAGES - 1)>();
-    __syncwarp();  // and the values
-    multiply_values<1, SLICE>(a, scores, shared.slices.values[warp][stage]);
+    const uint8_t* values = slices.await_values(stage, slice);
+    multiply_values<1, SLICE>(a, scores, values);
     stage = stage + 1 == DECODE_STAGES ? 0 : stage + 1;
     free_stage = free_stage + 1 == DECODE_STAGES ? 0 : free_stage + 1;
   }

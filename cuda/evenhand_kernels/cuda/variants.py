@@ -20,6 +20,11 @@ def supported_architectures() -> list[str]:
     return list(SHARED_KIB)
 
 
+def has_bulk_copies(architecture: str) -> bool:
+    """Whether it has cp.async.bulk and mbarriers that count its bytes: sm_90 and later."""
+    return int(architecture.rstrip("af").removeprefix("sm_")) >= 90
+
+
 def element_constants(dtype: torch.dtype) -> tuple[tuple[str, int | None], ...]:
     """Of kernels whose elements are `dtype`, bfloat16 or float16."""
     return DTYPES[dtype]
@@ -59,24 +64,29 @@ def attention(
     architecture: str,
     *,
     soft_cap: bool = False,
+    bulk_copy: bool = False,
     max_stages: int = MAX_STAGES,
 ) -> Variant:
-    """The deepest pipeline of which two blocks fit a multiprocessor; where that is none, the deepest that fits once."""
+    """The deepest pipeline of which two blocks fit a multiprocessor; where that is none, the deepest that fits once.
+
+    `bulk_copy`: decodes copy whole slices, which architectures with `has_bulk_copies` can.
+    """
     available = SHARED_KIB[architecture.rstrip("af")] * 1024
     row_bytes = head_dim * kv_dtype.itemsize
     blocks, stages = next(
         (blocks, stages)
         for blocks in (2, 1)
         for stages in range(max_stages, 0, -1)
-        if blocks * (_attention_bytes(head_dim, row_bytes, stages) + RESERVED_BYTES) <= available
+        if blocks * (_attention_bytes(head_dim, row_bytes, stages, bulk_copy) + RESERVED_BYTES) <= available
     )
     constants = (
         *kv_constants(dtype, kv_dtype, head_dim, block_size),
         *((("SOFT_CAP", None),) if soft_cap else ()),
+        *((("BULK_COPY", None),) if bulk_copy else ()),
         ("DECODE_STAGES", stages),
         ("PROMPT_M", _prompt_m(head_dim)),
     )
-    shared = _attention_bytes(head_dim, row_bytes, stages)
+    shared = _attention_bytes(head_dim, row_bytes, stages, bulk_copy)
     return Variant("attention", constants, shared_bytes=shared, blocks_per_sm=blocks)
 
 
@@ -84,11 +94,12 @@ def _prompt_m(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def _attention_bytes(head_dim: int, row_bytes: int, stages: int) -> int:
+def _attention_bytes(head_dim: int, row_bytes: int, stages: int, bulk_copy: bool) -> int:
     """`Shared` in attention.cu."""
+    barriers = 2 * NUM_WARPS * stages * 8 if bulk_copy else 0
     slices = 2 * NUM_WARPS * stages * 16 * row_bytes
     parts = NUM_WARPS * DECODE_ROWS * (head_dim + 4 + 2) * 4
-    decode = DECODE_ROWS * head_dim * 2 + max(slices, parts)
+    decode = barriers + DECODE_ROWS * head_dim * 2 + max(slices, parts)
     prompt = prompt_rows(head_dim) * head_dim * 2 + 2 * (64 if head_dim <= 96 else 32) * row_bytes
     return max(decode, prompt)
 

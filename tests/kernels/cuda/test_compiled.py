@@ -1,6 +1,7 @@
 """Every variant, compiled for each architecture without a GPU, has the machine code that its speed stands on."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,10 @@ def test_every_kernel_is_compiled() -> None:
 
 def test_faults_are_found() -> None:
     variant = Variant("attention", blocks_per_sm=2)
-    sound = Compiled("attention", "sm_90", 200, 0, 2, 0, 8, 8, 64, 2, 0, 0)
+    sound = Compiled("attention", "sm_90", 200, 0, 2, 0, 8, 8, 0, 64, 2, 0, 0)
     assert faults(variant, sound) == []
-    wrong = Compiled("attention", "sm_90", 255, 0, 1, 8, 0, 0, 64, 2, 1, 3)
+    assert faults(replace(variant, constants=(("BULK_COPY", None),)), sound) == ["no bulk copies"]
+    wrong = Compiled("attention", "sm_90", 255, 0, 1, 8, 0, 0, 0, 64, 2, 1, 3)
     assert len(faults(variant, wrong)) == 3
 
 
