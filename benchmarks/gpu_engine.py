@@ -95,9 +95,7 @@ def traced_idle(loop: Loop, num_steps: int) -> float:
             loop.step()
         torch.cuda.synchronize()
     spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type.name == "CUDA"
+        (event.time_range.start, event.time_range.end) for event in profile.events() if event.device_type.name == "CUDA"
     ]
     return idle_part(spans)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.core.device_sampling import Samples, SamplingStep, StepSampler
+from evenhand_engine.core.device_adjustments import Samples
+from evenhand_engine.core.device_sampling import SamplingStep, StepSampler
 from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
 from evenhand_engine.core.warm_up import run_largest_step
@@ -50,8 +51,8 @@ class DeviceRunner:
         self._block_size = settings.block_size
         torch_device = self._device.torch_device
         self._seats = DeviceSeats(settings, torch_device)
-        sampler = DeviceSampler(self._device, kernels.dtype, vocab_size)
-        self._sampler = StepSampler(self._device, sampler, self._seats)
+        sampler = DeviceSampler(self._device, kernels.dtype, vocab_size, num_penalty_seats=settings.max_num_seqs)
+        self._sampler = StepSampler(self._device, sampler, self._seats, settings)
         num_rows, num_seqs = settings.max_num_batched_tokens, settings.max_num_seqs
         largest = StepLayout(
             num_rows=max(num_rows, num_seqs),
@@ -76,6 +77,7 @@ class DeviceRunner:
     def submit(self, batch: Batch) -> None:
         with self._device.stream(), torch.inference_mode():
             self._seats.take_in(batch)
+            self._sampler.take_in(batch)
             recorded = self._recorded(batch)
             if recorded is not None:
                 step, samples = self._copy(batch, recorded.layout, recorded.shape)
@@ -160,8 +162,7 @@ class DeviceRunner:
         sampled = num_samples.nonzero()[0]
         samples = Samples(seat[sampled], end[sampled] - seats.num_prompt_tokens[seat[sampled]])
         host.fill("logits_indices", cu_seqlens_q[sampled + 1] - 1, padding=0)
-        seats.write_sampling(samples.seats, host)
-        host.fill("indices", samples.indices, np.int64)
+        self._sampler.write(samples, host)
         seats.write_new_blocks(items, host)
         return samples
 

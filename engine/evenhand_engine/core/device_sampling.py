@@ -1,28 +1,23 @@
 """StepSampler: tokens of a device's step, from its logits to the host, without waiting for either."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_adjustments import DeviceAdjustments, Samples, sent
 from evenhand_engine.core.device_seats import DeviceSeats
-from evenhand_engine.core.step_layout import DeviceStep
+from evenhand_engine.core.step_layout import DeviceStep, HostStep
+from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
-from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler, SamplingRows
+from evenhand_kernels.cuda.sampling import DeviceSampler, SamplingRows
 from evenhand_kernels.device import Device, Event
 
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are not finite, or allow none."""
-
-
-class Samples(NamedTuple):
-    """The rows of a step's logits that are sampled: int64, whose each is, and how many outputs that one has by then."""
-
-    seats: NDArray[np.int64]
-    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +33,10 @@ class _Told:
     words: Tensor
 
 
+Noted = dict[int, Callable[[int], None]]
+"""By row of a step's samples: who must be told of its token."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingStep:
     """What a submitted step samples, on its way to the host."""
@@ -45,12 +44,15 @@ class SamplingStep:
     event: Event
     token_ids: Tensor  # int32, pinned
     told: _Told | None
+    noted: Noted
 
     def wait(self) -> list[Sampled]:
         """Block until it has come; one result for each item with samples."""
         self.event.wait()
         token_ids = self.token_ids.tolist()
         told = {} if self.told is None else _read(self.told)
+        for row, note in self.noted.items():
+            note(token_ids[row])
         return [
             Sampled(() if token_id == NO_TOKEN else (token_id,), (told[row],) if row in told else ())
             for row, token_id in enumerate(token_ids)
@@ -58,11 +60,22 @@ class SamplingStep:
 
 
 class StepSampler:
-    """Asks for the sampling of each step. Owns nothing but the kernels' own state."""
+    """Asks for the sampling of each step."""
 
-    def __init__(self, device: Device, sampler: DeviceSampler, seats: DeviceSeats) -> None:
+    def __init__(self, device: Device, sampler: DeviceSampler, seats: DeviceSeats, settings: SchedulerSettings) -> None:
+        """`sampler` counts the tokens of as many seats as there are."""
         self._device, self._sampler, self._seats = device, sampler, seats
-        self._nobody = torch.full((seats.nobody,), -1, dtype=torch.int32, device=device.torch_device)
+        self._adjustments = DeviceAdjustments(device, sampler, settings)
+
+    def take_in(self, batch: Batch) -> None:
+        """Who sits down."""
+        self._adjustments.take_in(batch.started)
+
+    def write(self, samples: Samples, step: HostStep) -> None:
+        """How each row is sampled, into the step's parts for samples."""
+        self._seats.write_sampling(samples.seats, step)
+        step.fill("indices", samples.indices, np.int64)
+        self._adjustments.write(samples, step)
 
     def sample(self, samples: Samples, step: DeviceStep, logits: Tensor) -> SamplingStep:
         """Draw from the rows of `logits`, [at least the number of samples, vocab_size], and start the way to the host.
@@ -81,45 +94,22 @@ class StepSampler:
                 top_k=step.part("top_k")[:num_rows],
                 seeds=step.part("seeds", torch.int64)[:num_rows],
                 indices=step.part("indices", torch.int64)[:num_rows],
-                seats=self._nobody[:num_rows],
+                seats=step.part("counted_seats")[:num_rows],
             )
-            sampled = self._sampler.sample(logits, rows, self._adjustments(samples))
+            adjustments = self._adjustments.of(samples, self._seats.last_token_ids)
+            sampled = self._sampler.sample(logits, rows, adjustments)
             token_ids.copy_(sampled, non_blocking=True)
             sampled = sampled.clamp(min=0)  # a request without a token has a step in flight that reads one
             self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
             told = self._log_probabilities(samples, logits, sampled)
-        return SamplingStep(self._device.record(), token_ids, told)
-
-    def _adjustments(self, samples: Samples) -> Adjustments | None:
-        """Stop tokens are forbidden until a request has its `min_tokens`."""
-        rows = (samples.indices < self._seats.min_tokens[samples.seats]).nonzero()[0].tolist()
-        started = self._seats.started
-        forbidden = {row: sorted(started[int(samples.seats[row])].sampling_params.stop_token_ids) for row in rows}
-        if not forbidden:
-            return None
-        places = np.full(len(samples.seats), -1, np.int32)
-        places[list(forbidden)] = np.arange(len(forbidden))
-        tokens = np.concatenate([np.array(tokens, np.int32) for tokens in forbidden.values()])
-        offsets = np.cumsum([0, *map(len, forbidden.values())], dtype=np.int32)
-        ones, zeros = np.ones(len(forbidden), np.float32), np.zeros(len(forbidden), np.float32)
-        return Adjustments(
-            rows=self._sent(np.array(list(forbidden), np.int32)),
-            adjusted_row=self._sent(places),
-            seats=self._sent(np.full(len(forbidden), -1, np.int32)),
-            repetition=self._sent(ones),
-            frequency=self._sent(zeros),
-            presence=self._sent(zeros),
-            bias_offsets=self._sent(offsets),
-            bias_tokens=self._sent(tokens),
-            bias_values=self._sent(np.full(len(tokens), -np.inf, np.float32)),
-        )
+        return SamplingStep(self._device.record(), token_ids, told, self._adjustments.listeners(samples))
 
     def _log_probabilities(self, samples: Samples, logits: Tensor, sampled: Tensor) -> _Told | None:
         wanted = self._seats.num_logprobs[samples.seats]
         asked = {row: int(wanted[row]) for row in (wanted >= 0).nonzero()[0].tolist()}
         if not asked:
             return None
-        rows, num_top = self._sent(np.array(list(asked), np.int64)), max(1, *asked.values())
+        rows, num_top = sent(self._device, np.array(list(asked), np.int64)), max(1, *asked.values())
         logits, tokens = logits[rows], sampled[rows]
         found = self._sampler.log_probabilities(logits, tokens, num_top)
         own = logits.gather(1, tokens.long()[:, None])
@@ -130,13 +120,6 @@ class StepSampler:
         host = self._device.pinned(*words.shape, dtype=torch.int32)
         host.copy_(words, non_blocking=True)
         return _Told(list(asked.items()), found.top_ids.shape[1], host)
-
-    def _sent(self, array: NDArray[np.generic]) -> Tensor:
-        """A small array on the device."""
-        host = torch.from_numpy(array)
-        pinned = self._device.pinned(*host.shape, dtype=host.dtype)
-        pinned.copy_(host)
-        return pinned.to(self._device.torch_device, non_blocking=True)
 
 
 def _read(told: _Told) -> dict[int, TokenLogprobs]:

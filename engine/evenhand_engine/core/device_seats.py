@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.step_layout import DeviceStep, HostStep
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 
 ON_DEVICE = -1
 """Stands for a token in a step's token ids that only the device knows."""
@@ -24,7 +24,6 @@ class DeviceSeats:
         last_token_ids: int32 [num_seats + 1] on the device, what each seat sampled last.
         block_tables: int32 [num_seats + 1, max_num_blocks] on the device.
         temperature, top_p, min_p, top_k, seeds, num_prompt_tokens: by seat, on the host, as each request asks.
-        min_tokens: outputs before which its stop tokens are forbidden.
         num_logprobs: of how many of the likeliest tokens it wants to be told; -1: it does not ask.
     """
 
@@ -40,27 +39,22 @@ class DeviceSeats:
         self.top_k = np.zeros(num_seats, np.int32)
         self.seeds = np.zeros(num_seats, np.uint64)
         self.num_prompt_tokens = np.zeros(num_seats, np.int64)
-        self.min_tokens = np.zeros(num_seats, np.int64)
         self.num_logprobs = np.full(num_seats, -1, np.int64)
-        self.started: dict[int, StartedRequest] = {}
         self._token_ids = np.zeros((num_seats, settings.max_model_len), np.int32)
         self._num_known = np.zeros(num_seats, np.int64)
         self._num_blocks = [0] * num_seats
 
     def take_in(self, batch: Batch) -> None:
-        """Who left, and who sits down."""
-        for seat in batch.freed_seats:
-            self.started.pop(seat, None)
+        """Who sits down."""
         for started in batch.started:
             seat, params = started.seat, started.sampling_params
-            self.started[seat] = started
             self._token_ids[seat, : len(started.token_ids)] = started.token_ids
             self._num_known[seat] = len(started.token_ids)
             self._num_blocks[seat] = 0
             self.temperature[seat], self.top_p[seat], self.top_k[seat] = params.temperature, params.top_p, params.top_k
             self.seeds[seat] = params.seed % 2**64
             self.num_prompt_tokens[seat] = started.num_prompt_tokens
-            self.min_tokens[seat] = params.min_tokens if params.stop_token_ids else 0
+            self.min_p[seat] = params.min_p
             self.num_logprobs[seat] = -1 if params.num_logprobs is None else params.num_logprobs
 
     def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -57,6 +57,7 @@ class StepLayout:
             "top_k": samples,
             "seeds": 2 * samples,
             "indices": 2 * samples,
+            "counted_seats": samples,
             "plan": self.num_plan_words,
             "block_places": self.num_new_blocks,
             "blocks": self.num_new_blocks,

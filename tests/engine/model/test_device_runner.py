@@ -257,6 +257,55 @@ def test_a_seed_gives_the_token_that_it_gives_on_the_cpu(model: Model, params: d
     assert len({token for (token,) in on_cpu}) > 15, "draws that are no draws agree by themselves"
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.6, "frequency_penalty": 0.9, "presence_penalty": 2.0},
+        {"allowed_token_ids": frozenset(range(20, 70))},
+        {"logit_bias": ((9, 8.0), (150, 7.5), (70, -3.0))},
+        {"min_p": 0.4, "temperature": 1.5, "seed": 3},
+    ],
+    ids=str,
+)
+def test_what_changes_the_logits_does_so_as_on_the_cpu(
+    model: Model, alone: list[list[int]], params: dict[str, Any]
+) -> None:
+    """Beside requests whose logits stay as they are, and with preemptions, after which all is made anew."""
+    settings = replace(SETTINGS, num_kv_blocks=6, enable_prefix_caching=False)
+    found = []
+    for runner in (model.on_cpu, model.on_device):
+        engine = Engine(runner, settings)
+        adjusted = [
+            engine.add(f"a{number}", prompt, **({"max_tokens": 9} | params))
+            for number, prompt in enumerate(PROMPTS[1:4])
+        ]
+        plain = engine.add("plain", PROMPTS[2])
+        engine.run()
+        assert outputs(plain) == alone[2]
+        assert engine.scheduler.num_preemptions > 0
+        found.append([outputs(request) for request in adjusted])
+    assert found[0] == found[1]
+    assert [tokens[:NUM_OUTPUTS] for tokens in found[1]] != alone[1:4], "nothing was changed"
+
+
+def test_bad_words_do_not_come_though_the_host_knows_their_beginning_late(model: Model, alone: list[list[int]]) -> None:
+    """Of one token, of two, of three, with a common end, and beside a bias of that end."""
+    first, second, third, fourth, *_ = alone[1]
+    words = ((alone[2][1],), (second, third), (first, second, fourth), (fourth, third), (7, third))
+    found = []
+    for runner in (model.on_cpu, model.on_device):
+        engine = Engine(runner, SETTINGS)
+        requests = [
+            engine.add(f"r{number}", prompt, bad_words_token_ids=words, logit_bias=((third, 0.25),), max_tokens=9)
+            for number, prompt in enumerate(PROMPTS[:3])
+        ]
+        engine.run()
+        found.append([outputs(request) for request in requests])
+    assert found[0] == found[1]
+    assert found[1][1][:2] == [first, second] and found[1][1][2] != third
+    assert alone[2][1] not in found[1][2]
+
+
 def test_no_stop_token_comes_before_min_tokens(model: Model, alone: list[list[int]]) -> None:
     params = {"stop_token_ids": frozenset(alone[1][:3]), "min_tokens": 4, "max_tokens": NUM_OUTPUTS}
     runs = []
