@@ -130,6 +130,7 @@ void watch_shared(uint32_t offset, unsigned bytes, Access kind) {
     cell.write_clock = fiber->clock;
     cell.writer = fiber->id;
     cell.atomic = kind == Access::atomic;
+    cell.pending = false;  // an earlier block may have ended with a copy in flight
   }
 }
 

@@ -134,6 +134,8 @@ def test_what_is_caught(make_device: Callable[..., EmulatedDevice], tmp_path: Pa
     for seed in (0, 1, 2):
         with pytest.raises(EmulationError, match=message):
             run(make_device, tmp_path, body, blocks=8 if "blocks" in name else 1, seed=seed)
+    (tmp_path / "correct").mkdir()
+    run(make_device, tmp_path / "correct", CORRECT)  # a launch that failed leaves nothing behind
 
 
 def test_a_kernel_that_does_not_compile(make_device: Callable[..., EmulatedDevice], tmp_path: Path) -> None:
