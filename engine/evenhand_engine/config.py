@@ -72,6 +72,7 @@ class EngineConfig:
         model: Hugging Face directory, hub id or GGUF file; None: the default model.
         device: "cpu", "cuda", "auto" (cuda where there is one), or for tests "emulated": the GPU engine on the CPU.
         kernels: "auto" (the device's own), or "reference": plain torch, several times slower, to compare with.
+        tensor_parallel_size: GPUs of this machine that share each layer of the model.
         gpu_memory_utilization: part of the device's memory that the engine may take; the KV cache gets what is left of it.
         load_format: "auto", or "dummy" for random weights of the model's config.
         dtype: of the weights: "auto" (as the checkpoint stores them, quantised ones included), "float32", "bfloat16" or
@@ -92,6 +93,7 @@ class EngineConfig:
     model: str | None = None
     device: str = "auto"
     kernels: str = "auto"
+    tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
     load_format: str = "auto"
     dtype: str = "auto"

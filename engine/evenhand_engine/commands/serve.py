@@ -46,6 +46,9 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     help="reference: plain torch on any device, to compare with.",
 )
 @click.option(
+    "--tensor-parallel-size", type=click.IntRange(1), default=1, help="GPUs of this machine that share each layer."
+)
+@click.option(
     "--gpu-memory-utilization",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.9,
@@ -110,6 +113,7 @@ def serve(model: str | None, **options: Any) -> None:
         model=model,
         device=options["device"],
         kernels=options["kernels"],
+        tensor_parallel_size=options["tensor_parallel_size"],
         gpu_memory_utilization=options["gpu_memory_utilization"],
         load_format=options["load_format"],
         dtype=options["dtype"],

@@ -23,6 +23,7 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.precision import DTYPES, Precision, resolve_precision
+from evenhand_engine.model.sharding import WHOLE, Shard
 from evenhand_engine.model.weights import Weights
 from evenhand_kernels.cuda.device import CudaDevice
 from evenhand_kernels.cuda.kernels import CudaKernels
@@ -36,16 +37,18 @@ DEFAULTS = Defaults(max_num_seqs=256, max_num_batched_tokens=2048)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def load_on_device(config: EngineConfig, model_dir: Path, model_config: ModelConfig) -> LoadedModel:
-    """Raises StartupError: no such device, kernels that do not compile, or too little memory."""
+def load_on_device(
+    config: EngineConfig, model_dir: Path, model_config: ModelConfig, shard: Shard = WHOLE
+) -> LoadedModel:
+    """`model_config` is that of the shard. Raises StartupError: no such device, kernels that do not compile, or too little memory."""
     dtype = _dtype(config, model_config)
     if config.speculative != "none":
         raise StartupError(f"speculative {config.speculative} is for the CPU; on a GPU leave it out")
     precision = resolve_precision(config.dtype, config.quantization)
     try:
-        device = _device(config)
+        device = _device(config, shard)
         with device.stream():  # that the runner uses: no other is in order with it
-            return _load(config, model_dir, model_config, dtype, precision, device)
+            return _load(config, model_dir, model_config, dtype, precision, device, shard)
     except (DeviceError, CompileError) as error:
         raise StartupError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -62,6 +65,7 @@ def _load(
     dtype: torch.dtype,
     precision: Precision,
     device: Device,
+    shard: Shard,
 ) -> LoadedModel:
     """`dtype` of activations, KV cache and all weights that `precision` leaves unquantised."""
     free, total = device.memory()
@@ -72,14 +76,14 @@ def _load(
             "free: stop what else runs there, or choose a smaller model"
         )
     kernels = CudaKernels(device, dtype)
-    weights = make_weights(config, model_dir, model_config, precision, kernels)
-    return _with_cache(config, model_dir, model_config, dtype, kernels, weights)
+    weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
+    return _with_cache(config, model_dir, model_config, dtype, kernels, weights, shard)
 
 
-def _device(config: EngineConfig) -> Device:
+def _device(config: EngineConfig, shard: Shard) -> Device:
     if config.device == "emulated":
         return EmulatedDevice(cache_dir() / "kernels", checked=False)
-    return CudaDevice()
+    return CudaDevice(shard.rank)
 
 
 def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
@@ -102,6 +106,7 @@ def _with_cache(
     dtype: torch.dtype,
     kernels: CudaKernels,
     weights: Weights,
+    shard: Shard,
 ) -> LoadedModel:
 
     def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
@@ -117,7 +122,7 @@ def _with_cache(
         trial = make_runner(replace(config, max_model_len=None), trial_bytes)
         run_largest_step(trial, trial.settings)  # what its activations take stays with torch, and is no longer free
         del trial
-        kv_cache_bytes = _left_for_cache(kernels.device, config.gpu_memory_utilization)
+        kv_cache_bytes = shard.least(_left_for_cache(kernels.device, config.gpu_memory_utilization))
     runner = make_runner(config, kv_cache_bytes)
     runner.warm_up()
     device = kernels.device

@@ -17,6 +17,7 @@ from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.memory import require_memory
 from evenhand_engine.model.precision import DTYPES, Precision, resolve_kv_cache_dtype, resolve_precision
+from evenhand_engine.model.sharding import WHOLE, Shard, sharded_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import RandomTensors, Weights, assemble, checkpoint_bytes, load_weights
 from evenhand_engine.scheduler.batch import Runner
@@ -62,22 +63,33 @@ def load_model(config: EngineConfig) -> LoadedModel:
         raise StartupError(f"device {config.device} is not supported; choose auto, cpu or cuda")
     if config.kernels not in KERNELS:
         raise StartupError(f"kernels {config.kernels} are not supported; choose auto or reference")
+    if config.tensor_parallel_size > 1:
+        from evenhand_engine.core.tensor_parallel import load_parallel
+
+        return load_parallel(config)
+    return load_shard(config, WHOLE)
+
+
+def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
+    """Of the model that `shard` is a part of; all parts are loaded at the same time. Raises StartupError."""
     model_dir = resolve_model_dir(config.model)
-    model_config = load_model_config(model_dir)
+    model_config = sharded_config(load_model_config(model_dir), shard)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.kernels == "reference":
-        return _load_with(_reference_kernels(device), config, model_dir, model_config, device)
+        return _load_with(_reference_kernels(device, shard), config, model_dir, model_config, device, shard)
     if device == "cpu":
-        return _load_with(_cpu_kernels(), config, model_dir, model_config, device)
+        if shard.size > 1:
+            raise StartupError("tensor parallelism is for GPUs: leave --tensor-parallel-size out on the CPU")
+        return _load_with(_cpu_kernels(), config, model_dir, model_config, device, shard)
     from evenhand_engine.core.device_loading import load_on_device
 
-    return load_on_device(config, model_dir, model_config)
+    return load_on_device(config, model_dir, model_config, shard)
 
 
 def _load_with(
-    kernels: Kernels, config: EngineConfig, model_dir: Path, model_config: ModelConfig, device: str
+    kernels: Kernels, config: EngineConfig, model_dir: Path, model_config: ModelConfig, device: str, shard: Shard
 ) -> LoadedModel:
     """For a runner that does one step after the other, in float32."""
     precision = resolve_precision(config.dtype, config.quantization)
@@ -88,7 +100,7 @@ def _load_with(
         weights=weight_bytes(config, model_dir, model_config, precision),
         kv_cache=settings.num_kv_blocks * block_bytes(model_config, settings.block_size, kv_dtype),
     )
-    weights = make_weights(config, model_dir, model_config, precision, kernels)
+    weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
     cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
     structures = Structures(model_config.vocab_size)
     decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
@@ -98,12 +110,12 @@ def _load_with(
     return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, device, model_dir, structures)
 
 
-def _reference_kernels(device: str) -> Kernels:
+def _reference_kernels(device: str, shard: Shard) -> Kernels:
     if device != "cuda":
         return ReferenceKernels()
     if not torch.cuda.is_available():
         raise StartupError("torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA")
-    return ReferenceKernels(torch.device("cuda"))
+    return ReferenceKernels(torch.device("cuda", shard.rank))
 
 
 def _cpu_kernels() -> Kernels:
@@ -125,14 +137,19 @@ def weight_bytes(config: EngineConfig, model_dir: Path, model_config: ModelConfi
 
 
 def make_weights(
-    config: EngineConfig, model_dir: Path, model_config: ModelConfig, precision: Precision, kernels: Kernels
+    config: EngineConfig,
+    model_dir: Path,
+    model_config: ModelConfig,
+    precision: Precision,
+    kernels: Kernels,
+    shard: Shard,
 ) -> Weights:
     match config.load_format:
         case "auto":
-            return load_weights(model_dir, model_config, precision, kernels)
+            return load_weights(model_dir, model_config, precision, kernels, shard)
         case "dummy":
             random = RandomTensors(config.seed, DTYPES[model_config.dtype])
-            return assemble(random, model_config, precision, kernels)
+            return assemble(random, model_config, precision, kernels, shard)
     raise StartupError(f"load format {config.load_format} is not supported; choose auto or dummy")
 
 

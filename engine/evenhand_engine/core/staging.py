@@ -67,7 +67,9 @@ class Staging:
         return ModelInput(
             input_ids=torch.from_numpy(input_ids).to(self._torch_device),
             plan=self._plan(attention),
-            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)).to(self._torch_device),
+            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)).to(
+                self._torch_device
+            ),
         )
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -17,6 +17,7 @@ from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.packed_format import PackedFormat
 from evenhand_engine.model.packed_int import read_packed
 from evenhand_engine.model.precision import Precision
+from evenhand_engine.model.sharding import WHOLE, Shard, ShardedSource, TensorSource, row_parallel
 from evenhand_kernels.kernels import Embedding, Kernels, Linear
 from evenhand_kernels.quantized import QuantizedTensor, Weight, stacked, widened
 
@@ -51,14 +52,6 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
-
-
-class TensorSource(Protocol):
-    """Where tensors come from: a checkpoint, or a random number generator."""
-
-    def take(self, name: str, *shape: int) -> Weight:
-        """The tensor of that name and shape, for the only time. Only matrices may be quantised."""
-        ...
 
 
 class Checkpoint:
@@ -160,18 +153,24 @@ class RandomTensors:
         return values.view(shape)
 
 
-def load_weights(model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:
+def load_weights(
+    model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels, shard: Shard = WHOLE
+) -> Weights:
     """Read the checkpoint in `model_dir`. Raises StartupError for missing, unexpected, mis-shaped or torn tensors."""
     with Checkpoint(model_dir, config.packed_format) as checkpoint:
-        weights = assemble(checkpoint, config, precision, kernels)
+        weights = assemble(checkpoint, config, precision, kernels, shard)
         if config.tie_word_embeddings:
             checkpoint.discard("lm_head.weight")
         checkpoint.require_all_taken()
     return weights
 
 
-def assemble(source: TensorSource, config: ModelConfig, precision: Precision, kernels: Kernels) -> Weights:
-    """Take every tensor of the model from `source`, fuse and pack them."""
+def assemble(
+    source: TensorSource, config: ModelConfig, precision: Precision, kernels: Kernels, shard: Shard = WHOLE
+) -> Weights:
+    """Take every tensor of the model from `source`, fuse and pack them. `config` is that of the shard."""
+    if shard.size > 1:
+        source = ShardedSource(source, shard)
     vocabulary = (config.vocab_size, config.hidden_size)
     table = precision.of(source.take("model.embed_tokens.weight", *vocabulary))
     if config.tie_word_embeddings:
@@ -182,7 +181,8 @@ def assemble(source: TensorSource, config: ModelConfig, precision: Precision, ke
     return Weights(
         embedding=embedding,
         layers=tuple(
-            _layer(source, f"model.layers.{index}", config, precision, kernels) for index in range(config.num_layers)
+            _layer(source, f"model.layers.{index}", config, precision, kernels, shard)
+            for index in range(config.num_layers)
         ),
         norm=widened(source.take("model.norm.weight", config.hidden_size)).to(kernels.torch_device),
         lm_head=lm_head,
@@ -190,7 +190,7 @@ def assemble(source: TensorSource, config: ModelConfig, precision: Precision, ke
 
 
 def _layer(
-    source: TensorSource, prefix: str, config: ModelConfig, precision: Precision, kernels: Kernels
+    source: TensorSource, prefix: str, config: ModelConfig, precision: Precision, kernels: Kernels, shard: Shard
 ) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -210,16 +210,17 @@ def _layer(
         biases = [vector(f"{name}.bias", size) for name, size in parts if bias]
         return make(stacked(weights), torch.cat(biases) if biases else None)
 
+    add_up = row_parallel(kernels.linear, shard)
     qkv = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
         qkv=projection(qkv, hidden, (query, key_value, key_value), config.attention_bias),
         q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
-        output=projection("self_attn.o_proj", query, (hidden,), config.attention_output_bias),
+        output=projection("self_attn.o_proj", query, (hidden,), config.attention_output_bias, add_up),
         post_attention_norm=norm("post_attention_layernorm", hidden),
         gate_up=projection("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias, kernels.gated_linear),
-        down=projection("mlp.down_proj", inner, (hidden,), config.mlp_bias),
+        down=projection("mlp.down_proj", inner, (hidden,), config.mlp_bias, add_up),
     )
 
 
