@@ -224,4 +224,4 @@ def _num_samples(batch: Batch) -> int:
 
 
 def _num_new_blocks(batch: Batch) -> int:
-    return sum(len(item.new_block_ids) for item in batch.scheduled)
+    return sum([len(item.new_block_ids) for item in batch.scheduled if item.new_block_ids])
