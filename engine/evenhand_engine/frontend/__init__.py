@@ -5,4 +5,10 @@ which a `doorkeeper` answers; handlers ask a `door` and need not know which. Eac
 tenant has used and has in flight, `quota` its buckets, `body_memory` the bytes that its requests hold, `config_in_force` the
 config in force, which `push_receiver` and `policy_source` replace, `metrics` and `token_meter` the instruments. Decisions
 (`admission`, `account`, `quota`, `share_tracker`) are pure: time comes in as an argument.
+
+    who it is            auth: from headers to a tenant (what identities there are: evenhand_policy)
+    what it may send     admission, account, quota; body_memory; claims: what one request holds of these until it ends
+    one door, two ends   door; here service, or remote_door ──channel, door_messages──▶ doorkeeper
+    the config           config_in_force, kept by config_store; push_receiver (request_verifier, pod_identity), policy_source
+    what is told         metrics, metrics_collector, token_meter, share_tracker
 """

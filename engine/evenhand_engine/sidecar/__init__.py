@@ -2,4 +2,9 @@
 
 Lives in the HTTP process, on its event loop. Owns what one proxied request holds until it ends; the door is `frontend`'s, the
 queue `dispatch`'s, the connection to the engine `backends.upstream`'s. Bytes that need not be understood are not.
+
+    passing              one request from end to end: identity, quota, queue, upstream, answer; its client leaving ends it there
+    body, counting       what the request is by its body; how many tokens its prompt has
+    relay, events        the answer's bytes handed on as they come; what is read of them in passing
+    service              what all requests share
 """
