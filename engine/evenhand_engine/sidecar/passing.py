@@ -199,10 +199,10 @@ class Passage:
         delay = self.service.admission.queue_delay(self.tenant_id, now)
         return Refusal(429, "tokens_per_minute", message, retry_after=delay)
 
-    def take_usage(self, usage: Usage | None) -> None:
-        """The upstream says what it was, which is believed within what is possible."""
+    def take_usage(self, usage: Usage | None) -> bool:
+        """The upstream says what it was; returns whether it is believed, which it is within what is possible."""
         if usage is None or not usage.is_plausible(self.service.info.max_model_len, self.max_output_tokens):
-            return
+            return False
         dispatcher = self.service.upstream.dispatcher
         if usage.num_prompt_tokens:
             self.num_prompt_tokens = usage.num_prompt_tokens
@@ -212,6 +212,7 @@ class Passage:
             if not self.is_stream:
                 self._metrics.take_tokens(usage.num_output_tokens, time.monotonic())
             dispatcher.counted(self.errand, usage.num_output_tokens)
+        return True
 
     def take_bytes(self, num_bytes: int) -> None:
         """An answer of that size does not say, or not so that it can be read, how many tokens it has."""
@@ -338,9 +339,7 @@ async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, pas
             msgspec.json.decode(answer, type=msgspec.Raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _upstream_error("its answer is not JSON") from error
-        usage = usage_of(answer)
-        passage.take_usage(usage)
-        if usage is None:
+        if not passage.take_usage(usage_of(answer)):
             passage.take_bytes(len(answer))
         passage.finish(upstream.status)
         headers = _forwarded(upstream.headers, _ANSWERED_BY_US)

@@ -47,6 +47,7 @@ class Relay(asyncio.Protocol):
         Raises what `take` raises, TimeoutError, and aiohttp's errors where the connection ends before the answer does.
         """
         self._done = self._loop.create_future()
+        self._heard_at = self._loop.time()  # whoever took no more was slow, not the upstream
         if self._transport is not None and not self._content.is_eof():
             self._transport.set_protocol(self)
             self._check()
@@ -124,7 +125,6 @@ class EventWriter:
     """
 
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
-        request.writer.send_headers()  # not with the first event: that may be long in coming
         self._request = request
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not to a client of HTTP/1.0
         if request.transport is not None:

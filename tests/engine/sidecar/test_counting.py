@@ -189,3 +189,13 @@ async def test_given_seats_are_not_overruled(
     sidecar = await start(upstream.url, max_num_seqs=max_num_seqs)
     await sidecar.until(lambda: sidecar.upstream.problem is None)
     await sidecar.until(lambda: sidecar.upstream.dispatcher.window.num_seats == (max_num_seqs or 2))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_each_kind_of_event_is_known_alone_and_beside_others(together: bool) -> None:
+    error = b'data: {"error":{"message":"x"}}\n\n'
+    events = [event(), usage_event(4, 9), event("z"), error]
+    reader, out = read(*([b"".join(events)] if together else events))
+    assert out == event() + event("z") + error
+    assert reader.num_events == 2 and reader.is_done
+    assert reader.usage is not None and reader.usage.completion_tokens == 9

@@ -44,6 +44,7 @@ async def test_a_relay_stops_where_no_more_is_taken_and_goes_on_later() -> None:
         relay = Relay(response, take, WAIT_SECONDS)
         await relay.run()
         assert taken == [event("1")] and not relay.has_ended
+        relay._heard_at -= 2 * WAIT_SECONDS  # whoever takes it was slow, and the upstream has said nothing meanwhile
         go_on.set()
         while not relay.has_ended:
             await relay.run()

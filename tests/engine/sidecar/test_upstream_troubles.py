@@ -105,13 +105,15 @@ async def test_a_packed_stream_nobody_asked_for_passes_as_it_is(upstream: Script
     assert sidecar.tokens()[1] == len(packed) // 4
 
 
+@pytest.mark.parametrize("usage", [b"", b',"usage":{"prompt_tokens":1,"completion_tokens":-9}'])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
-async def test_an_answer_without_a_usage_is_charged_by_its_bytes_where_it_was_generated(
-    upstream: ScriptedUpstream, sidecar: Sidecar, path: str
+async def test_an_answer_without_a_usage_to_believe_is_charged_by_its_bytes_where_it_was_generated(
+    upstream: ScriptedUpstream, sidecar: Sidecar, path: str, usage: bytes
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         return web.Response(
-            body=b'{"choices":[{"message":{"content":"' + b"x" * 400 + b'"}}]}', content_type="application/json"
+            body=b'{"choices":[{"message":{"content":"' + b"x" * (400 - len(usage)) + b'"}}]' + usage + b"}",
+            content_type="application/json",
         )
 
     upstream.script = answer
@@ -122,6 +124,25 @@ async def test_an_answer_without_a_usage_is_charged_by_its_bytes_where_it_was_ge
             await response.read()
         await sidecar.settled()
         assert sidecar.tokens()[1] - before == (expected if "chat" in path else 0)
+
+
+@pytest.mark.parametrize("space", [b"", b" "])
+async def test_an_error_of_its_own_ends_a_stream_once(
+    upstream: ScriptedUpstream, sidecar: Sidecar, space: bytes
+) -> None:
+    """vLLM and llama.cpp send one as an event, and no end after it."""
+    theirs = b'data: {"error":' + space + b'{"message": "out of memory", "code": 500}}\n\n'
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await open_stream(request)
+        await response.write(event())
+        await response.write(theirs)
+        return response
+
+    upstream.script = answer
+    assert await sidecar.stream() == (200, event() + theirs)
+    await sidecar.settled()
+    assert sidecar.tokens()[1] == 1
 
 
 async def test_an_event_that_never_ends_is_held_by_nobody(start: Start) -> None:
