@@ -54,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     component = os.path.relpath(REPOSITORY / "manifests/components/sidecar", directory)
     kustomization = {"resources": ["deployment.yaml"], "components": [component]}
     (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    with ControlPlane(build.programs(), directory / "cluster") as plane:
+    with ControlPlane(build.programs(), tmp_path_factory.mktemp("cluster")) as plane:
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
         plane.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/manifests/overlays/dev")
@@ -94,7 +94,7 @@ def test_a_pool_can_select_it_and_the_operators_secrets_are_mounted(pod: dict[st
     assert pod["metadata"]["labels"]["evenhand.dev/pool"] == pool
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     mounts = {mount["name"] for mount in sidecar["volumeMounts"]}
-    assert mounts & volumes.keys() == {"evenhand-bootstrap", "evenhand-identity", "evenhand-state"}
+    assert mounts & volumes.keys() >= {"evenhand-bootstrap", "evenhand-identity", "evenhand-state"}
     secrets = [source["secret"]["name"] for source in volumes["evenhand-bootstrap"]["projected"]["sources"]]
     assert all(name.startswith(f"evenhand-bootstrap-{pool}-") for name in secrets)
 
