@@ -2,6 +2,8 @@
 
     bytes ─bodies─▶ typed fields (schema) ─prompts─▶ token ids ─generation─▶ deltas ─stream─▶ JSON or events
 
+/v1/responses is a chat in other words: `response_bodies` turns it into one, `response_items` turns what came of it back.
+
 Lives in the HTTP process. Knows JSON and server-sent events, not who the tenant is or what generates. A new field, endpoint
 or error of the API belongs here: its type in `schema`, what it does to a prompt in `prompts`, to the sampling in `generation`,
 to the answer in the endpoint's `Format` (`chat`, `completions`).

@@ -61,7 +61,7 @@ def parse_body(body: bytes, kind: type[S]) -> S:
     for name, neutral in UNSUPPORTED.items():
         if name in kind.__struct_fields__ or _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET)):
             continue
-        if isinstance(value := getattr(request, name, UNSET), Raw) and not _asks_for_nothing(value, neutral):
+        if isinstance(value := getattr(request, name, UNSET), Raw) and not asks_for_nothing(value, neutral):
             message = f"`{name}` is not supported by this engine: leave it out."
             raise Refusal(400, "unsupported_parameter", message, param=name)
     if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
@@ -163,7 +163,7 @@ def _is_none(choice: object) -> bool:
     return isinstance(choice, Raw) and bytes(choice) == b'"none"'
 
 
-def _asks_for_nothing(raw: Raw, neutral: tuple[Any, ...]) -> bool:
+def asks_for_nothing(raw: Raw, neutral: tuple[Any, ...]) -> bool:
     """Equal to one of the neutral values, and a bool only if that is one: `"logprobs": 0` asks for something."""
     if len(bytes(raw)) > _MAX_NEUTRAL_BYTES:
         return False

@@ -85,7 +85,7 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompt, params, tools = await read_request(request, functools.partial(_read, service, tenant_id))
+    body, prompt, params, tools = await read_request(request, functools.partial(read_chat, service, tenant_id))
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -93,16 +93,17 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         tokenizer=service.tokenizer,
         body=body,
         prompt=prompt,
-        readers=[_reader(service, body, tools) for _ in range(body.n or 1)],
+        readers=[message_reader(service, body, tools) for _ in range(body.n or 1)],
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     async with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
 
 
-def _read(
+def read_chat(
     service: EngineService, tenant_id: str, raw: bytes
 ) -> "tuple[ChatCompletionRequest, array[int], SamplingParams, Tools | None]":
+    """What a body asks of the engine; raises Refusal. Slow: run by `Service.compute`."""
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -124,7 +125,8 @@ def _tool_format(service: EngineService) -> ToolFormat | None:
     return service.tokenizer.tool_format if name == "auto" else FORMATS.get(name)
 
 
-def _reader(service: EngineService, body: ChatCompletionRequest, tools: Tools | None) -> MessageReader:
+def message_reader(service: EngineService, body: ChatCompletionRequest, tools: Tools | None) -> MessageReader:
+    """Of one choice."""
     parser = service.settings.reasoning_parser
     reasoning = None if parser is None else ReasoningParser(starts_inside=PARSERS[parser])
     return MessageReader(tools, reasoning, shows_reasoning=body.include_reasoning is not False)

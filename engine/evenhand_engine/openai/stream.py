@@ -1,26 +1,23 @@
 """Answers to completions and chat completions: one JSON object, or server-sent events as the tokens come."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import msgspec
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
 
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.service import LOG_FIELDS, SETTINGS, TENANT_ID, WRITES
+from evenhand_engine.frontend.service import LOG_FIELDS, TENANT_ID
 from evenhand_engine.openai.errors import error_body, refuse_dead_engine
+from evenhand_engine.openai.events import EventStream, open_events
 from evenhand_engine.openai.generation import Generation, merge
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
 
-_MAX_BUFFERED_BYTES = 16384  # of events that a client has not taken; what comes then is coalesced
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -74,12 +71,17 @@ async def answer(
             return await _Events(request, body, generations, form).answer()
         return await _answer_whole(body, generations, form)
     finally:
-        used = usage(generations)
-        request[LOG_FIELDS].update(
-            prompt_tokens=used["prompt_tokens"],
-            cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
-            output_tokens=used["completion_tokens"],
-        )
+        log_usage(request, generations)
+
+
+def log_usage(request: web.Request, generations: Sequence[Generation]) -> None:
+    """In the access log's line of this request."""
+    used = usage(generations)
+    request[LOG_FIELDS].update(
+        prompt_tokens=used["prompt_tokens"],
+        cached_tokens=used["prompt_tokens_details"]["cached_tokens"],
+        output_tokens=used["completion_tokens"],
+    )
 
 
 async def _answer_whole(body: SamplingFields, generations: Sequence[Generation], form: Format) -> web.Response:
@@ -132,7 +134,7 @@ class _Events:
 
     async def answer(self) -> web.StreamResponse:
         async with contextlib.aclosing(merge(self._generations)) as deltas:
-            events, first = await self._open(deltas)
+            events, first = await open_events(self._request, deltas)
             try:
                 await self._send_opening(events)
                 await self._send_delta(events, *await first)
@@ -146,34 +148,14 @@ class _Events:
                 await self._send_refusal(events, refuse_dead_engine(draining=self._door.draining))
             return await events.close()
 
-    async def _open(
-        self, deltas: AsyncGenerator[tuple[int, Delta], None]
-    ) -> "tuple[EventStream, asyncio.Future[tuple[int, Delta]]]":
-        """The stream, as soon as there is something to send in it, and the first delta, perhaps yet to come."""
-        heartbeat = self._request.app[SETTINGS].queue_heartbeat
-        first = asyncio.ensure_future(anext(deltas))
-        try:
-            if not (await asyncio.wait({first}, timeout=heartbeat))[1]:
-                first.result()  # raises what refused it, while that can be a status
-                return await EventStream.open(self._request), first
-            events = await EventStream.open(self._request)
-            while not first.done():
-                await events.comment("waiting")
-                await asyncio.wait({first}, timeout=heartbeat)
-            return events, first
-        except BaseException:
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)  # or `deltas` could not be closed: it would be running
-            raise
-
-    async def _send_opening(self, events: "EventStream") -> None:
+    async def _send_opening(self, events: EventStream) -> None:
         more = self._form.additions(())
         for index in range(len(self._generations)):
             if (choice := self._form.opening(index)) is not None:
                 await events.send({**self._chunk(choice), **more})
                 more = {}
 
-    async def _send_delta(self, events: "EventStream", index: int, delta: Delta) -> None:
+    async def _send_delta(self, events: EventStream, index: int, delta: Delta) -> None:
         if not delta.pieces and delta.finish_reason is None:
             return
         choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
@@ -192,55 +174,10 @@ class _Events:
             chunk["usage"] = None
         return chunk
 
-    async def _send_refusal(self, events: "EventStream", refusal: Refusal) -> None:
+    async def _send_refusal(self, events: EventStream, refusal: Refusal) -> None:
         self._door.count_refusal(self._request[TENANT_ID], refusal.code)
         await events.send(error_body(refusal))
 
 
 def _reason(delta: Delta) -> str | None:
     return None if delta.finish_reason is None else _FINISH_REASONS[delta.finish_reason]
-
-
-class EventStream:
-    """Server-sent events, ended by `[DONE]` as OpenAI's are."""
-
-    def __init__(self, request: web.Request, response: web.StreamResponse, writer: AbstractStreamWriter) -> None:
-        self._writes = request[WRITES]
-        self._response = response
-        self._writer = writer
-
-    @classmethod
-    async def open(cls, request: web.Request) -> "EventStream":
-        """Send status 200 and the headers."""
-        headers = {
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-        }
-        response = web.StreamResponse(headers=headers)
-        writer = await response.prepare(request)
-        if writer is None or request.transport is None:
-            raise ConnectionResetError("the client is gone")
-        request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
-        return cls(request, response, writer)
-
-    async def send(self, event: dict[str, Any]) -> None:
-        """Waits while the client reads too slowly."""
-        await self._write(b"data: " + msgspec.json.encode(event) + b"\n\n")
-
-    async def comment(self, text: str) -> None:
-        """A line that clients ignore, so that nothing on the way takes the stream for dead."""
-        await self._write(f": {text}\n\n".encode())
-
-    async def close(self) -> web.StreamResponse:
-        await self._write(b"data: [DONE]\n\n")
-        await self._writes.wait(self._response.write_eof())
-        return self._response
-
-    async def _write(self, data: bytes) -> None:
-        await self._writes.wait(self._write_and_drain(data))
-
-    async def _write_and_drain(self, data: bytes) -> None:
-        """aiohttp waits for the client after 64 KiB only: too much, with a thousand clients that do not read."""
-        await self._response.write(data)
-        await self._writer.drain()

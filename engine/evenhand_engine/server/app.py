@@ -36,6 +36,7 @@ from evenhand_engine.openai.errors import (
     refuse_http,
     refuse_unconfigured,
 )
+from evenhand_engine.openai.response_api import create_response
 from evenhand_engine.openai.responses import json_response, metrics_response
 from evenhand_engine.openai.tokens import detokenize, tokenize
 from evenhand_engine.server.cors import add_origin, answer_preflights
@@ -68,6 +69,7 @@ def build_app(service: EngineService) -> web.Application:
         [
             web.post("/v1/completions", create_completion, expect_handler=wait_to_be_read),
             web.post("/v1/chat/completions", create_chat_completion, expect_handler=wait_to_be_read),
+            web.post("/v1/responses", create_response, expect_handler=wait_to_be_read),
             web.get("/v1/models", list_models),
             web.get("/v1/models/{model:.+}", show_model),
             web.post("/tokenize", tokenize, expect_handler=wait_to_be_read),

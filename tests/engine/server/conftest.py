@@ -49,6 +49,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
 """
+TOOL_TEMPLATE = (
+    "{%- if tools %}{% for tool in tools %}<tool_call> {{ tool | tojson }}\n{% endfor %}{% endif -%}\n" + CHAT_TEMPLATE
+)
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -371,3 +374,19 @@ def say(model_dir: Path) -> Say:
         return reply
 
     return make
+
+
+@pytest.fixture
+def tool_model(model_dir: Path) -> Iterator[Path]:
+    """The tiny model, whose template takes tools while the test runs."""
+    path = model_dir / "tokenizer_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"chat_template": TOOL_TEMPLATE}))
+    yield model_dir
+    path.write_text(before)
+
+
+@pytest.fixture
+def speaking(tool_model: Path, serve: Serve, say: Say) -> Callable[..., Server]:
+    """A server whose model says a text."""
+    return lambda text, **settings: serve(core=ScriptedCore(say(text), max_model_len=2048), **settings)

@@ -14,7 +14,7 @@ from evenhand_engine.structured.tools import Function, calls
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_engine.text.tool_calls import FORMATS
 
-from .conftest import CHAT_TEMPLATE, Say, ScriptedCore, Serve, Server, token_ids
+from .conftest import Say, Serve, Server, token_ids
 
 MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
 SCHEMA = {
@@ -28,25 +28,6 @@ CLOCK: Any = {"type": "function", "function": {"name": "clock", "parameters": {"
 ROME = {"city": "Rome"}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 OTHER = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-TOOL_TEMPLATE = (
-    "{%- if tools %}{% for tool in tools %}<tool_call> {{ tool | tojson }}\n{% endfor %}{% endif -%}\n" + CHAT_TEMPLATE
-)
-
-
-@pytest.fixture
-def tool_model(model_dir: Path) -> Path:
-    """The tiny model, whose template takes tools while the test runs."""
-    path = model_dir / "tokenizer_config.json"
-    before = path.read_text()
-    path.write_text(json.dumps(json.loads(before) | {"chat_template": TOOL_TEMPLATE}))
-    yield model_dir
-    path.write_text(before)
-
-
-@pytest.fixture
-def speaking(tool_model: Path, serve: Serve, say: Say) -> Callable[..., Server]:
-    """A server whose model says a text."""
-    return lambda text, **settings: serve(core=ScriptedCore(say(text), max_model_len=2048), **settings)
 
 
 def ask(server: Server, **fields: Any) -> Any:
