@@ -236,6 +236,10 @@ class EngineService:
         """
         if num_bytes <= _INLINE_BYTES:
             return function()
+        return await self.compute_aside(tenant_id, function)
+
+    async def compute_aside(self, tenant_id: str, function: Callable[[], T]) -> T:
+        """The result of `function`, which may take long: off the event loop and in the tenant's turn."""
         return await self._executor.run(tenant_id, function)
 
     def close(self) -> None:

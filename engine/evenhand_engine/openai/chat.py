@@ -5,7 +5,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -22,7 +22,7 @@ from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
-from evenhand_engine.openai.structure import read_grammar
+from evenhand_engine.openai.structure import Structure, check_structure, read_structure
 from evenhand_engine.openai.tools import Tools, definitions, read_tools
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
@@ -85,7 +85,8 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompt, params, tools = await read_request(request, functools.partial(read_chat, service, tenant_id))
+    body, prompt, params, tools, structure = await read_request(request, functools.partial(read_chat, service))
+    await check_structure(service, tenant_id, structure)
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -100,10 +101,18 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         return await answer(request, body, generations, form)
 
 
-def read_chat(
-    service: EngineService, tenant_id: str, raw: bytes
-) -> "tuple[ChatCompletionRequest, array[int], SamplingParams, Tools | None]":
-    """What a body asks of the engine; raises Refusal. Slow: run by `Service.compute`."""
+class ReadChat(NamedTuple):
+    """What a body of a chat asks of the engine."""
+
+    body: ChatCompletionRequest
+    prompt: "array[int]"
+    params: SamplingParams
+    tools: Tools | None
+    structure: Structure | None
+
+
+def read_chat(service: EngineService, raw: bytes) -> ReadChat:
+    """Raises Refusal. Slow: run by `Service.compute`."""
     body = parse_body(raw, ChatCompletionRequest)
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -114,10 +123,11 @@ def read_chat(
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens))
     prompt = reader.chat(body, definitions(body, tools))
     grammar = None if tools is None else tools.grammar(service.tokenizer)
-    params = sampling_params(body, service.tokenizer, read_grammar(service, tenant_id, body, of_tools=grammar))
+    structure = read_structure(service, body, of_tools=grammar)
+    params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar)
     if tools is not None and any(service.tokenizer.special_id(marker) is not None for marker in tools.form.markers):
         body = msgspec.structs.replace(body, skip_special_tokens=False)  # or the calls could not be seen
-    return without_raw(body), prompt, params, tools
+    return ReadChat(without_raw(body), prompt, params, tools, structure)
 
 
 def _tool_format(service: EngineService) -> ToolFormat | None:

@@ -20,7 +20,7 @@ from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import CompletionRequest
 from evenhand_engine.openai.stream import answer
-from evenhand_engine.openai.structure import read_grammar
+from evenhand_engine.openai.structure import Structure, check_structure, read_structure
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
 from evenhand_engine.text.tokenizer import Tokenizer
@@ -105,7 +105,8 @@ class _CompletionFormat:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompts, echoes, params = await read_request(request, functools.partial(_read, service, tenant_id))
+    body, prompts, echoes, params, structure = await read_request(request, functools.partial(_read, service))
+    await check_structure(service, tenant_id, structure)
     num_choices = body.n or 1
     form = _CompletionFormat(
         completion_id=f"cmpl-{body.request_id or request[REQUEST_ID]}",
@@ -124,8 +125,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
 
 
 def _read(
-    service: EngineService, tenant_id: str, raw: bytes
-) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams]":
+    service: EngineService, raw: bytes
+) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams, Structure | None]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
     check_answerable(body)
@@ -139,9 +140,6 @@ def _read(
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, body.limit))
     prompts = reader.completion(body)
     echoes = reader.echoes(body, prompts) if body.echo else None
-    return (
-        without_raw(body),
-        prompts,
-        echoes,
-        sampling_params(body, service.tokenizer, read_grammar(service, tenant_id, body)),
-    )
+    structure = read_structure(service, body)
+    params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar)
+    return without_raw(body), prompts, echoes, params, structure

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import time
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body
-from evenhand_engine.openai.chat import message_reader, read_chat
+from evenhand_engine.openai.chat import ReadChat, message_reader, read_chat
 from evenhand_engine.openai.errors import refuse_dead_engine
 from evenhand_engine.openai.events import EventStream, open_events
 from evenhand_engine.openai.generation import Generation, begin, merge
@@ -22,18 +21,17 @@ from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.response_bodies import ResponseRequest, as_chat, echoed, with_own_param
 from evenhand_engine.openai.response_items import Event, ResponseItems
 from evenhand_engine.openai.responses import json_response
-from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import log_usage, usage
-from evenhand_engine.openai.tools import Tools
-from evenhand_engine.scheduler.request import FinishReason, SamplingParams
+from evenhand_engine.openai.structure import check_structure
+from evenhand_engine.scheduler.request import FinishReason
 from evenhand_engine.text.detokenizer import text_of
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    read = await read_request(request, functools.partial(_read, service, tenant_id))
-    chat, prompt, params, tools, fields, is_streamed = read
+    asked, fields, is_streamed = await read_request(request, functools.partial(_read, service))
+    chat = asked.body
     response = {
         "id": f"resp_{request[REQUEST_ID]}",
         "object": "response",
@@ -43,10 +41,11 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         "incomplete_details": None,
         **fields,
     }
-    limit = chat.max_completion_tokens
+    prompts, limit = [asked.prompt], chat.max_completion_tokens
     try:
-        async with begin(service, tenant_id, chat, [prompt], params, limit, num_taken=num_taken) as generations:
-            answer = _Answer(request, response, generations, message_reader(service, chat, tools))
+        await check_structure(service, tenant_id, asked.structure)
+        async with begin(service, tenant_id, chat, prompts, asked.params, limit, num_taken=num_taken) as generations:
+            answer = _Answer(request, response, generations, message_reader(service, chat, asked.tools))
             try:
                 return await (answer.stream() if is_streamed else answer.whole())
             finally:
@@ -55,12 +54,10 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         raise with_own_param(refusal) from refusal
 
 
-def _read(
-    service: EngineService, tenant_id: str, raw: bytes
-) -> "tuple[ChatCompletionRequest, array[int], SamplingParams, Tools | None, dict[str, Any], bool]":
+def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, dict[str, Any], bool]:
     body = parse_body(raw, ResponseRequest)
     try:
-        return *read_chat(service, tenant_id, as_chat(body)), echoed(body), bool(body.stream)
+        return read_chat(service, as_chat(body)), echoed(body), bool(body.stream)
     except Refusal as refusal:
         raise with_own_param(refusal) from refusal
 

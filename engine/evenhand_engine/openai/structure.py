@@ -1,6 +1,6 @@
 """Structure: what a body says that its output must look like, in any of the ways in which clients say it, as one grammar."""
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Raw, UnsetType
@@ -40,12 +40,28 @@ class _Structured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whitespace_pattern: str | None = None
 
 
-def read_grammar(
-    service: EngineService, tenant_id: str, body: SamplingFields, *, of_tools: str | None = None
-) -> str | None:
-    """What the engine is told; None where the output is free. Slow: run by `Service.compute`. `of_tools`: of its calls.
+class Structure(NamedTuple):
+    """What an output must look like, and the field that says so."""
 
-    Raises Refusal 400 that names the field: what it holds is no grammar or cannot be compiled, or the engine knows none.
+    grammar: str
+    param: str
+
+
+async def check_structure(service: EngineService, tenant_id: str, structure: Structure | None) -> None:
+    """Raises Refusal 400 for a grammar that cannot be compiled. Never on the event loop: a short one may take long."""
+    if structure is None:
+        return
+    grammar, param = structure
+    try:
+        await service.compute_aside(tenant_id, lambda: service.compiler.compile(tenant_id, grammar))
+    except GrammarError as error:
+        raise Refusal(400, "invalid_grammar", f"`{param}` cannot be followed: {error}", param=param) from error
+
+
+def read_structure(service: EngineService, body: SamplingFields, *, of_tools: str | None = None) -> Structure | None:
+    """None where the output is free. `of_tools`: the grammar of its calls.
+
+    Raises Refusal 400 that names the field: what it holds is no grammar, or the engine knows none.
     """
     asked = [
         (name, text)
@@ -67,11 +83,7 @@ def read_grammar(
     if not service.info.knows_grammars:
         message = f"`{name}` is not supported on this engine's device: leave it out."
         raise Refusal(400, "unsupported_parameter", message, param=name)
-    try:
-        service.compiler.compile(tenant_id, grammar)
-    except GrammarError as error:
-        raise Refusal(400, "invalid_grammar", f"`{name}` cannot be followed: {error}", param=name) from error
-    return grammar
+    return Structure(grammar, name)
 
 
 def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:

@@ -1,6 +1,7 @@
 """However a client says what an output must look like, the core is told one grammar; what cannot be is refused by name."""
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.structured import grammars
+from evenhand_engine.structured.compiler import Compiler
 
 from .conftest import Say, ScriptedCore, Serve, Server
 
@@ -110,6 +112,25 @@ def test_what_cannot_be_is_refused_by_name(server: Server, fields: dict[str, Any
         server.client().completions.create(model="tiny", prompt="x", max_tokens=9, extra_body=fields)
     assert (caught.value.param, caught.value.code) == (param, code), caught.value.message
     assert not any(isinstance(message, AddRequest) for message in server.core.received.queue)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat"])
+def test_no_grammar_is_compiled_on_the_event_loop(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a short one, which is read there: it may take long all the same."""
+    threads: list[str] = []
+    compile_grammar = Compiler.compile
+
+    def compile_here(compiler: Compiler, tenant_id: str, grammar: str) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_grammar(compiler, tenant_id, grammar)
+
+    monkeypatch.setattr(Compiler, "compile", compile_here)
+    client, body = server.client(), {"guided_regex": "a"}
+    if path == "chat":
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body)
+    else:
+        client.completions.create(model="tiny", prompt="x", extra_body=body)
+    assert threads and "server" not in threads, "where the loop runs"
 
 
 def test_an_engine_that_knows_no_grammars_says_so(serve: Serve, say: Say) -> None:
