@@ -55,6 +55,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
     device: str
     knows_grammars: bool = False
+    scores_prompts: bool = False
 
 
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -27,6 +27,7 @@ class ModelInfo:
         num_kv_blocks: size of the KV cache; None where that is not known.
         block_size: tokens in one KV block; None where that is not known.
         knows_grammars: outputs can be made to follow a grammar.
+        scores_prompts: log probabilities of prompts can be told.
     """
 
     model_name: str
@@ -34,6 +35,7 @@ class ModelInfo:
     num_kv_blocks: int | None = None
     block_size: int | None = None
     knows_grammars: bool = False
+    scores_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ class LocalBackend:
             num_kv_blocks=ready.num_kv_blocks,
             block_size=ready.block_size,
             knows_grammars=ready.knows_grammars,
+            scores_prompts=ready.scores_prompts,
         )
 
     @property

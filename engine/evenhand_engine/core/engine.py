@@ -79,6 +79,7 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
             dtype=model.dtype,
             device=model.device,
             knows_grammars=model.structures is not None,
+            scores_prompts=model.scores_prompts,
         )
         connections = Connections(connection, doors, ready)
         with recorder or contextlib.nullcontext():

@@ -55,6 +55,7 @@ class LoadedModel:
     device: str
     directory: Path
     structures: Structures | None = None  # None: the runner knows no grammars
+    scores_prompts: bool = False
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -107,7 +108,8 @@ def _load_with(
     runner = ModelRunner(decoder, settings, structures)
     run_largest_step(runner, settings)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    return LoadedModel(runner, settings, config.model or default_model.NAME, dtype, device, model_dir, structures)
+    name = config.model or default_model.NAME
+    return LoadedModel(runner, settings, name, dtype, device, model_dir, structures, scores_prompts=True)
 
 
 def _reference_kernels(device: str, shard: Shard) -> Kernels:

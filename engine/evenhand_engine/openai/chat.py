@@ -117,7 +117,7 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-    check_answerable(body)
+    check_answerable(body, service.info)
     most, max_tokens = service.info.max_model_len, body.max_completion_tokens or body.max_tokens
     tools = read_tools(body, _tool_format(service))
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens))

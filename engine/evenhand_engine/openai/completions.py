@@ -129,7 +129,7 @@ def _read(
 ) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams, Structure | None]":
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
-    check_answerable(body)
+    check_answerable(body, service.info)
     if body.echo and body.tells_logprobs and body.stream:
         message = "`logprobs` with `echo` cannot be streamed."
         raise Refusal(400, "invalid_value", message, param="logprobs")

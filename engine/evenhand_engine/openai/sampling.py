@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
+from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.prompts import check_token_ids
 from evenhand_engine.openai.schema import SamplingFields
@@ -17,8 +18,12 @@ T = TypeVar("T")
 _MAX_BIAS = 100.0
 
 
-def check_answerable(body: SamplingFields) -> None:
-    """Raises Refusal 400 for what a stream cannot tell, since it is known after its beginning."""
+def check_answerable(body: SamplingFields, info: ModelInfo) -> None:
+    """Raises Refusal 400 for what the engine cannot tell, or a stream cannot, since it is known after its beginning."""
+    if body.num_prompt_logprobs is not None and not info.scores_prompts:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        message = "Log probabilities of prompts are not supported on this engine's device."
+        raise Refusal(400, "unsupported_parameter", message, param=param)
     if body.stream and body.prompt_logprobs is not None:
         message = "`prompt_logprobs` cannot be streamed."
         raise Refusal(400, "invalid_value", message, param="prompt_logprobs")

@@ -153,6 +153,7 @@ class ScriptedCore:
     max_model_len: int = 256
     tells_config: bool = False
     knows_grammars: bool = True
+    scores_prompts: bool = True
     _connection: Connection | None = None  # the first, which is the owner's
     _others: list[Connection] = field(default_factory=list)  # of API servers
     _sending: threading.Lock = field(default_factory=threading.Lock)
@@ -184,6 +185,7 @@ class ScriptedCore:
             dtype="float32",
             device="cpu",
             knows_grammars=self.knows_grammars,
+            scores_prompts=self.scores_prompts,
         )
 
     def _run(self, connection: Connection) -> None:

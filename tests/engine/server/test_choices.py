@@ -14,7 +14,7 @@ from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput, TokenLogprobs
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, Serve, Server, token_ids
+from .conftest import Say, ScriptedCore, Serve, Server, token_ids
 
 TEXT = "Paris: 東京 👩‍🚀."  # every code point beyond ASCII is several tokens
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]
@@ -152,6 +152,19 @@ def test_an_echo_with_log_probabilities_tells_those_of_the_prompt_first(told: Se
     assert found.top_logprobs is not None and found.top_logprobs[0] is None
     assert max((found.top_logprobs[1] or {}).values()) == -0.25 and -0.75 in found.top_logprobs[1].values()
     assert found.text_offset == [len("".join((found.tokens or ())[:i])) for i in range(num_prompt_tokens + 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), [({"prompt_logprobs": 1}, "prompt_logprobs"), ({"echo": True, "logprobs": 1}, "logprobs")]
+)
+def test_an_engine_that_does_not_score_prompts_says_so(
+    serve: Serve, say: Say, fields: dict[str, Any], param: str
+) -> None:
+    client = serve(core=ScriptedCore(say("x"), scores_prompts=False)).client()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="x y", extra_body=fields)
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+    assert client.completions.create(model="tiny", prompt="x y", echo=True).choices[0].text.startswith("x y")
 
 
 def test_an_echo_alone(told: Server) -> None:
