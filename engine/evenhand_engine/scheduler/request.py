@@ -24,8 +24,8 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when generation ends.
 
-    temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's tokens reproducible whatever it is
-    batched with. `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
+    temperature 0 is greedy. top_k 0 keeps all tokens. `seed` makes the request's draws reproducible whatever it is
+    batched with (the logits are so up to rounding). `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
     `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
     `num_prompt_logprobs`: the same of the prompt's tokens, which are then all computed, cached or not. `grammar`: what the
     output must look like, as the runner's `structured` grammars write it.
