@@ -105,21 +105,32 @@ class ApiServers:
 
     async def _keep(self, place: int) -> None:
         """Start another in this place whenever the one in it has died."""
-        while True:
-            server = self._servers[place]
-            await server.lost.wait()
-            await server.end()
-            if self._is_draining or self._backend.failure is not None:
-                return
-            fields = {"exit_code": server.exit_code, "requests": server.num_lost_requests}
-            log.error("an API server died and is started anew", extra={"fields": fields})
-            if not self._may_restart():
-                self.failure = f"{_MAX_DEATHS} API servers died within {_DEATHS_SECONDS:.0f} s"
-                self.failed.set()
-                return
-            await asyncio.sleep(_RESTART_SECONDS)
-            self._servers[place] = self._spawn(self._listeners[place])
-            await self._servers[place].open(self._service, self._backend)
+        try:
+            while await self._replace(place):
+                pass
+        except OSError as error:  # such as too many processes
+            self._give_up(f"an API server cannot be started anew: {error}")
+
+    async def _replace(self, place: int) -> bool:
+        """Wait until it dies, and start another; returns False where there is to be none."""
+        server = self._servers[place]
+        await server.lost.wait()
+        await server.end()
+        if self._is_draining or self._backend.failure is not None:
+            return False
+        fields = {"exit_code": server.exit_code, "requests": server.num_lost_requests}
+        log.error("an API server died and is started anew", extra={"fields": fields})
+        if not self._may_restart():
+            self._give_up(f"{_MAX_DEATHS} API servers died within {_DEATHS_SECONDS:.0f} s")
+            return False
+        await asyncio.sleep(_RESTART_SECONDS)
+        self._servers[place] = self._spawn(self._listeners[place])
+        await self._servers[place].open(self._service, self._backend)
+        return True
+
+    def _give_up(self, failure: str) -> None:
+        self.failure = failure
+        self.failed.set()
 
     def _may_restart(self) -> bool:
         now = asyncio.get_running_loop().time()

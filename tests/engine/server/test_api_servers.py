@@ -300,6 +300,18 @@ def test_processes_that_keep_dying_end_the_server(serve: Serve, monkeypatch: pyt
     assert "died" in str(server.running.failure)
 
 
+def test_one_that_cannot_be_started_anew_ends_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(api_servers, "_RESTART_SECONDS", 0.0)
+    server = serve(api_server_count=2)
+    monkeypatch.setattr(api_servers.ApiServers, "_spawn", refuse)
+    os.kill(min(api_pids()), signal.SIGKILL)
+    until(lambda: server.running.failure is not None, "it is given up")
+    assert "no more processes" in str(server.running.failure)
+
+
 async def test_one_that_cannot_start_says_why(model_dir: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(model_dir, tmp_path / "model")
     (broken / "tokenizer.json").write_text("no tokenizer")
