@@ -24,6 +24,7 @@ from evenhand_engine.scheduler.request import FinishReason
 from evenhand_policy.config import SchedulerConfig
 
 _PROBE_SECONDS = 1.0
+_KEEPALIVE_SECONDS = 4.0  # uvicorn and llama.cpp close after 5 s of silence, perhaps while a request is on its way
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 _PROBES_PER_SIZING = 30
 _STATS_SECONDS = 0.1
@@ -90,9 +91,9 @@ class Upstream:
         # No limit of connections: aiohttp's own of 100 would be a window that nobody sees.
         connector: aiohttp.BaseConnector
         if settings.socket is not None:
-            connector = aiohttp.UnixConnector(str(settings.socket), limit=0)
+            connector = aiohttp.UnixConnector(str(settings.socket), limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
         else:
-            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=10)
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=10, keepalive_timeout=_KEEPALIVE_SECONDS)
         return aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
