@@ -10,7 +10,8 @@ from evenhand_policy.config import SchedulerConfig
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request that passed the door. `user` orders requests inside a tenant whose fairness is PerUser.
+    """A request that passed the door. `user` orders requests inside a tenant whose fairness is PerUser, `priority` where
+    it is Priority.
 
     `prompt_token_ids`: unsigned 32-bit integers in this machine's byte order, four bytes each.
     """
@@ -21,6 +22,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sampling_params: SamplingParams
     arrival_time: float
     user: str = ""
+    priority: int = 0
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

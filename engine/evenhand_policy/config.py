@@ -26,6 +26,7 @@ class Fairness(StrEnum):
 
     FIFO = "FIFO"
     PER_USER = "PerUser"
+    PRIORITY = "Priority"
 
 
 class Enforcement(StrEnum):

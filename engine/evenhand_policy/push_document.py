@@ -19,6 +19,7 @@ _ADDED_LATER = frozenset(
         "tenants.fairness",
         "tenants.fairness=FIFO",
         "tenants.fairness=PerUser",
+        "tenants.fairness=Priority",
     }
 )
 """Members that not every engine of this schema version knows: each that is added belongs here."""

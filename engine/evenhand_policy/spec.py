@@ -273,7 +273,7 @@ class TenantPolicySpec(Model, frozen=True, kw_only=True):
         Fairness,
         Meta(
             description="Order of the tenant's own requests. FIFO: by arrival. PerUser: fair between the values of the "
-            "request field user.",
+            "request field user. Priority: by the request field priority, the lowest first, as in vLLM.",
             extra=NEWER_IGNORED,
         ),
     ] = Fairness.FIFO

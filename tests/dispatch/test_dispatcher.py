@@ -25,8 +25,18 @@ SETTINGS = SchedulerSettings(max_num_batched_tokens=1_024, max_num_seqs=64, num_
 _ids = itertools.count()
 
 
-def errand(tenant_id: str = "a", prompt: int = 100, output: int = 50, now: float = 0.0, user: str = "") -> Errand:
-    return Errand(f"{next(_ids)}", tenant_id, now, num_prompt_tokens=prompt, max_output_tokens=output, user=user)
+def errand(
+    tenant_id: str = "a", prompt: int = 100, output: int = 50, now: float = 0.0, user: str = "", priority: int = 0
+) -> Errand:
+    return Errand(
+        f"{next(_ids)}",
+        tenant_id,
+        now,
+        num_prompt_tokens=prompt,
+        max_output_tokens=output,
+        user=user,
+        priority=priority,
+    )
 
 
 def narrow(*tenants: TenantConfig) -> Dispatcher:
@@ -180,6 +190,16 @@ def test_users_inside_a_tenant_take_turns() -> None:
     for user in ("first", "first", "first", "first", "second", "second"):
         dispatcher.add(errand(user=user), 0.0)
     assert Counter(one.user for one in serve(dispatcher, 6)[:4]) == {"first": 2, "second": 2}
+
+
+def test_priorities_order_a_tenants_own_requests_and_nobody_elses() -> None:
+    dispatcher = narrow(TenantConfig(tenant_id="a", fairness=Fairness.PRIORITY), TenantConfig(tenant_id="b"))
+    for tenant_id, priority in (("a", 5), ("a", -5), ("a", 0), ("b", 9), ("b", -9)):
+        dispatcher.add(errand(tenant_id, priority=priority), 0.0)
+    order = serve(dispatcher, 5)
+    assert [one.priority for one in order if one.tenant_id == "a"] == [-5, 0, 5]
+    assert [one.priority for one in order if one.tenant_id == "b"] == [9, -9]
+    assert Counter(one.tenant_id for one in order[:4]) == {"a": 2, "b": 2}
 
 
 def test_a_higher_class_goes_first_inside_the_slack() -> None:

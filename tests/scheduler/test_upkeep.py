@@ -7,7 +7,7 @@ import pytest
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.fair_share import FairShare
-from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams, bounded_priority
 from evenhand_engine.scheduler.request_queue import RequestQueue
 from evenhand_policy.config import Fairness, TenantConfig
 
@@ -21,8 +21,8 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - before
 
 
-def queued(position: int, user: str = "") -> Request:
-    request = Request(f"{position}", "a", [1], SamplingParams(max_tokens=1), 0.0, user=user)
+def queued(position: int, user: str = "", priority: int = 0) -> Request:
+    request = Request(f"{position}", "a", [1], SamplingParams(max_tokens=1), 0.0, user=user, priority=priority)
     request.position = position
     return request
 
@@ -79,7 +79,7 @@ def test_who_is_ahead_of_the_virtual_time_is_remembered() -> None:
 
 @pytest.mark.parametrize("per_user", [False, True])
 def test_a_preempted_request_finds_its_place_again(per_user: bool) -> None:
-    queue = RequestQueue(per_user=per_user)
+    queue = RequestQueue(Fairness.PER_USER if per_user else Fairness.FIFO)
     requests = [queued(position) for position in range(10)]
     for position in (4, 5, 7, 9, 6, 0, 2, 1, 8, 3):
         queue.push(requests[position])
@@ -95,8 +95,46 @@ def test_a_preempted_request_finds_its_place_again(per_user: bool) -> None:
     assert served == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize(
+    ("fairness", "order"), [(Fairness.PRIORITY, [3, 5, 1, 4, 0, 2]), (Fairness.FIFO, [0, 1, 2, 3, 4, 5])]
+)
+def test_priorities_order_requests_where_the_policy_says_so(fairness: Fairness, order: list[int]) -> None:
+    queue = RequestQueue(fairness)
+    requests = [queued(position, priority=priority) for position, priority in enumerate((7, 0, 7, -2, 0, -2))]
+    for request in requests:
+        queue.push(request)
+    queue.remove(requests[3])
+    queue.push(requests[3])  # as a preempted one
+    served = []
+    while len(queue):
+        head = queue.first((), may_start=True)
+        assert head is not None
+        served.append(head.position)
+        queue.remove(head)
+    assert served == order
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3),
+        (-7, -7),
+        (0.9, 0),
+        (1e30, 100),
+        (-(10**30), -100),
+        (float("nan"), 0),
+        (True, 0),
+        ("5", 0),
+        (None, 0),
+        ([], 0),
+    ],
+)
+def test_a_priority_is_a_number_within_bounds_or_none(value: object, expected: int) -> None:
+    assert bounded_priority(value) == expected
+
+
 def test_the_queues_of_a_deleted_tenant_and_its_heir_are_merged_by_arrival() -> None:
-    queue, heir = RequestQueue(per_user=True), RequestQueue(per_user=False)
+    queue, heir = RequestQueue(Fairness.PER_USER), RequestQueue(Fairness.FIFO)
     for position in range(20_000):
         (queue if position % 2 else heir).push(queued(position, user=f"user{position % 7}"))
     assert cpu_seconds(lambda: heir.extend(queue)) < 2.0

@@ -49,6 +49,7 @@ class GenerationRequest:
         prompt_token_ids: array of typecode "I"; shared by the choices of one prompt, so never changed.
         arrival_time: `time.monotonic()` at which it passed the door.
         user: orders requests inside a tenant whose fairness is PerUser.
+        priority: orders them where it is Priority; the lowest goes first.
         stop: strings at which the text ends; not part of it unless `include_stop`, which goes for stop tokens too.
         skip_special_tokens: leave special tokens out of the text.
         keep_stop_token: a stop token that is not shown comes all the same, in a piece without text.
@@ -60,6 +61,7 @@ class GenerationRequest:
     sampling_params: SamplingParams
     arrival_time: float
     user: str = ""
+    priority: int = 0
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True

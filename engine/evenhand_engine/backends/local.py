@@ -87,6 +87,7 @@ class LocalBackend:
                 sampling_params=request.sampling_params,
                 arrival_time=request.arrival_time,
                 user=request.user,
+                priority=request.priority,
             )
         )
         return stream

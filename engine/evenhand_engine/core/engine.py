@@ -204,6 +204,7 @@ class EngineCore:
             command.sampling_params,
             command.arrival_time,
             user=command.user,
+            priority=command.priority,
         )
         self._scheduler.add(request, time.monotonic())
 

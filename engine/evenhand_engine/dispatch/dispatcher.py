@@ -51,10 +51,17 @@ class Errand(Request):
         num_prompt_tokens: int,
         max_output_tokens: int,
         user: str = "",
+        priority: int = 0,
         is_silent: bool = False,
     ) -> None:
         super().__init__(
-            request_id, tenant_id, (), SamplingParams(max_tokens=max_output_tokens), arrival_time, user=user
+            request_id,
+            tenant_id,
+            (),
+            SamplingParams(max_tokens=max_output_tokens),
+            arrival_time,
+            user=user,
+            priority=priority,
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_output_tokens = max_output_tokens

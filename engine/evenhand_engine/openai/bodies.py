@@ -17,6 +17,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields, TokenId
+from evenhand_engine.scheduler.request import bounded_priority
 
 _MAX_NEUTRAL_BYTES = 1024  # a value that asks for nothing is short
 _SHORT = (
@@ -26,6 +27,7 @@ _SHORT = (
     "bad_words",
     "logit_bias",
 )  # lists, typed, of which a client must not have millions made
+_MAX_PRIORITY_BYTES = 32
 _MAX_SHORT_BYTES = 65536
 _MAX_NUMBER_BYTES = 64
 _CHUNK_BYTES = 65536  # of a list of numbers that are decoded at once
@@ -53,7 +55,11 @@ def parse_body(body: bytes, kind: type[S]) -> S:
         request: S = msgspec.json.decode(body, type=_raw_first(kind))
     typed = {
         name: decode(value, kind, name)
-        for names, decode in ((_SHORT, _decode_short), (_integers(kind), _decode_integer))
+        for names, decode in (
+            (_SHORT, _decode_short),
+            (_integers(kind), _decode_integer),
+            (("priority",), _decode_priority),
+        )
         for name in names
         if isinstance(value := getattr(request, name, None), Raw)
     }
@@ -113,10 +119,15 @@ def token_ids(raw: Raw, param: str) -> "array[int]":
 def _raw_first(kind: type[S]) -> type[S]:
     """`kind` with every unsupported field that it does not define, its short lists and its integers, raw."""
     own = set(kind.__struct_fields__)
-    names = (UNSUPPORTED.keys() - own) | (own & set(_SHORT)) | set(_integers(kind))
+    names = (UNSUPPORTED.keys() - own) | (own & set(_SHORT)) | set(_integers(kind)) | (own & {"priority"})
     defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
     fields: list[Any] = [(name, Raw | UnsetType, defaults.get(name, UNSET)) for name in sorted(names)]
     return msgspec.defstruct(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)  # type: ignore[return-value]
+
+
+def _decode_priority(raw: Raw, kind: type[msgspec.Struct], name: str) -> int:
+    """Never refused: front ends add it in whatever sense."""
+    return bounded_priority(msgspec.json.decode(raw)) if len(bytes(raw)) <= _MAX_PRIORITY_BYTES else 0
 
 
 def _decode_short(raw: Raw, kind: type[msgspec.Struct], name: str) -> Any:

@@ -194,6 +194,7 @@ def _request(tenant_id: str, body: SamplingFields, prompt: "array[int]", params:
         sampling_params=params,
         arrival_time=time.monotonic(),
         user=body.user or "",
+        priority=body.priority,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,

@@ -102,6 +102,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     request_id: RequestId | None = None
     user: UserName | None = None
+    priority: Any = 0  # an integer within bounds once it is parsed: whatever front ends add is taken or ignored
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -7,6 +7,14 @@ from enum import StrEnum
 import msgspec
 
 _PRIOR_ACCEPTANCE = 0.5
+_MOST_PRIORITY = 100  # either way: each has a line of its own
+
+
+def bounded_priority(value: object) -> int:
+    """What a client gives as its request's priority; 0 for what is no number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:  # NaN is not itself
+        return 0
+    return int(min(max(value, -_MOST_PRIORITY), _MOST_PRIORITY))
 
 
 class FinishReason(StrEnum):
@@ -128,6 +136,7 @@ class Request:
         "num_prompt_tokens",
         "num_sent_blocks",
         "position",
+        "priority",
         "request_id",
         "sampling_params",
         "seat",
@@ -146,11 +155,13 @@ class Request:
         arrival_time: float,
         *,
         user: str = "",
+        priority: int = 0,
         cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.tenant_id = tenant_id
         self.user = user
+        self.priority = priority
         self.cache_salt = cache_salt
         self.sampling_params = sampling_params
         self.arrival_time = arrival_time

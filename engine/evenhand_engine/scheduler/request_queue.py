@@ -1,4 +1,4 @@
-"""RequestQueue: the requests of one tenant that wait to run, in order of arrival, or by user with equal shares."""
+"""RequestQueue: the requests of one tenant that wait to run: in order of arrival, by user with equal shares, or by priority."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from evenhand_engine.scheduler.fair_share import FairShare
 from evenhand_engine.scheduler.request import Request
+from evenhand_policy.config import Fairness
 
 _position = attrgetter("position")
 
@@ -14,14 +15,15 @@ _position = attrgetter("position")
 class RequestQueue:
     """FIFO by position, so that a preempted request finds its place again.
 
-    With `per_user` each user has a FIFO of its own and the user who was served least goes first, by the same rule that
-    shares the engine between tenants.
+    Under PerUser each user has a FIFO of its own and the user who was served least goes first, by the same rule that
+    shares the engine between tenants. Under Priority each priority has one, and the lowest goes first.
     """
 
-    def __init__(self, *, per_user: bool) -> None:
-        self.per_user = per_user
+    def __init__(self, fairness: Fairness) -> None:
+        self.fairness = fairness
+        self.per_user = fairness is Fairness.PER_USER
         self.users = FairShare()
-        self._lines: dict[str, OrderedDict[str, Request]] = {}  # of each user, by request id
+        self._lines: dict[tuple[int, str], OrderedDict[str, Request]] = {}  # of each priority or user, by request id
         self._size = 0
 
     def __len__(self) -> int:
@@ -38,7 +40,8 @@ class RequestQueue:
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = OrderedDict()
-            self.users.enter(key)
+            if self.per_user:
+                self.users.enter(request.user)
         is_last = not line or line[next(reversed(line))].position < request.position
         ahead = [] if is_last else list(takewhile(lambda r: r.position < request.position, line.values()))
         line[request.request_id] = request
@@ -62,7 +65,8 @@ class RequestQueue:
         del line[request.request_id]
         if not line:
             del self._lines[key]
-            self.users.leave(key)
+            if self.per_user:
+                self.users.leave(request.user)
         self._size -= 1
 
     def charge(self, request: Request, cost: int) -> None:
@@ -75,7 +79,7 @@ class RequestQueue:
             return self._first_of_users(started, may_start=may_start)
         for request in started:
             return request
-        return self._head("") if may_start and self._size else None
+        return self._head(min(self._lines)) if may_start and self._size else None
 
     def close_step(self, started: Iterable[Request]) -> None:
         """Advance the users' virtual time; `started`: prompts in progress that the step left unfinished."""
@@ -85,11 +89,12 @@ class RequestQueue:
     def _first_of_users(self, started: Iterable[Request], *, may_start: bool) -> Request | None:
         prompts = list(started)
         if may_start:
-            prompts += [self._head(user) for _, _, user in islice(self.users.in_order(), 1)]
+            prompts += [self._head((0, user)) for _, _, user in islice(self.users.in_order(), 1)]
         return min(prompts, key=lambda r: (self.users.virtual_service(r.user), r.position), default=None)
 
-    def _head(self, key: str) -> Request:
+    def _head(self, key: tuple[int, str]) -> Request:
         return next(iter(self._lines[key].values()))
 
-    def _line_of(self, request: Request) -> str:
-        return request.user if self.per_user else ""
+    def _line_of(self, request: Request) -> tuple[int, str]:
+        priority = request.priority if self.fairness is Fairness.PRIORITY else 0
+        return priority, request.user if self.per_user else ""

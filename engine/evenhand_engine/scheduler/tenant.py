@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from evenhand_engine.scheduler.request import Request
 from evenhand_engine.scheduler.request_queue import RequestQueue
-from evenhand_policy.config import Enforcement, Fairness, LatencyClass, TenantConfig
+from evenhand_policy.config import Enforcement, LatencyClass, TenantConfig
 
 _CLASS_RANK = {latency_class: rank for rank, latency_class in enumerate(LatencyClass)}
 _NEVER = float("inf")
@@ -31,7 +31,7 @@ class Tenant:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self.waiting = RequestQueue(per_user=config.fairness is Fairness.PER_USER)
+        self.waiting = RequestQueue(config.fairness)
         self.configure(config, num_kv_blocks=num_kv_blocks, num_replicas=num_replicas)
 
     def configure(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
@@ -50,9 +50,8 @@ class Tenant:
         self.max_blocks = max(1, num_kv_blocks * config.kv_cache.max_percent // 100)
         group = config.kv_cache.prefix_sharing_group
         self.cache_salt = f"group {group}" if group else f"tenant {config.tenant_id} {config.uid}"
-        per_user = config.fairness is Fairness.PER_USER
-        if per_user != self.waiting.per_user:
-            queue = RequestQueue(per_user=per_user)
+        if config.fairness is not self.waiting.fairness:
+            queue = RequestQueue(config.fairness)
             queue.extend(self.waiting)
             self.waiting = queue
 

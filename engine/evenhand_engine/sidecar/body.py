@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from evenhand_engine.scheduler.request import bounded_priority
+
 _DEFAULT_BYTES_PER_TOKEN = 4.0
 _SMOOTHING = 0.1
 _MAX_RATIO = 64.0
@@ -15,6 +17,7 @@ _MIN_RATIO = 0.5
 _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
 _OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
 _MAX_CHOICES = 1024
+_MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
 
 
 class BytesPerToken:
@@ -54,10 +57,12 @@ class Body:
         self._is_changed = False
 
     def value(self, name: str) -> Any:
-        """A member's value; None where there is none, or none that can be read."""
+        """A member's value; None where there is none, or none that can be read, or one too large to be of use."""
         raw = None if self.fields is None else self.fields.get(name)
+        if raw is None or len(bytes(raw)) > _MAX_VALUE_BYTES:
+            return None
         try:
-            return None if raw is None else msgspec.json.decode(raw)
+            return msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
@@ -82,6 +87,10 @@ class Body:
     def user(self) -> str:
         user = self.value("user")
         return user[:512] if isinstance(user, str) else ""
+
+    @property
+    def priority(self) -> int:
+        return bounded_priority(self.value("priority"))
 
     @property
     def num_choices(self) -> int:

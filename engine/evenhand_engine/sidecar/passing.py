@@ -123,6 +123,7 @@ class Passage:
             num_prompt_tokens=self.num_prompt_tokens,
             max_output_tokens=self.max_output_tokens,
             user="" if self.body is None else self.body.user,
+            priority=0 if self.body is None else self.body.priority,
             is_silent=not self.is_stream,
         )
         self._metrics = RequestMetrics(

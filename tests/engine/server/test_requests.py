@@ -215,6 +215,19 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_pass(server: Server) -> No
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"), [(-3, -3), (0.25, 0), (10**30, 100), ("1", 0), ([[1]] * 1000, 0), (None, 0), ({}, 0)]
+)
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+def test_a_priority_is_taken_or_ignored_and_never_refused(
+    server: Server, path: str, body: dict[str, Any], value: object, expected: int
+) -> None:
+    while not server.core.received.empty():  # of other tests
+        server.core.received.get_nowait()
+    assert post(server, path, body | {"priority": value})[0] == 200
+    assert server.core.expect(AddRequest).priority == expected
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",

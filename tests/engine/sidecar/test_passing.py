@@ -65,11 +65,18 @@ async def test_bodies_that_need_no_change_are_not_written_anew(upstream: Scripte
 async def test_a_clients_priority_and_key_do_not_reach_the_upstream(
     upstream: ScriptedUpstream, sidecar: Sidecar
 ) -> None:
-    upstream.script = say_three
+    priorities = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        priorities.extend(errand.priority for errand in sidecar.upstream.dispatcher.roster.requests.values())
+        return await say_three(request)
+
+    upstream.script = answer
     async with sidecar.post(
         {"messages": [], "stream": True, "priority": -5, "kept": 1}, headers={"Authorization": "Bearer secret"}
     ) as response:
         await response.read()
+    assert priorities == [-5], "it orders here"
     assert "priority" not in upstream.body() and upstream.body()["kept"] == 1
     assert "Authorization" not in upstream.received[-1][1]
 
