@@ -66,7 +66,7 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     default="none",
     help="ngram: guess tokens of text that repeats.",
 )
-@click.option("--num-speculative-tokens", type=quantity, default=8, help="Most guesses of a stream in one step.")
+@click.option("--num-speculative-tokens", type=quantity, default="8", help="Most guesses of a stream in one step.")
 @click.option("--scheduling-policy", type=click.Choice(["fair", "fcfs", "static"]), default="fair")
 @click.option("--record-steps", type=click.Path(path_type=Path), help="CSV file to write every step's time to.")
 @click.option(
