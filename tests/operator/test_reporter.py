@@ -18,19 +18,10 @@ from evenhand_operator.signals import Signals
 from evenhand_operator.status_writer import StatusChange
 from evenhand_policy.errors import Reason, problem_of
 from evenhand_policy.status import TenantPolicyStatus
-from harness.builders import make_policy, make_pool
+from harness.builders import Notices, make_policy, make_pool
 
 Json = dict[str, Any]
 NOW = 1_800_000_000.0
-
-
-class Notices:
-    """What the cache needs."""
-
-    def documents_changed(self) -> None: ...
-    def pods_changed(self) -> None: ...
-    def statuses_changed(self) -> None: ...
-    def gap_seen(self) -> None: ...
 
 
 class Stage:

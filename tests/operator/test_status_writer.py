@@ -13,7 +13,7 @@ from evenhand_operator.kube import ApiError
 from evenhand_operator.observed import ObservedPolicy
 from evenhand_operator.status_writer import StatusChange, StatusWriter
 from evenhand_policy.errors import Reason, problem_of
-from harness.builders import NAMESPACE, make_policy
+from harness.builders import NAMESPACE, Notices, make_policy
 
 Json = dict[str, Any]
 
@@ -27,7 +27,7 @@ class Api:
         self.now = 100.0
         self.stores: Callable[[Json], Json] = lambda status: status
         self.told: list[str] = []
-        self.cache = Cache(self)
+        self.cache = Cache(Notices())
 
     async def apply(self, resource: Any, obj: Json, subresource: str) -> Json:
         assert subresource == "status"
@@ -39,11 +39,6 @@ class Api:
 
     def record(self, _: ObservedPolicy, transition: Any) -> None:
         self.told.append(transition.reason)
-
-    def documents_changed(self) -> None: ...
-    def pods_changed(self) -> None: ...
-    def statuses_changed(self) -> None: ...
-    def gap_seen(self) -> None: ...
 
 
 @pytest.fixture
