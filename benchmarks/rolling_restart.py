@@ -1,8 +1,8 @@
 """What a rolling restart costs: pods come and go one by one, and none of the new ones has the document stored.
 
 A real API server holds the policies, the operator runs with the rights of the manifests, and the pods run the engine's
-own admin code. Each pod is replaced by one that knows nothing, as fast as the API server takes it; while the number of
-pods changes, so do every engine's limits, of which each is told.
+own admin code. Each pod is replaced by one that knows nothing, one after the other; whenever the number of pods changes, so
+do every engine's limits, of which each is told.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ _COUNTERS = {
 }
 
 
-async def measure(stage: PoolStage, num_pods: int, num_policies: int) -> dict[str, float]:
-    """What was sent from the first replacement until every new pod enforces what it should."""
+async def measure(stage: PoolStage, num_pods: int, num_policies: int, pause: float) -> dict[str, float]:
+    """What was sent from the first replacement until every new pod enforces what it should. `pause`: seconds between two
+    replacements."""
     await stage.create_policies(range(num_policies))
     stage.operator.start()
     await stage.crowd.enforced_at(f"team-{num_policies - 1}", 1)
@@ -31,6 +32,7 @@ async def measure(stage: PoolStage, num_pods: int, num_policies: int) -> dict[st
     started_at = time.monotonic()
     for _ in track(range(num_pods), "replacing", console=common.console, transient=True):
         await stage.crowd.replace_first(stage.client)
+        await asyncio.sleep(pause)
     await stage.crowd.enforced_at(f"team-{num_policies - 1}", 1)
     await _until_quiet(stage)
     after = _count(stage)
@@ -56,14 +58,14 @@ async def _until_quiet(stage: PoolStage) -> None:
         await asyncio.sleep(2)
 
 
-async def run(num_pods: int, num_policies: int) -> None:
+async def run(num_pods: int, num_policies: int, pause: float) -> None:
     async with pool_stage(num_pods, NUM_PROCESSES, num_spares=num_pods) as stage:
-        first = await measure(stage, num_pods, num_policies)
+        first = await measure(stage, num_pods, num_policies, pause)
         size = first["bytes"] / first["documents"]
     rows = [
         ["one document, as it is sent", f"{size / 1000:.1f} KB"],
         ["documents' bytes per pod, in documents: at most 1.2", f"{first['bytes'] / size / num_pods:.2f}"],
-        ["small requests that brought a pod up to date, per pod", f"{first['pushes'] / num_pods:.1f}"],
+        ["requests that brought a pod up to date, per pod", f"{first['pushes'] / num_pods:.1f}"],
         [
             "writes of the pool's status, of policies' statuses",
             f"{first['pool_writes']:.0f}, {first['policy_writes']:.0f}",
@@ -85,8 +87,11 @@ async def run(num_pods: int, num_policies: int) -> None:
 
 
 def main() -> None:
-    options = common.arguments(__doc__).parse_args()
-    asyncio.run(run(*((5, 50) if options.quick else (100, 1000))))
+    parser = common.arguments(__doc__)
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two replacements")
+    options = parser.parse_args()
+    num_pods, num_policies = (5, 50) if options.quick else (100, 1000)
+    asyncio.run(run(num_pods, num_policies, options.pause))
 
 
 if __name__ == "__main__":
