@@ -66,7 +66,9 @@ class PoolState:
         self.hold = hold
         self.left_out = left_out
         self.num_ready = sum(pod.ready_since is not None for pod in pods)
-        self.reports = [report for report in known_pods if report in ready or report.state is PodState.REJECTED]
+        self.reports = [
+            report for report in known_pods if report.pod.ready_since is not None or report.state is PodState.REJECTED
+        ]
         self._ready = ready
         self._counted = [report for report in ready if _counts(report, now, grace)]
         self._enforced = [report.enforced for report in self._counted]
