@@ -77,12 +77,14 @@ class Delta(NamedTuple):
             More than the pieces hold where text is held back, and where a stop token is not shown.
         finish_reason: set on the last delta of a stream.
         prompt_logprobs: of all the prompt's tokens but the first, once, if they were asked for.
+        stop_string: which one ended it; None: none did.
     """
 
     pieces: Sequence[Piece] = ()
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    stop_string: str | None = None
 
 
 class Ending(NamedTuple):

@@ -65,7 +65,7 @@ class LocalStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs)
+        delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs, self._text.matched)
         self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
         return delta
 

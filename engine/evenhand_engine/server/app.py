@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from evenhand_engine.anthropic.api import count_tokens, create_message
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR, RateLimit
 from evenhand_engine.frontend.requests import request_id
@@ -70,6 +71,8 @@ def build_app(service: EngineService) -> web.Application:
             web.post("/v1/completions", create_completion, expect_handler=wait_to_be_read),
             web.post("/v1/chat/completions", create_chat_completion, expect_handler=wait_to_be_read),
             web.post("/v1/responses", create_response, expect_handler=wait_to_be_read),
+            web.post("/v1/messages", create_message, expect_handler=wait_to_be_read),
+            web.post("/v1/messages/count_tokens", count_tokens, expect_handler=wait_to_be_read),
             web.get("/v1/models", list_models),
             web.get("/v1/models/{model:.+}", show_model),
             web.post("/tokenize", tokenize, expect_handler=wait_to_be_read),

@@ -164,6 +164,11 @@ class Detokenizer:
         """A stop string has been seen: the text is complete."""
         return self._matcher.matched is not None
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was seen."""
+        return self._matcher.matched
+
     def push(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> list[Piece]:
         """The text that these tokens make certain; tokens after a stop string are ignored.
 

@@ -1,0 +1,200 @@
+"""Bodies of /v1/messages, as the body of a chat that asks the same."""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from evenhand_engine.errors import Refusal
+from evenhand_engine.openai.bodies import asks_for_nothing, decode_raw, first_elements, given
+from evenhand_engine.openai.schema import Positive, UserName
+
+_MAX_MESSAGES = 4096
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "thinking": ({"type": "disabled"},),
+}
+_PARAMS = {
+    "max_completion_tokens": "max_tokens",
+    "response_format": "output_config",
+    "stop": "stop_sequences",
+    "user": "metadata",
+}
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    user_id: UserName | None = None
+
+
+class MessageRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of POST /v1/messages; `max_tokens` is required there, and not where tokens are only counted."""
+
+    messages: Raw | UnsetType
+    model: str | None = None
+    max_tokens: Positive | None = None
+    system: Raw | UnsetType = UNSET
+    temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    stop_sequences: Raw | UnsetType = UNSET
+    stream: bool | None = None
+    tools: Raw | UnsetType = UNSET
+    tool_choice: Raw | UnsetType = UNSET
+    output_config: Raw | UnsetType = UNSET
+    metadata: _Metadata | None = None
+    container: Raw | UnsetType = UNSET
+    mcp_servers: Raw | UnsetType = UNSET
+    thinking: Raw | UnsetType = UNSET
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: Raw | UnsetType = UNSET
+
+
+class _Block(msgspec.Struct, frozen=True, kw_only=True):
+    type: str
+    text: str = ""
+    id: str = ""
+    name: str = ""
+    input: Raw | UnsetType = UNSET
+    tool_use_id: str = ""
+    content: Raw | UnsetType = UNSET
+
+
+class _Tool(msgspec.Struct, frozen=True, kw_only=True):
+    name: str = ""
+    type: str = "custom"
+    description: str | None = None
+    input_schema: Raw | UnsetType = UNSET
+    strict: bool | None = None
+
+
+class _ToolChoice(msgspec.Struct, frozen=True):
+    type: str
+    name: str = ""
+    disable_parallel_tool_use: bool | None = None
+
+
+class _OutputConfig(msgspec.Struct, frozen=True):
+    format: dict[str, Any] | None = None
+    effort: str | None = None
+
+
+def as_chat(body: MessageRequest) -> bytes:
+    """The chat body; raises Refusal 400 that names the field."""
+    for name, neutral in _REFUSED.items():
+        raw = given(getattr(body, name))
+        if raw is not None and not asks_for_nothing(raw, neutral):
+            message = f"`{name}` is not supported by this engine: leave it out."
+            raise Refusal(400, "unsupported_parameter", message, param=name)
+    chat: dict[str, Any] = {
+        "model": body.model,
+        "messages": _messages(body),
+        "max_completion_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": None if (stop := given(body.stop_sequences)) is None else stop,
+        "user": None if body.metadata is None else body.metadata.user_id,
+    }
+    if (tools := given(body.tools)) is not None:
+        chat["tools"] = [_tool(tool) for tool in decode_raw(tools, list[_Tool], "tools")]
+    if (choice := given(body.tool_choice)) is not None:
+        chat |= _tool_choice(decode_raw(choice, _ToolChoice, "tool_choice"))
+    if (output := given(body.output_config)) is not None:
+        config = decode_raw(output, _OutputConfig, "output_config")
+        chat["reasoning_effort"] = config.effort
+        if config.format is not None:
+            named = {"name": "output", "schema": config.format.get("schema"), "strict": True}
+            chat["response_format"] = {"type": config.format.get("type"), "json_schema": named}
+    return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
+
+
+def with_own_param(refusal: Refusal) -> Refusal:
+    """A refusal of the chat body, with the field that it came from."""
+    param = _PARAMS.get(refusal.param or "", refusal.param)
+    return Refusal(refusal.status, refusal.code, refusal.message, param=param, retry_after=refusal.retry_after)
+
+
+def _messages(body: MessageRequest) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if (system := given(body.system)) is not None:
+        messages.append({"role": "system", "content": _text(_blocks(system, "system"), "system")})
+    raw = given(body.messages)
+    parts = [] if raw is None else first_elements(raw, _MAX_MESSAGES + 1, "messages")
+    if len(parts) > _MAX_MESSAGES:
+        raise _invalid(f"`messages` holds more than {_MAX_MESSAGES} messages.", "messages")
+    for part in parts:
+        message = decode_raw(part, _Message, "messages")
+        messages += _turn(message.role, _blocks(given(message.content), "messages"))
+    return messages
+
+
+def _turn(role: str, blocks: list[_Block]) -> list[dict[str, Any]]:
+    """What came of calls is a message of its own to a chat; what was thought before is not shown again."""
+    results = [block for block in blocks if block.type == "tool_result"]
+    calls = [block for block in blocks if block.type == "tool_use"]
+    others = [
+        block for block in blocks if block.type not in ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    ]
+    messages: list[dict[str, Any]] = [
+        {
+            "role": "tool",
+            "tool_call_id": block.tool_use_id,
+            "content": _text(_blocks(given(block.content), "messages"), "messages"),
+        }
+        for block in results
+    ]
+    if others or calls or not results:
+        message: dict[str, Any] = {"role": role, "content": _text(others, "messages")}
+        if calls:
+            message["tool_calls"] = [_call(block) for block in calls]
+        messages.append(message)
+    return messages
+
+
+def _call(block: _Block) -> dict[str, Any]:
+    arguments = given(block.input)
+    text = "{}" if arguments is None else bytes(arguments).decode()
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": text}}
+
+
+def _blocks(raw: Raw | None, param: str) -> list[_Block]:
+    if raw is None:
+        return []
+    if bytes(raw)[:1] == b'"':
+        return [_Block(type="text", text=decode_raw(raw, str, param))]
+    return decode_raw(raw, list[_Block], param)
+
+
+def _text(blocks: list[_Block], param: str) -> str:
+    if unknown := [block.type for block in blocks if block.type != "text"]:
+        raise _invalid(f"A block of type {unknown[0][:50]!r} is not supported here: text.", param)
+    return "\n".join(block.text for block in blocks)
+
+
+def _tool(tool: _Tool) -> dict[str, Any]:
+    if tool.type != "custom":
+        message = f"A tool of type {tool.type[:50]!r} is not supported: only your own."
+        raise Refusal(400, "unsupported_parameter", message, param="tools")
+    function = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": given(tool.input_schema),
+        "strict": tool.strict,
+    }
+    return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
+
+
+def _tool_choice(choice: _ToolChoice) -> dict[str, Any]:
+    named = {"type": "function", "function": {"name": choice.name}}
+    words: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none", "tool": named}
+    if choice.type not in words:
+        raise _invalid("`tool_choice.type` is auto, any, none or tool.", "tool_choice")
+    return {"tool_choice": words[choice.type], "parallel_tool_calls": not choice.disable_parallel_tool_use}
+
+
+def _invalid(message: str, param: str) -> Refusal:
+    return Refusal(400, "invalid_value", message, param=param)
