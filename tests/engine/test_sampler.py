@@ -153,6 +153,18 @@ def test_no_stop_token_before_min_tokens(kernels: Kernels) -> None:
     assert [ids(logits.clone(), [row(index=index, **params)], kernels)[0] for index in range(5)] == [3, 3, 3, 1, 1]
 
 
+def test_forbidden_tokens_are_not_drawn(kernels: Kernels) -> None:
+    """Of the rows that have any; what is told of the distribution is the model's own."""
+    logits = torch.stack([LOGITS, LOGITS])
+    rows = [row(temperature=0, num_logprobs=1)] * 2
+    first, second = sample(logits, rows, kernels, {1: np.array([True, True, True, True, False, True, True, True])})
+    assert first is not None and second is not None
+    assert (first.token_id, second.token_id) == (1, 4)
+    assert second.logprobs is not None and second.logprobs.top_token_ids == (1,)
+    assert ids(LOGITS[None].clone(), [row()], kernels) != [None]
+    assert sample(LOGITS[None].clone(), [row()], kernels, {0: np.ones(8, np.bool_)}) == [None]
+
+
 def test_no_rows_no_tokens(kernels: Kernels) -> None:
     assert ids(torch.empty(0, 10), [], kernels) == []
 

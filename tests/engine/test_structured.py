@@ -219,6 +219,8 @@ def test_rows_of_others_and_chunks_have_no_mask(compiler: Compiler) -> None:
     structures.advance(chunk, [Sampled((7,))])
     both = Batch(2, (ScheduledRequest(1, 3, 1, 1), ScheduledRequest(0, 1, 1, 1)), 1)
     assert allowed(structures, both) == {1: {a}}
+    beside_a_chunk = Batch(3, (ScheduledRequest(1, 0, 2, 0), ScheduledRequest(0, 1, 1, 1)), started=(free,))
+    assert allowed(structures, beside_a_chunk) == {0: {a}}, "a chunk has no row"
     structures.forget("r")
     taken = Batch(3, (ScheduledRequest(0, 0, 3, 1),), started=(started(0, request_id="other"),))
     assert allowed(structures, taken) == {}
