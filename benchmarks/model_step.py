@@ -11,11 +11,11 @@ import time
 import timeit
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import common
 import torch
+from step_floor import Floor
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
@@ -34,7 +34,7 @@ from evenhand_engine.model.precision import (
 )
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import checkpoint_bytes, load_weights
-from evenhand_engine.scheduler.batch import Batch, BatchPlan, ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_kernels.cpu.cores import num_cores
 from evenhand_kernels.cpu.kernels import CpuKernels
@@ -64,50 +64,6 @@ SAMPLING = (
     {"temperature": 1.0, "top_p": 0.9},
     {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
 )
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What the machine can do: FLOP and bytes in a second."""
-
-    flops: float
-    bandwidth: float
-    config: ModelConfig
-    weight_bytes: float
-    kv_bytes: int
-
-    @classmethod
-    def measured(cls, kernels: Kernels, config: ModelConfig, weight_bytes: float, kv_bytes: int) -> Self:
-        """The last two: bytes of a weight, and of a number in the KV cache."""
-        wide = kernels.linear(torch.randn(2048, 2048), None)
-        large = kernels.linear(torch.randn(50_000, 1024), None)
-        return cls(
-            2 * 512 * 2048**2 / _best(wide, torch.randn(512, 2048)),
-            50_000 * 1024 * 4 / _best(large, torch.randn(1, 1024)),
-            config,
-            weight_bytes,
-            kv_bytes,
-        )
-
-    def milliseconds(self, items: Sequence[ScheduledRequest]) -> float:
-        """Of a step of these items."""
-        config = self.config
-        head = config.vocab_size * config.hidden_size
-        layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
-        operations, read = 0, layers * self.weight_bytes
-        for item in items:
-            num_computed, num_scheduled = item.num_computed_tokens, item.num_scheduled_tokens
-            seen = num_scheduled * num_computed + num_scheduled * (num_scheduled + 1) // 2
-            operations += 2 * (layers * num_scheduled + head * item.num_samples)
-            operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
-            read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.kv_bytes
-        read += head * self.weight_bytes * any(item.num_samples for item in items)
-        return 1e3 * max(operations / self.flops, read / self.bandwidth)
-
-
-def _best(operation: Linear, x: Tensor) -> float:
-    """Seconds of the fastest of many calls."""
-    return min(timeit.repeat(lambda: operation(x), number=1, repeat=30))
 
 
 class TimedKernels:

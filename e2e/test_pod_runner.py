@@ -13,7 +13,8 @@ import pytest
 import tenacity
 
 from cluster.control_plane import ControlPlane
-from cluster.pod_runner import Launch, PodRunner, Sandbox
+from cluster.pod_runner import PodRunner
+from cluster.sandbox import Launch, Sandbox
 
 PORT = 8080
 SERVE = """

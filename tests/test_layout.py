@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+MAX_LINES = 300
 PACKAGES = ("evenhand_policy", "evenhand_engine", "evenhand_kernels", "evenhand_operator")
 
 
@@ -47,6 +48,14 @@ def test_every_module_says_what_it_is(name: str) -> None:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     assert ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("folder", ["engine", "operator", "cuda", "benchmarks", "tools", "e2e/cluster", "e2e/harness"])
+def test_no_file_is_too_long(folder: str) -> None:
+    """Split by noun: who looks for one thing should not have to read two."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert [f"{path}: {length} lines" for path, length in lengths.items() if length > MAX_LINES] == []
 
 
 def test_the_policy_contract_is_light() -> None:

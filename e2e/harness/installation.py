@@ -17,7 +17,8 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane
-from cluster.pod_runner import Launch, PodRunner, Sandbox
+from cluster.pod_runner import PodRunner
+from cluster.sandbox import Launch, Sandbox
 from evenhand_policy.bootstrap import mounted_keys, read_manifest, secret_name
 from harness.objects import ADMIN_PORT, api_key, policy, secret
 from harness.operator_process import read_json

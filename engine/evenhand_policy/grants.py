@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from evenhand_policy.config import LatencyClass
+from evenhand_policy.identity_spec import IdentityType
 from evenhand_policy.labels import LabelSelector
 from evenhand_policy.schema import Duration, Model, Rule, within
-from evenhand_policy.spec import IdentityType
 
 
 class Grant(Model, frozen=True, kw_only=True):

@@ -230,6 +230,12 @@ def test_attention_with_a_sliding_window(cpu_kernels: CpuKernels, window: int, g
     check_attention(cpu_kernels, layer, torch.float32)
 
 
+def test_what_attention_would_leave_out_is_refused(cpu_kernels: CpuKernels) -> None:
+    layer, cache = AttentionLayer(6, 2, 64, eps=1e-6, soft_cap=30.0), KvCacheShape(4, 16, torch.float32)
+    with pytest.raises(ValueError, match=r"soft cap of attention scores \(30.0\) is not computed by the CPU's kernels"):
+        cpu_kernels.attention(layer, cache)
+
+
 def test_attention_with_a_group_larger_than_a_tile(cpu_kernels: CpuKernels) -> None:
     check_attention(cpu_kernels, AttentionLayer(50, 1, 64, eps=1e-6), torch.float32)
 

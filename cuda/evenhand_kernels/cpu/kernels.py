@@ -169,6 +169,8 @@ class _Attention:
                 f"head_dim {layer.head_dim} must be at most {MAX_HEAD_DIM}, "
                 f"block_size {cache.block_size} a multiple of 16"
             )
+        if layer.soft_cap is not None:
+            raise ValueError(f"a soft cap of attention scores ({layer.soft_cap}) is not computed by the CPU's kernels")
         padded_head_dim = -(-layer.head_dim // 16) * 16
         blocks = (cache.num_blocks, layer.num_kv_heads)
         self._keys = native.zeros((*blocks, layer.head_dim, cache.block_size), cache.dtype)

@@ -1,15 +1,16 @@
 """ModelConfig: the shape of a decoder, read from a checkpoint's `config.json` and resolved to the last default."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from evenhand_engine.errors import StartupError
+from evenhand_engine.model.config_json import ConfigJson, listed
 from evenhand_engine.model.packed_format import PackedFormat, parse_packed_format
+from evenhand_engine.model.rope_config import RopeConfig, context_length, parse_rope
 
 SUPPORTED_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -18,32 +19,6 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "SmolLM3ForCausalLM",
 )
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-_SCALING_PARAMETERS = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "long_factor"}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding: which frequencies, as `transformers.modeling_rope_utils` defines them.
-
-    `factor` scales positions; `attention_factor` multiplies cosines and sines (None: the type's own rule);
-    `original_max_position_embeddings` is the context that the model was first trained with.
-    """
-
-    rope_type: str
-    theta: float
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    attention_factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,42 +66,6 @@ class ModelConfig:
         return self.num_layers * (attention + mlp) + embeddings
 
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-
-
-class _Json(msgspec.Struct, kw_only=True):
-    """The fields of `config.json` that matter, with the defaults that all supported architectures share."""
-
-    architectures: list[str]
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive | None = None
-    head_dim: Positive | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: Positive
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    partial_rotary_factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    sliding_window: Positive | msgspec.UnsetType | None = msgspec.UNSET
-    use_sliding_window: bool = False
-    max_window_layers: int = 28
-    layer_types: list[str] | None = None
-    no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: Positive = 4
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    quantization_config: dict[str, Any] | None = None
-
-
 def load_model_config(model_dir: Path) -> ModelConfig:
     """Read `config.json`. Raises StartupError naming the missing, malformed or unsupported field."""
     path = model_dir / "config.json"
@@ -143,7 +82,7 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
     """Resolve a `config.json` document; `origin` names it in errors. Raises StartupError."""
     _require_architecture(document, origin)
     try:
-        fields = msgspec.convert(_without_nulls(document), _Json, strict=False)
+        fields = msgspec.convert(_without_nulls(document), ConfigJson, strict=False)
     except msgspec.ValidationError as error:
         raise StartupError(f"{origin}: {error}") from error
     architecture = fields.architectures[0]
@@ -151,7 +90,7 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
     num_kv_heads = fields.num_key_value_heads or fields.num_attention_heads
     if architecture.startswith("Mistral") and "num_key_value_heads" not in document:
         num_kv_heads = 8
-    rope = _rope(fields, 2e6 if smollm3 else 1e4, origin)
+    rope = parse_rope(fields, 2e6 if smollm3 else 1e4, origin)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.vocab_size,
@@ -162,7 +101,7 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=fields.head_dim or (128 if qwen3 else fields.hidden_size // fields.num_attention_heads),
         rms_norm_eps=fields.rms_norm_eps,
-        max_position_embeddings=_context_length(fields, rope),
+        max_position_embeddings=context_length(fields, rope),
         tie_word_embeddings=smollm3 if fields.tie_word_embeddings is None else fields.tie_word_embeddings,
         attention_bias=qwen2 or fields.attention_bias,
         attention_output_bias=fields.attention_bias and not qwen2,
@@ -189,19 +128,22 @@ def _require_architecture(document: Any, origin: str) -> None:
     architectures = document.get("architectures") if isinstance(document, dict) else None
     if not isinstance(architectures, list) or not architectures:
         raise StartupError(
-            f"{origin}: `architectures` is missing; it should name one of {_listed(SUPPORTED_ARCHITECTURES)}"
+            f"{origin}: `architectures` is missing; it should name one of {listed(SUPPORTED_ARCHITECTURES)}"
         )
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise StartupError(
             f"{origin}: architecture {architectures[0]} is not supported; "
-            f"supported are {_listed(SUPPORTED_ARCHITECTURES)}"
+            f"supported are {listed(SUPPORTED_ARCHITECTURES)}"
         )
 
 
-def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
+def _check(fields: ConfigJson, config: ModelConfig, origin: str) -> None:
     """Refuse what the decoder would compute wrongly."""
     if fields.hidden_act != "silu":
         raise StartupError(f"{origin}: hidden_act {fields.hidden_act} is not supported; supported is silu")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (cap := getattr(fields, name)) is not None:
+            raise StartupError(f"{origin}: {name} {cap} is not supported; no supported architecture has it")
     if config.num_heads % config.num_kv_heads:
         raise StartupError(
             f"{origin}: num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}"
@@ -232,63 +174,7 @@ def _check(fields: _Json, config: ModelConfig, origin: str) -> None:
         raise StartupError(f"{origin}: layer_types and no_rope_layers must have {config.num_layers} entries")
 
 
-def _rope(fields: _Json, default_theta: float, origin: str) -> RopeConfig:
-    """Both spellings: `rope_parameters` of today, `rope_theta` with `rope_scaling` of before."""
-    parameters = _rope_parameters(fields, origin)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type == "default" and (unused := parameters.keys() & _SCALING_PARAMETERS):
-        raise StartupError(
-            f"{origin}: rope parameters have {_listed(sorted(unused))} but no rope_type: say which, one of "
-            f"{_listed(SUPPORTED_ROPE_TYPES)}"
-        )
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise StartupError(
-            f"{origin}: rope type {rope_type} is not supported; supported are {_listed(SUPPORTED_ROPE_TYPES)}"
-        )
-    if parameters.get("partial_rotary_factor", fields.partial_rotary_factor) != 1.0:
-        raise StartupError(f"{origin}: partial_rotary_factor other than 1 is not supported")
-    original = (
-        parameters.get("original_max_position_embeddings")
-        or fields.original_max_position_embeddings
-        or fields.max_position_embeddings
-    )
-    resolved = {
-        "rope_type": rope_type,
-        "theta": parameters.get("rope_theta") or fields.rope_theta or default_theta,
-        "factor": parameters.get("factor") or fields.max_position_embeddings / original,
-        "original_max_position_embeddings": original,
-    }
-    known = {name: value for name, value in parameters.items() if name in RopeConfig.__slots__ and value is not None}
-    try:
-        return msgspec.convert(known | resolved, RopeConfig, strict=False)
-    except msgspec.ValidationError as error:
-        raise StartupError(f"{origin}: rope parameters: {error}") from error
-
-
-def _rope_parameters(fields: _Json, origin: str) -> dict[str, Any]:
-    """Those of all layers. They may be written by type of layer, if they are the same for each type."""
-    parameters = fields.rope_parameters or fields.rope_scaling or {}
-    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
-    if not by_layer_type:
-        return parameters
-    if len(by_layer_type) < len(parameters) or any(each != by_layer_type[0] for each in by_layer_type):
-        raise StartupError(
-            f"{origin}: rope parameters that differ between {_listed(sorted(parameters))} layers are not supported"
-        )
-    return dict(by_layer_type[0])
-
-
-def _context_length(fields: _Json, rope: RopeConfig) -> int:
-    """Scaling by `linear` and `yarn` lengthens the context; the other types' configs hold the longer one already."""
-    match rope.rope_type:
-        case "linear":
-            return int(fields.max_position_embeddings * rope.factor)
-        case "yarn":
-            return max(fields.max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
-    return fields.max_position_embeddings
-
-
-def _sliding_windows(fields: _Json) -> tuple[int | None, ...]:
+def _sliding_windows(fields: ConfigJson) -> tuple[int | None, ...]:
     architecture, layers = fields.architectures[0], range(fields.num_hidden_layers)
     window = 4096 if fields.sliding_window is msgspec.UNSET else fields.sliding_window
     if architecture.startswith("Mistral"):
@@ -302,13 +188,9 @@ def _sliding_windows(fields: _Json) -> tuple[int | None, ...]:
     return tuple(window if layer >= fields.max_window_layers else None for layer in layers)
 
 
-def _rope_layers(fields: _Json) -> tuple[bool, ...]:
+def _rope_layers(fields: ConfigJson) -> tuple[bool, ...]:
     if not fields.architectures[0].startswith("SmolLM3"):
         return tuple(True for _ in range(fields.num_hidden_layers))
     if fields.no_rope_layers is not None:
         return tuple(bool(rotates) for rotates in fields.no_rope_layers)
     return tuple((layer + 1) % fields.no_rope_layer_interval != 0 for layer in range(fields.num_hidden_layers))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from evenhand_engine.model.config import RopeConfig
+from evenhand_engine.model.rope_config import RopeConfig
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:

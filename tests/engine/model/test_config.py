@@ -90,6 +90,8 @@ def test_rope_parameters_by_type_of_layer_are_honoured_where_they_are_the_same()
         ({"architectures": None}, "`architectures` is missing"),
         ({"hidden_size": "wide"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+        ({"final_logit_softcapping": 30}, "final_logit_softcapping 30.0 is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"head_dim": 20}, "head_dim 20"),
         ({"head_dim": 512}, "head_dim 512"),

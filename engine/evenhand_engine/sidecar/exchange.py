@@ -1,0 +1,205 @@
+"""One HTTP exchange with the upstream: the request as it goes there, and the answer as it comes back.
+
+What the upstream answers goes on as it is, errors too; what it fails to answer becomes an OpenAI error, or, where the
+answer has begun, an end of the stream that says why.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from multidict import CIMultiDict
+
+from evenhand_engine.backends.upstream import Upstream
+from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, WRITES
+from evenhand_engine.openai.errors import error_body
+from evenhand_engine.sidecar.events import EventReader, usage_of
+from evenhand_engine.sidecar.passage import OPENAI_STREAMS, Passage
+from evenhand_engine.sidecar.relay import EventWriter, Relay
+from evenhand_engine.sidecar.service import SIDECAR
+
+_HOP_BY_HOP = {
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
+    *("transfer-encoding", "upgrade"),
+}
+_OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-request-id"}
+_ANSWERED_BY_US = {"server", "date", "x-request-id"}
+_MAX_HELD_ANSWER = 8 * 2**20  # of an answer that is checked as a whole before it goes on
+_RETRY_SECONDS = 0.1
+
+
+async def exchange(
+    request: web.Request, body: bytes | AsyncIterator[bytes] | None, passage: Passage | None
+) -> web.StreamResponse:
+    """Send the request and hand its answer on."""
+    upstream = request.app[SIDECAR].upstream
+    response = None
+    try:
+        response = await _send(upstream, request, body)
+        if passage is None or response.status >= 400:
+            return await _pass_whole(request, response, passage)
+        if response.content_type == "text/event-stream" and "Content-Encoding" not in response.headers:
+            return await _pass_events(request, response, passage)
+        if response.content_type.endswith("json") and "Content-Encoding" not in response.headers:
+            return await _pass_json(request, response, passage)
+        if request.path.startswith("/v1/") and response.content_type == "text/html":
+            raise upstream_error(f"it answered {response.content_type} instead of JSON")
+        return await _pass_whole(request, response, passage)
+    except Refusal as refusal:
+        if passage is not None:
+            passage.fail(refusal, was_sent=refusal.code != "upstream_unavailable")
+        raise
+    finally:
+        if response is not None:
+            response.close()  # at once, also where the client has left: that cancels it upstream
+
+
+async def _send(
+    upstream: Upstream, request: web.Request, body: bytes | AsyncIterator[bytes] | None
+) -> aiohttp.ClientResponse:
+    """The upstream's answer, as far as its headers. A connection that cannot be made is tried again; nothing else is."""
+    is_decoded = isinstance(body, bytes | None)  # what is streamed goes on in the encoding in which it came
+    headers = _forwarded(request.headers, _OURS | {"content-encoding"} if is_decoded else _OURS)
+    headers["X-Request-Id"] = request[REQUEST_ID]
+    headers["Accept-Encoding"] = "identity"
+    headers.update(upstream.authorization)
+    deadline = time.monotonic() + upstream.settings.connect_timeout
+    while True:
+        try:
+            return await upstream.session.request(
+                request.method, upstream.url(request.raw_path), headers=headers, data=body, allow_redirects=False
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            if time.monotonic() > deadline or not isinstance(body, bytes | None):
+                message = "The engine behind this server cannot be reached."
+                raise Refusal(503, "upstream_unavailable", message, retry_after=2.0) from error
+            await asyncio.sleep(_RETRY_SECONDS)
+        except (aiohttp.SocketTimeoutError, TimeoutError) as error:
+            raise upstream_timeout() from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise upstream_error(f"it did not answer in HTTP ({type(error).__name__})") from error
+
+
+def _forwarded(headers: Mapping[str, str], ours: set[str]) -> CIMultiDict[str]:
+    """Headers that go on: those that are about one connection stay on it, and ours are set by us."""
+    listed = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in ours and name.lower() not in listed
+    )
+
+
+async def _pass_whole(
+    request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage | None
+) -> web.StreamResponse:
+    """Any answer, as it comes."""
+    if upstream.status >= 500 and upstream.content_type == "text/html":  # a proxy's page in between
+        raise Refusal(upstream.status, "upstream_error", f"The engine answered {upstream.status}.", retry_after=1.0)
+    response = web.StreamResponse(status=upstream.status, headers=_forwarded(upstream.headers, _ANSWERED_BY_US))
+    writes = request[WRITES]
+    if request.method == "HEAD" or upstream.status in (204, 304):
+        await response.prepare(request)
+        return response
+    await response.prepare(request)
+    num_bytes = 0
+    try:
+        async for chunk in _chunks(upstream):
+            num_bytes += len(chunk)
+            await writes.wait(response.write(chunk))
+    except Refusal as failure:
+        if passage is not None:
+            passage.fail(failure, was_sent=True)
+        if request.transport is not None:
+            request.transport.abort()  # the client must see that it is not whole
+        return response
+    if passage is not None:
+        if "Content-Encoding" in upstream.headers:
+            passage.take_bytes(num_bytes)
+        passage.finish(upstream.status)
+    await writes.wait(response.write_eof())
+    return response
+
+
+async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:
+    """An answer that comes as a whole at its end: held until it is known to be one."""
+    if upstream.content_length is None or upstream.content_length <= _MAX_HELD_ANSWER:
+        answer = b"".join([chunk async for chunk in _chunks(upstream)])
+        try:
+            msgspec.json.decode(answer, type=msgspec.Raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise upstream_error("its answer is not JSON") from error
+        if not passage.take_usage(usage_of(answer)):
+            passage.take_bytes(len(answer))
+        passage.finish(upstream.status)
+        headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
+        headers["Content-Length"] = str(len(answer))
+        return web.Response(status=upstream.status, body=answer, headers=headers)
+    return await _pass_whole(request, upstream, passage)
+
+
+async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:
+    """An event stream, event by event as they come."""
+    headers = _forwarded(upstream.headers, _ANSWERED_BY_US | {"content-length"})
+    headers["X-Accel-Buffering"] = "no"
+    response = web.StreamResponse(status=upstream.status, headers=headers)
+    await response.prepare(request)
+    writes, reader = request[WRITES], EventReader(hides_usage=passage.hides_usage)
+    send = EventWriter(request, response)
+    failure: Refusal | None = None
+
+    def take(chunk: bytes) -> bool:
+        nonlocal failure
+        num_events = reader.num_events
+        out = reader.feed(chunk)
+        failure = passage.take_events(reader.num_events - num_events)  # before somebody who does not read stops us
+        return send(out) and failure is None
+
+    try:
+        relay = Relay(upstream, take, request.app[SIDECAR].upstream.settings.idle_timeout)
+        while failure is None and not relay.has_ended:
+            await relay.run()
+            await writes.wait(send.drain())
+    except TimeoutError:
+        failure = upstream_timeout()
+    except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, ConnectionResetError) and send.is_closed:
+            raise  # it is the client who has gone
+        failure = upstream_error("its connection ended before its answer did")
+    out = reader.flush()
+    passage.take_usage(reader.usage)
+    if failure is None and not reader.is_done and request.path in OPENAI_STREAMS:
+        failure = upstream_error("it ended the stream before it was complete")
+    if failure is None:
+        passage.finish(upstream.status)
+    else:
+        passage.fail(failure, was_sent=True)
+        request.app[SERVICE].metrics.count_refusal(passage.tenant_id, failure.code)
+        out += b"\n\ndata: " + msgspec.json.encode(error_body(failure)) + b"\n\n"
+    if out:
+        await writes.wait(response.write(out))
+    await writes.wait(response.write_eof())
+    return response
+
+
+async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The answer's bytes as they come; raises Refusal where they end before the answer does."""
+    try:
+        async for chunk in upstream.content.iter_any():
+            yield chunk
+    except TimeoutError as error:
+        raise upstream_timeout() from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise upstream_error("its connection ended before its answer did") from error
+
+
+def upstream_error(what: str) -> Refusal:
+    return Refusal(502, "upstream_error", f"The engine behind this server failed: {what}.", retry_after=1.0)
+
+
+def upstream_timeout() -> Refusal:
+    return Refusal(504, "upstream_timeout", "The engine behind this server did not answer in time.", retry_after=1.0)
