@@ -484,7 +484,7 @@ def charged_again(self: Ledger, tenant: Tenant, request: Request, start: int, en
     num_tokens = end - start
     recomputed = min(num_tokens, max(0, request.num_charged_tokens - start))
     outputs = max(0, num_tokens - recomputed) if request.num_preemptions else 0
-    self._charge(tenant, (request,), lambda request: recomputed * INPUT_PRICE + outputs * OUTPUT_PRICE)
+    self._charge(tenant, (request,), [recomputed * INPUT_PRICE + outputs * OUTPUT_PRICE])
     CHARGE_PROMPT(self, tenant, request, start, end)
 
 
@@ -496,7 +496,7 @@ def finished_and_charged(self: Results, request: Request, result: Sampled) -> No
     TAKE(self, request, result)
     if request.finish_reason is not None:
         tenant = self._roster.tenants[request.tenant_id]
-        self._ledger._charge(tenant, (request,), lambda request: OUTPUT_PRICE * request.num_output_tokens)
+        self._ledger._charge(tenant, (request,), [OUTPUT_PRICE * request.num_output_tokens])
 
 
 def never(*_: object) -> None:

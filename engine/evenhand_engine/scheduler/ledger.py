@@ -12,7 +12,7 @@ moves it to the highest v of all. The limit is as far ahead of the least served 
 It knows no memory, seats or places: whatever shares something by weight can keep its accounts here.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT, FairShare
@@ -98,29 +98,32 @@ class Ledger:
         if start < end:
             request.num_charged_tokens = end
             tenant.num_prompt_tokens += end - start
-            self._charge(tenant, (request,), lambda request: self.prompt_cost(start, end))
+            self._charge(tenant, (request,), [self.prompt_cost(start, end)])
 
     def charge_outputs(self, tenant: Tenant, requests: Sequence[Request]) -> None:
         """Charge the next output of each request, which is in flight now."""
         tenant.num_generation_tokens += len(requests)
-        self._charge(tenant, requests, lambda r: self.output_cost(r, r.num_tokens - 1, r.num_tokens))
+        if self.prices.context_token:
+            costs = [self.output_cost(r, r.num_tokens - 1, r.num_tokens) for r in requests]
+        else:  # of every stream in every step: all cost the same
+            costs = [self.prices.output_token] * len(requests)
+        self._charge(tenant, requests, costs)
 
     def correct_outputs(self, tenant: Tenant, request: Request, charged: int, end: int) -> None:
         """Outputs were charged up to the position `charged`, and there are some up to `end`: fewer, so that the rest is
         given back, or more."""
         tenant.num_generation_tokens += end - charged
         cost = self.output_cost(request, min(charged, end), max(charged, end))
-        self._charge(tenant, (request,), lambda request: cost if end > charged else -cost)
+        self._charge(tenant, (request,), [cost if end > charged else -cost])
 
     def correct_prompt(self, tenant: Tenant, request: Request, num_tokens: int) -> None:
         """A prompt that was charged by an estimate turns out to cost `num_tokens`: more is charged, less given back."""
         charged, request.num_charged_tokens = request.num_charged_tokens, num_tokens
         tenant.num_prompt_tokens += num_tokens - charged
         cost = self.prompt_cost(0, num_tokens) - self.prompt_cost(0, charged)
-        self._charge(tenant, (request,), lambda request: cost)
+        self._charge(tenant, (request,), [cost])
 
-    def _charge(self, tenant: Tenant, requests: Sequence[Request], cost_of: Callable[[Request], int]) -> None:
-        costs = [cost_of(request) for request in requests]
+    def _charge(self, tenant: Tenant, requests: Sequence[Request], costs: Sequence[int]) -> None:
         total = sum(costs)
         tenant.service += total
         self.shares.charge(tenant.tenant_id, total, tenant.weight)

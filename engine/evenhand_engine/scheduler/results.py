@@ -58,7 +58,9 @@ class Results:
     def _append(self, request: Request, result: Sampled) -> None:
         """Append what was sampled, up to the token that ends the request."""
         params, first, num_taken, reason = request.sampling_params, len(request.token_ids), 0, None
-        prompt_logprobs = () if request.num_output_tokens else result.prompt_logprobs  # else told before a preemption
+        prompt_logprobs = result.prompt_logprobs
+        if prompt_logprobs and request.num_output_tokens:  # told before a preemption
+            prompt_logprobs = ()
         request.num_in_flight_tokens -= len(result.token_ids)
         for token_id in result.token_ids:
             request.token_ids.append(token_id)
@@ -71,7 +73,8 @@ class Results:
                 break
         self._settle(request, first, num_taken)
         token_ids, logprobs = result.token_ids[:num_taken], result.logprobs[:num_taken]
-        self._speculation.learn(request, token_ids)
+        if request.guess or num_taken > 1:
+            self._speculation.learn(request, token_ids)
         if not token_ids:
             self._roster.finish(request, FinishReason.ERROR)
         elif reason is not None:
