@@ -64,7 +64,7 @@ $(COSMIC_RAY)/bin/python: | $(UV)
 mutants: install $(COSMIC_RAY)/bin/python  ## change operator and policy at random, and see whether a test notices (ARGS="--number 40 --seed 2")
 	$(COSMIC_RAY)/bin/python tools/mutants.py $(ARGS)
 
-GPU_SITE := benchmarks/gpu-site
+GPU_SITE := build/gpu-site
 gpu:  ## on a machine with a GPU: correctness, parity and every number that needs one (ARGS="--device emulated": a rehearsal)
 	PYTHONPATH=engine:cuda:$(GPU_SITE) $(PYTHON) benchmarks/gpu.py $(ARGS)
 
