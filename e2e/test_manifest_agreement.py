@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -25,6 +24,7 @@ from harness.objects import ADMIN_PORT
 Object = dict[str, Any]
 PROGRAMS: dict[str, click.Command] = {"evenhand": engine_main, "evenhand-operator": operator_main}
 IMAGES = REPOSITORY / "manifests/images"
+PACKAGES = IMAGES / "packages"
 CONVENTIONAL = {"HOME", "CUPY_CACHE_DIR"}
 """Variables that libraries read; all others our own code must."""
 
@@ -179,15 +179,15 @@ def test_every_image_that_manifests_name_is_a_stage_that_runs_as_they_say(render
 
 def test_images_are_made_of_files_that_there_are() -> None:
     ignored = (IMAGES / "Dockerfile.dockerignore").read_text()
-    [names] = [re.findall(r"^COPY (?!--from)(.+) \S+$", stages()["build"], re.MULTILINE)]
-    for name in " ".join(names).split():
+    assert "\n!manifests\nmanifests/*\n!manifests/images\n" in ignored
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (IMAGES / "Dockerfile").read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
         assert (REPOSITORY / name).exists()
-        assert f"!{name}\n" in ignored
+        assert f"!{name.partition('/')[0]}\n" in ignored
 
 
 def test_operators_image_has_what_the_operator_imports() -> None:
-    installed = re.search(r"--constraint requirements.lock\s+(.+?)&&", stages()["build-operator"])
-    assert installed
+    installed = (PACKAGES / "operator.in").read_text().splitlines()
     imported = set[str]()
     for package in ("operator/evenhand_operator", "engine/evenhand_policy"):
         for path in (REPOSITORY / package).rglob("*.py"):
@@ -195,7 +195,26 @@ def test_operators_image_has_what_the_operator_imports() -> None:
     ours = {"evenhand_operator", "evenhand_policy"}
     distributions = importlib.metadata.packages_distributions()
     needed = {distributions[name][0].lower().replace("_", "-") for name in imported - ours - sys.stdlib_module_names}
-    assert set(installed[1].split()) == needed
+    assert {line for line in installed if not line.startswith("#")} == needed
+
+
+@pytest.mark.parametrize("image", ["operator", "engine", "engine-cuda", "model"])
+def test_images_have_the_versions_that_are_tested(image: str) -> None:
+    tested = locked(REPOSITORY / "requirements.lock")
+    of_image = locked(PACKAGES / f"{image}.lock")
+    assert of_image.items() <= tested.items(), "run make lock"
+
+
+def test_the_image_for_cpus_has_nothing_of_cuda() -> None:
+    of_image = locked(PACKAGES / "engine.lock")
+    assert "torch" in of_image
+    assert [name for name in of_image if re.match("nvidia|cuda|cupy|triton", name)] == []
+    assert locked(PACKAGES / "engine-cuda.lock").keys() > of_image.keys()
+
+
+def locked(path: Path) -> dict[str, str]:
+    """Versions by package."""
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", path.read_text(), re.MULTILINE))
 
 
 def imports(path: Path) -> set[str]:
@@ -207,12 +226,3 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.partition(".")[0])
     return names
-
-
-@pytest.mark.parametrize("target", ["operator", "engine"])
-def test_image_can_be_built(target: str) -> None:
-    docker = shutil.which("docker")
-    if docker is None or subprocess.run([docker, "info"], capture_output=True).returncode:
-        pytest.skip("images cannot be built here: no Docker daemon")
-    command = [docker, "build", "-q", "-f", str(IMAGES / "Dockerfile"), "--target", target, str(REPOSITORY)]
-    subprocess.run(command, check=True, timeout=280)
