@@ -389,11 +389,6 @@ def test_quantities(value: str, number: int) -> None:
     assert quantity(value) == number
 
 
-def test_every_default_is_taken() -> None:
-    """Without any flag the command must come as far as the server."""
-    assert serve.make_context("serve", []).params["num_speculative_tokens"] == 8
-
-
 @pytest.mark.parametrize("args", [["--max-num-seqs", "0"], ["--max-model-len", "2x"], ["--port", "70000"], ["--what"]])
 def test_bad_flags(args: list[str]) -> None:
     with running(*args) as process:

@@ -82,7 +82,7 @@ async def _done(request: web.Request) -> web.StreamResponse:
 async def test_one_that_says_nothing_times_out_before_and_inside_its_answer(
     upstream: ScriptedUpstream, start: Start
 ) -> None:
-    sidecar = await start(upstream.url, idle_timeout=0.3)
+    sidecar = await start(upstream.url, idle_timeout=1.0)
 
     async def hang(request: web.Request) -> web.StreamResponse:
         if request.headers.get("X-Begin"):
