@@ -52,7 +52,7 @@ class Meter:
         return batch
 
     def _note(self, batch: Batch) -> None:
-        tenants = self.scheduler.roster.running_tenants.values()
+        tenants = self.scheduler.request_table.running_tenants.values()
         owners = {request.seat: tenant.tenant_id for tenant in tenants for request in tenant.running()}
         own = replace(DEVICE.small_step, intercept=0.0)
         for index, item in enumerate(batch.scheduled):
@@ -90,7 +90,7 @@ def suggested_price(fit: LinearStepTime, run: Run, meter: Meter) -> int:
         context_seconds += fit.per_decode_context * shape.decode_context + fit.per_prefill_pair * shape.prefill_pairs
         context_seconds += fit.per_prefill_context * shape.prefill_context
         num_attended += shape.decode_context + shape.prefill_pairs
-    units = sum(tenant.service for tenant in meter.scheduler.roster.tenants.values())
+    units = sum(tenant.service for tenant in meter.scheduler.request_table.tenants.values())
     seconds_per_unit = (sum(run.steps.seconds) - context_seconds) / units
     return round(1_000 * context_seconds / num_attended / seconds_per_unit)
 
@@ -105,7 +105,9 @@ def main() -> None:
     results = {}
     for name, at in (("0", 0), ("suggested", price)):
         _, meter = run_at(at, trace, until)
-        service = {tenant.tenant_id: tenant.num_generation_tokens for tenant in meter.scheduler.roster.tenants.values()}
+        service = {
+            tenant.tenant_id: tenant.num_generation_tokens for tenant in meter.scheduler.request_table.tenants.values()
+        }
         results[name] = {
             "price": at,
             "long_share": meter.seconds[LONG] / sum(meter.seconds.values()),

@@ -191,7 +191,7 @@ class Loop:
 
     @property
     def num_requests(self) -> int:
-        return len(self.scheduler.roster.requests)
+        return len(self.scheduler.request_table.requests)
 
     def add(self, num_prompt_tokens: int, num_output_tokens: int, tenant_id: str = "default") -> Timing:
         now, name = self.now, f"r{len(self.timings)}"

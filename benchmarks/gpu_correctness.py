@@ -126,7 +126,7 @@ def _parity(
     loop = Loop(model, model.settings, seed=options.seed)
     for num_tokens in prompts:
         loop.add(num_tokens, num_outputs)
-    requests = list(loop.scheduler.roster.requests.values())
+    requests = list(loop.scheduler.request_table.requests.values())
     loop.drain()
     found = {"tokens": 0, "wrong": 0, "near": 0}
     for request in requests:

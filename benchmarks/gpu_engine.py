@@ -59,7 +59,7 @@ def decode_steps(options: Options, model: LoadedModel, shape: str, rate: float) 
         loop.step()
         ends.append(loop.now)
     step = statistics.median(b - a for a, b in pairwise(ends))
-    num_tokens = sum(request.num_tokens for request in loop.scheduler.roster.requests.values())
+    num_tokens = sum(request.num_tokens for request in loop.scheduler.request_table.requests.values())
     floor = (weight_bytes(shape) + num_tokens * kv_bytes(shape)) / rate
     idle = None if options.is_tiny else traced_idle(loop, traced)
     for name in list(loop.timings):

@@ -81,7 +81,7 @@ def batch_tokens(loop: Loop, batch: tuple[int, int], since: float, until: float)
 
 
 def stop(loop: Loop) -> None:
-    for name in list(loop.scheduler.roster.requests):
+    for name in list(loop.scheduler.request_table.requests):
         loop.scheduler.abort(name, FinishReason.ABORT)
     loop.drain()
 

@@ -30,10 +30,10 @@ class ClosedLoop:
         self._num_busy = num_busy
         self._num_added = 0
         for tenant in tenants:
-            self.scheduler.roster.tenant(tenant.tenant_id)  # as if each had been busy once
+            self.scheduler.request_table.tenant(tenant.tenant_id)  # as if each had been busy once
         for _ in range(num_requests):
             self._add()
-        while self.scheduler.roster.num_running < num_running:
+        while self.scheduler.request_table.num_running < num_running:
             self.step()
 
     def step(self) -> float:

@@ -76,9 +76,9 @@ def serve(policy: SchedulingPolicy, seconds: float, seed: int) -> Outcome:
     num_added = num_outputs = num_steps = num_scheduled = 0
     started_at = time.monotonic()
     while (now := time.monotonic()) < started_at + seconds or (
-        policy is SchedulingPolicy.STATIC and scheduler.roster.num_running > 0
+        policy is SchedulingPolicy.STATIC and scheduler.request_table.num_running > 0
     ):
-        while len(scheduler.roster.requests) < 2 * NUM_SLOTS:
+        while len(scheduler.request_table.requests) < 2 * NUM_SLOTS:
             num_prompt_tokens, num_output_tokens = (max(1, length // SHRINK) for length in next(pending))
             prompt = [rng.randrange(1000, 40000) for _ in range(num_prompt_tokens)]
             params = SamplingParams(max_tokens=num_output_tokens, temperature=0)

@@ -170,7 +170,7 @@ def test_charges_are_what_came() -> None:
     one = errand(prompt=100, output=1_000)
     dispatcher.add(one, 0.0)
     assert list(dispatcher.dispatch(0.0)) == [one]
-    tenant = dispatcher.roster.tenants["default"]
+    tenant = dispatcher.request_table.tenants["default"]
     assert tenant.service == 100
     dispatcher.started(one, 0.1)
     dispatcher.generated(one, 7)
@@ -259,4 +259,4 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
         dispatcher.end(one, FinishReason.ABORT)
     assert list(dispatcher.dispatch(0.0)) == [] and dispatcher.refused() == []
     assert dispatcher.window.num_in_flight == 0
-    dispatcher.roster.check_integrity()
+    dispatcher.request_table.check_integrity()

@@ -66,7 +66,7 @@ def test_no_step_is_late_when_sixty_thousand_are_queued_and_aborted_newest_first
     for number in reversed(range(NUM_QUEUED)):
         busy._commands.put(AbortRequest(request_id=f"{number}", reason=FinishReason.ABORT))
     assert max(late(busy)) < 0.02
-    assert not busy._scheduler.roster.requests
+    assert not busy._scheduler.request_table.requests
 
 
 def test_the_books_are_looked_at_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_the_books_are_looked_at_when_idle(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("evenhand_engine.core.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
     idle._commands.put(AbortRequest(request_id="unknown", reason=FinishReason.ABORT))
     idle._execute_commands()
-    idle._scheduler.roster.capacity.take_seat()
+    idle._scheduler.request_table.capacity.take_seat()
     now[0] += 59.0
     idle._commands.put(AbortRequest(request_id="unknown", reason=FinishReason.ABORT))
     idle._execute_commands()

@@ -80,7 +80,7 @@ class PretendEngine:
 
     def keep(self, tenant_id: str, count: int, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """Add requests until the tenant has `count` of them in the engine: a closed loop."""
-        live = sum(request.tenant_id == tenant_id for request in self.scheduler.roster.requests.values())
+        live = sum(request.tenant_id == tenant_id for request in self.scheduler.request_table.requests.values())
         for _ in range(count - live):
             self.add(tenant_id, num_prompt_tokens, num_output_tokens)
 
@@ -131,19 +131,19 @@ class PretendEngine:
     def drain(self, max_steps: int = 100_000) -> None:
         """Step until no request is left."""
         for _ in range(max_steps):
-            if not self.scheduler.roster.requests and not self._in_flight:
+            if not self.scheduler.request_table.requests and not self._in_flight:
                 return
             self.step()
-        raise AssertionError(f"not drained: {list(self.scheduler.roster.requests.values())[:5]}")
+        raise AssertionError(f"not drained: {list(self.scheduler.request_table.requests.values())[:5]}")
 
     def service(self, tenant_id: str) -> int:
-        return self.scheduler.roster.tenant(tenant_id).service
+        return self.scheduler.request_table.tenant(tenant_id).service
 
     def services(self, num_steps: int, before_step: Callable[[], None]) -> dict[str, int]:
         """What each tenant is served in the next steps."""
-        before = {tenant_id: tenant.service for tenant_id, tenant in self.scheduler.roster.tenants.items()}
+        before = {tenant_id: tenant.service for tenant_id, tenant in self.scheduler.request_table.tenants.items()}
         self.run(num_steps, before_step)
-        return {i: tenant.service - before.get(i, 0) for i, tenant in self.scheduler.roster.tenants.items()}
+        return {i: tenant.service - before.get(i, 0) for i, tenant in self.scheduler.request_table.tenants.items()}
 
     def num_output_tokens(self, request: Request) -> int:
         """How many output tokens the request has by itself, the end of sequence included."""

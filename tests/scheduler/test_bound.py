@@ -22,9 +22,9 @@ from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.preemption import Preemption
 from evenhand_engine.scheduler.request import FinishReason, Request, Sampled
-from evenhand_engine.scheduler.request_queue import RequestQueue
 from evenhand_engine.scheduler.results import Results
 from evenhand_engine.scheduler.tenant import Tenant
+from evenhand_engine.scheduler.tenant_queue import TenantQueue
 from evenhand_engine.simulator.device import LinearStepTime
 from evenhand_policy.config import (
     Fairness,
@@ -113,8 +113,8 @@ def is_backlogged(engine: PretendEngine, batch: Batch | None, config: TenantConf
     Asked before the step's results are known: what ends with it still counts against a limit. A stream that had to
     wait its turn is work left out too; one that pauses since its tenant is too far ahead is not.
     """
-    roster = engine.scheduler.roster
-    tenant = roster.tenants.get(config.tenant_id)
+    request_table = engine.scheduler.request_table
+    tenant = request_table.tenants.get(config.tenant_id)
     if tenant is None:
         return False
     seats = {item.seat for item in batch.scheduled} if batch else set()
@@ -131,7 +131,7 @@ def is_backlogged(engine: PretendEngine, batch: Batch | None, config: TenantConf
     assert head is not None
     most_blocks = engine.settings.num_kv_blocks * config.kv_cache.max_percent // 100
     num_needed = -(-head.num_tokens // engine.settings.block_size)
-    return roster.blocks.num_held_blocks(config.tenant_id) + num_needed <= most_blocks
+    return request_table.blocks.num_held_blocks(config.tenant_id) + num_needed <= most_blocks
 
 
 def settings_for(num_kv_blocks: int = 100, **changes: object) -> SchedulerSettings:
@@ -187,7 +187,7 @@ class Trial:
             return batch
 
         def resumed() -> None:
-            held.update(name for name, tenant in self.engine.scheduler.roster.tenants.items() if tenant.paused)
+            held.update(name for name, tenant in self.engine.scheduler.request_table.tenants.items() if tenant.paused)
             resume()
 
         self.engine.scheduler.step = planned  # type: ignore[method-assign]
@@ -255,7 +255,7 @@ class Trial:
         return max((rise.most / self.user_bound for rise in self.user_rises.values()), default=0.0)
 
     def _send(self) -> None:
-        live = Counter((r.tenant_id, r.user) for r in self.engine.scheduler.roster.requests.values())
+        live = Counter((r.tenant_id, r.user) for r in self.engine.scheduler.request_table.requests.values())
         for name, flood in self.floods.items():
             if self.configs[name].suspended:
                 continue
@@ -276,7 +276,7 @@ class Trial:
         self._was_backlogged = backlogged
         for name, flood in self.floods.items():
             if self.configs[name].fairness is Fairness.PER_USER and name in backlogged:
-                waiting = {request.user for request in self.engine.scheduler.roster.tenants[name].waiting}
+                waiting = {request.user for request in self.engine.scheduler.request_table.tenants[name].waiting}
                 for one, other in permutations(USERS[: flood.num_users], 2):
                     rise = self.user_rises.setdefault((name, one, other), Rise())
                     if {one, other} <= waiting:
@@ -345,7 +345,7 @@ def disturb(trial: Trial, disturbance: int | None, data: st.DataObject, *, guara
     if disturbance is None:
         trial.reconfigure(data.draw(tenant_configs(tuple(trial.configs), guarantees=guarantees)))
         return
-    for request in list(trial.engine.scheduler.roster.requests.values())[disturbance % 7 :: 3]:
+    for request in list(trial.engine.scheduler.request_table.requests.values())[disturbance % 7 :: 3]:
         trial.engine.scheduler.abort(request.request_id, FinishReason.ABORT)
 
 
@@ -495,7 +495,7 @@ def charged_at_the_end(self: Ledger, tenant: Tenant, requests: Sequence[Request]
 def finished_and_charged(self: Results, request: Request, result: Sampled) -> None:
     TAKE(self, request, result)
     if request.finish_reason is not None:
-        tenant = self._roster.tenants[request.tenant_id]
+        tenant = self._request_table.tenants[request.tenant_id]
         self._ledger._charge(tenant, (request,), [OUTPUT_PRICE * request.num_output_tokens])
 
 
@@ -531,7 +531,7 @@ CHARGE_PROMPT, TAKE = Ledger.charge_prompt, Results._append
             id="turns have no limit",
         ),
         pytest.param(contexts, [(Ledger, "_context_cost", lambda *_: 0)], id="context is not charged"),
-        pytest.param(users, [(RequestQueue, "charge", never)], id="users are not charged"),
+        pytest.param(users, [(TenantQueue, "charge", never)], id="users are not charged"),
     ],
 )
 def test_without_the_rule_the_bound_breaks(
@@ -548,9 +548,9 @@ def test_who_paused_goes_on_when_nobody_is_behind_any_more() -> None:
     num_paused = 0
     while not num_paused:
         trial.run(1)
-        tenant = trial.engine.scheduler.roster.tenants["second"]
+        tenant = trial.engine.scheduler.request_table.tenants["second"]
         num_paused = len(tenant.decoding) - sum(r.request_id in tenant.decoding for r in trial.engine.owners[-1])
-    for request in [r for r in trial.engine.scheduler.roster.requests.values() if r.tenant_id == "first"]:
+    for request in [r for r in trial.engine.scheduler.request_table.requests.values() if r.tenant_id == "first"]:
         trial.engine.scheduler.abort(request.request_id, FinishReason.ABORT)
     trial.engine.drain(500)
 

@@ -19,7 +19,7 @@ class Cache:
         self._num_requests += 1
         tokens = list(range(first_token, first_token + num_blocks * BLOCK_SIZE + 1))
         request = Request(f"{self._num_requests}", tenant_id, tokens, SamplingParams(max_tokens=1), 0.0)
-        assert self.blocks.admit(request)
+        assert self.blocks.start(request)
         num_found = request.num_computed_tokens // BLOCK_SIZE
         self.blocks.commit(request, request.num_computed_tokens, num_blocks * BLOCK_SIZE)
         self.blocks.release(request)

@@ -57,7 +57,7 @@ def test_users_of_one_tenant_share_it_evenly() -> None:
     served = dict.fromkeys(("greedy", "modest"), 0)
 
     def flood() -> None:
-        live = engine.scheduler.roster.requests.values()
+        live = engine.scheduler.request_table.requests.values()
         for user, count in (("greedy", 30), ("modest", 3)):
             for _ in range(count - sum(request.user == user for request in live)):
                 engine.add("team", 100, 4, user=user)
@@ -93,7 +93,7 @@ def test_an_inter_token_objective_bounds_the_step_of_everybody() -> None:
     engine.add("chat", 10, 60)
     sizes = [one_step() for _ in range(40)]
     assert min(sizes[10:]) >= 25 and max(sizes[10:]) <= 40
-    while any(request.tenant_id == "chat" for request in engine.scheduler.roster.requests.values()):
+    while any(request.tenant_id == "chat" for request in engine.scheduler.request_table.requests.values()):
         one_step()
     ended_at = engine.now
     while engine.now < ended_at + 0.9:

@@ -26,7 +26,7 @@ def tenant(tenant_id: str, *, guaranteed: int = 0, most: int = 100, weight: int 
 
 
 def held(engine: PretendEngine, tenant_id: str) -> int:
-    return engine.scheduler.roster.blocks.num_held_blocks(tenant_id)
+    return engine.scheduler.request_table.blocks.num_held_blocks(tenant_id)
 
 
 def test_a_tenant_within_its_guarantee_reclaims_lent_memory_at_once() -> None:
@@ -150,7 +150,7 @@ def test_nobody_starts_past_a_small_head() -> None:
     engine.run(5)
     head = engine.add("head", 24, 2)
     tiny = engine.add("others", 4, 2)
-    assert 3 < engine.scheduler.roster.blocks.num_free_blocks < 7, "room for the tiny one alone"
+    assert 3 < engine.scheduler.request_table.blocks.num_free_blocks < 7, "room for the tiny one alone"
     engine.run(5)
     assert engine.finish_reason(ends_soon) is None
     assert head.started_at is None and tiny.started_at is None
@@ -191,7 +191,7 @@ def test_a_concurrency_limit_queues_the_rest() -> None:
     limits = Limits(max_concurrent_requests=2)
     engine = PretendEngine(small(), [TenantConfig(tenant_id="a", limits=limits)])
     requests = [engine.add("a", 8, 20) for _ in range(5)]
-    queue = engine.scheduler.roster.tenants["a"]
+    queue = engine.scheduler.request_table.tenants["a"]
     assert queue.num_deferred == 3
     engine.run(3)
     assert (len(queue.waiting), queue.num_deferred) == (3, 3)
@@ -244,7 +244,7 @@ def test_what_a_deleted_tenant_has_left_is_served_under_the_unknown_tenants_shar
     running, queued = engine.add("gone", 100, 20), engine.add("gone", 200, 4)
     engine.run(4)
     engine.scheduler.reconfigure(SchedulerConfig())
-    engine.scheduler.roster.check_integrity()
+    engine.scheduler.request_table.check_integrity()
     assert running.tenant_id == queued.tenant_id == "default"
     engine.drain()
     assert engine.finish_reason(running) is engine.finish_reason(queued) is FinishReason.STOP
@@ -271,7 +271,9 @@ def test_room_to_grow_is_not_asked_of_a_tenant_within_its_guarantee() -> None:
     engine.add("hog", 90, 200)
     engine.add("hog", 90, 200)
     engine.run(5)
-    assert 8 < engine.scheduler.roster.blocks.num_free_blocks < 8 + 2 * 8, "enough for the prompt, not for the room too"
+    assert 8 < engine.scheduler.request_table.blocks.num_free_blocks < 8 + 2 * 8, (
+        "enough for the prompt, not for the room too"
+    )
     owner = engine.add("owner", 32, 4)
     engine.step()
     assert owner.started_at is not None
@@ -299,7 +301,7 @@ def test_a_preemption_for_service_clears_the_room_to_grow_too() -> None:
         engine.add("greedy", 64, 150)
         engine.run(10)
     late = engine.add("late", 16, 4)
-    assert engine.scheduler.roster.blocks.num_free_blocks > 4 + 16, "enough for the prompt for a long while"
+    assert engine.scheduler.request_table.blocks.num_free_blocks > 4 + 16, "enough for the prompt for a long while"
     engine.run(25)
     assert engine.finish_reason(late) is FinishReason.STOP
 
@@ -330,8 +332,8 @@ def test_a_pause_ends_with_its_step_for_whoever_was_preempted_meanwhile() -> Non
     scheduler, preemption = engine.scheduler, engine.scheduler._preemption
     scheduler.ledger.limit = -1  # everybody is too far ahead
     preemption.pause(engine.now)
-    assert list(scheduler.roster.tenants["a"].in_progress()) == []
-    scheduler.roster.preempt(request)  # as for another's growth
+    assert list(scheduler.request_table.tenants["a"].in_progress()) == []
+    scheduler.request_table.preempt(request)  # as for another's growth
     preemption.resume()
-    scheduler.roster.admit(request, engine.now)  # as within a guarantee, before the next step's decisions
-    assert list(scheduler.roster.tenants["a"].in_progress()) == [request]
+    scheduler.request_table.start(request, engine.now)  # as within a guarantee, before the next step's decisions
+    assert list(scheduler.request_table.tenants["a"].in_progress()) == [request]

@@ -33,7 +33,7 @@ class SharedPrefixes:
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            live = [request.tenant_id for request in self.engine.scheduler.roster.requests.values()]
+            live = [request.tenant_id for request in self.engine.scheduler.request_table.requests.values()]
             for number, tenant_id in enumerate(TENANTS):
                 for _ in range(6 - live.count(tenant_id)):
                     prefix = [10_000 * (number + 1) + index for index in range(NUM_SHARED)]
@@ -45,7 +45,7 @@ class SharedPrefixes:
 
     @property
     def hit_rate(self) -> float:
-        blocks = self.engine.scheduler.roster.blocks
+        blocks = self.engine.scheduler.request_table.blocks
         return blocks.num_prefix_hits / blocks.num_prefix_queries
 
     @property
@@ -68,7 +68,7 @@ def test_more_prefixes_are_found_and_the_bound_holds(monkeypatch: pytest.MonkeyP
 
 def test_the_expected_prefix_follows_what_is_cached_and_evicted() -> None:
     engine = PretendEngine(SchedulerSettings(num_kv_blocks=20, block_size=4), [TenantConfig(tenant_id="a")])
-    blocks, prompt = engine.scheduler.roster.blocks, list(range(100, 132))
+    blocks, prompt = engine.scheduler.request_table.blocks, list(range(100, 132))
     engine.add("a", 0, 2, prompt=prompt)
     engine.drain()
     longer = engine.add("a", 0, 2, prompt=[*prompt[:20], *range(500, 520)])

@@ -166,12 +166,12 @@ def check_whatever_comes(
     ledger, kept = Ledger(context_price=context_price), {}
     for operation in (*operations, ("reconfigure", ()), ("step", 1)):
         run_operation(engine, operation, kept)
-        engine.scheduler.roster.check_integrity()
+        engine.scheduler.request_table.check_integrity()
         ledger.read(engine)
     engine.drain()
-    engine.scheduler.roster.check_integrity()
+    engine.scheduler.request_table.check_integrity()
     ledger.read(engine)
-    assert engine.scheduler.roster.blocks.num_free_blocks == scheduler_settings.num_kv_blocks
+    assert engine.scheduler.request_table.blocks.num_free_blocks == scheduler_settings.num_kv_blocks
     expected_service = 0
     for request in engine.requests.values():
         assert engine.finish_reason(request) is request.finish_reason is not None

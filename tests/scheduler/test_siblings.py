@@ -30,7 +30,7 @@ def test_siblings_wait_for_the_prompt_that_one_of_them_computes(depth: int, budg
     assert siblings.service("a") == 103 + 3 * 3 + 2 * 4 * 5
     for request in requests:
         assert siblings.token_ids(request) == [siblings.token(request, index) for index in range(5)]
-    siblings.scheduler.roster.check_integrity()
+    siblings.scheduler.request_table.check_integrity()
 
 
 def test_tenants_of_one_sharing_group_wait_for_each_other() -> None:

@@ -78,7 +78,7 @@ def test_right_drafts_are_charged_as_outputs_and_wrong_ones_not_at_all(context_p
         engine = engine_for(settings, prices=Prices(context_token=context_price))
         engine.add("a", 20, 150)
         engine.drain()
-        charged.add((engine.service("default"), engine.scheduler.roster.tenant("a").num_generation_tokens))
+        charged.add((engine.service("default"), engine.scheduler.request_table.tenant("a").num_generation_tokens))
     assert len(charged) == 1
 
 
@@ -150,7 +150,7 @@ def test_drafts_stay_under_a_ceiling() -> None:
     request = engine.add("a", 3, 190, max_tokens=190)
     most = 0
     while engine.step() is not None:
-        most = max(most, engine.scheduler.roster.blocks.num_held_blocks("a"))
+        most = max(most, engine.scheduler.request_table.blocks.num_held_blocks("a"))
     assert most == 20
     assert engine.token_ids(request)[:70] == [engine.token(request, index) for index in range(70)]
 

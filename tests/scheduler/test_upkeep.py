@@ -8,7 +8,7 @@ import pytest
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.fair_share import FairShare
 from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams, bounded_priority
-from evenhand_engine.scheduler.request_queue import RequestQueue
+from evenhand_engine.scheduler.tenant_queue import TenantQueue
 from evenhand_policy.config import Fairness, TenantConfig
 
 from .conftest import PretendEngine
@@ -37,8 +37,8 @@ def test_sixty_thousand_queued_requests_are_aborted_newest_first(fairness: Fairn
             engine.scheduler.abort(request.request_id, FinishReason.ABORT)
 
     assert cpu_seconds(abort_all) < 60_000 * 100e-6, "no abort may cost more for those that are queued"
-    assert not engine.scheduler.roster.requests
-    engine.scheduler.roster.check_integrity()
+    assert not engine.scheduler.request_table.requests
+    engine.scheduler.request_table.check_integrity()
 
 
 def test_no_step_is_late_for_a_tenant_with_ever_new_users() -> None:
@@ -79,7 +79,7 @@ def test_who_is_ahead_of_the_virtual_time_is_remembered() -> None:
 
 @pytest.mark.parametrize("per_user", [False, True])
 def test_a_preempted_request_finds_its_place_again(per_user: bool) -> None:
-    queue = RequestQueue(Fairness.PER_USER if per_user else Fairness.FIFO)
+    queue = TenantQueue(Fairness.PER_USER if per_user else Fairness.FIFO)
     requests = [queued(position) for position in range(10)]
     for position in (4, 5, 7, 9, 6, 0, 2, 1, 8, 3):
         queue.push(requests[position])
@@ -99,7 +99,7 @@ def test_a_preempted_request_finds_its_place_again(per_user: bool) -> None:
     ("fairness", "order"), [(Fairness.PRIORITY, [3, 5, 1, 4, 0, 2]), (Fairness.FIFO, [0, 1, 2, 3, 4, 5])]
 )
 def test_priorities_order_requests_where_the_policy_says_so(fairness: Fairness, order: list[int]) -> None:
-    queue = RequestQueue(fairness)
+    queue = TenantQueue(fairness)
     requests = [queued(position, priority=priority) for position, priority in enumerate((7, 0, 7, -2, 0, -2))]
     for request in requests:
         queue.push(request)
@@ -134,7 +134,7 @@ def test_a_priority_is_a_number_within_bounds_or_none(value: object, expected: i
 
 
 def test_the_queues_of_a_deleted_tenant_and_its_heir_are_merged_by_arrival() -> None:
-    queue, heir = RequestQueue(Fairness.PER_USER), RequestQueue(Fairness.FIFO)
+    queue, heir = TenantQueue(Fairness.PER_USER), TenantQueue(Fairness.FIFO)
     for position in range(20_000):
         (queue if position % 2 else heir).push(queued(position, user=f"user{position % 7}"))
     assert cpu_seconds(lambda: heir.extend(queue)) < 2.0

@@ -158,7 +158,7 @@ class EngineCore:
         """
         if self._is_stuck:
             self._rest()
-            timeout = _IDLE_WAIT_SECONDS if self._scheduler.roster.requests else None
+            timeout = _IDLE_WAIT_SECONDS if self._scheduler.request_table.requests else None
             with contextlib.suppress(queue.Empty):
                 self._execute(self._commands.get(timeout=timeout))
         until = time.monotonic() + _COMMAND_SECONDS
@@ -168,9 +168,9 @@ class EngineCore:
     def _rest(self) -> None:
         """In an idle moment, now and then: what takes too long between two steps."""
         now = time.monotonic()
-        if not self._scheduler.roster.requests and now >= self._rested_at + _REST_SECONDS:
+        if not self._scheduler.request_table.requests and now >= self._rested_at + _REST_SECONDS:
             self._rested_at = now
-            self._scheduler.roster.check_integrity()
+            self._scheduler.request_table.check_integrity()
             gc.collect()
 
     def _execute(self, command: ToCore | Compiled | Exception) -> None:

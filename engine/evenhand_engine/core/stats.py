@@ -6,7 +6,7 @@ from typing import Protocol
 from evenhand_engine.messages import EngineStats, TenantStats
 from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
 from evenhand_engine.scheduler.ledger import Ledger
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.speculation import Speculation
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
@@ -17,7 +17,7 @@ _INTERVAL_SECONDS = 0.1
 class Observed(Protocol):
     """Whose state is told: the engine's scheduler, or a sidecar's dispatcher."""
 
-    roster: Roster
+    request_table: RequestTable
     ledger: Ledger
     config: SchedulerConfig
     step_id: int
@@ -48,14 +48,14 @@ class StatsRecorder:
         if now < self._due and not is_idle:
             return None
         self._due = now + _INTERVAL_SECONDS
-        scheduler, roster, speculation = self._scheduler, self._scheduler.roster, self._speculation
+        scheduler, request_table, speculation = self._scheduler, self._scheduler.request_table, self._speculation
         if self._config is not scheduler.config:
             self._config, self._digest = scheduler.config, scheduler.config.digest()
         ledger = scheduler.ledger
-        highest = max((ledger.service(tenant) for tenant in roster.tenants.values()), default=0)
-        competing = (*roster.active.values(), *roster.running_tenants.values())
+        highest = max((ledger.service(tenant) for tenant in request_table.tenants.values()), default=0)
+        competing = (*request_table.active.values(), *request_table.running_tenants.values())
         bound = ledger.lag_bound(tenant.weight for tenant in competing)
-        tenants = {i: self._tenant_stats(tenant, highest, bound) for i, tenant in roster.tenants.items()}
+        tenants = {i: self._tenant_stats(tenant, highest, bound) for i, tenant in request_table.tenants.items()}
         changed = tuple(stats for tenant_id, stats in tenants.items() if self._reported.get(tenant_id) != stats)
         retired = tuple(tenant_id for tenant_id in self._reported if tenant_id not in tenants)
         self._reported = tenants
@@ -63,14 +63,14 @@ class StatsRecorder:
         return EngineStats(
             time=now,
             step_id=scheduler.step_id,
-            num_running=roster.num_running,
-            num_waiting=roster.num_waiting,
-            num_deferred=sum(tenant.num_deferred for tenant in roster.tenants.values()),
-            num_kv_blocks=roster.blocks.num_blocks,
-            num_free_kv_blocks=roster.blocks.num_free_blocks,
+            num_running=request_table.num_running,
+            num_waiting=request_table.num_waiting,
+            num_deferred=sum(tenant.num_deferred for tenant in request_table.tenants.values()),
+            num_kv_blocks=request_table.blocks.num_blocks,
+            num_free_kv_blocks=request_table.blocks.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
-            num_prefix_queries=roster.blocks.num_prefix_queries,
-            num_prefix_hits=roster.blocks.num_prefix_hits,
+            num_prefix_queries=request_table.blocks.num_prefix_queries,
+            num_prefix_hits=request_table.blocks.num_prefix_hits,
             num_drafts=speculation.num_drafts if speculation else 0,
             num_draft_tokens=speculation.num_draft_tokens if speculation else 0,
             num_accepted_tokens=speculation.num_accepted_tokens if speculation else 0,
@@ -91,7 +91,7 @@ class StatsRecorder:
             tenant_id=tenant.tenant_id,
             num_running=tenant.num_running,
             num_waiting=len(tenant.waiting),
-            num_kv_blocks=self._scheduler.roster.blocks.num_held_blocks(tenant.tenant_id),
+            num_kv_blocks=self._scheduler.request_table.blocks.num_held_blocks(tenant.tenant_id),
             service=tenant.service,
             virtual_service=virtual_service / VIRTUAL_UNIT,
             ahead=(virtual_service - shares.virtual_time) / VIRTUAL_UNIT,

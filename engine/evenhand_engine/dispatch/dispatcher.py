@@ -4,7 +4,7 @@ Where the engine's scheduler computes a request step by step, a dispatcher sends
 charged when it is sent, its outputs as they stream, and what turns out different is given back or added at its end. Of an
 answer that comes as a whole the expected outputs are charged when it is sent: else its tenant would look unserved until
 then. Tenants,
-users, classes, weights, concurrency limits, queue timeouts and suspension are `Roster`, `Ledger` and `Order`, as in the engine.
+users, classes, weights, concurrency limits, queue timeouts and suspension are `RequestTable`, `Ledger` and `Order`, as in the engine.
 What a sidecar cannot do it does not pretend: a sent request is never preempted or paused, and KV guarantees and ceilings
 are not enforced.
 """
@@ -20,7 +20,7 @@ from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import KvCacheShare, SchedulerConfig
 
@@ -101,7 +101,7 @@ class Dispatcher:
 
     Attributes:
         ledger: what every tenant was served.
-        roster: who is queued and who is in flight ("running").
+        request_table: who is queued and who is in flight ("running").
         config: what is enforced.
         step_id: requests sent so far.
     """
@@ -117,10 +117,12 @@ class Dispatcher:
         self.window = window
         scheduler_settings = (settings or DispatchSettings()).scheduler_settings()
         self.ledger = Ledger(scheduler_settings)
-        self.roster = roster = Roster(scheduler_settings, self.ledger.shares)
-        self._order = Order(self.ledger, roster.capacity, roster.active, roster.running_tenants, is_fair=True)
+        self.request_table = request_table = RequestTable(scheduler_settings, self.ledger.shares)
+        self._order = Order(
+            self.ledger, request_table.capacity, request_table.active, request_table.running_tenants, is_fair=True
+        )
         self.step_id = 0
-        self._timeouts = QueueTimeouts(self.roster)
+        self._timeouts = QueueTimeouts(self.request_table)
         self._mean_output = _FIRST_EXPECTED_TOKENS
         self.reconfigure(config, num_replicas=num_replicas)
 
@@ -134,9 +136,9 @@ class Dispatcher:
     def add(self, errand: Errand, now: float) -> None:
         """Queue a request, whose id must be new; `dispatch` says what becomes of it."""
         self._close()  # what was used while nobody waited is settled before somebody does
-        self.roster.add(errand)
-        if self.roster.tenants[errand.tenant_id].is_suspended:
-            self.roster.finish(errand, FinishReason.TENANT_SUSPENDED)
+        self.request_table.add(errand)
+        if self.request_table.tenants[errand.tenant_id].is_suspended:
+            self.request_table.finish(errand, FinishReason.TENANT_SUSPENDED)
         else:
             self._timeouts.watch(errand)
 
@@ -145,32 +147,32 @@ class Dispatcher:
         self.config = config
         config = _without_memory(config)
         self.ledger.prices = config.prices
-        self.roster.configure(config, num_replicas)
-        for request in list(self.roster.requests.values()):
-            if request.started_at is None and self.roster.tenants[request.tenant_id].is_suspended:
-                self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+        self.request_table.configure(config, num_replicas)
+        for request in list(self.request_table.requests.values()):
+            if request.started_at is None and self.request_table.tenants[request.tenant_id].is_suspended:
+                self.request_table.finish(request, FinishReason.TENANT_SUSPENDED)
         self._timeouts.reset()
 
     def dispatch(self, now: float) -> Iterator[Errand]:
         """Requests to be sent now, in this order, each charged for its prompt. Each must be told of until `end`."""
         self.window.advance(now)
         for request in self._timeouts.take_overdue(now):
-            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
+            self.request_table.finish(request, FinishReason.QUEUE_TIMEOUT)
         while (errand := self._next()) is not None:
             yield self._send(errand, now)
-        if not self.roster.active:
+        if not self.request_table.active:
             self.window.release()
         self._close()
 
     def refused(self) -> list[tuple[str, FinishReason]]:
         """Ids of requests that left the queue unsent since the last call, and why."""
-        outputs, self.roster.outputs = self.roster.outputs, []
+        outputs, self.request_table.outputs = self.request_table.outputs, []
         return [(output.request_id, output.finish_reason) for output in outputs if output.finish_reason is not None]
 
     @property
     def next_event(self) -> float:
         """When `dispatch` should be called although nothing happened: a silent start, or a queue timeout."""
-        return min(self.window.next_due if self.roster.active else float("inf"), self._timeouts.next_due)
+        return min(self.window.next_due if self.request_table.active else float("inf"), self._timeouts.next_due)
 
     # -- what the upstream does
 
@@ -189,7 +191,7 @@ class Dispatcher:
         """The upstream says how long the prompt was, and how much of it a prefix hit spared: that is not charged."""
         if errand.flight is not None:
             self.window.resize_prompt(errand.flight, num_prompt_tokens)
-            tenant = self.roster.tenants[errand.tenant_id]
+            tenant = self.request_table.tenants[errand.tenant_id]
             self.ledger.correct_prompt(tenant, errand, max(0, num_prompt_tokens - num_cached_tokens))
 
     def counted(self, errand: Errand, num_output_tokens: int) -> None:
@@ -200,7 +202,7 @@ class Dispatcher:
 
     def end(self, errand: Errand, reason: FinishReason = FinishReason.STOP) -> None:
         """It has ended or its client is gone, queued or in flight. One that has ended: nothing."""
-        if errand.request_id not in self.roster.requests:
+        if errand.request_id not in self.request_table.requests:
             return
         if errand.flight is not None:
             num_output_tokens = errand.flight.num_output_tokens
@@ -209,8 +211,8 @@ class Dispatcher:
             if reason in (FinishReason.STOP, FinishReason.LENGTH):
                 self._mean_output += _OUTPUT_SMOOTHING * (num_output_tokens - self._mean_output)
             errand.flight = None
-        self.roster.finish(errand, reason)
-        self.roster.outputs.pop()  # whoever ends it knows
+        self.request_table.finish(errand, reason)
+        self.request_table.outputs.pop()  # whoever ends it knows
 
     def correct(self, gauges: Gauges, now: float) -> None:
         """A report of the upstream's gauges."""
@@ -221,9 +223,9 @@ class Dispatcher:
     def _next(self) -> Errand | None:
         """The head of the queue whose turn it is, if the window has room for it. None is bypassed for want of room:
         the room that comes free is for it."""
-        if self.roster.capacity.num_missing_seats > 0:
+        if self.request_table.capacity.num_missing_seats > 0:
             return None
-        tenant = self._order.next_tenant((), may_admit=True)
+        tenant = self._order.next_tenant((), may_start_new=True)
         request = tenant.next_prompt() if tenant is not None else None
         if tenant is None or not isinstance(request, Errand):
             return None
@@ -232,10 +234,10 @@ class Dispatcher:
         return request if has_room else None
 
     def _send(self, errand: Errand, now: float) -> Errand:
-        tenant: Tenant = self.roster.tenants[errand.tenant_id]
-        self.roster.admit(errand, now)
-        self.roster.end_prefill(errand)  # what has been sent waits for nobody here
-        self.roster.outputs.pop()  # that it has started: the upstream tells when it really does
+        tenant: Tenant = self.request_table.tenants[errand.tenant_id]
+        self.request_table.start(errand, now)
+        self.request_table.end_prefill(errand)  # what has been sent waits for nobody here
+        self.request_table.outputs.pop()  # that it has started: the upstream tells when it really does
         self.ledger.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
         num_expected = self._expected(errand)
         errand.flight = self.window.send(errand.num_prompt_tokens, num_expected, now, is_silent=errand.is_silent)
@@ -248,7 +250,7 @@ class Dispatcher:
         """Charge what came since the last time, or give back what did not."""
         if num_output_tokens == errand.num_charged_outputs:
             return
-        tenant, start = self.roster.tenants[errand.tenant_id], errand.num_prompt_tokens
+        tenant, start = self.request_table.tenants[errand.tenant_id], errand.num_prompt_tokens
         self.ledger.correct_outputs(tenant, errand, start + errand.num_charged_outputs, start + num_output_tokens)
         errand.num_charged_outputs = num_output_tokens
 

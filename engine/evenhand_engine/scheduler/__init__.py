@@ -32,7 +32,7 @@ nobody wanted costs nothing. docs/fairness.md says what follows and proves it.
 Who owns what:
 
     ledger, fair_share               charges, virtual service and time; no memory, no seats
-    roster, tenant, request_queue    a request's place: waiting, prefilling, decoding, gone
+    request_table, tenant, tenant_queue    a request's place: waiting, prefilling, decoding, gone
     capacity, block_manager          seats; KV blocks, prefixes, guarantees
     pace, step_time                  the fit of step times
     request, batch                   one prompt; what one step computes, as data for the runner

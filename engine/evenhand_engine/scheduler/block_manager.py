@@ -110,7 +110,7 @@ class BlockManager:
         revived = sum(1 for block in prefix if not self._holders[block])
         return self.num_blocks_for(request.num_tokens) - len(prefix) + revived
 
-    def admit(self, request: Request) -> bool:
+    def start(self, request: Request) -> bool:
         """Give a request without blocks room for all its tokens, with the longest known prefix in place; or do nothing.
 
         Sets `num_computed_tokens`, and `num_cached_tokens` on a first admission.

@@ -60,11 +60,11 @@ class Order:
         streaming = [tenant for tenant in self._running.values() if tenant.decoding]
         return streaming if any(tenant.inter_token_latency != _NEVER for tenant in streaming) else []
 
-    def next_tenant(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
-        """Whose prompt computes next; `blocked` tenants, or all without `may_admit`, can only go on with those begun."""
+    def next_tenant(self, blocked: Collection[str], *, may_start_new: bool) -> Tenant | None:
+        """Whose prompt computes next; `blocked` tenants, or all without `may_start_new`, can only go on with those begun."""
         if not self._is_fair:
-            return self._oldest(blocked, may_admit=may_admit)
-        by_class = self._eligible(blocked) if may_admit else self._in_progress()
+            return self._oldest(blocked, may_start_new=may_start_new)
+        by_class = self._eligible(blocked) if may_start_new else self._in_progress()
         heads = [next(tenants, None) for tenants in by_class]
         service = self._ledger.service
         limit = min((service(head) for head in heads if head), default=0) + self._ledger.slack
@@ -98,10 +98,10 @@ class Order:
         tenants = sorted((t for t in self._running.values() if t.in_progress()), key=self._ledger.service)
         return [iter([t for t in tenants if t.class_rank == rank]) for rank in range(len(LatencyClass))]
 
-    def _oldest(self, blocked: Collection[str], *, may_admit: bool) -> Tenant | None:
-        tenants = (self._active if may_admit else self._running).values()
+    def _oldest(self, blocked: Collection[str], *, may_start_new: bool) -> Tenant | None:
+        tenants = (self._active if may_start_new else self._running).values()
         return min(
-            (t for t in tenants if t.prefilling or (may_admit and t.may_start and t.tenant_id not in blocked)),
+            (t for t in tenants if t.prefilling or (may_start_new and t.may_start and t.tenant_id not in blocked)),
             key=_next_position,
             default=None,
         )

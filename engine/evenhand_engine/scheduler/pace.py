@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.step_time import StepShape, StepTimeModel
 
 _NEVER = float("inf")
@@ -93,10 +93,12 @@ class StepBudget:
 class Pace:
     """Sizes the steps. Owner of the step-time model, and of the objectives that bound steps now."""
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster, token_budgets: Iterator[int] | None) -> None:
+    def __init__(
+        self, settings: SchedulerSettings, request_table: RequestTable, token_budgets: Iterator[int] | None
+    ) -> None:
         self.step_time = StepTimeModel()
         self._settings = settings
-        self._roster = roster
+        self._request_table = request_table
         self._token_budgets = token_budgets
         self._held_until: dict[str, float] = {}  # tenants whose inter-token objective bounds steps
 
@@ -111,8 +113,8 @@ class Pace:
         """The inter-token objectives, in seconds, of the tenants that stream, or did a moment ago."""
         if self._settings.scheduling_policy is not SchedulingPolicy.FAIR:
             return []
-        for tenant_id, tenant in self._roster.running_tenants.items():
+        for tenant_id, tenant in self._request_table.running_tenants.items():
             if tenant.inter_token_latency != _NEVER:
                 self._held_until[tenant_id] = now + self._settings.objective_hold_seconds
         self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
-        return [self._roster.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until]
+        return [self._request_table.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until]

@@ -24,17 +24,17 @@ from evenhand_engine.scheduler.fair_share import VIRTUAL_UNIT
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.request import FinishReason, Request
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.tenant import Tenant
 
 
 class Preemption:
-    """Makes room in memory and among the seats. The moves are the roster's; the choices are here."""
+    """Makes room in memory and among the seats. The moves are the request_table's; the choices are here."""
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster, ledger: Ledger, order: Order) -> None:
+    def __init__(self, settings: SchedulerSettings, request_table: RequestTable, ledger: Ledger, order: Order) -> None:
         self._settings = settings
-        self._roster = roster
-        self._capacity = roster.capacity
+        self._request_table = request_table
+        self._capacity = request_table.capacity
         self._ledger = ledger
         self._order = order
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
@@ -51,14 +51,14 @@ class Preemption:
 
     def _reclaim(self, now: float) -> bool:
         """Start one prompt within its tenant's guarantee, unless the tenant is too far ahead; whether there was one."""
-        roster = self._roster
-        for tenant in sorted(roster.guaranteed_tenants(), key=self._ledger.service):
+        request_table = self._request_table
+        for tenant in sorted(request_table.guaranteed_tenants(), key=self._ledger.service):
             request = tenant.waiting.first((), may_start=tenant.may_start and not self._ledger.is_ahead(tenant))
             if request is None or not self._capacity.is_within_guarantee(request):
                 continue
             fit = self._capacity.fit(request)
             if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
-                roster.admit(request, now)
+                request_table.start(request, now)
                 return True
             if fit is Fit.STARVED and self._replace(self._victims_of_reclaim(request), request, now):
                 return True
@@ -70,7 +70,7 @@ class Preemption:
         tenant = self._order.least_served()
         if tenant is None or tenant.prefilling:
             return
-        rivals = list(self._roster.running_tenants.values())
+        rivals = list(self._request_table.running_tenants.values())
         for _ in range(self._settings.max_num_seqs):
             request = tenant.waiting.first((), may_start=tenant.may_start)
             if request is None or self._capacity.fit(request) is not Fit.STARVED:
@@ -82,9 +82,9 @@ class Preemption:
 
     def _replace(self, victims: list[Request], request: Request, now: float) -> bool:
         for victim in victims:
-            self._roster.preempt(victim)
+            self._request_table.preempt(victim)
         if victims:
-            self._roster.admit(request, now)
+            self._request_table.start(request, now)
         return bool(victims)
 
     def _cost_of_starting(self, tenant: Tenant, request: Request) -> int:
@@ -102,7 +102,7 @@ class Preemption:
         """Nothing that could be preempted for service computes while its tenant is too far ahead."""
         if self._ledger.limit is not None:
             self._pausing = [
-                tenant for tenant in self._roster.running_tenants.values() if self._ledger.is_ahead(tenant)
+                tenant for tenant in self._request_table.running_tenants.values() if self._ledger.is_ahead(tenant)
             ]
             for tenant in self._pausing:
                 tenant.paused = {request.request_id: request for request in self._preemptible(tenant, now)}
@@ -124,21 +124,25 @@ class Preemption:
 
     def _grow(self, request: Request) -> None:
         """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
-        roster, capacity, tenant = self._roster, self._capacity, self._roster.tenants[request.tenant_id]
+        request_table, capacity, tenant = (
+            self._request_table,
+            self._capacity,
+            self._request_table.tenants[request.tenant_id],
+        )
         while (at_ceiling := capacity.is_at_ceiling(tenant)) or not capacity.blocks.grow(request, request.num_tokens):
-            num_rivals = tenant.num_running if at_ceiling else roster.num_running
+            num_rivals = tenant.num_running if at_ceiling else request_table.num_running
             if num_rivals == 1:
                 if request.num_in_flight_tokens == 0:  # else it ends when its last token has been told
-                    roster.finish(request, FinishReason.LENGTH)
+                    request_table.finish(request, FinishReason.LENGTH)
                 return
             if at_ceiling:
                 victim = _least_computed_first(tenant.running())[0]
             elif self._is_fair:
                 victim = self._victim_of_growth(tenant)
             else:
-                running = (r for t in roster.running_tenants.values() for r in t.running())
+                running = (r for t in request_table.running_tenants.values() for r in t.running())
                 victim = max(running, key=lambda request: request.position)
-            roster.preempt(victim)
+            request_table.preempt(victim)
             if victim is request:
                 return
 
@@ -147,7 +151,7 @@ class Preemption:
     def _victims_of_reclaim(self, request: Request) -> list[Request]:
         """Victims who make room for a request within its tenant's guarantee; empty if they cannot."""
         victims, beyond_guarantee = _Victims(self._capacity, request), self._capacity.num_beyond_guarantee
-        tenants = self._roster.running_tenants.values()
+        tenants = self._request_table.running_tenants.values()
         others = [t for t in tenants if t.tenant_id != request.tenant_id and beyond_guarantee(t) > 0]
         for tenant in sorted(others, key=beyond_guarantee, reverse=True):
             beyond = beyond_guarantee(tenant)
@@ -191,7 +195,10 @@ class Preemption:
 
     def _victim_of_growth(self, owner: Tenant) -> Request:
         """The one who yields a block so that a running request of `owner` can go on; maybe that request itself."""
-        holders, beyond_guarantee = list(self._roster.running_tenants.values()), self._capacity.num_beyond_guarantee
+        holders, beyond_guarantee = (
+            list(self._request_table.running_tenants.values()),
+            self._capacity.num_beyond_guarantee,
+        )
         if beyond_guarantee(owner) < 0:
             tenant = max(holders, key=beyond_guarantee)
         else:

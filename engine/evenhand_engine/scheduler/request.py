@@ -165,10 +165,12 @@ class Request:
         self.cache_salt = cache_salt
         self.sampling_params = sampling_params
         self.arrival_time = arrival_time
-        self.position = 0  # in the order of arrival over all requests; the roster counts
+        self.position = 0  # in the order of arrival over all requests; the request_table counts
         self.token_ids = array("I", prompt_token_ids)  # prompt, then confirmed outputs
         self.num_prompt_tokens = len(self.token_ids)
-        self.max_num_tokens = self.num_prompt_tokens + sampling_params.max_tokens  # the roster cuts it to the model's
+        self.max_num_tokens = (
+            self.num_prompt_tokens + sampling_params.max_tokens
+        )  # the request_table cuts it to the model's
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the first admission: what a prefix hit spared
         self.num_charged_tokens = 0  # high-water mark: tokens below it are never charged again

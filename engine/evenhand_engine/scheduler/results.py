@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.speculation import Speculation
 
 
 class Results:
     """Takes in results, in the order in which batches were planned."""
 
-    def __init__(self, roster: Roster, ledger: Ledger, speculation: Speculation) -> None:
-        self._roster = roster
+    def __init__(self, request_table: RequestTable, ledger: Ledger, speculation: Speculation) -> None:
+        self._request_table = request_table
         self._speculation = speculation
         self._ledger = ledger
 
     def take(self, batch: Batch, requests: Sequence[Request], sampled: Sequence[Sampled]) -> None:
         """The batch, whose its items are, and what was sampled for each of them with samples, in order."""
-        blocks, results = self._roster.blocks, iter(sampled)
+        blocks, results = self._request_table.blocks, iter(sampled)
         for item, request in zip(batch.scheduled, requests, strict=True):
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
@@ -40,19 +40,19 @@ class Results:
         for item, request in zip(batch.scheduled, requests, strict=True):
             if request.finish_reason is None:
                 request.num_in_flight_tokens -= item.num_samples
-                self._roster.finish(request, FinishReason.ERROR)
+                self._request_table.finish(request, FinishReason.ERROR)
             if item.num_samples:
                 self._settle(request, _first_output(item), 0)
 
     def give_back(self, request: Request, start: int, count: int) -> None:
         """The outputs at the positions [start, start + count) were charged, and are no outputs."""
         if count:
-            self._ledger.correct_outputs(self._roster.tenant(request.tenant_id), request, start + count, start)
+            self._ledger.correct_outputs(self._request_table.tenant(request.tenant_id), request, start + count, start)
 
     def _settle(self, request: Request, first: int, count: int) -> None:
         """A step was planned, and charged, to give one output at the position `first`; it gave `count`."""
         if count != 1:
-            tenant = self._roster.tenant(request.tenant_id)
+            tenant = self._request_table.tenant(request.tenant_id)
             self._ledger.correct_outputs(tenant, request, first + 1, first + count)
 
     def _append(self, request: Request, result: Sampled) -> None:
@@ -76,11 +76,11 @@ class Results:
         if request.guess or num_taken > 1:
             self._speculation.learn(request, token_ids)
         if not token_ids:
-            self._roster.finish(request, FinishReason.ERROR)
+            self._request_table.finish(request, FinishReason.ERROR)
         elif reason is not None:
-            self._roster.finish(request, reason, token_ids, logprobs, prompt_logprobs)
+            self._request_table.finish(request, reason, token_ids, logprobs, prompt_logprobs)
         else:
-            self._roster.outputs.append(
+            self._request_table.outputs.append(
                 RequestOutput(
                     request_id=request.request_id,
                     token_ids=token_ids,

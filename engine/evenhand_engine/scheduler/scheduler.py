@@ -29,8 +29,8 @@ from evenhand_engine.scheduler.pace import Pace, StepBudget
 from evenhand_engine.scheduler.preemption import Preemption
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
+from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.results import Results
-from evenhand_engine.scheduler.roster import Roster
 from evenhand_engine.scheduler.speculation import Speculation
 from evenhand_engine.scheduler.step_time import StepShape
 from evenhand_engine.scheduler.tenant import Tenant
@@ -56,7 +56,7 @@ class Scheduler:
     """Fair-share iteration scheduler with continuous batching, chunked prefill and paged KV.
 
     Attributes:
-        roster: the requests' places and the KV blocks.
+        request_table: the requests' places and the KV blocks.
         ledger: what every tenant was served.
         speculation: what drafts came to.
     """
@@ -72,16 +72,16 @@ class Scheduler:
         """`token_budgets`: those of the steps to come, without end, instead of max_num_batched_tokens (for replays)."""
         self.settings = settings
         self.ledger = Ledger(settings)
-        self.roster = roster = Roster(settings, self.ledger.shares)
+        self.request_table = table = RequestTable(settings, self.ledger.shares)
         self.step_id = 0
         self._is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._is_static = settings.scheduling_policy is SchedulingPolicy.STATIC
-        self._order = Order(self.ledger, roster.capacity, roster.active, roster.running_tenants, is_fair=self._is_fair)
-        self._preemption = Preemption(settings, roster, self.ledger, self._order)
-        self._pace = Pace(settings, self.roster, token_budgets)
-        self._timeouts = QueueTimeouts(self.roster)
-        self.speculation = Speculation(settings, self.roster)
-        self._results = Results(self.roster, self.ledger, self.speculation)
+        self._order = Order(self.ledger, table.capacity, table.active, table.running_tenants, is_fair=self._is_fair)
+        self._preemption = Preemption(settings, table, self.ledger, self._order)
+        self._pace = Pace(settings, table, token_budgets)
+        self._timeouts = QueueTimeouts(table)
+        self.speculation = Speculation(settings, table)
+        self._results = Results(table, self.ledger, self.speculation)
         self._is_starved = False  # whether the last step left out a prompt for want of memory or a seat
         self._in_flight: deque[_Step] = deque()
         self._last_update = -_NEVER
@@ -90,17 +90,17 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         """Since the start."""
-        return self.roster.num_preemptions
+        return self.request_table.num_preemptions
 
     # -- commands
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request, whose id must be new. It is rejected at once if it can never fit or may not queue."""
-        self.roster.add(request)
-        if self.roster.tenants[request.tenant_id].is_suspended:
-            self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
-        elif self.roster.capacity.fit(request) is Fit.NEVER:
-            self.roster.finish(request, FinishReason.OVERLOADED)
+        self.request_table.add(request)
+        if self.request_table.tenants[request.tenant_id].is_suspended:
+            self.request_table.finish(request, FinishReason.TENANT_SUSPENDED)
+        elif self.request_table.capacity.fit(request) is Fit.NEVER:
+            self.request_table.finish(request, FinishReason.OVERLOADED)
         else:
             self._timeouts.watch(request)
 
@@ -110,24 +110,24 @@ class Scheduler:
         `num_output_tokens`: how many of its outputs count. The rest, past a stop string, is given back to its tenant, but
         no more than was computed before this side could hear of it: who reads late has used the machine.
         """
-        request = self.roster.requests.get(request_id)
+        request = self.request_table.requests.get(request_id)
         if request is None:
             return
         if num_output_tokens is not None:
             surplus = min(max(0, request.num_output_tokens - num_output_tokens), self.settings.max_refunded_tokens)
             self._results.give_back(request, len(request.token_ids) - surplus, surplus)
-        self.roster.finish(request, reason)
+        self.request_table.finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:
         """Enforce another config from the next step on. Running requests go on; what a deleted tenant has left is
         served under the share of unknown tenants; queued requests of a suspended tenant end."""
         self.config = config
         self.ledger.prices = config.prices
-        self.roster.configure(config, num_replicas)
-        for request in list(self.roster.requests.values()):
+        self.request_table.configure(config, num_replicas)
+        for request in list(self.request_table.requests.values()):
             is_queued = request.started_at is None and request.num_preemptions == 0
-            if is_queued and self.roster.tenants[request.tenant_id].is_suspended:
-                self.roster.finish(request, FinishReason.TENANT_SUSPENDED)
+            if is_queued and self.request_table.tenants[request.tenant_id].is_suspended:
+                self.request_table.finish(request, FinishReason.TENANT_SUSPENDED)
         self._timeouts.reset()
 
     # -- the loop
@@ -135,7 +135,7 @@ class Scheduler:
     def step(self, now: float) -> Batch | None:
         """Plan the next batch; None if there is nothing to compute now."""
         for request in self._timeouts.take_overdue(now):
-            self.roster.finish(request, FinishReason.QUEUE_TIMEOUT)
+            self.request_table.finish(request, FinishReason.QUEUE_TIMEOUT)
         if self._is_static:
             self._form_static_batch(now)
         self.ledger.open_step(self._order.least_served_of_all() if self._is_fair and self.ledger.is_congested else None)
@@ -155,7 +155,7 @@ class Scheduler:
         if not plan.requests:
             return None
         self.step_id += 1
-        batch = plan.build(self.step_id, self.roster.capacity.take_freed_seats())
+        batch = plan.build(self.step_id, self.request_table.capacity.take_freed_seats())
         self._in_flight.append(_Step(batch, plan.requests, now, budget.shape, expected))
         return batch
 
@@ -176,26 +176,26 @@ class Scheduler:
 
     def _end_step(self) -> "_Step":
         step = self._in_flight.popleft()
-        self.roster.blocks.forget(step.expected)
+        self.request_table.blocks.forget(step.expected)
         return step
 
     def collect(self) -> list[RequestOutput]:
         """News of requests since the last call: first starts, tokens, ends."""
-        outputs, self.roster.outputs = self.roster.outputs, []
+        outputs, self.request_table.outputs = self.request_table.outputs, []
         return outputs
 
     # -- the static baseline
 
     def _form_static_batch(self, now: float) -> None:
         """The baseline: whoever fits starts together, and the next batch waits for the last of them."""
-        if self.roster.num_running:
+        if self.request_table.num_running:
             return
-        for request in sorted(self.roster.requests.values(), key=lambda request: request.position):
-            fit = self.roster.capacity.fit(request)
+        for request in sorted(self.request_table.requests.values(), key=lambda request: request.position):
+            fit = self.request_table.capacity.fit(request)
             if fit is Fit.NEVER:
-                self.roster.finish_oversized(request)
-            elif fit is Fit.FITS and self.roster.tenants[request.tenant_id].may_start:
-                self.roster.admit(request, now)
+                self.request_table.finish_oversized(request)
+            elif fit is Fit.FITS and self.request_table.tenants[request.tenant_id].may_start:
+                self.request_table.start(request, now)
             else:
                 break
 
@@ -204,8 +204,8 @@ class Scheduler:
     def _schedule_decodes(self, budget: StepBudget, plan: BatchPlan) -> set[str]:
         """One token for every stream, or for those whose turn it is where there is no room for all; returns the tenants
         of which streams were left out."""
-        ledger, has_room = self.ledger, self.roster.capacity.has_room
-        turns = take_turns(self.roster.running_tenants.values(), budget, ledger.service, ledger.next_output_cost)
+        ledger, has_room = self.ledger, self.request_table.capacity.has_room
+        turns = take_turns(self.request_table.running_tenants.values(), budget, ledger.service, ledger.next_output_cost)
         self._preemption.grow([request for _, requests in turns.taken for request in requests])
         context = 0
         for tenant, requests in turns.taken:
@@ -230,53 +230,53 @@ class Scheduler:
         without_room: dict[str, Tenant] = {}
         held_back: set[str] = set()
         expected: list[bytes] = []
-        may_admit = not self._is_static and self.roster.capacity.num_missing_seats <= 0
+        may_start_new = not self._is_static and self.request_table.capacity.num_missing_seats <= 0
         while budget.fit(0, 1) > 0:
             blocked = without_room.keys() | held_back
-            tenant = self._order.next_tenant(blocked, may_admit=may_admit)
+            tenant = self._order.next_tenant(blocked, may_start_new=may_start_new)
             if tenant is None:
                 break
-            may_start = may_admit and tenant.tenant_id not in blocked and not self.ledger.is_ahead(tenant)
+            may_start = may_start_new and tenant.tenant_id not in blocked and not self.ledger.is_ahead(tenant)
             request = tenant.next_prompt(may_start=may_start)
             assert request is not None
             if request.started_at is None:
-                fit = self.roster.capacity.fit(request)
+                fit = self.request_table.capacity.fit(request)
                 if fit is Fit.NEVER:
-                    self.roster.finish_oversized(request)
+                    self.request_table.finish_oversized(request)
                 elif fit in (Fit.CAPPED, Fit.UNSETTLED):
                     held_back.add(tenant.tenant_id)
                 elif fit is Fit.STARVED:
                     without_room[tenant.tenant_id] = tenant
-                    may_admit = self._may_bypass(tenant, request) and len(without_room) < _MAX_WITHOUT_ROOM
-                    if not may_admit and self._is_fair:
-                        self._admit_who_is_behind(tenant, now)
+                    may_start_new = self._may_bypass(tenant, request) and len(without_room) < _MAX_WITHOUT_ROOM
+                    if not may_start_new and self._is_fair:
+                        self._start_who_is_behind(tenant, now)
                 else:
-                    self.roster.admit(request, now)
+                    self.request_table.start(request, now)
                     for bypassed in without_room.values():
                         bypassed.num_bypasses += 1
-                    may_admit = self.roster.capacity.num_missing_seats <= 0
+                    may_start_new = self.request_table.capacity.num_missing_seats <= 0
                 if fit is not Fit.FITS:
                     continue
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
             expected += self._schedule_chunk(tenant, request, num_tokens, budget, plan)
-        self._is_starved = bool(without_room) or not may_admit
+        self._is_starved = bool(without_room) or not may_start_new
         return expected
 
-    def _admit_who_is_behind(self, tenant: Tenant, now: float) -> None:
+    def _start_who_is_behind(self, tenant: Tenant, now: float) -> None:
         """Memory that is held for `tenant`, who went first by class, deadline or prefix, is not held against the least
         served: else that one waits for who is ahead of it, and once all that runs is paused for its sake, for ever."""
         least = self._order.least_served()
         if least is None or least is tenant or least.prefilling:
             return
         request = least.next_prompt()
-        if request is not None and self.roster.capacity.fit(request) is Fit.FITS:
-            self.roster.admit(request, now)
+        if request is not None and self.request_table.capacity.fit(request) is Fit.FITS:
+            self.request_table.start(request, now)
 
     def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
         """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
-        blocks = self.roster.blocks
+        blocks = self.request_table.blocks
         is_large = blocks.num_missing_blocks(request) * _LARGE_PROMPT > blocks.num_blocks
         return self._is_fair and is_large and tenant.num_bypasses < self.settings.max_bypasses
 
@@ -291,5 +291,5 @@ class Scheduler:
         self.ledger.charge_prompt(tenant, request, start, end)
         if is_last:
             self.ledger.charge_outputs(tenant, (request,))
-            self.roster.end_prefill(request)
-        return self.roster.blocks.expect(request, start, end)
+            self.request_table.end_prefill(request)
+        return self.request_table.blocks.expect(request, start, end)

@@ -19,7 +19,7 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.batch import BatchPlan
 from evenhand_engine.scheduler.pace import StepBudget
 from evenhand_engine.scheduler.request import Request
-from evenhand_engine.scheduler.roster import Roster
+from evenhand_engine.scheduler.request_table import RequestTable
 
 _NGRAM = 3  # tokens that must have come before
 _WINDOW = 8_192  # tokens back that are searched: what one look costs is bounded
@@ -56,12 +56,12 @@ class Speculation:
         num_accepted_tokens: drafts that were right.
     """
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster) -> None:
+    def __init__(self, settings: SchedulerSettings, request_table: RequestTable) -> None:
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self._settings = settings
-        self._roster = roster
+        self._request_table = request_table
 
     def extend(self, plan: BatchPlan, budget: StepBudget, *, may_grow: bool) -> None:
         """Put drafts behind the streams of the step, all else of which is planned.
@@ -75,7 +75,7 @@ class Speculation:
             room = self._room(request, may_grow=may_grow)
             drafts = self._worthwhile(request, request.guess[:room], budget)
             if drafts:
-                self._roster.blocks.grow(request, request.num_computed_tokens + len(drafts))
+                self._request_table.blocks.grow(request, request.num_computed_tokens + len(drafts))
                 plan.add_drafts(index, drafts)
                 self.num_drafts += 1
                 self.num_draft_tokens += len(drafts)
@@ -95,7 +95,7 @@ class Speculation:
         """Tokens that fit into the request's blocks, and into new ones that nobody will miss."""
         num_blocks = len(request.block_table)
         if may_grow:
-            num_blocks += self._roster.capacity.num_spare_blocks(request)
+            num_blocks += self._request_table.capacity.num_spare_blocks(request)
         return num_blocks * self._settings.block_size - request.num_computed_tokens
 
     def _worthwhile(self, request: Request, guess: tuple[int, ...], budget: StepBudget) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from evenhand_engine.scheduler.request import Request
-from evenhand_engine.scheduler.request_queue import RequestQueue
+from evenhand_engine.scheduler.tenant_queue import TenantQueue
 from evenhand_policy.config import Enforcement, LatencyClass, TenantConfig
 
 _CLASS_RANK = {latency_class: rank for rank, latency_class in enumerate(LatencyClass)}
@@ -31,7 +31,7 @@ class Tenant:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self.waiting = RequestQueue(config.fairness)
+        self.waiting = TenantQueue(config.fairness)
         self.configure(config, num_kv_blocks=num_kv_blocks, num_replicas=num_replicas)
 
     def configure(self, config: TenantConfig, *, num_kv_blocks: int, num_replicas: int) -> None:
@@ -51,7 +51,7 @@ class Tenant:
         group = config.kv_cache.prefix_sharing_group
         self.cache_salt = f"group {group}" if group else f"tenant {config.tenant_id} {config.uid}"
         if config.fairness is not self.waiting.fairness:
-            queue = RequestQueue(config.fairness)
+            queue = TenantQueue(config.fairness)
             queue.extend(self.waiting)
             self.waiting = queue
 

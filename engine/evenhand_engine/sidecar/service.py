@@ -120,10 +120,10 @@ class _WindowCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         dispatcher = self._upstream.dispatcher
-        window, roster = dispatcher.window, dispatcher.roster
+        window, request_table = dispatcher.window, dispatcher.request_table
         for name, text, value in (
             ("upstream_up", "1 if the upstream was usable when last probed.", self._upstream.problem is None),
-            ("queued_requests", "Requests that wait here for their turn.", roster.num_waiting),
+            ("queued_requests", "Requests that wait here for their turn.", request_table.num_waiting),
             ("inflight_requests", "Requests at the upstream.", window.num_in_flight),
             ("inflight_tokens", "Their prompts, outputs and expected outputs.", window.num_tokens),
             ("unstarted_requests", "Of these, without a first chunk.", window.num_unstarted),

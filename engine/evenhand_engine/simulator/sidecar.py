@@ -141,10 +141,10 @@ class SidecarInFront:
         if now - self._scraped_at < _SCRAPE_SECONDS:
             return
         self._scraped_at = now
-        blocks = self.upstream.roster.blocks
+        blocks = self.upstream.request_table.blocks
         if now < self._faults.gauges_freeze_at:
             gauges = Gauges(
-                num_waiting=self.upstream.roster.num_waiting,
+                num_waiting=self.upstream.request_table.num_waiting,
                 kv_usage=1 - blocks.num_free_blocks / blocks.num_blocks,
                 num_preemptions=self.upstream.num_preemptions,
                 num_tokens=self._num_generated,
@@ -160,7 +160,7 @@ class SidecarInFront:
         self._has_restarted = True
         self._on_the_wire.clear()
         for errand in [errand for errand in self._errands.values() if errand.flight is not None]:
-            if errand.request_id in self.upstream.roster.requests:
+            if errand.request_id in self.upstream.request_table.requests:
                 self.upstream.abort(errand.request_id, FinishReason.ERROR)
             else:
                 self.dispatcher.end(errand, FinishReason.ERROR)

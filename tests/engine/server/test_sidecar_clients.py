@@ -48,7 +48,7 @@ async def test_chats_and_completions_are_the_engines_own(
     assert all(chunk.choices for chunk in chunks)  # the usage was asked for here, and is hidden
     completion = await client.completions.create(model=model.id, prompt="hello", max_tokens=3)
     assert completion.choices[0].finish_reason == "length" and completion.usage is not None
-    tenant = service.upstream.dispatcher.roster.tenants["default"]
+    tenant = service.upstream.dispatcher.request_table.tenants["default"]
     assert tenant.num_generation_tokens == 2 * chat.usage.completion_tokens + completion.usage.completion_tokens
     assert service.upstream.dispatcher.window.num_in_flight == 0
 

@@ -116,11 +116,11 @@ class Sidecar:
         """Wait until nothing is in flight, and check that nothing was leaked."""
         dispatcher = self.upstream.dispatcher
         async with asyncio.timeout(WAIT_SECONDS):
-            while dispatcher.roster.requests or self.service.admission.account("default").num_in_flight:
+            while dispatcher.request_table.requests or self.service.admission.account("default").num_in_flight:
                 await asyncio.sleep(0.01)
         window = dispatcher.window
         assert (window.num_tokens, window.num_unstarted_tokens, window.num_in_flight) == (0, 0, 0)
-        dispatcher.roster.check_integrity()
+        dispatcher.request_table.check_integrity()
         assert not self.upstream._turns
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -130,7 +130,7 @@ class Sidecar:
 
     def tokens(self, tenant_id: str = "default") -> tuple[int, int]:
         """Prompt and output tokens that the tenant was charged."""
-        tenant = self.upstream.dispatcher.roster.tenants[tenant_id]
+        tenant = self.upstream.dispatcher.request_table.tenants[tenant_id]
         return tenant.num_prompt_tokens, tenant.num_generation_tokens
 
 

@@ -116,10 +116,10 @@ async def test_its_own_completions_are_counted_too(peer: Peer, start: Start) -> 
 
 async def test_what_does_not_fit_into_its_slots_waits_here(peer: Peer, start: Start) -> None:
     sidecar = await before(peer, start)
-    roster = sidecar.upstream.dispatcher.roster
+    request_table = sidecar.upstream.dispatcher.request_table
     body = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 60, "ignore_eos": True}
     streams = [asyncio.create_task(sidecar.stream(**body)) for _ in range(5)]
-    await sidecar.until(lambda: roster.num_running == NUM_SLOTS and roster.num_waiting == 5 - NUM_SLOTS)
+    await sidecar.until(lambda: request_table.num_running == NUM_SLOTS and request_table.num_waiting == 5 - NUM_SLOTS)
     assert await asyncio.to_thread(peer.gauge, "requests_deferred") == 0
     assert {status for status, _ in await asyncio.gather(*streams)} == {200}
     await sidecar.settled()

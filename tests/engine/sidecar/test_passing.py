@@ -68,7 +68,7 @@ async def test_a_clients_priority_and_key_do_not_reach_the_upstream(
     priorities = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        priorities.extend(errand.priority for errand in sidecar.upstream.dispatcher.roster.requests.values())
+        priorities.extend(errand.priority for errand in sidecar.upstream.dispatcher.request_table.requests.values())
         return await say_three(request)
 
     upstream.script = answer
@@ -147,11 +147,11 @@ async def test_a_queued_client_that_leaves_sends_nothing(upstream: ScriptedUpstr
         while upstream.num_open < 2:
             await asyncio.sleep(0.01)
         queued = asyncio.create_task(sidecar.stream())
-        while sidecar.upstream.dispatcher.roster.num_waiting != 1:
+        while sidecar.upstream.dispatcher.request_table.num_waiting != 1:
             await asyncio.sleep(0.01)
     queued.cancel()
     async with asyncio.timeout(WAIT_SECONDS):
-        while sidecar.upstream.dispatcher.roster.num_waiting:
+        while sidecar.upstream.dispatcher.request_table.num_waiting:
             await asyncio.sleep(0.01)
     hold.set()
     await asyncio.gather(*running)

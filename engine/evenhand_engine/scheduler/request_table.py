@@ -1,4 +1,4 @@
-"""Roster: who waits, who runs, and on which KV blocks. Owner of the tenants' and requests' places.
+"""RequestTable: who waits, who runs, and on which KV blocks. Owner of the tenants' and requests' places.
 
     add ──▶ waiting ──admit──▶ prefilling ──end_prefill──▶ decoding ──finish──▶ gone
                ▲                   │                           │
@@ -15,7 +15,7 @@ from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig, TenantConfig
 
 
-class Roster:
+class RequestTable:
     """All live requests and their tenants.
 
     Attributes:
@@ -98,10 +98,10 @@ class Roster:
         self.requests[request.request_id] = request
         self._wait(tenant, request)
 
-    def admit(self, request: Request, now: float) -> None:
+    def start(self, request: Request, now: float) -> None:
         """Waiting to prefilling: the request gets a seat, blocks for all its tokens, and what prefixes are known."""
         tenant = self.tenants[request.tenant_id]
-        admitted = self.blocks.admit(request)
+        admitted = self.blocks.start(request)
         assert admitted, f"{request} was admitted without room"
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens

@@ -1,4 +1,4 @@
-"""RequestQueue: the requests of one tenant that wait to run: in order of arrival, by user with equal shares, or by priority."""
+"""TenantQueue: the requests of one tenant that wait to run: in order of arrival, by user with equal shares, or by priority."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from evenhand_policy.config import Fairness
 _position = attrgetter("position")
 
 
-class RequestQueue:
+class TenantQueue:
     """FIFO by position, so that a preempted request finds its place again.
 
     Under PerUser each user has a FIFO of its own and the user who was served least goes first, by the same rule that
