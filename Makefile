@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster images image-archives test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
+.PHONY: help install serve demo check crds cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -50,12 +50,19 @@ images:  ## build the container images that the manifests name, with Docker
 	docker build -f manifests/images/Dockerfile --target engine -t evenhand.dev/engine:dev .
 	docker build -f manifests/images/Dockerfile --target engine-cuda -t evenhand.dev/engine:dev-cuda .
 
+node: cluster  ## build a node's programs and the images without Docker, into the cache: 20 minutes, once (root, Debian)
+	PYTHONPATH=e2e $(PYTHON) -m cluster.node_build
+
 image-archives:  ## build them without Docker, for the tests, into the cache: 8 minutes the first time (root, Debian)
 	PYTHONPATH=e2e $(PYTHON) -m cluster.images
 
 test: install  ## start the real components and run every test that this machine can run
 	$(PYTHON) e2e/cluster/build.py --if-possible
 	.venv/bin/pytest -m "not soak"
+
+# in namespaces of its own for network, mounts and processes, which end with it
+e2e-node: install node  ## install on a real node with real containers, use, upgrade, roll back, remove (root, Debian)
+	unshare --net --mount --pid --fork --kill-child --mount-proc .venv/bin/pytest -m node e2e
 
 soak: install  ## long property searches and churn
 	.venv/bin/pytest -m soak

@@ -82,19 +82,18 @@ def build_missing() -> None:
         say(f"building {', '.join(missing)}: about 10 minutes on 2 cores the first time")
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="cluster-building-") as scratch:
             for name in missing:
-                build(name, Path(scratch, name), environment)
+                build(*PROGRAMS[name], Path(scratch, name), environment)
                 destination = programs()[name]
                 destination.parent.mkdir(exist_ok=True)
                 os.replace(Path(scratch, name), destination)
 
 
-def build(name: str, output: Path, environment: Mapping[str, str]) -> None:
-    """Builds one program into `output`."""
-    module, package = PROGRAMS[name]
+def build(module: Path, package: str, output: Path, environment: Mapping[str, str]) -> None:
+    """Builds one program of a Go module into `output`. Raises CalledProcessError."""
     began = time.monotonic()
     command = ["go", "build", *build_flags(), "-o", str(output), package]
     subprocess.run(command, cwd=module, env=environment, stdin=subprocess.DEVNULL, check=True)
-    say(f"built {name} in {time.monotonic() - began:.0f} s")
+    say(f"built {output.name} in {time.monotonic() - began:.0f} s")
 
 
 def build_flags() -> list[str]:

@@ -1,7 +1,8 @@
 """A real control plane: etcd, kube-apiserver and kube-controller-manager on free loopback ports.
 
 TLS is verified by the cluster's own authority, RBAC is on, ServiceAccount tokens are real, and every run has its own
-data. No node runs: Pods are kept by `cluster.pod_runner`, so the controllers that would declare them lost are left out.
+data. Mostly no node runs: Pods are kept by `cluster.pod_runner`, so the controllers that would declare them lost are left out.
+`cluster.node` adds a real node.
 """
 
 import json
@@ -24,6 +25,11 @@ from cluster.programs import Program, Watchdog
 ISSUER = "https://kubernetes.default.svc"
 """Issuer of the ServiceAccount tokens."""
 
+LOOPBACK = "127.0.0.1"
+SERVICE_ADDRESSES = "10.89.0.0/24"
+API_SERVICE = "10.89.0.1"
+"""The address of the Service `kubernetes`, the first of all."""
+
 Object = dict[str, Any]
 
 
@@ -34,18 +40,20 @@ class KubectlError(Exception):
 class ControlPlane:
     """Starts and stops the programs, and is the way to everything in them.
 
-    `programs` tells where each program is; certificates, data and logs go below `directory`.
+    `programs` tells where each program is; certificates, data and logs go below `directory`. `address` is one of this machine;
+    where it is not of the loopback, real nodes may join, and reach the API server by it.
     """
 
-    def __init__(self, programs: Mapping[str, Path], directory: Path) -> None:
+    def __init__(self, programs: Mapping[str, Path], directory: Path, address: str = LOOPBACK) -> None:
         self.directory = directory
+        self.address = address
         self._programs = programs
         etcd_port, peer_port, port, controller_port = free_ports(4)
-        self.server = f"https://127.0.0.1:{port}"
+        self.server = f"https://{address}:{port}"
         self._watchdog = Watchdog()
         self._authority = CertificateAuthority(directory)
         self.authority = self._authority.certificate
-        self.kubeconfig = self._certificate_kubeconfig("admin", "system:masters")
+        self.kubeconfig = self.certificate_kubeconfig("admin", "system:masters")
         write_signing_key(directory / "service-account.key")
         self.etcd = self._etcd(etcd_port, peer_port)
         self.api_server = self._api_server(port, etcd_port)
@@ -184,7 +192,8 @@ class ControlPlane:
         except (urllib.error.URLError, OSError):  # not listening yet, 404, 500
             return False
 
-    def _certificate_kubeconfig(self, user: str, group: str | None = None) -> Path:
+    def certificate_kubeconfig(self, user: str, group: str | None = None) -> Path:
+        """A kubeconfig of a user who authenticates by certificate."""
         certificate, key = self._authority.issue(user, organization=group)
         path = certificate.with_suffix(".kubeconfig")
         return write_kubeconfig(path, self.server, self.authority, client_certificate(certificate, key))
@@ -206,28 +215,40 @@ class ControlPlane:
         )
 
     def _api_server(self, port: int, etcd_port: int) -> Program:
-        certificate, key = self._authority.issue("kube-apiserver", "127.0.0.1", "localhost", "kubernetes.default.svc")
+        names = dict.fromkeys([self.address, LOOPBACK, API_SERVICE, "localhost", "kubernetes.default.svc"])
+        certificate, key = self._authority.issue("kube-apiserver", *names)
         signing_key = self.directory / "service-account.key"
+        if self.address == LOOPBACK:  # such an address may not be an endpoint
+            of_nodes = ["--authorization-mode=RBAC", "--endpoint-reconciler-type=none"]
+        else:
+            admin = self.directory / "admin"
+            of_nodes = [
+                "--authorization-mode=Node,RBAC",
+                "--kubelet-preferred-address-types=InternalIP",
+                f"--kubelet-client-certificate={admin.with_suffix('.crt')}",
+                f"--kubelet-client-key={admin.with_suffix('.key')}",
+            ]
         return self._program(
             "kube-apiserver",
             f"--etcd-servers=http://127.0.0.1:{etcd_port}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            f"--bind-address={self.address}",
+            f"--advertise-address={self.address}",
             f"--secure-port={port}",
             f"--tls-cert-file={certificate}",
             f"--tls-private-key-file={key}",
             f"--client-ca-file={self.authority}",
-            "--authorization-mode=RBAC",
             "--allow-privileged",
             f"--service-account-issuer={ISSUER}",
             f"--service-account-signing-key-file={signing_key}",
             f"--service-account-key-file={signing_key}",
-            "--service-cluster-ip-range=10.89.0.0/24",
-            "--endpoint-reconciler-type=none",  # a loopback address may not be an endpoint
+            f"--service-cluster-ip-range={SERVICE_ADDRESSES}",
+            *of_nodes,
         )
 
     def _controller_manager(self, port: int) -> Program:
-        kubeconfig = self._certificate_kubeconfig("system:kube-controller-manager")
+        kubeconfig = self.certificate_kubeconfig("system:kube-controller-manager")
+        # without a kubelet's heartbeats the first would declare Pods lost, the second delete them
+        left_out = ["node-lifecycle-controller", "pod-garbage-collector-controller"] if self.address == LOOPBACK else []
         return self._program(
             "kube-controller-manager",
             f"--kubeconfig={kubeconfig}",
@@ -239,8 +260,7 @@ class ControlPlane:
             "--use-service-account-credentials",  # each controller with its own RBAC, as in a real cluster
             f"--service-account-private-key-file={self.directory / 'service-account.key'}",
             f"--root-ca-file={self.authority}",
-            # without a kubelet's heartbeats the first would declare Pods lost, the second delete them
-            "--controllers=*,-node-lifecycle-controller,-pod-garbage-collector-controller",
+            f"--controllers={','.join(['*', *(f'-{each}' for each in left_out)])}",
         )
 
 

@@ -1,0 +1,121 @@
+"""Builds what a node needs, once, into a folder of the user's cache: its programs, and the images that its Pods run.
+
+Run as a program (`make node`) it builds what is missing, after installing the Debian packages that it needs; imported, it
+only tells what is there. Needs root, Debian and Go; nothing of it needs a container daemon.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster import build, images
+
+SOURCES = build.SOURCES
+CONTAINERD = "github.com/containerd/containerd/v2/cmd"
+
+# program: folder of its Go module, package in it
+PROGRAMS = {
+    "kube-scheduler": (SOURCES / "node", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    "kube-proxy": (SOURCES / "node", "k8s.io/kubernetes/cmd/kube-proxy"),
+    "kubelet": (SOURCES / "node", "k8s.io/kubernetes/cmd/kubelet"),
+    "containerd": (SOURCES / "containerd", f"{CONTAINERD}/containerd"),
+    "containerd-shim-runc-v2": (SOURCES / "containerd", f"{CONTAINERD}/containerd-shim-runc-v2"),
+    "ctr": (SOURCES / "containerd", f"{CONTAINERD}/ctr"),
+    "coredns": (SOURCES / "coredns", "."),
+}
+
+WITH_C = {"kubelet"}
+"""Programs that are complete only if a C compiler takes part."""
+
+DEBIAN = {
+    "runc": "runc",
+    "nft": "nftables",
+    "iptables": "iptables",
+    "ip": "iproute2",
+    "conntrack": "conntrack",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+}
+"""Programs of Debian that are needed, and the package of each."""
+
+
+def programs() -> dict[str, Path]:
+    """Where each program is, or will be once it is built."""
+    built = build.cache_folder() / f"node-{content_key()}"
+    return {name: built / name for name in PROGRAMS}
+
+
+def content_key() -> str:
+    """Digest of everything that decides what the programs are."""
+    digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {build.build_flags()} {WITH_C}".encode())
+    for path in sorted(path for folder, _ in PROGRAMS.values() for path in folder.iterdir()):
+        digest.update(f"\0{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def missing() -> str:
+    """Why no node can run here, or nothing."""
+    if os.geteuid() or not sys.platform.startswith("linux"):
+        return "a node needs root on Linux"
+    if packages := missing_packages():
+        return f"Debian's {', '.join(packages)} not installed (make node)"
+    if absent := [name for name, path in programs().items() if not os.access(path, os.X_OK)]:
+        return f"{', '.join(absent)} not built (make node)"
+    if absent := images.missing():
+        return f"images {', '.join(absent)} not built (make node)"
+    return ""
+
+
+def missing_packages() -> list[str]:
+    """Debian packages that are still to be installed."""
+    return sorted({package for program, package in DEBIAN.items() if not shutil.which(program)})
+
+
+def build_missing() -> None:
+    """Installs packages and builds programs and images, what is missing of them; each program appears whole or not at all.
+
+    Raises build.GoMissing; CalledProcessError where a build fails, after it has said why on standard error.
+    """
+    build.cache_folder().mkdir(parents=True, exist_ok=True)
+    with open(build.cache_folder() / "node.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another checkout may be building the very same
+        images.install(DEBIAN)
+        absent = [name for name, path in programs().items() if not os.access(path, os.X_OK)]
+        if absent:
+            environment = build.go_environment()
+            build.say(f"building {', '.join(absent)}: about 8 minutes on 2 cores the first time")
+        for name in absent:
+            destination = programs()[name]
+            destination.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+                cgo = {"CGO_ENABLED": "1"} if name in WITH_C else {}
+                build.build(*PROGRAMS[name], Path(scratch, name), environment | cgo)
+                os.replace(Path(scratch, name), destination)
+        images.build_missing()
+
+
+def main() -> int:
+    """Builds; the exit status is 0 when everything is there."""
+    parser = argparse.ArgumentParser(description=build_missing.__doc__)
+    parser.parse_args()
+    try:
+        if os.geteuid() or not shutil.which("apt-get"):
+            raise build.GoMissing("a node needs root on Debian")
+        build_missing()
+    except build.GoMissing as reason:
+        build.say(f"{reason}; tests that need a node will be skipped")
+        return 1
+    except subprocess.CalledProcessError as failed:
+        build.say(f"failed: {' '.join(map(str, failed.cmd))}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

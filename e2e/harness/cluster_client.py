@@ -1,0 +1,59 @@
+"""A tenant's program in a Pod of its own: sends requests to the engines by their Service's name, with its ServiceAccount's token.
+
+Run in the Pod with `exec`: prints one JSON object, answers by what came of them.
+"""
+
+import json
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+
+URL = "http://evenhand-engine.inference:8000/v1/chat/completions"
+TOKEN = "/var/run/evenhand/token"
+
+
+def ask(timeout: float = 60) -> str:
+    """`ok`, the code of a refusal, or what else went wrong with one small request on a connection of its own."""
+    with open(TOKEN) as file:
+        token = file.read()
+    body = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 2, "temperature": 0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(URL, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return "ok" if json.load(response)["choices"] else "empty"
+    except urllib.error.HTTPError as refused:
+        return str(json.load(refused)["error"]["code"])
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load(requests: int, at_once: int, seconds: float) -> Counter[str]:
+    """What came of so many requests, from a few threads, spread over so many seconds."""
+    outcomes: Counter[str] = Counter()
+    numbers, lock, began = iter(range(requests)), threading.Lock(), time.monotonic()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            time.sleep(max(0.0, began + number * seconds / requests - time.monotonic()))
+            outcome = ask()
+            with lock:
+                outcomes[outcome] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+if __name__ == "__main__":
+    print(json.dumps(load(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))  # noqa: T201

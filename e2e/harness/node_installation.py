@@ -1,0 +1,146 @@
+"""Evenhand on a real node: installed by kubectl from the manifests, in containers of the images, used by a Pod of a tenant."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from cluster import build, images, node_build
+from cluster.control_plane import ControlPlane
+from cluster.node import ADDRESS, Node, prepare_network
+from harness import cluster_client
+from harness.objects import policy
+from harness.stage import Stage
+
+REPOSITORY = build.SOURCES.parents[1]
+NAMESPACE, OPERATOR_NAMESPACE, TENANTS = "inference", "evenhand-system", "chat"
+ENGINES, OPERATOR = "deployment/evenhand-engine", "deployment/evenhand-operator"
+CLIENT = "client"
+IDENTITY = {"name": "pods", "type": "ServiceAccount", "serviceAccount": {"name": CLIENT, "namespace": TENANTS}}
+SIZES = ["--max-num-batched-tokens=64", "--max-num-seqs=8", "--max-model-len=1024", "--kv-cache-memory-bytes=128M"]
+"""Engines of which two fit on a test machine beside everything else."""
+
+Object = dict[str, Any]
+
+
+class NodeInstallation(Stage):
+    """A cluster of one node. Entered, it is empty but for the tenant's Pod."""
+
+    def __init__(self, directory: Path) -> None:
+        programs = build.programs() | node_build.programs()
+        super().__init__(ControlPlane(programs, directory, ADDRESS), NAMESPACE)
+        self._programs = programs
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        prepare_network()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.cluster)
+            stack.enter_context(Node(self.cluster, self._programs, images.archives()))
+            self.cluster.create_namespace(TENANTS)
+            self.cluster.apply(*client())
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def install(self) -> float:
+        """As manifests/README.md says; the seconds from an empty cluster to the first answer to the tenant's Pod."""
+        kubectl = self.cluster.kubectl
+        kubectl("wait", f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=60s", timeout=90)
+        began = time.monotonic()
+        kubectl("apply", "-k", str(REPOSITORY / "crds"))
+        kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        kubectl("apply", "-k", str(self.overlay()))
+        self.cluster.apply(policy(NAMESPACE, TENANTS, identities=[IDENTITY]))
+        kubectl("wait", "enginepool/default", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=180s", timeout=200)
+        assert self.load(1) == {"ok": 1}
+        return time.monotonic() - began
+
+    def uninstall(self) -> None:
+        """Deletes what was installed, what it serves with it."""
+        kubectl = self.cluster.kubectl
+        kubectl("delete", ENGINES, "-n", NAMESPACE, "--cascade=foreground", "--timeout=60s", timeout=90)
+        kubectl("delete", "-k", str(self.overlay()), "--ignore-not-found", "--timeout=120s", timeout=150)
+        kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=60s", timeout=90)
+
+    def everything(self) -> set[str]:
+        """Names of all objects of every kind that can be listed and deleted, but for those that come and go by themselves."""
+        kinds = self.cluster.kubectl("api-resources", "--verbs=list,delete", "-o", "name").split()
+        lasting = [kind for kind in kinds if kind.partition(".")[0] not in ("events", "leases", "controllerrevisions")]
+        return set(self.cluster.kubectl("get", ",".join(lasting), "-A", "-o", "name").split())
+
+    def overlay(self) -> Path:
+        """The dev overlay with two small engines."""
+        directory = self._directory / "overlay"
+        directory.mkdir(exist_ok=True)
+        container = "/spec/template/spec/containers/0"
+        patch: list[Object] = [{"op": "add", "path": f"{container}/args/-", "value": each} for each in SIZES]
+        patch.append(
+            {"op": "replace", "path": f"{container}/resources/requests", "value": {"cpu": "200m", "memory": "1Gi"}}
+        )
+        kustomization = {
+            "resources": [os.path.relpath(REPOSITORY / "manifests/overlays/dev", directory.resolve())],
+            "replicas": [{"name": "evenhand-engine", "count": 2}],
+            "patches": [{"target": {"kind": "Deployment", "name": "evenhand-engine"}, "patch": yaml.safe_dump(patch)}],
+        }
+        (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return directory
+
+    def load(self, requests: int, at_once: int = 1, seconds: float = 0) -> dict[str, int]:
+        """What came of requests that the tenant's Pod sent to the Service, over so many seconds."""
+        command = ["exec", "-i", CLIENT, "-n", TENANTS, "--", "python", "-", str(requests), str(at_once), str(seconds)]
+        program = Path(cluster_client.__file__).read_text()
+        outcomes: dict[str, int] = json.loads(self.cluster.kubectl(*command, stdin=program, timeout=280))
+        return outcomes
+
+    @contextlib.contextmanager
+    def under_load(self, requests: int, at_once: int, seconds: float) -> Iterator[dict[str, int]]:
+        """The tenant's Pod sends requests meanwhile; what came of them is there when the block has ended."""
+        outcomes: dict[str, int] = {}
+        with concurrent.futures.ThreadPoolExecutor(1) as background:
+            load = background.submit(self.load, requests, at_once, seconds)
+            yield outcomes
+            outcomes |= load.result()
+
+    def roll_out(self, deployment: str = ENGINES) -> None:
+        """Returns once the Deployment is rolled out."""
+        namespace = OPERATOR_NAMESPACE if deployment == OPERATOR else NAMESPACE
+        self.cluster.kubectl("rollout", "status", deployment, "-n", namespace, "--timeout=180s", timeout=200)
+
+    def pods(self) -> list[Object]:
+        """Of operator and engines."""
+        return [each for namespace in (OPERATOR_NAMESPACE, NAMESPACE) for each in self.cluster.find("pods", namespace)]
+
+    def restarts(self) -> int:
+        """How often a container of operator and engines ended."""
+        return sum(status["restartCount"] for pod in self.pods() for status in pod["status"]["containerStatuses"])
+
+
+def client() -> list[Object]:
+    """A ServiceAccount and its Pod, which waits to be told what to run."""
+    metadata = {"namespace": TENANTS, "name": CLIENT}
+    token = {"path": "token", "audience": "evenhand/inference/default", "expirationSeconds": 3600}
+    container = {
+        "name": CLIENT,
+        "image": "evenhand.dev/operator:dev",
+        "command": ["sleep", "infinity"],
+        "volumeMounts": [{"name": "token", "mountPath": str(Path(cluster_client.TOKEN).parent)}],
+    }
+    spec = {
+        "serviceAccountName": CLIENT,
+        "terminationGracePeriodSeconds": 1,
+        "containers": [container],
+        "volumes": [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}],
+    }
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec},
+    ]
