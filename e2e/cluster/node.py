@@ -76,18 +76,24 @@ class Node:
             program.check_running()
 
     def stop(self) -> None:
-        """Ends containers, then programs, the runtime last, and removes the control groups that the kubelet made."""
+        """Ends containers, then programs, the runtime last, and takes back what the kubelet mounted and its control groups."""
         for program in reversed(self._started[1:]):
             program.stop()
         if self._containerd.exit_code() is None:
             for task in self._ctr("tasks", "list", "--quiet").stdout.split():
                 self._ctr("tasks", "kill", "--signal", "SIGKILL", task)
         self._containerd.stop()
+        self._unmount()
         self._remove_control_groups()
 
     def _ctr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [str(self._programs["ctr"]), "--address", str(self._socket), "--namespace", "k8s.io", *arguments]
         return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+
+    def _unmount(self) -> None:
+        mounts = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for mount in reversed([mount for mount in mounts if mount.is_relative_to(self._directory)]):
+            subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
     def _remove_control_groups(self) -> None:
         deadline = time.monotonic() + 10
