@@ -1,8 +1,8 @@
 """Guessed tokens at one stream: what they gain where text repeats, and what they cost where it does not.
 
 The default model, one stream at a time, with and without drafts by turns on the same prompts, so that both meet the same
-machine. Repeating: the model is asked to copy what stands before (quoting, editing); plain: it tells a story, drawn with
-a temperature, each time with another seed.
+machine. Repeating: the model goes on with a file that says the same thrice, as answers do that quote or edit; plain: it tells
+a story, drawn with a temperature, each time with another seed.
 """
 
 import statistics
@@ -33,8 +33,9 @@ def variance(values):
         total += (value - center) ** 2
     return total / len(values)
 """
-REPEATING = f"Repeat this file without any change.\n```python\n{SOURCE}```\n"
-PLAIN = "Tell me a long story about a lighthouse keeper who finds a letter in a bottle."
+REPEATING = SOURCE * 3
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+PLAIN = CHAT.format("Tell me a long story about a lighthouse keeper who finds a letter in a bottle.")
 NUM_DRAFTS = 8
 
 
@@ -53,8 +54,8 @@ class Side:
         speculation = self._scheduler.speculation
         return speculation.num_accepted_tokens / max(1, speculation.num_draft_tokens)
 
-    def output_seconds(self, prompt: list[int], params: SamplingParams) -> tuple[float, list[int]]:
-        """Seconds from the first output to the last of one request alone, and the outputs."""
+    def output_seconds(self, prompt: list[int], params: SamplingParams) -> float:
+        """Seconds from the first output to the last of one request alone."""
         self._num_requests += 1
         request = Request(f"r{self._num_requests}", "t", prompt, params, time.monotonic())
         self._scheduler.add(request, time.monotonic())
@@ -66,7 +67,7 @@ class Side:
             self._scheduler.update(self._runner.collect(), time.monotonic())
             if not first and request.num_output_tokens:
                 first = time.monotonic()
-        return time.monotonic() - first, list(request.token_ids[len(prompt) :])
+        return time.monotonic() - first
 
 
 def main() -> None:
@@ -78,16 +79,12 @@ def main() -> None:
     results: dict[str, float] = {}
     rows = []
     for kind, text, temperature in (("repeating", REPEATING, 0.0), ("plain", PLAIN, 0.8)):
-        prompt = tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        prompt = tokenizer.encode(text)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(num_rounds):
             params = SamplingParams(max_tokens=num_outputs, temperature=temperature, seed=options.seed + number)
-            outputs = []
             for name in sorted(sides, reverse=number % 2 == 1):
-                seconds, token_ids = sides[name].output_seconds(prompt, params)
-                rates[name].append((len(token_ids) - 1) / seconds)
-                outputs.append(token_ids)
-            assert outputs[0] == outputs[1], "drafts changed the answer"
+                rates[name].append((num_outputs - 1) / sides[name].output_seconds(prompt, params))
         medians = {name: statistics.median(values) for name, values in rates.items()}
         ratio = statistics.median(a / b for a, b in zip(rates["with"], rates["without"], strict=True))
         results[f"{kind}_ratio"] = round(ratio, 3)
