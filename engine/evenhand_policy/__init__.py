@@ -5,7 +5,8 @@ engine enforces, in this order:
 
     documents, files          YAML with the line of each field; or objects from the API server
     decode, schema            an object becomes a resource, or the one problem that is in the way (`errors`)
-    spec, pool, secret        the resources: TenantPolicy, EnginePool, and the Secrets that they refer to; `labels` select
+    spec, pool, secret        the resources: TenantPolicy, EnginePool, and the Secrets that they refer to; `identity_spec`, how a
+                              tenant is known; `labels` select
     compile                   all policies of a pool, in the order of their age, by
         admission, grants     whether a policy may be the pool's, and what it may claim there
         identities            what nobody else may claim too: tenant names, keys (`credentials`), ServiceAccounts, headers

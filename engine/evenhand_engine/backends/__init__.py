@@ -5,5 +5,6 @@
 
 Lives in the HTTP process, on its event loop. Owns the streams of the requests in flight. What a request used is what its
 Observer was told, never what its client read: a client that does not read costs a coalescing record, and changes no count.
-`local` is the engine's own: the pipe (`engine_client`), the detokenizer and the stop strings (`stream`).
+`local` is the engine's own: the pipe (`engine_client`), and one request's outputs (`stream`), which the detokenizer of `text` turns into
+text and matches against stop strings.
 """
