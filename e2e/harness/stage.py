@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.control_plane import ControlPlane, KubectlError
+from evenhand_policy.bootstrap import BootstrapError
 from harness.objects import ADMIN_PORT, ENGINE_LABELS
 from harness.operator_process import read_json
 
@@ -104,7 +105,7 @@ def until(holds: Callable[[], object], timeout: float = PATIENCE) -> None:
             if holds():
                 return
             failure: Exception | None = None
-        except (OSError, KeyError, StopIteration, KubectlError) as error:
+        except (OSError, KeyError, StopIteration, KubectlError, BootstrapError) as error:
             failure = error
         if time.monotonic() > deadline:
             raise AssertionError(f"never came to hold within {timeout} s") from failure
