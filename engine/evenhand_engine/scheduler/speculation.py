@@ -31,12 +31,11 @@ def look_up(token_ids: "array[int]", most: int) -> tuple[int, ...]:
 
     What followed may reach the end itself: then it repeats from there.
     """
-    first = max(0, len(token_ids) - _WINDOW)
-    tokens = token_ids[first:].tobytes()
-    size, known = token_ids.itemsize, len(token_ids) - first
-    needle = tokens[-_NGRAM * size :]
-    if most <= 0 or known <= _NGRAM:
+    if most <= 0 or len(token_ids) <= _NGRAM:
         return ()
+    first, size = max(0, len(token_ids) - _WINDOW), token_ids.itemsize
+    tokens = token_ids[first:].tobytes()
+    needle = tokens[-_NGRAM * size :]
     found = tokens.rfind(needle, 0, len(tokens) - size)
     while found >= 0 and found % size:  # across two tokens
         found = tokens.rfind(needle, 0, found + len(needle) - 1)
