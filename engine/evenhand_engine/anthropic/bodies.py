@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.openai.bodies import asks_for_nothing, decode_raw, first_elements, given
+from evenhand_engine.openai.bodies import decode_raw, first_elements, given, refuse_fields
 from evenhand_engine.openai.schema import Positive, UserName
 
 _MAX_MESSAGES = 4096
@@ -84,11 +84,7 @@ class _OutputConfig(msgspec.Struct, frozen=True):
 
 def as_chat(body: MessageRequest) -> bytes:
     """The chat body; raises Refusal 400 that names the field."""
-    for name, neutral in _REFUSED.items():
-        raw = given(getattr(body, name))
-        if raw is not None and not asks_for_nothing(raw, neutral):
-            message = f"`{name}` is not supported by this engine: leave it out."
-            raise Refusal(400, "unsupported_parameter", message, param=name)
+    refuse_fields(body, _REFUSED)
     chat: dict[str, Any] = {
         "model": body.model,
         "messages": _messages(body),

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import typing
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -64,12 +64,14 @@ def parse_body(body: bytes, kind: type[S]) -> S:
         if isinstance(value := getattr(request, name, None), Raw)
     }
     request = msgspec.structs.replace(request, **typed)
-    for name, neutral in UNSUPPORTED.items():
-        if name in kind.__struct_fields__ or _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET)):
-            continue
-        if isinstance(value := getattr(request, name, UNSET), Raw) and not asks_for_nothing(value, neutral):
-            message = f"`{name}` is not supported by this engine: leave it out."
-            raise Refusal(400, "unsupported_parameter", message, param=name)
+    refuse_fields(
+        request,
+        {
+            name: neutral
+            for name, neutral in UNSUPPORTED.items()
+            if name not in kind.__struct_fields__ and not _is_none(getattr(request, DECLINED_BY.get(name, ""), UNSET))
+        },
+    )
     if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
         message = "`stream_options` is for streams only: set `stream` too, or leave it out."
         raise Refusal(400, "invalid_value", message, param="stream_options")
@@ -174,7 +176,15 @@ def _is_none(choice: object) -> bool:
     return isinstance(choice, Raw) and bytes(choice) == b'"none"'
 
 
-def asks_for_nothing(raw: Raw, neutral: tuple[Any, ...]) -> bool:
+def refuse_fields(request: msgspec.Struct, neutral_values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises Refusal 400 for the first of these raw fields that is given and asks for something."""
+    for name, neutral in neutral_values.items():
+        if isinstance(raw := getattr(request, name, UNSET), Raw) and not _asks_for_nothing(raw, neutral):
+            message = f"`{name}` is not supported by this engine: leave it out."
+            raise Refusal(400, "unsupported_parameter", message, param=name)
+
+
+def _asks_for_nothing(raw: Raw, neutral: tuple[Any, ...]) -> bool:
     """Equal to one of the neutral values, and a bool only if that is one: `"logprobs": 0` asks for something."""
     if len(bytes(raw)) > _MAX_NEUTRAL_BYTES:
         return False
