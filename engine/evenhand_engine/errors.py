@@ -6,6 +6,8 @@ EvenhandError
  └─ Refusal             one request is refused, with an HTTP status and a machine-readable code
 """
 
+from collections.abc import Mapping
+
 
 class EvenhandError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -38,3 +40,8 @@ class Refusal(EvenhandError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def renamed(self, params: Mapping[str, str]) -> "Refusal":
+        """The same for a body that was translated: `params` are its own fields, by those that they became."""
+        param = params.get(self.param or "", self.param)
+        return Refusal(self.status, self.code, self.message, param=param, retry_after=self.retry_after)

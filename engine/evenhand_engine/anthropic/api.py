@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from evenhand_engine.anthropic.blocks import Blocks, Event
-from evenhand_engine.anthropic.bodies import MessageRequest, as_chat, with_own_param
+from evenhand_engine.anthropic.bodies import PARAMS, MessageRequest, as_chat
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
@@ -50,7 +50,7 @@ async def create_message(request: web.Request) -> web.StreamResponse:
             finally:
                 log_usage(request, generations)
     except Refusal as refusal:
-        raise with_own_param(refusal) from refusal
+        raise refusal.renamed(PARAMS) from refusal
 
 
 async def count_tokens(request: web.Request) -> web.Response:
@@ -65,7 +65,7 @@ def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, bool]:
     try:
         return read_chat(service, as_chat(body)), bool(body.stream)
     except Refusal as refusal:
-        raise with_own_param(refusal) from refusal
+        raise refusal.renamed(PARAMS) from refusal
 
 
 class _Answer:

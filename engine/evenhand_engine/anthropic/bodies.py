@@ -15,12 +15,13 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "mcp_servers": ([],),
     "thinking": ({"type": "disabled"},),
 }
-_PARAMS = {
+PARAMS = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config",
     "stop": "stop_sequences",
     "user": "metadata",
 }
+"""Fields of the body, by those of the chat body that they became."""
 
 
 class _Metadata(msgspec.Struct, frozen=True):
@@ -106,12 +107,6 @@ def as_chat(body: MessageRequest) -> bytes:
             named = {"name": "output", "schema": config.format.get("schema"), "strict": True}
             chat["response_format"] = {"type": config.format.get("type"), "json_schema": named}
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
-
-
-def with_own_param(refusal: Refusal) -> Refusal:
-    """A refusal of the chat body, with the field that it came from."""
-    param = _PARAMS.get(refusal.param or "", refusal.param)
-    return Refusal(refusal.status, refusal.code, refusal.message, param=param, retry_after=refusal.retry_after)
 
 
 def _messages(body: MessageRequest) -> list[dict[str, Any]]:

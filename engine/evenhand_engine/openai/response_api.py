@@ -18,7 +18,7 @@ from evenhand_engine.openai.events import EventStream, open_events
 from evenhand_engine.openai.generation import Generation, begin, merge
 from evenhand_engine.openai.messages import MessageReader
 from evenhand_engine.openai.reading import read_request
-from evenhand_engine.openai.response_bodies import ResponseRequest, as_chat, echoed, with_own_param
+from evenhand_engine.openai.response_bodies import PARAMS, ResponseRequest, as_chat, echoed
 from evenhand_engine.openai.response_items import Event, ResponseItems
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.stream import log_usage, usage
@@ -51,7 +51,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
             finally:
                 log_usage(request, generations)
     except Refusal as refusal:
-        raise with_own_param(refusal) from refusal
+        raise refusal.renamed(PARAMS) from refusal
 
 
 def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, dict[str, Any], bool]:
@@ -59,7 +59,7 @@ def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, dict[str, Any],
     try:
         return read_chat(service, as_chat(body)), echoed(body), bool(body.stream)
     except Refusal as refusal:
-        raise with_own_param(refusal) from refusal
+        raise refusal.renamed(PARAMS) from refusal
 
 
 class _Answer:

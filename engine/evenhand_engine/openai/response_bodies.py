@@ -20,13 +20,14 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_PARAMS = {
+PARAMS = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "response_format": "text",
     "reasoning_effort": "reasoning",
 }
+"""Fields of the body, by those of the chat body that they became."""
 
 
 class _Reasoning(msgspec.Struct, frozen=True):
@@ -120,12 +121,6 @@ def echoed(body: ResponseRequest) -> dict[str, Any]:
         "truncation": "disabled",
         "user": body.user,
     }
-
-
-def with_own_param(refusal: Refusal) -> Refusal:
-    """A refusal of the chat body, with the field that it came from."""
-    param = _PARAMS.get(refusal.param or "", refusal.param)
-    return Refusal(refusal.status, refusal.code, refusal.message, param=param, retry_after=refusal.retry_after)
 
 
 def _echoed(raw: Raw | UnsetType, name: str) -> Raw | None:
