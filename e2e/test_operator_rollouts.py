@@ -187,9 +187,6 @@ def change_many(stage: Stage, method: str, objects: list[Object]) -> None:
 # ---- pods of another kind
 
 
-@pytest.mark.xfail(
-    strict=False, reason="about every other time the older pod is not counted within 40 s: cause not yet known"
-)
 def test_oldest_pod_of_a_pool_decides_what_is_in_the_document(
     stage: Stage, operator: OperatorProcess, name: str
 ) -> None:

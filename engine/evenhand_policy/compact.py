@@ -6,7 +6,7 @@ operator can leave that out and say so. What a program understands follows from 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,17 +25,19 @@ class Loss(NamedTuple):
 
 
 class Compacted(NamedTuple):
-    """What is sent, and what is not."""
+    """What is sent, the members that are set in it, and what is not sent."""
 
     value: Json
+    members: Members
     losses: tuple[Loss, ...]
 
 
 def compact(value: msgspec.Struct, understood: Members | None = None) -> Compacted:
     """The struct as what msgspec encodes; `understood`: only what a reader with these members knows. None: everything."""
+    members: set[str] = set()
     losses: list[Loss] = []
-    shape = _shape(type(value), understood)
-    return Compacted(_compact_object(value, shape, losses, None), tuple(losses))
+    kept = _compact_object(value, _shape(type(value), understood), members, losses, None)
+    return Compacted(kept, frozenset(members), tuple(losses))
 
 
 @functools.cache
@@ -51,10 +53,12 @@ class _Field(NamedTuple):
     default: Any
     inner: "tuple[_Field, ...] | None"
     is_known: bool
-    known_values: frozenset[Any] | None
+    known_values: Mapping[Any, str] | None  # of an enum, with the path of each
 
 
-def _compact_object(obj: Any, shape: tuple[_Field, ...], losses: list[Loss], index: int | None) -> Json:
+def _compact_object(
+    obj: Any, shape: tuple[_Field, ...], members: set[str], losses: list[Loss], index: int | None
+) -> Json:
     kept: Json = {}
     for attribute, name, path, default, inner, is_known, known_values in shape:
         item = getattr(obj, attribute)
@@ -62,13 +66,19 @@ def _compact_object(obj: Any, shape: tuple[_Field, ...], losses: list[Loss], ind
             continue
         if not is_known or (known_values is not None and item not in known_values):
             losses.append(Loss(path, index))
-        elif inner is None:
+            continue
+        if inner is None:
             kept[name] = item
+            if known_values is not None:
+                members.add(known_values[item])
         elif isinstance(item, tuple):
             places = enumerate(item) if index is None else ((index, each) for each in item)
-            kept[name] = [_compact_object(each, inner, losses, place) for place, each in places]
-        elif within := _compact_object(item, inner, losses, index):
+            kept[name] = [_compact_object(each, inner, members, losses, place) for place, each in places]
+        elif within := _compact_object(item, inner, members, losses, index):
             kept[name] = within
+        else:
+            continue
+        members.add(path)
     return kept
 
 
@@ -86,8 +96,9 @@ def _fields(info: inspect.StructType, understood: Members | None, above: str) ->
         inner, values = None, None
         if isinstance(bare, inspect.StructType):
             inner = tuple(_fields(bare, understood, path))
-        elif isinstance(bare, inspect.EnumType) and understood is not None:
-            values = frozenset(each for each in bare.cls if f"{path}={each.value}" in understood)
+        elif isinstance(bare, inspect.EnumType):
+            paths = {each: f"{path}={each.value}" for each in bare.cls}
+            values = {each: of for each, of in paths.items() if understood is None or of in understood}
         is_known = understood is None or path in understood
         yield _Field(field.name, field.encode_name, path, field.default, inner, is_known, values)
 

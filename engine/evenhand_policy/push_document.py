@@ -35,12 +35,14 @@ class Document:
         digest: `sha256:` and the hexadecimal SHA-256 of the canonical JSON.
         compressed: the canonical JSON by zlib.
         size: bytes of the canonical JSON.
+        members: what is set in it, and so what a pod has to understand.
         losses: what is set and left out, since a pod would not understand it.
     """
 
     digest: str
     compressed: bytes = field(repr=False)
     size: int = field(compare=False)
+    members: Members = field(default=frozenset(), compare=False, repr=False)
     losses: tuple[Loss, ...] = field(default=(), compare=False)
 
 
@@ -51,9 +53,10 @@ def body_digest(body: bytes) -> str:
 
 def encode_document(config: SchedulerConfig, understood: Members | None = None) -> Document:
     """The config's document for readers that understand these members; None: it is ours."""
-    value, losses = compact(config, understood)
+    value, members, losses = compact(config, understood)
     content = msgspec.json.encode(value, order="sorted")
-    return Document(body_digest(content), zlib.compress(content, _COMPRESSION_LEVEL), len(content), losses)
+    compressed = zlib.compress(content, _COMPRESSION_LEVEL)
+    return Document(body_digest(content), compressed, len(content), members, losses)
 
 
 def decompress(compressed: bytes, digest: str) -> bytes:

@@ -27,6 +27,7 @@ from evenhand_policy.bootstrap import (
     secret_name,
     unpack,
 )
+from evenhand_policy.compact import compact
 from evenhand_policy.config import PoolReference
 from evenhand_policy.push_document import Document, DocumentRejectedError, read_document
 from evenhand_policy.signatures import PublicKeys
@@ -70,7 +71,7 @@ class BootstrapStore:
             log.warning("the stored document of pool %s/%s cannot be used: %s", *observed.key, error)
             return Stored(0)
         compressed = b"".join(files[f"part-{index}"] for index in range(len(manifest.parts)))
-        document = Document(manifest.digest, compressed, len(content))
+        document = Document(manifest.digest, compressed, len(content), compact(config).members)
         return Stored(manifest.revision, manifest.num_replicas, config, document)
 
     async def trust(self, observed: ObservedPool, offer: Offer | None) -> None:

@@ -124,7 +124,6 @@ class Documents:
             document=document,
             version=rollout.version,
             num_replicas=rollout.num_replicas,
-            understood=understood,
             offered_at=offered_at,
         )
         return PoolOffer(offer, pods, hold, _left_out(config, document))

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from evenhand_policy.compact import Members
 from evenhand_policy.config import PoolReference
 from evenhand_policy.push_document import Document
 from evenhand_policy.version import Assignment, Version
@@ -34,7 +33,6 @@ class Offer:
         document: what is to be enforced.
         version: of this offer; within a term it stands for everything else in it.
         num_replicas: among how many engines the pool's limits are divided.
-        understood: members that a pod has to understand to be sent the document.
         offered_at: monotonic time at which it was made; it decides nothing.
     """
 
@@ -43,7 +41,6 @@ class Offer:
     document: Document = field(repr=False)
     version: Version
     num_replicas: int
-    understood: Members = field(default=frozenset(), repr=False)
     offered_at: float = field(default=0.0, compare=False)
 
     @property

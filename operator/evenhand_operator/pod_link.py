@@ -140,7 +140,7 @@ class PodLink:
             is_trusted = self._canary.is_proven(digest) or self.report.is_well
             return known if is_trusted else await self._watch_over(offer, known.boot_id)
         understands = self.report.understands
-        if understands is not None and not offer.understood <= understands:
+        if understands is not None and not offer.document.members <= understands:
             raise _Waits  # for a document that it understands
         if not self._canary.admits(pod.instance, digest):
             raise _Waits

@@ -26,8 +26,9 @@ from evenhand_operator.objects import EnginePod
 from evenhand_operator.offer import Offer
 from evenhand_operator.pod_prover import PodProver
 from evenhand_policy.bootstrap import KEYS_FILE
+from evenhand_policy.compact import Members
 from evenhand_policy.config import PoolReference, SchedulerConfig, ServiceAccountIssuer, TenantConfig
-from evenhand_policy.push_document import encode_document, understood_members
+from evenhand_policy.push_document import encode_document
 from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE, ConfigSource
 from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Version
@@ -44,14 +45,12 @@ POOL = PoolReference(namespace="inference", name="default")
 
 
 def make_offer(
-    revision: int = 1, *, epoch: int = 1, num_replicas: int = 1, weight: int = 4, understood: Any = None
+    revision: int = 1, *, epoch: int = 1, num_replicas: int = 1, understood: Members | None = None, **tenant: Any
 ) -> Offer:
     """What a leader would offer to the pods of `POOL`."""
-    tenants = (TenantConfig(tenant_id="chat", weight=weight),)
+    tenants = (TenantConfig(tenant_id="chat", **({"weight": 4} | tenant)),)
     config = SchedulerConfig(cluster="c1", pool=POOL, tenants=tenants)
-    members = understood_members() if understood is None else understood
-    document = encode_document(config, members)
-    return Offer("c1", POOL, document, Version(epoch, revision), num_replicas, members)
+    return Offer("c1", POOL, encode_document(config, understood), Version(epoch, revision), num_replicas)
 
 
 def make_pod(

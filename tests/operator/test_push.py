@@ -17,6 +17,7 @@ from evenhand_operator.engine_client import EngineClient, PushError
 from evenhand_operator.objects import write_time
 from evenhand_operator.pod_prover import PodProver
 from evenhand_operator.pusher import MAX_LOST, MAX_NEW, MAX_PROVEN, Pusher
+from evenhand_policy.config import Fairness
 from evenhand_policy.push_document import DocumentRejectedError, understood_members
 from evenhand_policy.push_protocol import (
     POD_TOKEN_HEADER,
@@ -565,13 +566,25 @@ async def test_pod_is_not_sent_what_it_does_not_understand(
     monkeypatch.setattr("evenhand_engine.frontend.push_receiver.understood_members", lambda: older)
     stand_in = await engine()
     pod = make.pod("pod-0", stand_in.url)
-    pusher.sync(POOL, [pod], make.offer(1), {})
+    pusher.sync(POOL, [pod], make.offer(1, fairness=Fairness.PER_USER), {})
     await changes.until(lambda: pusher.reports(POOL)[0].understands == older)
     assert not pusher.is_settled(POOL)
-    pusher.sync(POOL, [pod], make.offer(2, understood=older), {})
+    pusher.sync(POOL, [pod], make.offer(2, fairness=Fairness.PER_USER, understood=older), {})
     await changes.until(lambda: pusher.is_settled(POOL))
     assert stand_in.requests.count("PUT") == 1
     assert stand_in.revision == 2
+
+
+async def test_older_pod_is_sent_what_uses_nothing_newer(
+    pusher: Pusher, engine: Any, make: Any, changes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: with nothing to leave out, no other document will be made for it."""
+    older = understood_members() - {"tenants.fairness"}
+    monkeypatch.setattr("evenhand_engine.frontend.push_receiver.understood_members", lambda: older)
+    stand_in = await engine()
+    pusher.sync(POOL, [make.pod("pod-0", stand_in.url)], make.offer(1), {})
+    await changes.until(lambda: pusher.is_settled(POOL))
+    assert stand_in.revision == 1
 
 
 @pytest.mark.parametrize(("started", "is_known"), [(-10, True), (10, False)])

@@ -85,8 +85,8 @@ def test_reader_that_knows_less_is_told_less_and_what_is_lost_is_told(
     config: SchedulerConfig, unknown: set[str]
 ) -> None:
     understood = understood_members() - unknown
-    value, losses = compact(config, understood)
-    assert set(paths(value)) <= understood
+    value, members, losses = compact(config, understood)
+    assert set(paths(value)) == members <= understood
     lost = {loss.path for loss in losses}
     assert lost <= {path.partition("=")[0] for path in unknown} | {""}
     assert (read(value) == config) == (not losses)
