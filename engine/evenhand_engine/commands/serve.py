@@ -81,7 +81,7 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 )
 @click.option(
     "--tool-call-parser",
-    type=click.Choice(["auto", "none", "hermes", "llama3_json", "mistral", "granite"]),
+    type=click.Choice(["auto", "none", "hermes", "llama3_json", "mistral", "mistral_args", "granite"]),
     default="auto",
     help="How the model writes tool calls; by default as its chat template says.",
 )

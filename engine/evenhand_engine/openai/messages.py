@@ -6,7 +6,8 @@ from typing import Any
 
 from evenhand_engine.openai.tools import Tools
 from evenhand_engine.text.reasoning import ReasoningParser, Split
-from evenhand_engine.text.tool_calls import Arguments, CallStart, Content, Event, ToolCallParser
+from evenhand_engine.text.tool_call_objects import Arguments, CallStart, Content, Event
+from evenhand_engine.text.tool_calls import ToolCallParser
 
 _LETTERS = string.ascii_letters + string.digits
 

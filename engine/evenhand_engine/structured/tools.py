@@ -47,10 +47,16 @@ def calls(
         rules.append(f"head[lazy]: {_TEXT} {json.dumps(marker)}" if token_id is None else f"head: TEXT <[{token_id}]>")
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
     for number, function in enumerate(functions):
-        opening = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.arguments}": ')
-        rules.append(f'call_{number}: {opening} arguments_{number} "}}"')
+        rules.append(f"call_{number}: {_call(function, number, form, tokenizer)}")
         rules.append(f"arguments_{number}: %json {_schema(function)}")
     return lark("\n".join(rules))
+
+
+def _call(function: Function, number: int, form: ToolFormat, tokenizer: Tokenizer) -> str:
+    if form.writes_names:
+        return f"{json.dumps(function.name)} {_terminals(form.name_mark, form, tokenizer)} arguments_{number}"
+    opening = json.dumps(f'{{"name": {json.dumps(function.name)}, "{form.arguments}": ')
+    return f'{opening} arguments_{number} "}}"'
 
 
 def _schema(function: Function) -> str:
@@ -66,7 +72,8 @@ def _schema(function: Function) -> str:
 
 def _terminals(text: str, form: ToolFormat, tokenizer: Tokenizer) -> str:
     """Special tokens by their ids, the text between them as it is."""
-    special = [mark for mark in (*form.markers, form.end) if mark and tokenizer.special_id(mark) is not None]
+    marks = (*form.markers, form.end, form.name_mark)
+    special = [mark for mark in marks if mark and tokenizer.special_id(mark) is not None]
     parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
     return " ".join(
         f"<[{tokenizer.special_id(part)}]>" if part in special else json.dumps(part) for part in parts if part

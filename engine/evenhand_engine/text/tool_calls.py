@@ -3,15 +3,15 @@
 Models write calls in formats of their own; each is data here (`ToolFormat`). Pure: fed with pieces of text, of any size.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+
+from evenhand_engine.text.tool_call_objects import Arguments, Call, CallStart, Content, Event, NamedCall, ObjectCall
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes calls. Each is a JSON object with a name and arguments.
+    """How a model writes calls. Each is a JSON object with a name and arguments, or a name and the object of its arguments.
 
     Attributes:
         name: as `--tool-call-parser` has it.
@@ -19,6 +19,8 @@ class ToolFormat:
         end: what follows one call; shown to nobody.
         arguments: the member that holds the arguments.
         begin, between, close: what is written before the first call, between two and after the last.
+        name_mark: what stands between a name and its arguments, where calls may be these two; else empty.
+        writes_names: calls are to be written so; read they are in either way.
         id_length: letters and digits of a call's id, where templates insist on a number; None: any.
     """
 
@@ -29,9 +31,14 @@ class ToolFormat:
     begin: str = ""
     between: str = ""
     close: str = ""
+    name_mark: str = ""
+    writes_names: bool = False
     id_length: int | None = None
 
 
+_MISTRAL = ToolFormat(
+    "mistral", ("[TOOL_CALLS]",), begin=" [", between=", ", close="]", name_mark="[ARGS]", id_length=9
+)
 FORMATS = {
     form.name: form
     for form in (
@@ -44,7 +51,8 @@ FORMATS = {
             close="\n</tool_call>",
         ),
         ToolFormat("llama3_json", (), arguments="parameters", between="; "),
-        ToolFormat("mistral", ("[TOOL_CALLS]",), begin=" [", between=", ", close="]", id_length=9),
+        _MISTRAL,
+        replace(_MISTRAL, name="mistral_args", begin="", between="[TOOL_CALLS]", close="", writes_names=True),
         ToolFormat("granite", ("<|tool_call|>", "<tool_call>"), begin="[", between=", ", close="]"),
     )
 }
@@ -55,6 +63,7 @@ def detect_format(template: str) -> ToolFormat | None:
     if "tools" not in template:
         return None
     for name, sign in (
+        ("mistral_args", "[ARGS]"),
         ("mistral", "[TOOL_CALLS]"),
         ("granite", "<|tool_call|>"),
         ("hermes", "<tool_call>"),
@@ -65,28 +74,7 @@ def detect_format(template: str) -> ToolFormat | None:
     return None
 
 
-_SEPARATORS = " \t\r\n[],;"
-
-
-class Content(NamedTuple):
-    """Text that is no call."""
-
-    text: str
-
-
-class CallStart(NamedTuple):
-    """The next call begins."""
-
-    name: str
-
-
-class Arguments(NamedTuple):
-    """More of the JSON of the last call's arguments."""
-
-    text: str
-
-
-Event = Content | CallStart | Arguments
+_SEPARATORS = " \t\r\n],;"
 
 
 class ToolCallParser:
@@ -101,8 +89,9 @@ class ToolCallParser:
         self._form = form
         self._text = ""  # that may be the beginning of a marker
         self._blank = ""  # white space that is content only if some follows
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._is_inside = False  # between the marker of calls and what is none of them
+        self._may_be_name = False  # that follows the marker
         self._is_at_start = True
 
     def push(self, text: str) -> list[Event]:
@@ -128,7 +117,7 @@ class ToolCallParser:
         if is_last and self._call is not None:
             yield from self._end_call(self._call, is_whole=False)
 
-    def _read_call(self, call: "_Call") -> Iterator[Event]:
+    def _read_call(self, call: Call) -> Iterator[Event]:
         events, num_taken = call.push(self._text)
         self._text = self._text[num_taken:]
         for event in events:
@@ -137,26 +126,38 @@ class ToolCallParser:
         if call.is_complete:
             yield from self._end_call(call, is_whole=True)
 
-    def _end_call(self, call: "_Call", *, is_whole: bool) -> Iterator[Event]:
+    def _end_call(self, call: Call, *, is_whole: bool) -> Iterator[Event]:
         """What never said its name is content."""
-        self._call = None
+        self._call, self._may_be_name = None, False
         if call.name is None:
+            self._is_inside = isinstance(call, ObjectCall)
             yield Content(call.text)
         elif is_whole and not call.has_arguments:
             yield Arguments("{}")
 
     def _read_between(self, *, is_last: bool) -> Iterator[Event]:
-        """White space, brackets, separators and ends before the next call; anything else is content again."""
+        """White space, brackets, separators, markers and ends before the next call; anything else is content again."""
         self._text = text = self._text.lstrip(_SEPARATORS)
         marks = [mark for mark in (self._form.end, *self._form.markers) if mark]
-        if text.startswith("{"):
-            self._call = _Call(self._form.arguments)
+        if seen := [mark for mark in marks if text.startswith(mark)]:
+            self._pass(max(seen))
+        elif not text or (not is_last and any(mark.startswith(text) for mark in marks)):
+            return
+        elif text.startswith("["):
+            self._text, self._may_be_name = text[1:], False
+        elif text.startswith("{"):
+            self._call = ObjectCall(self._form.arguments)
             yield from self._read_call(self._call)
-        elif seen := [mark for mark in marks if text.startswith(mark)]:
-            self._text = text[len(max(seen)) :]
-        elif text and (is_last or not any(mark.startswith(text) for mark in marks)):
+        elif self._may_be_name:
+            self._call = NamedCall()
+            yield from self._read_call(self._call)
+        else:
             self._is_inside = False
             yield from self._read_content(is_last=is_last)
+
+    def _pass(self, mark: str) -> None:
+        self._text = self._text[len(mark) :]
+        self._may_be_name = bool(self._form.name_mark) and mark in self._form.markers
 
     def _read_content(self, *, is_last: bool) -> Iterator[Event]:
         markers = self._form.markers
@@ -167,7 +168,8 @@ class ToolCallParser:
         if found:
             at, marker = min(found)
             yield from self._content(self._text[:at])
-            self._text, self._is_inside, self._blank = self._text[at + len(marker) :], True, ""
+            self._text, self._is_inside, self._blank = self._text[at:], True, ""
+            self._pass(marker)
             return
         num_held = 0 if is_last else max(overlap(self._text, marker) for marker in markers)
         yield from self._content(self._text[: len(self._text) - num_held])
@@ -191,96 +193,6 @@ class ToolCallParser:
         self._blank = text[len(shown) :]
         if shown:
             yield Content(shown)
-
-
-class _Call:
-    """One JSON object, character by character."""
-
-    def __init__(self, arguments: str) -> None:
-        self.name: str | None = None
-        self.text = ""
-        self.has_arguments = False
-        self.is_complete = False
-        self._argument_keys = {arguments, "arguments", "parameters"}
-        self._depth = 0
-        self._is_string = self._is_escaped = False
-        self._key: str | None = None  # whose value is being read
-        self._part = ""  # of a key or of a value
-        self._early = ""  # arguments that could not be told as they came
-
-    def push(self, text: str) -> "tuple[list[CallStart | Arguments], int]":
-        """Events, and how many characters belong to the object."""
-        events: list[CallStart | Arguments] = []
-        streamed = ""
-        num_before = len(self.text)
-        for letter in text:
-            self.text += letter
-            is_streamed = self._streams()
-            self._take(letter, events)
-            if is_streamed and self._streams():
-                streamed += letter
-            if self.is_complete:
-                break
-        if not self.has_arguments:
-            streamed = streamed.lstrip()
-        if streamed:
-            self.has_arguments = True
-            events.append(Arguments(streamed))
-        return events, len(self.text) - num_before
-
-    def _streams(self) -> bool:
-        """Whether characters are arguments that can be told as they come: those of an object, after the name."""
-        return self.name is not None and self._key in self._argument_keys and not self._part.startswith('"')
-
-    def _take(self, letter: str, events: "list[CallStart | Arguments]") -> None:
-        if self._is_string:
-            self._part += letter
-            self._is_string = letter != '"' or self._is_escaped
-            self._is_escaped = letter == "\\" and not self._is_escaped
-            return
-        if letter == '"':
-            self._is_string = True
-        elif letter in "{[":
-            self._depth += 1
-            if self._depth == 1:
-                return
-        elif letter in "}]":
-            self._depth -= 1
-            if self._depth == 0:
-                self._end_value(events)
-                self.is_complete = True
-                return
-        elif self._depth == 1 and letter == ":" and self._key is None:
-            self._key, self._part = _string(self._part), ""
-            return
-        elif self._depth == 1 and letter == ",":
-            self._end_value(events)
-            return
-        if letter.strip() or self._part:
-            self._part += letter
-
-    def _end_value(self, events: "list[CallStart | Arguments]") -> None:
-        key, value = self._key, self._part.strip()
-        streamed = self._streams()
-        self._key, self._part = None, ""
-        if key == "name" and self.name is None:
-            self.name = _string(value)
-            events.append(CallStart(self.name))
-        elif key in self._argument_keys and not streamed and not self.has_arguments:
-            self._early = _string(value) if value.startswith('"') else value
-        if self.name is not None and self._early:
-            self.has_arguments = True
-            events.append(Arguments(self._early))
-            self._early = ""
-
-
-def _string(text: str) -> str:
-    """Of a JSON string; what is none is taken as it is."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text.strip().strip('"')
-    return value if isinstance(value, str) else text
 
 
 def overlap(text: str, marker: str) -> int:

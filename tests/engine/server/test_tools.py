@@ -193,6 +193,7 @@ FUNCTIONS = [Function("weather", json.dumps(SCHEMA), True), Function("clock")]
             "mistral",
             '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "clock", "arguments": {}}]',
         ),
+        ("mistral_args", '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}[TOOL_CALLS]clock[ARGS]{}'),
         ("granite", '<|tool_call|>[{"name": "clock", "arguments": {}}]'),
         ("llama3_json", '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "clock", "parameters": {}}'),
     ],
@@ -211,7 +212,8 @@ def test_grammars_of_calls(model_dir: Path, form: str, whole: str) -> None:
 
     assert fits(whole, is_required=True) and fits(whole, is_required=False)
     assert fits("Just text.", is_required=False) and not fits("Just text.", is_required=True)
-    for wrong in (whole.replace("clock", "other"), whole.replace("arguments", "args").replace("parameters", "args")):
+    other_key = whole.replace("arguments", "args").replace("parameters", "args").replace("[ARGS]", "")
+    for wrong in (whole.replace("clock", "other"), other_key):
         assert not fits(wrong, is_required=True) and not fits(wrong, is_required=False)
     if form != "llama3_json":
         assert fits(f"First. {whole}", is_required=False)

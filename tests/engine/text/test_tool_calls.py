@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from evenhand_engine.text.reasoning import PARSERS, ReasoningParser
-from evenhand_engine.text.tool_calls import FORMATS, Arguments, CallStart, Content, ToolCallParser, detect_format
+from evenhand_engine.text.tool_call_objects import Arguments, CallStart, Content
+from evenhand_engine.text.tool_calls import FORMATS, ToolCallParser, detect_format
 
 ROME, PARIS = {"city": "Rome", "n": {"a": [1, "}"]}}, {"city": 'Pa"ris {'}
 
@@ -35,6 +36,7 @@ def call(name: str, arguments: Any, key: str = "arguments") -> str:
 
 
 F, G = call("f", ROME), call("g", PARIS)
+A, B = json.dumps(ROME), json.dumps(PARIS)
 CASES = {
     "hermes": [
         (f"<tool_call>\n{F}\n</tool_call>", "", [("f", ROME)]),
@@ -54,6 +56,16 @@ CASES = {
         (f"[TOOL_CALLS] [{F}]", "", [("f", ROME)]),
         (f"[TOOL_CALLS][{F}, {G}]", "", [("f", ROME), ("g", PARIS)]),
         ("[1, 2] [TOOL", "[1, 2] [TOOL", []),
+        (f"[TOOL_CALLS][{F}][TOOL_CALLS] [{G}]", "", [("f", ROME), ("g", PARIS)]),
+        (f"[TOOL_CALLS] [{F}] So.", "So.", [("f", ROME)]),
+        (f"I look.[TOOL_CALLS]f[ARGS]{A}[TOOL_CALLS]g[ARGS]{B}", "I look.", [("f", ROME), ("g", PARIS)]),
+        (f"[TOOL_CALLS]f{A}", "", [("f", ROME)]),
+        (f"[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{A}", "", [("f", ROME)]),
+        ("[TOOL_CALLS]f[ARGS]{}", "", [("f", {})]),
+        ("[TOOL_CALLS]f[ARG", "f[ARG", []),
+        ("[TOOL_CALLS]I call, that is {so}", "I call, that is {so}", []),
+        (f"[TOOL_CALLS]{'f' * 65}{{}}", f"{'f' * 65}{{}}", []),
+        (f"[TOOL_CALLS]{'f ' * 100}{{}}", f"{'f ' * 100}{{}}", []),
     ],
     "granite": [
         (f"<|tool_call|>[{F}, {G}]", "", [("f", ROME), ("g", PARIS)]),
@@ -90,6 +102,9 @@ def test_arguments_come_while_they_are_written() -> None:
     parser = ToolCallParser(FORMATS["hermes"])
     assert parser.push('<tool_call>{"name": "f", "arguments": {"a"') == [CallStart("f"), Arguments('{"a"')]
     assert parser.push(": 1") == [Arguments(": 1")]
+    parser = ToolCallParser(FORMATS["mistral"])
+    assert parser.push('[TOOL_CALLS]f[ARGS]{"a"') == [CallStart("f"), Arguments('{"a"')]
+    assert parser.push(": 1") == [Arguments(": 1")]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -111,6 +126,8 @@ def test_no_text_breaks_it(seed: int) -> None:
         " x ",
         '"arguments"',
         "\n",
+        "[TOOL_CALLS]",
+        "f[ARGS]",
     ]
     text = "".join(chance.choices(parts, k=40))
     for form in FORMATS:
@@ -144,6 +161,7 @@ def test_reasoning(parser: str, text: str, reasoning: str, content: str, size: i
     [
         ("{{ tools }} <tool_call>", "hermes"),
         ("{{ tools }} [TOOL_CALLS] <tool_call>", "mistral"),
+        ("{{ tools }} [TOOL_CALLS]f[ARGS]", "mistral_args"),
         ("{{ tools }} <|tool_call|>", "granite"),
         ('{{ tools }} {"name": n, "parameters": d}', "llama3_json"),
         ("{{ tools }}", None),
