@@ -67,24 +67,7 @@ def build_app(service: EngineService) -> web.Application:
     app[PROBES] = frozenset({show_health, show_ready, show_version, show_metrics})
     app.on_response_prepare.extend((add_headers, add_origin))
     app.add_routes(
-        [
-            web.post("/v1/completions", create_completion, expect_handler=wait_to_be_read),
-            web.post("/v1/chat/completions", create_chat_completion, expect_handler=wait_to_be_read),
-            web.post("/v1/responses", create_response, expect_handler=wait_to_be_read),
-            web.post("/v1/messages", create_message, expect_handler=wait_to_be_read),
-            web.post("/v1/messages/count_tokens", count_tokens, expect_handler=wait_to_be_read),
-            web.get("/v1/models", list_models),
-            web.get("/v1/models/{model:.+}", show_model),
-            web.post("/tokenize", tokenize, expect_handler=wait_to_be_read),
-            web.post("/detokenize", detokenize, expect_handler=wait_to_be_read),
-            web.get("/health", show_health),
-            web.get("/ready", show_ready),
-            web.get("/ping", show_health),
-            web.post("/ping", show_health),
-            web.get("/version", show_version),
-            web.get("/metrics", show_metrics),
-            web.route("*", "/{path:.*}", refuse_route, expect_handler=wait_to_be_read),
-        ]
+        web.RouteDef(method, path, handler, {"expect_handler": wait_to_be_read}) for method, path, handler in ROUTES
     )
     return app
 
@@ -270,3 +253,24 @@ async def show_metrics(request: web.Request) -> web.Response:
 def is_probe(request: web.Request) -> bool:
     """Whether anybody may ask, since the answer says nothing of tenants and costs nothing."""
     return request.match_info.handler in request.app[PROBES]
+
+
+ROUTES: tuple[tuple[str, str, Handler], ...] = (
+    ("POST", "/v1/completions", create_completion),
+    ("POST", "/v1/chat/completions", create_chat_completion),
+    ("POST", "/v1/responses", create_response),
+    ("POST", "/v1/messages", create_message),
+    ("POST", "/v1/messages/count_tokens", count_tokens),
+    ("GET", "/v1/models", list_models),
+    ("GET", "/v1/models/{model:.+}", show_model),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("GET", "/health", show_health),
+    ("GET", "/ready", show_ready),
+    ("GET", "/ping", show_health),
+    ("POST", "/ping", show_health),
+    ("GET", "/version", show_version),
+    ("GET", "/metrics", show_metrics),
+    ("*", "/{path:.*}", refuse_route),  # the last one: it takes everything
+)
+"""Method, path and who answers."""

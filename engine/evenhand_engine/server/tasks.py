@@ -29,18 +29,21 @@ async def serve_app(
     """Serve `app` until the stack is left."""
     from aiohttp import web
 
+    from evenhand_engine.server.malformed import Protocol
+
     # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=75,
-        shutdown_timeout=1,
-        auto_decompress=decompress,
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
     stack.push_async_callback(runner.cleanup)
     await runner.setup()
-    await web.SockSite(runner, listener, ssl_context=tls, backlog=BACKLOG).start()
+    server, loop = runner.server, asyncio.get_running_loop()
+    assert server is not None
+    options: dict[str, Any] = {"access_log": None, "keepalive_timeout": 75, "auto_decompress": decompress}
+
+    def connect() -> Protocol:
+        return Protocol(server, loop=loop, **options)
+
+    listening = await loop.create_server(connect, sock=listener, ssl=tls, backlog=BACKLOG)
+    stack.callback(listening.close)
 
 
 @contextlib.asynccontextmanager

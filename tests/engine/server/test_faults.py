@@ -158,10 +158,17 @@ def test_a_body_is_not_read_before_the_key_is_checked(serve: Serve, say: Say) ->
 
 def test_malformed_http_does_not_end_the_server(serve: Serve, say: Say) -> None:
     server = serve(say("ok"))
-    for garbage in (b"\x16\x03\x01\x02\x00" * 10, b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost x\r\n\r\n"):
+    for garbage in (
+        b"\x16\x03\x01\x02\x00" * 10,
+        b"GET\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost x\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAccept: text/html\r\nX: " + b"y" * 20_000 + b"\r\n\r\n",
+    ):
         with connect(server) as connection:
             connection.sendall(garbage)
-            connection.recv(4096)
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.0 400 ") and b"\r\nContent-Type: application/json\r\n" in head
+        assert json.loads(body)["error"]["code"] == "invalid_http"
     assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
