@@ -147,21 +147,22 @@ def test_steps_that_keep_failing_end_the_core() -> None:
     assert str(core.error) == "the device is lost"
 
 
-def test_logits_that_are_not_finite_end_their_request_alone() -> None:
+@pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.GRAMMAR])
+def test_logits_without_a_token_end_their_request_alone(reason: FinishReason) -> None:
     seats: dict[int, str] = {}  # by the request that holds it: who sits where depends on how the commands arrive
 
     def compute(batch: Batch) -> list[Sampled]:
         seats.update((started.seat, started.request_id) for started in batch.started)
         return [
-            Sampled(()) if seats[item.seat] == "not finite" else Sampled((7,))
+            Sampled((), failure=reason) if seats[item.seat] == "without" else Sampled((7,))
             for item in batch.scheduled
             if item.num_samples
         ]
 
     core = Core(ScriptedRunner(compute))
-    core.send(*(add(name) for name in ("a", "b", "not finite", "c")))
+    core.send(*(add(name) for name in ("a", "b", "without", "c")))
     ends = {name: (output.finish_reason, output.num_output_tokens) for name, output in core.ends(4).items()}
-    assert ends.pop("not finite") == (FinishReason.ERROR, 0)
+    assert ends.pop("without") == (reason, 0)
     assert ends == dict.fromkeys("abc", (FinishReason.LENGTH, 4))
     core.send(Shutdown())
     core.join()

@@ -13,7 +13,7 @@ from evenhand_engine.core.staging import Staging
 from evenhand_engine.core.structures import Structures
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_engine.scheduler.request import Sampled
+from evenhand_engine.scheduler.request import FinishReason, Sampled
 
 
 class ModelRunner:
@@ -51,6 +51,8 @@ class ModelRunner:
         self._structures.advance(batch, results)
         for number, item in enumerate(item for item in batch.scheduled if item.num_samples):
             result = results[number]
+            if not result.token_ids and self._structures.has_failed(item.seat):
+                result = results[number] = Sampled((), failure=FinishReason.GRAMMAR)
             if item.seat in of_prompts:
                 results[number] = msgspec.structs.replace(result, prompt_logprobs=of_prompts[item.seat])
             first = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1

@@ -52,6 +52,11 @@ class Structures:
         for item, result in zip(sampled if self._seated else (), results, strict=bool(self._seated)):
             self._advance(item.seat, result.token_ids)
 
+    def has_failed(self, seat: int) -> bool:
+        """Whether the grammar of who sits there became too complex in this output, so that no token may come."""
+        matcher = self._seated.get(seat)
+        return matcher is not None and matcher.is_error()
+
     def _advance(self, seat: int, token_ids: tuple[int, ...]) -> None:
         for token_id in token_ids:
             if (matcher := self._seated.get(seat)) is None:

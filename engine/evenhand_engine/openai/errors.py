@@ -94,5 +94,8 @@ def refuse_finished(reason: FinishReason, queue_delay: float) -> Refusal | None:
             return Refusal(400, "overloaded", message)
         case FinishReason.ABORT:
             return refuse_draining()
+        case FinishReason.GRAMMAR:
+            message = "The grammar of the output became too complex to be followed further. Make it simpler."
+            return Refusal(400, "grammar_too_complex", message)
         case FinishReason.ERROR:
             return Refusal(500, "engine_error", "The engine failed to compute this request.", retry_after=1)

@@ -132,7 +132,7 @@ def _outcome(reason: FinishReason | None) -> tuple[str, str]:
     if reason is FinishReason.ABORT:
         return "aborted", "client_gone"
     if (refusal := refuse_finished(reason, 0.0)) is not None:
-        return "failed" if refusal.status == 500 else "refused", refusal.code
+        return "failed" if reason in (FinishReason.GRAMMAR, FinishReason.ERROR) else "refused", refusal.code
     return "finished", reason
 
 

@@ -26,6 +26,7 @@ class FinishReason(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"  # not started within the tenant's queueTimeout
     TENANT_SUSPENDED = "tenant_suspended"  # the tenant was suspended while the request was queued
     OVERLOADED = "overloaded"  # it can never fit: the tenant's KV ceiling or the cache is too small for it
+    GRAMMAR = "grammar"  # what its output must look like became too complex to be followed
     ERROR = "error"  # the engine failed
 
 
@@ -81,7 +82,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
 class Sampled(msgspec.Struct, frozen=True, gc=False):
     """What a step gave one request: its next output tokens, drafts that were right first.
 
-    Without token ids: its logits were not finite, so nothing could be sampled, and the request ends with an error.
+    Without token ids nothing could be sampled, and the request ends for the reason `failure`: ERROR where its logits were not
+    finite, GRAMMAR where its grammar leaves no token any more.
     `logprobs` has an entry for each token if the request asked for them, else none. `prompt_logprobs`, with the first
     output of a request that asked for them, has one for each token of the prompt but the first.
     """
@@ -89,6 +91,7 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    failure: FinishReason = FinishReason.ERROR
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -8,6 +8,9 @@ from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutp
 from evenhand_engine.scheduler.request_table import RequestTable
 from evenhand_engine.scheduler.speculation import Speculation
 
+_FROM_RESULTS = (FinishReason.STOP, FinishReason.GRAMMAR, FinishReason.ERROR)
+"""Ends that a result brings, while the next step may be in flight."""
+
 
 class Results:
     """Takes in results, in the order in which batches were planned."""
@@ -23,7 +26,7 @@ class Results:
         for item, request in zip(batch.scheduled, requests, strict=True):
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
-                if result is not None and request.finish_reason in (FinishReason.STOP, FinishReason.ERROR):
+                if result is not None and request.finish_reason in _FROM_RESULTS:
                     self._settle(request, _first_output(item), 0)
                 continue
             start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
@@ -76,7 +79,7 @@ class Results:
         if request.guess or num_taken > 1:
             self._speculation.learn(request, token_ids)
         if not token_ids:
-            self._request_table.finish(request, FinishReason.ERROR)
+            self._request_table.finish(request, result.failure)
         elif reason is not None:
             self._request_table.finish(request, reason, token_ids, logprobs, prompt_logprobs)
         else:

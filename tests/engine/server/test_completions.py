@@ -251,6 +251,7 @@ def test_chat_without_max_tokens_may_fill_the_context(paris: Server) -> None:
         (FinishReason.QUEUE_TIMEOUT, 503, "queue_timeout"),
         (FinishReason.TENANT_SUSPENDED, 403, "tenant_suspended"),
         (FinishReason.OVERLOADED, 400, "overloaded"),
+        (FinishReason.GRAMMAR, 400, "grammar_too_complex"),
         (FinishReason.ERROR, 500, "engine_error"),
     ],
 )
@@ -266,17 +267,20 @@ def test_refused_in_the_queue_is_a_status(
     assert caught.value.response.headers["X-Evenhand-Reason"] == code
 
 
-def test_error_in_a_stream_is_an_event(serve: Serve, say: Say) -> None:
+@pytest.mark.parametrize(
+    ("reason", "code"), [(FinishReason.ERROR, "engine_error"), (FinishReason.GRAMMAR, "grammar_too_complex")]
+)
+def test_error_in_a_stream_is_an_event(serve: Serve, say: Say, reason: FinishReason, code: str) -> None:
     def reply(request: AddRequest) -> Iterator[RequestOutput]:
         outputs = list(say(PARIS)(request))
         yield from outputs[:3]
-        yield RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR)
+        yield RequestOutput(request_id=request.request_id, finish_reason=reason)
 
     text = ""
     with pytest.raises(openai.APIError) as caught:
         for chunk in ask(serve(reply).client(), stream=True):
             text += chunk.choices[0].delta.content or ""
-    assert caught.value.code == "engine_error"
+    assert caught.value.code == code
     assert text
 
 

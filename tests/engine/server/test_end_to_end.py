@@ -185,6 +185,18 @@ def test_an_output_follows_its_schema_beside_free_ones(default_model: ServeProce
     assert choice.choices[0].finish_reason == "stop"
 
 
+def test_a_grammar_that_becomes_too_complex_is_said_so(default_model: ServeProcess) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        default_model.client().completions.create(
+            model="smollm2-135m-instruct",
+            prompt="x",
+            max_tokens=200,
+            temperature=0,
+            extra_body={"structured_outputs": {"regex": r"((\w|\s)*\w(\d|\w|.){30}){1,50}"}},
+        )
+    assert caught.value.code == "grammar_too_complex"
+
+
 def test_scores_of_an_echo_are_those_of_the_prompt(default_model: ServeProcess) -> None:
     """As lm-eval asks for them; the likelier ending has the higher one."""
     with default_model.client() as client:
