@@ -63,7 +63,8 @@ async def count_tokens(request: web.Request) -> web.Response:
 def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, bool]:
     body = parse_body(raw, MessageRequest)
     try:
-        return read_chat(service, as_chat(body)), bool(body.stream)
+        chat = as_chat(body, tells_reasoning=service.settings.reasoning_parser is not None)
+        return read_chat(service, chat), bool(body.stream)
     except Refusal as refusal:
         raise refusal.renamed(PARAMS) from refusal
 

@@ -13,9 +13,9 @@ _MAX_MESSAGES = 4096
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": ([],),
-    "thinking": ({"type": "disabled"},),
 }
 PARAMS = {
+    "chat_template_kwargs": "thinking",
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config",
     "stop": "stop_sequences",
@@ -83,8 +83,13 @@ class _OutputConfig(msgspec.Struct, frozen=True):
     effort: str | None = None
 
 
-def as_chat(body: MessageRequest) -> bytes:
-    """The chat body; raises Refusal 400 that names the field."""
+class _Thinking(msgspec.Struct, frozen=True):
+    type: str
+    budget_tokens: Positive | None = None
+
+
+def as_chat(body: MessageRequest, *, tells_reasoning: bool = True) -> bytes:
+    """The chat body; raises Refusal 400 that names the field. `tells_reasoning`: what the model thinks is told from what it says."""
     refuse_fields(body, _REFUSED)
     chat: dict[str, Any] = {
         "model": body.model,
@@ -100,6 +105,8 @@ def as_chat(body: MessageRequest) -> bytes:
         chat["tools"] = [_tool(tool) for tool in decode_raw(tools, list[_Tool], "tools")]
     if (choice := given(body.tool_choice)) is not None:
         chat |= _tool_choice(decode_raw(choice, _ToolChoice, "tool_choice"))
+    if (thinking := given(body.thinking)) is not None:
+        chat["chat_template_kwargs"] = _thinking(decode_raw(thinking, _Thinking, "thinking"), tells_reasoning)
     if (output := given(body.output_config)) is not None:
         config = decode_raw(output, _OutputConfig, "output_config")
         chat["reasoning_effort"] = config.effort
@@ -107,6 +114,18 @@ def as_chat(body: MessageRequest) -> bytes:
             named = {"name": "output", "schema": config.format.get("schema"), "strict": True}
             chat["response_format"] = {"type": config.format.get("type"), "json_schema": named}
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
+
+
+def _thinking(asked: _Thinking, tells_reasoning: bool) -> dict[str, bool] | None:
+    """The variable by which chat templates are told whether the model is to think first; adaptive: as they like."""
+    if asked.type not in ("enabled", "adaptive", "disabled"):
+        raise _invalid("`thinking.type` is enabled, adaptive or disabled.", "thinking")
+    if asked.type == "enabled" and not tells_reasoning:
+        message = (
+            "`thinking` cannot be told from the answer here: leave it out, or start the server with --reasoning-parser."
+        )
+        raise Refusal(400, "unsupported_parameter", message, param="thinking")
+    return None if asked.type == "adaptive" else {"enable_thinking": asked.type == "enabled"}
 
 
 def _messages(body: MessageRequest) -> list[dict[str, Any]]:

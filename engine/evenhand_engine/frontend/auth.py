@@ -29,8 +29,8 @@ _SERVICE_ACCOUNT = re.compile(r"system:serviceaccount:([^:]+):[^:]+")
 class Authenticator:
     """Who may use the engine, as one config says.
 
-    A credential is an API key or a Kubernetes ServiceAccount token, in `Authorization: Bearer`. On a request with a
-    gateway's key the config's tenant headers name the tenant; on any other request they mean nothing. Where
+    A credential is an API key or a Kubernetes ServiceAccount token, in `Authorization: Bearer`, or where that is missing in
+    `x-api-key`, where Anthropic's clients put it. On a request with a gateway's key the config's tenant headers name the tenant; on any other request they mean nothing. Where
     neither config nor command line knows any credential, and requests without one are served, one is not looked at:
     OpenAI's clients cannot leave it out.
 
@@ -56,6 +56,8 @@ class Authenticator:
     def authenticate(self, headers: CIMultiDictProxy[str]) -> str:
         """The tenant's id; raises Refusal 401 without a valid credential, 403 if a valid one has no tenant."""
         scheme, _, credential = _single(headers, "Authorization").strip().partition(" ")
+        if not scheme and (api_key := _single(headers, "x-api-key")):
+            scheme, credential = "bearer", api_key
         credential = credential.strip()
         if not scheme or self._is_open:
             return self._anonymous_tenant()

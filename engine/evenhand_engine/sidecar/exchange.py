@@ -26,7 +26,7 @@ _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
     *("transfer-encoding", "upgrade"),
 }
-_OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-request-id"}
+_OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-api-key", "x-request-id"}
 _ANSWERED_BY_US = {"server", "date", "x-request-id"}
 _MAX_HELD_ANSWER = 8 * 2**20  # of an answer that is checked as a whole before it goes on
 _RETRY_SECONDS = 0.1

@@ -81,6 +81,17 @@ def test_api_key(authenticator: Authenticator) -> None:
     assert authenticator.authenticate(headers(("AUTHORIZATION", f"bearer  {OTHER_KEY}"))) == "batch"
 
 
+def test_the_header_of_anthropics_clients(authenticator: Authenticator) -> None:
+    assert authenticator.authenticate(headers(("X-Api-Key", KEY))) == "chat"
+    assert authenticator.authenticate(headers(("x-api-key", GATEWAY_KEY), ("X-Team", "batch"))) == "batch"
+    assert authenticator.authenticate(headers(("x-api-key", ""))) == DEFAULT_TENANT_ID
+    assert authenticator.authenticate(headers(("x-api-key", KEY), bearer=OTHER_KEY)) == "batch"
+    assert refused(authenticator, headers(("x-api-key", KEY), bearer="nonsense")).status == 401
+    assert refused(authenticator, headers(("x-api-key", "nonsense"))).status == 401
+    assert refused(authenticator, headers(("x-api-key", KEY), ("x-api-key", KEY))).status == 400
+    assert Authenticator(SchedulerConfig()).authenticate(headers(("x-api-key", "any"))) == DEFAULT_TENANT_ID
+
+
 @pytest.mark.parametrize("value", ["Bearer nonsense", "Bearer", "Basic " + KEY, KEY, "Bearer " + key_hash(KEY), "x"])
 def test_unknown_credential_is_a_401(authenticator: Authenticator, value: str) -> None:
     refusal = refused(authenticator, headers(("Authorization", value)))

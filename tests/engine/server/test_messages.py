@@ -1,6 +1,8 @@
 """/v1/messages as Anthropic's own client uses it."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -9,7 +11,7 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-from .conftest import WAIT_SECONDS, Say, Serve, Server, token_ids
+from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, token_ids
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 SCHEMA = {
@@ -116,9 +118,43 @@ def test_thinking_is_a_block(speaking: Callable[..., Server]) -> None:
     assert (thinking.type, thinking.thinking, text.text) == ("thinking", "hm", "So.")
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"type": "enabled", "budget_tokens": 1024}, "True"),
+        ({"type": "disabled"}, "False"),
+        ({"type": "adaptive"}, ""),
+        (None, ""),
+    ],
+)
+def test_whether_the_model_is_to_think(tool_model: Path, serve: Serve, say: Say, asked: Any, told: str) -> None:
+    path = tool_model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = "[{{ enable_thinking }}]" + config["chat_template"]
+    path.write_text(json.dumps(config))
+    server = serve(core=ScriptedCore(say("So."), max_model_len=2048), reasoning_parser="qwen3")
+    ask(server, thinking=asked or anthropic.omit)
+    assert prompt_of(server).startswith(f"[{told}]")
+
+
 def test_a_schema(server: Server) -> None:
     ask(server, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
     assert server.core.expect(AddRequest).sampling_params.grammar is not None
+
+
+def test_the_clients_own_header(serve: Serve, say: Say) -> None:
+    """`Anthropic(api_key=...)` sends `x-api-key`."""
+    server = serve(say("ok"), api_key="the-key")
+    for key in ("the-key", "another"):
+        asking = anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0, timeout=WAIT_SECONDS)
+        fields: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 9}
+        with asking:
+            if key == "the-key":
+                assert asking.messages.create(**fields).content[0].text == "ok"
+                assert [model.id for model in asking.models.list()] == ["tiny"]
+            else:
+                with pytest.raises(anthropic.AuthenticationError):
+                    asking.messages.create(**fields)
 
 
 def test_tokens_are_counted(server: Server) -> None:
@@ -146,6 +182,8 @@ def test_an_end_in_mid_stream_is_an_error(serve: Serve) -> None:
         ({"stop_sequences": [""]}, "stop_sequences", "invalid_value"),
         ({"temperature": 1.5}, "temperature", "invalid_value"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking", "unsupported_parameter"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking", "invalid_value"),
+        ({"thinking": {"type": "deep"}}, "thinking", "invalid_value"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools", "unsupported_parameter"),
         ({"tools": [WEATHER]}, "tools", "unsupported_parameter"),
         ({"tool_choice": {"type": "sometimes"}}, "tool_choice", "invalid_value"),
