@@ -69,7 +69,8 @@ class _ChatFormat:
             message = {"message": reader.message(text)}
         asked = self.body.num_logprobs is not None
         choice: dict[str, Any] = {"index": index, **message, "finish_reason": reader.finish_reason(finish_reason)}
-        choice["logprobs"] = chat_logprobs(self.tokenizer, pieces) if asked and pieces else None
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        choice["logprobs"] = chat_logprobs(self.tokenizer, pieces, as_ids=as_ids) if asked and pieces else None
         if self.body.return_token_ids:
             choice["token_ids"] = token_ids_of(pieces)
         return choice

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
@@ -118,7 +119,10 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         echoes=echoes,
         logprobs=None
         if not body.tells_logprobs
-        else [CompletionLogprobs(service.tokenizer) for _ in range(len(prompts) * num_choices)],
+        else [
+            CompletionLogprobs(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+            for _ in range(len(prompts) * num_choices)
+        ],
     )
     async with begin(service, tenant_id, body, prompts, params, body.limit, num_taken=num_taken) as generations:
         return await answer(request, body, generations, form)
@@ -138,8 +142,11 @@ def _read(
         raise Refusal(400, "invalid_value", message, param="max_tokens")
     most = service.info.max_model_len
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, body.limit))
-    prompts = reader.completion(body)
+    suffix = reader.suffix(body)
+    prompts = reader.completion(body, suffix)
     echoes = reader.echoes(body, prompts) if body.echo else None
     structure = read_structure(service, body)
     params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar)
+    if suffix is not None and not body.ignore_eos and (form := service.tokenizer.fill_in_middle):
+        params = msgspec.structs.replace(params, stop_token_ids=params.stop_token_ids | form.stop_token_ids)
     return without_raw(body), prompts, echoes, params, structure

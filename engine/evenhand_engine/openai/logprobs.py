@@ -1,7 +1,8 @@
 """Log probabilities of output tokens in OpenAI's two shapes: one of chat, one of completions.
 
 A token is written as its text, special ones too; where it is a part of a code point its text is replacement characters,
-and `bytes` (of chat) has what it really is.
+and `bytes` (of chat) has what it really is. With `as_ids` it is written as `token_id:` and its id, as vLLM does it for who must
+tell tokens of equal text apart.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +16,13 @@ MIN_LOGPROB = -9999.0
 """Told instead of minus infinity, which JSON does not have; as vLLM's."""
 
 
-def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece], *, as_ids: bool = False) -> dict[str, Any]:
     """The `logprobs` of a chat choice."""
 
     def described(token_id: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
+        token = _by_id(token_id) if as_ids else data.decode("utf-8", "replace")
+        return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
 
     content = [
         described(token_id, found.logprob)
@@ -50,10 +52,10 @@ def prompt_logprobs(
 class CompletionLogprobs:
     """The `logprobs` of one completion's choice, which tells where in the text each token begins."""
 
-    def __init__(self, tokenizer: Tokenizer, offset: int = 0) -> None:
-        """`offset`: characters of the text before the first token."""
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._offset = offset
+        self._as_ids = as_ids
+        self._offset = 0
 
     def take(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Of these tokens, which follow those of the last call."""
@@ -66,21 +68,29 @@ class CompletionLogprobs:
     def _listed(self, tokens: Iterable[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
         taken: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token_id, found in tokens:
-            token = self._text(token_id)
+            text = self._text(token_id)
+            token = _by_id(token_id) if self._as_ids else text
             taken["text_offset"].append(self._offset)
             taken["tokens"].append(token)
             taken["token_logprobs"].append(None if found is None else max(found.logprob, MIN_LOGPROB))
             taken["top_logprobs"].append(None if found is None else self._top(token, found))
-            self._offset += len(token)
+            self._offset += len(text)
         return taken
 
     def _top(self, token: str, found: TokenLogprobs) -> dict[str, float] | None:
         best = zip(found.top_token_ids, found.top_logprobs, strict=True)
-        top = {self._text(top_id): max(value, MIN_LOGPROB) for top_id, value in best}
+        top = {self._name(top_id): max(value, MIN_LOGPROB) for top_id, value in best}
         return top | {token: max(found.logprob, MIN_LOGPROB)} if top else None
+
+    def _name(self, token_id: int) -> str:
+        return _by_id(token_id) if self._as_ids else self._text(token_id)
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
 
 
 def token_ids_of(pieces: Sequence[Piece]) -> list[int]:

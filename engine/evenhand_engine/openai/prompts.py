@@ -41,8 +41,9 @@ class PromptReader:
     max_model_len: int | None
     max_prompt_tokens: int | None = None
 
-    def completion(self, body: CompletionRequest) -> "list[array[int]]":
-        """Token ids of each prompt; raises Refusal 400 for what is none, or does not fit."""
+    def completion(self, body: CompletionRequest, suffix: "array[int] | None" = None) -> "list[array[int]]":
+        """Token ids of each prompt, of one that asks for what comes before `suffix`; raises Refusal 400 for what is none,
+        or does not fit."""
         raw = given(body.prompt)
         kind = b"" if raw is None else bytes(raw)[:1]
         if raw is None or kind not in (b'"', b"["):
@@ -56,11 +57,30 @@ class PromptReader:
                 prompts, kind = parts, inner
         if len(prompts) > _MAX_PROMPTS:
             raise _invalid(f"`prompt` holds more than {_MAX_PROMPTS} prompts.", "prompt")
-        if kind == b"[":
-            return [self.ids(prompt, "prompt") for prompt in prompts]
-        add_special_tokens = body.add_special_tokens is not False
-        texts = (decode_raw(prompt, str, "prompt") for prompt in prompts)
-        return [self.text(text, "prompt", add_special_tokens=add_special_tokens) for text in texts]
+        adds = body.add_special_tokens is not False
+        found = [
+            self.ids(prompt, "prompt")
+            if kind == b"["
+            else self.text(decode_raw(prompt, str, "prompt"), "prompt", add_special_tokens=adds and suffix is None)
+            for prompt in prompts
+        ]
+        if suffix is None or (form := self.tokenizer.fill_in_middle) is None:
+            return found
+        opening = self.tokenizer.encode("", adds and kind != b"[")
+        return [array("I", [*opening, *form.prompt(before, suffix)]) for before in found]
+
+    def suffix(self, body: CompletionRequest) -> "array[int] | None":
+        """Token ids of the text that follows the output; None without any. Raises Refusal 400."""
+        raw = given(body.suffix)
+        text = "" if raw is None else decode_raw(raw, str, "suffix")
+        if not text:
+            return None
+        if self.tokenizer.fill_in_middle is None:
+            message = "This model has no tokens to fill in the middle with: leave `suffix` out."
+            raise Refusal(400, "unsupported_parameter", message, param="suffix")
+        if body.echo or body.truncate_prompt_tokens is not None:
+            raise _invalid("`suffix` goes with neither `echo` nor `truncate_prompt_tokens`.", "suffix")
+        return self.text(text, "suffix", add_special_tokens=False)
 
     def echoes(self, body: CompletionRequest, prompts: "Sequence[array[int]]") -> list[str]:
         """Each of these prompts as it was sent, or what its token ids stand for."""

@@ -42,9 +42,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "repetition_detection": (),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "suffix": ("",),
+    "suffix": ("",),  # of chat; completions have it
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -99,6 +98,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     guided_whitespace_pattern: ShortText | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     request_id: RequestId | None = None
     user: UserName | None = None
@@ -144,6 +144,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | bool | None = None
     echo: bool | None = None
+    suffix: Raw | UnsetType = UNSET  # text
     add_special_tokens: bool | None = None
 
     @property

@@ -15,6 +15,7 @@ import tokenizers
 from evenhand_engine.errors import StartupError
 from evenhand_engine.text.chat_template import ChatTemplate
 from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
+from evenhand_engine.text.fill_in_middle import find_fill_in_middle
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 from evenhand_engine.text.tool_calls import ToolFormat
 
@@ -59,6 +60,7 @@ class Tokenizer:
         eos_token_ids: ids that end a generation, of the generation config, the config and the tokenizer.
         sampling_defaults: the model's recommendation.
         has_chat_template: False for base models.
+        fill_in_middle: how the model is asked for it; None where its vocabulary has no tokens for that.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -89,6 +91,7 @@ class Tokenizer:
         self.vocab_size: int = size if isinstance(size, int) else known
         self.eos_token_ids = frozenset(self._find_eos_ids(generation_config, model_config))
         self.sampling_defaults = _sampling_defaults(directory, generation_config)
+        self.fill_in_middle = find_fill_in_middle(self._tokenizer.token_to_id)
 
     def _find_eos_ids(self, *configs: Mapping[str, Any]) -> list[int]:
         found = [] if self._eos_token is None else [self._tokenizer.token_to_id(self._eos_token)]

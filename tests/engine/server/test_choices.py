@@ -86,6 +86,32 @@ def test_log_probabilities_of_completions(told: Server, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_tokens_told_by_their_ids(told: Server, model_dir: Path, stream: bool) -> None:
+    """`return_tokens_as_token_ids`, as vLLM's: other names, and the same places in the text."""
+    tokenizer = Tokenizer(model_dir)
+    ids = [f"token_id:{token_id}" for token_id in (*tokenizer.encode(TEXT), min(tokenizer.eos_token_ids))]
+    fields: Any = {"model": "tiny", "stream": stream, "max_tokens": 50}
+    asked = {"return_tokens_as_token_ids": True}
+    chats: Any = told.client().chat.completions.create(
+        messages=MESSAGES, logprobs=True, top_logprobs=2, extra_body=asked, **fields
+    )
+    parts = [chunk.choices[0].logprobs for chunk in (chats if stream else [chats])]
+    tokens = [token for part in parts if part for token in part.content]
+    assert [token.token for token in tokens] == ids[: len(tokens)] and len(tokens) >= len(ids) - 1
+    assert all([top.token for top in token.top_logprobs] == ["token_id:5", token.token] for token in tokens)
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == TEXT
+    named, offsets = list[str](), list[int]()
+    for more, names in (({}, list[str]()), (asked, named)):
+        answer: Any = told.client().completions.create(prompt="x", logprobs=2, extra_body=more, **fields)
+        found = [chunk.choices[0].logprobs for chunk in (answer if stream else [answer])]
+        names += [token for part in found if part for token in part.tokens]
+        places = [offset for part in found if part for offset in part.text_offset]
+        assert offsets in ([], places)
+        offsets = places
+    assert named == ids[: len(named)] and len(named) == len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_choices_of_a_chat(told: Server, stream: bool) -> None:
     answer: Any = told.client().chat.completions.create(
         model="tiny", messages=MESSAGES, n=3, seed=2**63 - 2, stream=stream, max_tokens=50
