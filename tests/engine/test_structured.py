@@ -6,6 +6,8 @@ import random
 import threading
 from array import array
 from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,7 +18,10 @@ from llguidance import LLMatcher
 from msgspec import Meta
 from tokenizers import decoders, models, pre_tokenizers
 
+from evenhand_engine.config import EngineConfig, SchedulerSettings
+from evenhand_engine.core import engine
 from evenhand_engine.core.compile_queue import Compiled, CompileQueue
+from evenhand_engine.core.loading import LoadedModel
 from evenhand_engine.core.structures import Structures
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
@@ -270,6 +275,57 @@ def test_compiled_grammars_are_kept_by_tenant_within_bounds(
     compiler.compile("v", a)
     assert compiler.compile("t", a) is first
     assert compiler.compile("u", a) is not other, "the tenant that was away the longest went"
+
+
+def test_the_vocabulary_is_read_once_and_beforehand(tokenizer: Tokenizer) -> None:
+    asked = list[str]()
+
+    def load() -> Tokenizer:
+        asked.append("once")
+        return tokenizer
+
+    compiler = Compiler(load)
+    compiler.prepare()
+    assert asked == ["once"]
+    compiler.compile("t", grammars.choice(["x"]))
+    compiler.prepare()
+    assert asked == ["once"]
+
+
+def test_a_vocabulary_that_cannot_be_read_is_said_when_it_is_needed(tokenizer: Tokenizer) -> None:
+    class Strange(Tokenizer):
+        def __init__(self) -> None:
+            self.vocab_size, self.eos_token_ids = 9, frozenset({1})
+
+        def to_json(self) -> str:
+            return '{"model": "of another kind"}'
+
+    compiler = Compiler(Strange)
+    compiler.prepare()
+    with pytest.raises(GrammarError, match="vocabulary cannot be used"):
+        compiler.compile("t", grammars.choice(["x"]))
+
+
+def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = threading.Event()
+
+    class Core:
+        def __init__(self, *args: Any, **options: Any) -> None: ...
+
+        def run(self) -> None:
+            assert prepared.wait(20)
+
+    loaded = LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", tmp_path, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
+    monkeypatch.setattr(Compiler, "prepare", lambda compiler: prepared.set())
+    monkeypatch.setattr("evenhand_engine.core.loading.load_model", lambda config: loaded)
+    monkeypatch.setattr(engine, "EngineCore", Core)
+    monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
+    for name in ("collect", "freeze", "disable"):
+        monkeypatch.setattr(engine.gc, name, lambda: None)
+    ours, theirs = Pipe()
+    engine.run_core(EngineConfig(model=str(tmp_path)), theirs)
+    assert prepared.is_set()
+    ours.close()
 
 
 def request(request_id: str, tenant_id: str, grammar: str) -> AddRequest:

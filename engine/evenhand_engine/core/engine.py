@@ -11,6 +11,7 @@ import logging
 import queue
 import signal
 import socket
+import threading
 import time
 from array import array
 from collections import deque
@@ -82,8 +83,10 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
             scores_prompts=model.scores_prompts,
         )
         connections = Connections(connection, doors, ready)
+        compiler = Compiler(lambda: Tokenizer(model.directory))
+        if model.structures is not None:  # now, rather than when a request waits for it, or beside what loads the model
+            threading.Thread(target=compiler.prepare, name="vocabulary", daemon=True).start()
         with recorder or contextlib.nullcontext():
-            compiler = Compiler(lambda: Tokenizer(model.directory))
             EngineCore(
                 model.settings,
                 model.runner,

@@ -26,7 +26,7 @@ from evenhand_engine.server.listener import (
     url_of,
     watch_certificate,
 )
-from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, load_text, serve_app
 
 if TYPE_CHECKING:
     from evenhand_engine.backends.upstream import UpstreamSettings
@@ -106,9 +106,8 @@ async def start_server(
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
         from evenhand_engine.server.malformed import keep_out_of_logs
-        from evenhand_engine.text.tokenizer import Tokenizer
 
-        api_servers = None
+        api_servers, text = None, None
         if len(publics) > 1:
             from evenhand_engine.server.api_servers import ApiServers
 
@@ -116,7 +115,8 @@ async def start_server(
             stack.push_async_callback(api_servers.close)
         in_force = await in_daemon_thread(lambda: _initial_config(settings))
         if api_servers is None:
-            backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
+            text = await load_text(directory)
+            backend.tokenizer = text[0]
         await backend.start()
         service = Service(settings, backend, in_force)
         keep_out_of_logs()
@@ -125,8 +125,8 @@ async def start_server(
         if api_servers is not None:
             await api_servers.serve(service, backend)
         else:
-            assert backend.tokenizer is not None
-            engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
+            assert text is not None
+            engine = EngineService(settings, backend, *text, OwnDoor(service))
             stack.callback(engine.close)
             await serve_app(stack, build_app(engine), publics[0], tls, decompress=False)  # `read_body` does
             if tls is not None:

@@ -1,11 +1,13 @@
 """Compiler: grammars to matchers, kept per tenant, since a tenant must not learn from the time what another has compiled."""
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from evenhand_engine.errors import StartupError
 from evenhand_engine.structured.grammars import GrammarError
 from evenhand_engine.text.tokenizer import Tokenizer
 
@@ -32,7 +34,7 @@ class Compiler:
     """May be used by several threads.
 
     Args:
-        load: the tokenizer; called when the first grammar comes, since it takes a second to prepare.
+        load: the tokenizer; called by `prepare`, or when the first grammar comes.
     """
 
     def __init__(self, load: Callable[[], Tokenizer]) -> None:
@@ -41,10 +43,23 @@ class Compiler:
         self._vocabulary: LLTokenizer | None = None
         self._kept: OrderedDict[str, OrderedDict[str, LLMatcher]] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Read the vocabulary, before anybody waits for it: for so long, up to a second, Python stands still.
+
+        A vocabulary that cannot be read is said so by `compile`.
+        """
+        with self._lock, contextlib.suppress(GrammarError, StartupError):
+            self._read_vocabulary()
+
+    def _read_vocabulary(self) -> LLTokenizer:
+        if self._vocabulary is None:
+            self._vocabulary = _vocabulary(self._load())
+        return self._vocabulary
+
     def compile(self, tenant_id: str, grammar: str) -> LLMatcher:
         """A matcher at the beginning of the grammar, to be copied and never advanced. Raises GrammarError."""
         with self._lock:
-            vocabulary = self._vocabulary = self._vocabulary or _vocabulary(self._load())
+            vocabulary = self._read_vocabulary()
             if (known := self._recall(tenant_id, grammar)) is not None:
                 return known
         matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
@@ -74,4 +89,7 @@ class Compiler:
 
 def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     eos = sorted(tokenizer.eos_token_ids)
-    return LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos or None)
+    try:
+        return LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=eos or None)
+    except Exception as error:  # the library raises nothing narrower
+        raise GrammarError(f"This model's vocabulary cannot be used with grammars: {error}"[:_MAX_MESSAGE]) from error

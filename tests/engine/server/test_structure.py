@@ -29,6 +29,12 @@ def server(serve: Serve, say: Say) -> Server:
     return serve(say('{"a": 7}'))
 
 
+def test_no_request_waits_for_the_vocabulary(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read, Python stands still, and with it every stream."""
+    monkeypatch.setattr("evenhand_engine.structured.compiler._vocabulary", None)
+    assert told(server, guided_json=SCHEMA)
+
+
 def told(server: Server, **fields: Any) -> str | None:
     """The grammar that the core is told of a completion with these fields, and of a chat: the same."""
     client = server.client()
