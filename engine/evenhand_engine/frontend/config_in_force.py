@@ -29,7 +29,6 @@ class ConfigInForce:
 
     Attributes:
         document: in force, with what was said beside it.
-        digest: of its config as this engine understands it; `assignment.digest` is that of the document as it came.
         applied_at: since when this config is enforced among so many replicas.
         error, rejected_at: of the last config offered, if it was rejected; None if it is in force.
         results: how many configs were `applied` and `rejected`.
@@ -38,11 +37,11 @@ class ConfigInForce:
     def __init__(self, document: ConfigDocument, last_good: LastGoodFile | None = None) -> None:
         """`last_good`: where to keep for the next start what the engine is well with; None: nowhere."""
         self.document = document
-        self.digest = document.config.digest()
         self.applied_at = datetime.now(UTC)
         self.error: str | None = None
         self.rejected_at: datetime | None = None
         self.results: Counter[str] = Counter(applied=0, rejected=0)
+        self._digest: str | None = None
         self._last_good = last_good
         self._enforce: Enforce = lambda _: None
         self._keeping: asyncio.Task[None] | None = None
@@ -50,6 +49,13 @@ class ConfigInForce:
     @property
     def config(self) -> SchedulerConfig:
         return self.document.config
+
+    @property
+    def digest(self) -> str:
+        """Of the config as this engine understands it; `assignment.digest` is that of the document as it came."""
+        if self._digest is None:  # thousands of tenants take milliseconds, in which nothing would be in force yet
+            self._digest = self.config.digest()
+        return self._digest
 
     @property
     def source(self) -> ConfigSource:
@@ -74,19 +80,21 @@ class ConfigInForce:
 
     def replace(self, offered: ConfigDocument) -> None:
         """Put `offered` in force. Raises DocumentRejectedError where it cannot be enforced; what is in force then stays."""
-        digest = offered.config.digest()
-        changes = (digest, offered.assignment.num_replicas) != (self.digest, self.num_replicas)
+        is_other = offered.config != self.config
+        changes = is_other or offered.assignment.num_replicas != self.num_replicas
         if changes:
             self._enforce(offered)
             self.applied_at = datetime.now(UTC)
             self.results["applied"] += 1
-        self.document, self.digest = offered, digest
+        self.document = offered
+        if is_other:
+            self._digest = None
         self.confirm()
         if changes:
             fields = {
                 "source": self.source,
                 "replicas": self.num_replicas,
-                "digest": digest,
+                "digest": self.assignment.digest,
                 "tenants": len(self.config.tenants),
             }
             log.info("config applied", extra={"fields": fields})
