@@ -206,6 +206,24 @@ def test_oldest_pod_of_a_pool_decides_what_is_in_the_document(
     assert stage.enforced(name, "fairness") == ["PerUser"] * NUM_ENGINES
 
 
+def test_pod_whose_clock_is_wrong_is_shown_once(stage: Stage, operator: OperatorProcess, name: str) -> None:
+    """What is told of it does not change with its clock, and so is not written anew at every attempt."""
+
+    def refusals() -> float:
+        return operator.metric("evenhand_operator_push_errors_total", reason="refused")
+
+    stage.cluster.apply(light_engines(stage.namespace, 1, "--clock-ahead=120", name="skewed"))
+    try:
+        until(lambda: any("from this engine's clock" in row.get("message", "") for row in stage.rows().values()))
+        until(lambda: len(stage.ready_pods()) == NUM_ENGINES + 1)
+        until(lambda: conditions(stage.pool())["Programmed"][0] == "False")
+        written, before = stage.pool()["metadata"]["resourceVersion"], refusals()
+        until(lambda: refusals() >= before + 3)
+        assert stage.pool()["metadata"]["resourceVersion"] == written
+    finally:
+        stage.kubectl("delete", "deployment", "skewed")
+
+
 def test_pod_that_claims_an_epoch_that_nobody_made_is_not_believed(
     stage: Stage, operator: OperatorProcess, name: str
 ) -> None:

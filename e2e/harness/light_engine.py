@@ -1,14 +1,15 @@
 """An engine pod without a model: the real code of the admin port, and `/health`, which is well once there is a config.
 
-It can be told to be of an older version, to claim a version that nobody made, and what to make of documents with tenants
-of certain names: to refuse them, or to die of them.
+It can be told to be of an older version, to claim a version that nobody made, to have a clock that is wrong, and what to
+make of documents with tenants of certain names: to refuse them, or to die of them.
 """
 
 import argparse
 import asyncio
 import dataclasses
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from unittest import mock
 
@@ -25,13 +26,16 @@ from evenhand_policy.version import Version
 
 
 def build_app(
-    settings: PushSettings, enforce: Enforce = lambda offered: None, claimed_epoch: int = 0
+    settings: PushSettings,
+    enforce: Enforce = lambda offered: None,
+    claimed_epoch: int = 0,
+    clock: Callable[[], float] = time.time,
 ) -> web.Application:
     """The admin application; `enforce` is told what to enforce. `GET /config` shows the document in force."""
     last_good = LastGoodFile(settings.last_good) if settings.last_good else None
     in_force = ConfigInForce(ConfigDocument.unversioned(SchedulerConfig(), ConfigSource.BUILT_IN), last_good)
     in_force.on_change(enforce)
-    receiver = PushReceiver(settings, in_force)
+    receiver = PushReceiver(settings, in_force, clock=clock)
     if claimed_epoch:
         claimed = in_force.assignment._replace(version=Version(claimed_epoch, 1))
         in_force.document = dataclasses.replace(in_force.document, assignment=claimed)
@@ -77,7 +81,10 @@ async def serve(arguments: argparse.Namespace) -> None:
         known = understood_members() - set(arguments.lacks)
         mock.patch("evenhand_engine.frontend.push_receiver.understood_members", lambda: known).start()
     enforce = _enforce_unless(arguments.refuses, arguments.dies_of)
-    runner = web.AppRunner(build_app(settings, enforce, arguments.claims_epoch), access_log=None)
+    runner = web.AppRunner(
+        build_app(settings, enforce, arguments.claims_epoch, lambda: time.time() + arguments.clock_ahead),
+        access_log=None,
+    )
     await runner.setup()
     await web.TCPSite(runner, arguments.host, arguments.port).start()
     await asyncio.Event().wait()
@@ -96,6 +103,7 @@ def main() -> None:
     parser.add_argument("--dies-of", action="append", default=[], metavar="TENANT")
     parser.add_argument("--lacks", action="append", default=[], metavar="MEMBER")
     parser.add_argument("--claims-epoch", type=int, default=0)
+    parser.add_argument("--clock-ahead", type=float, default=0, metavar="SECONDS")
     asyncio.run(serve(parser.parse_args()))
 
 
