@@ -54,13 +54,15 @@ class ControlPlane:
         self._authority = CertificateAuthority(directory)
         self.authority = self._authority.certificate
         self.kubeconfig = self.certificate_kubeconfig("admin", "system:masters")
-        write_signing_key(directory / "service-account.key")
+        self._signing_key, self._trusted_keys = (
+            directory / "service-account.key",
+            directory / "service-account-keys.pem",
+        )
+        write_signing_key(self._signing_key, self._trusted_keys)
         self.etcd = self._etcd(etcd_port, peer_port)
         self.api_server = self._api_server(port, etcd_port)
         self.controller_manager = self._controller_manager(controller_port)
-        certificate, key = directory / "admin.crt", directory / "admin.key"
-        self._tls = ssl.create_default_context(cafile=self.authority)
-        self._tls.load_cert_chain(certificate, key)
+        self._tls = self._admin_context()
 
     def __enter__(self) -> Self:
         try:
@@ -104,6 +106,28 @@ class ControlPlane:
         """Stops and starts the API server alone: every watch is cut, and its watch cache starts empty."""
         self.stop_api_server(grace)
         self.start_api_server()
+
+    def rotate_service_account_key(self) -> None:
+        """Tokens are signed by another key from now on; those of earlier ones stay good. The API server is restarted."""
+        write_signing_key(self._signing_key, self._trusted_keys)
+        self.restart_api_server()
+
+    def replace_authority(self) -> None:
+        """The API server, which is restarted, shows a certificate of another authority from now on.
+
+        Who had a kubeconfig from here has to be given another one; clients' certificates stay good.
+        """
+        self.controller_manager.stop()
+        self.stop_api_server()
+        replacement = CertificateAuthority(self.directory / "replacement")
+        for issued in replacement.issue("kube-apiserver", *self._server_names()):
+            issued.replace(self.directory / issued.name)
+        self.authority = replacement.certificate
+        self.certificate_kubeconfig("admin", "system:masters")
+        self.certificate_kubeconfig("system:kube-controller-manager")
+        self._tls = self._admin_context()
+        self.start_api_server()
+        self.controller_manager.start()
 
     def kubectl(
         self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None, timeout: float = 60
@@ -198,6 +222,14 @@ class ControlPlane:
         path = certificate.with_suffix(".kubeconfig")
         return write_kubeconfig(path, self.server, self.authority, client_certificate(certificate, key))
 
+    def _admin_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.authority)
+        context.load_cert_chain(self.directory / "admin.crt", self.directory / "admin.key")
+        return context
+
+    def _server_names(self) -> Iterable[str]:
+        return dict.fromkeys([self.address, LOOPBACK, API_SERVICE, "localhost", "kubernetes.default.svc"])
+
     def _program(self, name: str, *options: str) -> Program:
         return self.program(name, [self._programs[name], *options], self.directory / f"{name}.log")
 
@@ -215,9 +247,7 @@ class ControlPlane:
         )
 
     def _api_server(self, port: int, etcd_port: int) -> Program:
-        names = dict.fromkeys([self.address, LOOPBACK, API_SERVICE, "localhost", "kubernetes.default.svc"])
-        certificate, key = self._authority.issue("kube-apiserver", *names)
-        signing_key = self.directory / "service-account.key"
+        certificate, key = self._authority.issue("kube-apiserver", *self._server_names())
         if self.address == LOOPBACK:  # such an address may not be an endpoint
             of_nodes = ["--authorization-mode=RBAC", "--endpoint-reconciler-type=none"]
         else:
@@ -239,8 +269,8 @@ class ControlPlane:
             f"--client-ca-file={self.authority}",
             "--allow-privileged",
             f"--service-account-issuer={ISSUER}",
-            f"--service-account-signing-key-file={signing_key}",
-            f"--service-account-key-file={signing_key}",
+            f"--service-account-signing-key-file={self._signing_key}",
+            f"--service-account-key-file={self._trusted_keys}",
             f"--service-cluster-ip-range={SERVICE_ADDRESSES}",
             *of_nodes,
         )
@@ -258,7 +288,7 @@ class ControlPlane:
             f"--secure-port={port}",
             "--leader-elect=false",
             "--use-service-account-credentials",  # each controller with its own RBAC, as in a real cluster
-            f"--service-account-private-key-file={self.directory / 'service-account.key'}",
+            f"--service-account-private-key-file={self._signing_key}",
             f"--root-ca-file={self.authority}",
             f"--controllers={','.join(['*', *(f'-{each}' for each in left_out)])}",
         )

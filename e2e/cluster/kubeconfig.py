@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 
 class CertificateAuthority:
-    """The cluster's own authority, made anew for each run; writes what it issues below `directory`."""
+    """The cluster's own authority, made anew for each run; writes what it issues below `directory`, which it makes."""
 
     def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
         self._authority = trustme.CA()
         self._directory = directory
         self.certificate = directory / "ca.crt"
@@ -29,11 +30,14 @@ class CertificateAuthority:
         return certificate, key
 
 
-def write_signing_key(path: Path) -> None:
-    """The RSA key that signs ServiceAccount tokens."""
+def write_signing_key(path: Path, trusted: Path) -> None:
+    """A new RSA key that signs ServiceAccount tokens; it is added to the file of those that are trusted."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     encoding, encryption = serialization.Encoding.PEM, serialization.NoEncryption()
-    path.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, encryption))
+    text = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, encryption)
+    path.write_bytes(text)
+    with trusted.open("ab") as file:
+        file.write(text)
 
 
 def write_kubeconfig(

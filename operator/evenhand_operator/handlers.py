@@ -27,17 +27,28 @@ _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
 _COURTESY_SECONDS = 0.0005
 
 
-async def watch(cache: Cache, settings: Settings, readable_namespaces: Callable[[], tuple[str, ...]]) -> None:
+async def watch(
+    cache: Cache,
+    settings: Settings,
+    readable_namespaces: Callable[[], tuple[str, ...]],
+    credentials: Callable[[], kopf.ConnectionInfo],
+) -> None:
     """Feeds the cache, in the loop of the caller, until cancelled.
 
     Kopf ends where one of its requests is refused: a namespace that was deleted (403), a list that took so long that the
-    API server has forgotten its version (410). Then it is started anew, with the namespaces that can be read.
+    API server has forgotten its version (410). Then it is started anew, with the namespaces that can be read; and so it is
+    where the credentials were read again, since Kopf would ask by an authority that was replaced for ever.
     """
     pause = _FIRST_PAUSE_SECONDS
     while True:
-        namespaces, started_at = readable_namespaces(), time.monotonic()
+        namespaces, known, started_at = readable_namespaces(), credentials(), time.monotonic()
         if namespaces or not settings.namespaces:
-            await _run_kopf(cache, settings, namespaces, lambda: readable_namespaces() != namespaces)  # noqa: B023
+            await _run_kopf(
+                cache,
+                settings,
+                namespaces,
+                lambda: readable_namespaces() != namespaces or credentials() is not known,  # noqa: B023
+            )
         await asyncio.sleep(pause)
         is_stable = time.monotonic() - started_at > _LONGEST_PAUSE_SECONDS
         pause = _FIRST_PAUSE_SECONDS if is_stable else min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 AUDIENCE = "evenhand"
 _DISCOVERY_PATH = "/.well-known/openid-configuration"
 _KEYS_PATH = "/openid/v1/jwks"
-_REFRESH_SECONDS = 300.0
 _RETRY_SECONDS = 2.0
 
 
@@ -69,8 +68,8 @@ class IssuerWatch:
                 self._changed()
             return
 
-    async def run(self) -> None:
-        """The keys are rotated from time to time."""
+    async def run(self, refresh_seconds: float) -> None:
+        """The keys are rotated from time to time; a new one is published for long before it signs."""
         while True:
-            await asyncio.sleep(_REFRESH_SECONDS)
+            await asyncio.sleep(refresh_seconds)
             await self.read()

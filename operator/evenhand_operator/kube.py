@@ -18,9 +18,9 @@ PAGE_SIZE = 500
 REQUEST_SECONDS = 15.0
 _MOST_TRIES = 3
 _LONGEST_PAUSE_SECONDS = 10.0
-_SILENCE_SECONDS = 30.0
+_UNANSWERED_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
-_SILENCE_SECONDS = 120.0  # a bookmark comes about once a minute
+_SILENCE_SECONDS = 120.0  # of a watch: a bookmark comes about once a minute
 _SHOWN_CHARACTERS = 500
 
 
@@ -120,6 +120,11 @@ class KubeClient:
     async def close(self) -> None:
         """Closes all connections."""
         await self._session.close()
+
+    @property
+    def credentials(self) -> kopf.ConnectionInfo:
+        """With which it asks now; another object once they were read again."""
+        return self._info
 
     async def list_pages(self, resource: Resource, namespace: str | None, **parameters: str) -> AsyncIterator[Listing]:
         """All objects, a page at a time, so that never all are in memory as JSON; every page is of the same moment.
@@ -242,7 +247,7 @@ class KubeClient:
         if error.status == 429 and 0 < error.retry_after <= _LONGEST_PAUSE_SECONDS:
             await asyncio.sleep(error.retry_after)
             return True
-        if error.status == 0 and time.monotonic() - self._answered_at > _SILENCE_SECONDS:
+        if error.status == 0 and time.monotonic() - self._answered_at > _UNANSWERED_SECONDS:
             self._answered_at = time.monotonic()
             await self._renew_credentials(self._log_in())
         elif error.status == 401 and (info := self._log_in()) != self._info:

@@ -66,7 +66,12 @@ class Replica:
                 reading = self._read_cluster(), self._issuer.read(), self._lister.start(tasks)
                 cluster, _, _ = await asyncio.gather(*reading)
                 self._is_synced = True
-                for each in (self._lead(cluster), self._watch(), self._lister.run(), self._issuer.run()):
+                for each in (
+                    self._lead(cluster),
+                    self._watch(),
+                    self._lister.run(),
+                    self._issuer.run(self._settings.relist_seconds),
+                ):
                     tasks.create_task(each)
 
     async def _watch(self) -> None:
@@ -74,7 +79,12 @@ class Replica:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HEAD_START_SECONDS):
                 await self._told.wait()
-        await watch(self._cache, self._settings, lambda: self._lister.readable_namespaces)
+        await watch(
+            self._cache,
+            self._settings,
+            lambda: self._lister.readable_namespaces,
+            lambda: self._kube.credentials,
+        )
 
     async def _lead(self, cluster: str) -> None:
         """One term after another, for ever."""

@@ -13,6 +13,8 @@ from evenhand_operator.handlers import watch
 from evenhand_operator.settings import Settings
 from harness.builders import Notices
 
+CREDENTIALS = kopf.ConnectionInfo(server="https://127.0.0.1")
+
 
 class Kopf:
     """Stands for `kopf.operator`: each start ends with what is next in `ends`, and then only when it is told to stop."""
@@ -58,7 +60,7 @@ async def cancel(task: asyncio.Task[None]) -> None:
 async def test_kopf_that_ends_is_started_anew(started: Kopf, error: Exception | None) -> None:
     """A list whose pages expired ends it, and so does a namespace that was deleted; the process goes on."""
     started.ends = [error, error]
-    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: ()))
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: CREDENTIALS))
     await until(lambda: len(started.starts) == 3)
     assert not task.done()
     assert {each["clusterwide"] for each in started.starts} == {True}
@@ -68,7 +70,9 @@ async def test_kopf_that_ends_is_started_anew(started: Kopf, error: Exception | 
 
 async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(started: Kopf) -> None:
     readable: tuple[str, ...] = ("a", "b")
-    task = asyncio.create_task(watch(Cache(Notices()), Settings(namespaces=("a", "b")), lambda: readable))
+    task = asyncio.create_task(
+        watch(Cache(Notices()), Settings(namespaces=("a", "b")), lambda: readable, lambda: CREDENTIALS)
+    )
     await until(lambda: len(started.starts) == 1)
     readable = ("a",)
     await until(lambda: len(started.starts) == 2)
@@ -83,8 +87,19 @@ async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(starte
     await cancel(task)
 
 
+async def test_it_asks_with_credentials_that_were_read_again(started: Kopf) -> None:
+    """Even where they look the same: a file that they name may hold another authority."""
+    known = CREDENTIALS
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: known))
+    await until(lambda: len(started.starts) == 1)
+    known = kopf.ConnectionInfo(server="https://127.0.0.1")
+    await until(lambda: len(started.starts) == 2)
+    assert started.starts[0]["stop_flag"].is_set()
+    await cancel(task)
+
+
 async def test_only_policies_and_pools_are_watched_and_nothing_is_written(started: Kopf) -> None:
-    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: ()))
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: CREDENTIALS))
     await until(lambda: len(started.starts) == 1)
     given = started.starts[0]
     watched = [

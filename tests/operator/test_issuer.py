@@ -94,10 +94,9 @@ async def test_api_server_that_is_away_is_asked_until_it_answers(monkeypatch: py
 
 
 async def test_keys_are_read_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(issuer_module, "_REFRESH_SECONDS", 0.001)
     api = Api(ONE)
     issuer, told = watch(api)
-    running = asyncio.create_task(issuer.run())
+    running = asyncio.create_task(issuer.run(refresh_seconds=0.001))
     async with asyncio.timeout(5):
         while told != [1]:
             await asyncio.sleep(0.001)
