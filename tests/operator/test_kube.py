@@ -73,7 +73,7 @@ async def test_credentials_are_read_again_when_nobody_has_answered_for_long(
 
     client = KubeClient(log_in)
     for silence, expected in ((30.0, 1), (0.0, 2)):
-        monkeypatch.setattr("evenhand_operator.kube._SILENCE_SECONDS", silence)
+        monkeypatch.setattr("evenhand_operator.kube._UNANSWERED_SECONDS", silence)
         with pytest.raises(ApiError):
             await client.get(ENGINE_POOLS, "n", "a")
         assert len(read) == expected
