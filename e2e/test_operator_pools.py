@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.control_plane import ControlPlane, free_ports
+from cluster.control_plane import ControlPlane
+from cluster.ports import free_ports
 from harness.fixtures import Operators, new_served_namespace
 from harness.objects import ENGINE_LABELS, Object, policy, pool
 from harness.operator_process import OperatorProcess

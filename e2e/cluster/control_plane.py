@@ -7,9 +7,7 @@ data. Mostly no node runs: Pods are kept by `cluster.pod_runner`, so the control
 
 import json
 import os
-import random
 import shutil
-import socket
 import ssl
 import subprocess
 import urllib.error
@@ -20,6 +18,7 @@ from typing import Any, Self
 
 from cluster.api_client import ApiClient
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
+from cluster.ports import free_ports
 from cluster.programs import Program, Watchdog
 
 ISSUER = "https://kubernetes.default.svc"
@@ -297,23 +296,3 @@ class ControlPlane:
 def in_namespace(namespace: str | None) -> list[str]:
     """kubectl's options for a namespace."""
     return ["-n", namespace] if namespace else []
-
-
-def free_ports(count: int) -> list[int]:
-    """Different TCP ports of 127.0.0.1 that nothing listens on.
-
-    They are below those that the kernel hands to outgoing connections: while the API server is down, one of its clients
-    could otherwise be given the very port that it is to come back on.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        candidate = random.randrange(15_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", candidate))
-            except OSError:
-                continue
-        if candidate not in ports:
-            ports.append(candidate)
-    return ports

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from cluster.control_plane import free_ports
+from cluster.ports import free_ports
 
 _CHUNK_BYTES = 2**16
 

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.control_plane import ControlPlane, free_ports
+from cluster.control_plane import ControlPlane
+from cluster.ports import free_ports
 
 Object = dict[str, Any]
 
