@@ -88,12 +88,13 @@ class _LateOutputs:
 class _MergedOutput:
     """Outputs of one request, one after the other."""
 
-    __slots__ = ("_last", "_logprobs", "_num_cached_tokens", "_token_ids")
+    __slots__ = ("_last", "_logprobs", "_num_cached_tokens", "_prompt_logprobs", "_token_ids")
 
     def __init__(self, first: RequestOutput) -> None:
         self._last = first
         self._token_ids = list[int](first.token_ids)
         self._logprobs = list[TokenLogprobs](first.logprobs)
+        self._prompt_logprobs = first.prompt_logprobs
         self._num_cached_tokens = first.num_cached_tokens
 
     def add(self, output: RequestOutput) -> None:
@@ -102,6 +103,7 @@ class _MergedOutput:
         self._last = output
         self._token_ids += output.token_ids
         self._logprobs += output.logprobs
+        self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
 
     def output(self) -> RequestOutput:
@@ -109,5 +111,6 @@ class _MergedOutput:
             self._last,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
         )

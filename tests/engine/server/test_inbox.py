@@ -32,7 +32,8 @@ def test_late_outputs_of_a_request_become_one() -> None:
     inbox.put(step(), 0.0)
     first, second = TokenLogprobs(-1.0, 1), TokenLogprobs(-2.0, 2)
     inbox.put(step(output("a", num_cached_tokens=7)), 1.0)
-    inbox.put(step(output("a", 1, logprobs=(first,)), output("b", 9)), 2.0)
+    told = (TokenLogprobs(-3.0, 3),)
+    inbox.put(step(output("a", 1, logprobs=(first,), prompt_logprobs=told), output("b", 9)), 2.0)
     last = output("a", 2, 3, logprobs=(second, second), finish_reason=FinishReason.STOP, num_output_tokens=3)
     inbox.put(step(last), 3.0)
     inbox.put(step(output("a", 4)), 3.0)
@@ -41,6 +42,7 @@ def test_late_outputs_of_a_request_become_one() -> None:
         "a",
         *(1, 2, 3),
         logprobs=(first, second, second),
+        prompt_logprobs=told,
         finish_reason=FinishReason.STOP,
         num_output_tokens=3,
         num_cached_tokens=7,
