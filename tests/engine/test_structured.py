@@ -277,6 +277,12 @@ def test_compiled_grammars_are_kept_by_tenant_within_bounds(
     assert compiler.compile("u", a) is not other, "the tenant that was away the longest went"
 
 
+def until_read() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "vocabulary":
+            thread.join(20)
+
+
 def test_the_vocabulary_is_read_once_and_beforehand(tokenizer: Tokenizer) -> None:
     asked = list[str]()
 
@@ -285,10 +291,12 @@ def test_the_vocabulary_is_read_once_and_beforehand(tokenizer: Tokenizer) -> Non
         return tokenizer
 
     compiler = Compiler(load)
-    compiler.prepare()
+    compiler.prepare_aside()
+    until_read()
     assert asked == ["once"]
     compiler.compile("t", grammars.choice(["x"]))
-    compiler.prepare()
+    compiler.prepare_aside()
+    until_read()
     assert asked == ["once"]
 
 
@@ -301,7 +309,8 @@ def test_a_vocabulary_that_cannot_be_read_is_said_when_it_is_needed(tokenizer: T
             return '{"model": "of another kind"}'
 
     compiler = Compiler(Strange)
-    compiler.prepare()
+    compiler.prepare_aside()
+    until_read()
     with pytest.raises(GrammarError, match="vocabulary cannot be used"):
         compiler.compile("t", grammars.choice(["x"]))
 
@@ -316,7 +325,7 @@ def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: p
             assert prepared.wait(20)
 
     loaded = LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", tmp_path, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
-    monkeypatch.setattr(Compiler, "prepare", lambda compiler: prepared.set())
+    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
     monkeypatch.setattr("evenhand_engine.core.loading.load_model", lambda config: loaded)
     monkeypatch.setattr(engine, "EngineCore", Core)
     monkeypatch.setattr(engine.signal, "signal", lambda *_: None)

@@ -7,8 +7,9 @@ from typing import Any
 
 from aiohttp import web
 
+from evenhand_engine.anthropic.answers import TokenCount
 from evenhand_engine.anthropic.blocks import Blocks, Event
-from evenhand_engine.anthropic.bodies import PARAMS, MessageRequest, as_chat
+from evenhand_engine.anthropic.bodies import PARAMS, CountTokensRequest, MessageRequest, as_chat
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
@@ -30,7 +31,7 @@ from evenhand_engine.text.detokenizer import text_of
 async def create_message(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    asked, is_streamed = await read_request(request, functools.partial(_read, service))
+    asked, is_streamed = await read_request(request, functools.partial(_read, service, MessageRequest))
     chat, limit = asked.body, asked.body.max_completion_tokens
     message = {
         "id": f"msg_{request[REQUEST_ID]}",
@@ -39,8 +40,6 @@ async def create_message(request: web.Request) -> web.StreamResponse:
         "model": chat.model or service.model_names[0],
     }
     try:
-        if limit is None:
-            raise Refusal(400, "invalid_value", "`max_tokens` is missing.", param="max_tokens")
         await check_structure(service, tenant_id, asked.structure)
         prompts, params = [asked.prompt], asked.params
         async with begin(service, tenant_id, chat, prompts, params, limit, num_taken=num_taken) as generations:
@@ -56,12 +55,12 @@ async def create_message(request: web.Request) -> web.StreamResponse:
 async def count_tokens(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
     await service.door.count_request(request[TENANT_ID])
-    asked, _ = await read_request(request, functools.partial(_read, service))
-    return json_response({"input_tokens": len(asked.prompt)})
+    asked, _ = await read_request(request, functools.partial(_read, service, CountTokensRequest))
+    return json_response(TokenCount(len(asked.prompt)))
 
 
-def _read(service: EngineService, raw: bytes) -> tuple[ReadChat, bool]:
-    body = parse_body(raw, MessageRequest)
+def _read(service: EngineService, kind: type[CountTokensRequest], raw: bytes) -> tuple[ReadChat, bool]:
+    body = parse_body(raw, kind)
     try:
         chat = as_chat(body, tells_reasoning=service.settings.reasoning_parser is not None)
         return read_chat(service, chat), bool(body.stream)

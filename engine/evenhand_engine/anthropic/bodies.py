@@ -7,6 +7,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given, refuse_fields
+from evenhand_engine.openai.members import Object, holds
 from evenhand_engine.openai.schema import Positive, UserName
 
 _MAX_MESSAGES = 4096
@@ -24,71 +25,77 @@ PARAMS = {
 """Fields of the body, by those of the chat body that they became."""
 
 
-class _Metadata(msgspec.Struct, frozen=True):
+class MessageMetadata(msgspec.Struct, frozen=True):
     user_id: UserName | None = None
 
 
-class MessageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of POST /v1/messages; `max_tokens` is required there, and not where tokens are only counted."""
-
-    messages: Raw | UnsetType
-    model: str | None = None
-    max_tokens: Positive | None = None
-    system: Raw | UnsetType = UNSET
-    temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
-    stop_sequences: Raw | UnsetType = UNSET
-    stream: bool | None = None
-    tools: Raw | UnsetType = UNSET
-    tool_choice: Raw | UnsetType = UNSET
-    output_config: Raw | UnsetType = UNSET
-    metadata: _Metadata | None = None
-    container: Raw | UnsetType = UNSET
-    mcp_servers: Raw | UnsetType = UNSET
-    thinking: Raw | UnsetType = UNSET
-
-
-class _Message(msgspec.Struct, frozen=True):
-    role: str
-    content: Raw | UnsetType = UNSET
-
-
-class _Block(msgspec.Struct, frozen=True, kw_only=True):
+class InputBlock(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     text: str = ""
     id: str = ""
     name: str = ""
-    input: Raw | UnsetType = UNSET
+    input: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     tool_use_id: str = ""
-    content: Raw | UnsetType = UNSET
+    content: Annotated[Raw, holds(str, list[Object])] | UnsetType = UNSET
 
 
-class _Tool(msgspec.Struct, frozen=True, kw_only=True):
+class InputMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: Annotated[Raw, holds(str, list[InputBlock])] | UnsetType = UNSET
+
+
+class MessageTool(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     type: str = "custom"
     description: str | None = None
-    input_schema: Raw | UnsetType = UNSET
+    input_schema: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     strict: bool | None = None
 
 
-class _ToolChoice(msgspec.Struct, frozen=True):
+class MessageToolChoice(msgspec.Struct, frozen=True):
     type: str
     name: str = ""
     disable_parallel_tool_use: bool | None = None
 
 
-class _OutputConfig(msgspec.Struct, frozen=True):
-    format: dict[str, Any] | None = None
+class OutputConfig(msgspec.Struct, frozen=True):
+    format: Object | None = None
     effort: str | None = None
 
 
-class _Thinking(msgspec.Struct, frozen=True):
+class Thinking(msgspec.Struct, frozen=True):
     type: str
     budget_tokens: Positive | None = None
 
 
-def as_chat(body: MessageRequest, *, tells_reasoning: bool = True) -> bytes:
+class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of POST /v1/messages/count_tokens."""
+
+    messages: Annotated[Raw, holds(list[InputMessage])] | UnsetType
+    model: str | None = None
+    max_tokens: Positive | None = None
+    system: Annotated[Raw, holds(str, list[InputBlock])] | UnsetType = UNSET
+    temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    stop_sequences: Annotated[Raw, holds(list[str])] | UnsetType = UNSET
+    stream: bool | None = None
+    tools: Annotated[Raw, holds(list[MessageTool])] | UnsetType = UNSET
+    tool_choice: Annotated[Raw, holds(MessageToolChoice)] | UnsetType = UNSET
+    output_config: Annotated[Raw, holds(OutputConfig)] | UnsetType = UNSET
+    metadata: MessageMetadata | None = None
+    container: Raw | UnsetType = UNSET
+    mcp_servers: Raw | UnsetType = UNSET
+    thinking: Annotated[Raw, holds(Thinking)] | UnsetType = UNSET
+
+
+class MessageRequest(CountTokensRequest, frozen=True, kw_only=True):
+    """Body of POST /v1/messages."""
+
+    max_tokens: Positive
+
+
+def as_chat(body: CountTokensRequest, *, tells_reasoning: bool = True) -> bytes:
     """The chat body; raises Refusal 400 that names the field. `tells_reasoning`: what the model thinks is told from what it says."""
     refuse_fields(body, _REFUSED)
     chat: dict[str, Any] = {
@@ -102,13 +109,13 @@ def as_chat(body: MessageRequest, *, tells_reasoning: bool = True) -> bytes:
         "user": None if body.metadata is None else body.metadata.user_id,
     }
     if (tools := given(body.tools)) is not None:
-        chat["tools"] = [_tool(tool) for tool in decode_raw(tools, list[_Tool], "tools")]
+        chat["tools"] = [_tool(tool) for tool in decode_raw(tools, list[MessageTool], "tools")]
     if (choice := given(body.tool_choice)) is not None:
-        chat |= _tool_choice(decode_raw(choice, _ToolChoice, "tool_choice"))
+        chat |= _tool_choice(decode_raw(choice, MessageToolChoice, "tool_choice"))
     if (thinking := given(body.thinking)) is not None:
-        chat["chat_template_kwargs"] = _thinking(decode_raw(thinking, _Thinking, "thinking"), tells_reasoning)
+        chat["chat_template_kwargs"] = _thinking(decode_raw(thinking, Thinking, "thinking"), tells_reasoning)
     if (output := given(body.output_config)) is not None:
-        config = decode_raw(output, _OutputConfig, "output_config")
+        config = decode_raw(output, OutputConfig, "output_config")
         chat["reasoning_effort"] = config.effort
         if config.format is not None:
             named = {"name": "output", "schema": config.format.get("schema"), "strict": True}
@@ -116,7 +123,7 @@ def as_chat(body: MessageRequest, *, tells_reasoning: bool = True) -> bytes:
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
 
 
-def _thinking(asked: _Thinking, tells_reasoning: bool) -> dict[str, bool] | None:
+def _thinking(asked: Thinking, tells_reasoning: bool) -> dict[str, bool] | None:
     """The variable by which chat templates are told whether the model is to think first; adaptive: as they like."""
     if asked.type not in ("enabled", "adaptive", "disabled"):
         raise _invalid("`thinking.type` is enabled, adaptive or disabled.", "thinking")
@@ -128,7 +135,7 @@ def _thinking(asked: _Thinking, tells_reasoning: bool) -> dict[str, bool] | None
     return None if asked.type == "adaptive" else {"enable_thinking": asked.type == "enabled"}
 
 
-def _messages(body: MessageRequest) -> list[dict[str, Any]]:
+def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if (system := given(body.system)) is not None:
         messages.append({"role": "system", "content": _text(_blocks(system, "system"), "system")})
@@ -137,12 +144,12 @@ def _messages(body: MessageRequest) -> list[dict[str, Any]]:
     if len(parts) > _MAX_MESSAGES:
         raise _invalid(f"`messages` holds more than {_MAX_MESSAGES} messages.", "messages")
     for part in parts:
-        message = decode_raw(part, _Message, "messages")
+        message = decode_raw(part, InputMessage, "messages")
         messages += _turn(message.role, _blocks(given(message.content), "messages"))
     return messages
 
 
-def _turn(role: str, blocks: list[_Block]) -> list[dict[str, Any]]:
+def _turn(role: str, blocks: list[InputBlock]) -> list[dict[str, Any]]:
     """What came of calls is a message of its own to a chat; what was thought before is not shown again."""
     results = [block for block in blocks if block.type == "tool_result"]
     calls = [block for block in blocks if block.type == "tool_use"]
@@ -165,27 +172,27 @@ def _turn(role: str, blocks: list[_Block]) -> list[dict[str, Any]]:
     return messages
 
 
-def _call(block: _Block) -> dict[str, Any]:
+def _call(block: InputBlock) -> dict[str, Any]:
     arguments = given(block.input)
     text = "{}" if arguments is None else bytes(arguments).decode()
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": text}}
 
 
-def _blocks(raw: Raw | None, param: str) -> list[_Block]:
+def _blocks(raw: Raw | None, param: str) -> list[InputBlock]:
     if raw is None:
         return []
     if bytes(raw)[:1] == b'"':
-        return [_Block(type="text", text=decode_raw(raw, str, param))]
-    return decode_raw(raw, list[_Block], param)
+        return [InputBlock(type="text", text=decode_raw(raw, str, param))]
+    return decode_raw(raw, list[InputBlock], param)
 
 
-def _text(blocks: list[_Block], param: str) -> str:
+def _text(blocks: list[InputBlock], param: str) -> str:
     if unknown := [block.type for block in blocks if block.type != "text"]:
         raise _invalid(f"A block of type {unknown[0][:50]!r} is not supported here: text.", param)
     return "\n".join(block.text for block in blocks)
 
 
-def _tool(tool: _Tool) -> dict[str, Any]:
+def _tool(tool: MessageTool) -> dict[str, Any]:
     if tool.type != "custom":
         message = f"A tool of type {tool.type[:50]!r} is not supported: only your own."
         raise Refusal(400, "unsupported_parameter", message, param="tools")
@@ -198,7 +205,7 @@ def _tool(tool: _Tool) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
-def _tool_choice(choice: _ToolChoice) -> dict[str, Any]:
+def _tool_choice(choice: MessageToolChoice) -> dict[str, Any]:
     named = {"type": "function", "function": {"name": choice.name}}
     words: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none", "tool": named}
     if choice.type not in words:

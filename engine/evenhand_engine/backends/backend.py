@@ -26,6 +26,8 @@ class ModelInfo:
         max_model_len: most tokens of one request, prompt and output together.
         num_kv_blocks: size of the KV cache; None where that is not known.
         block_size: tokens in one KV block; None where that is not known.
+        dtype: of the weights; None where that is not known.
+        device: that computes; None where that is not known.
         knows_grammars: outputs can be made to follow a grammar.
         scores_prompts: log probabilities of prompts can be told.
     """
@@ -34,6 +36,8 @@ class ModelInfo:
     max_model_len: int
     num_kv_blocks: int | None = None
     block_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
     knows_grammars: bool = False
     scores_prompts: bool = False
 

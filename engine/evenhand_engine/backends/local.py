@@ -54,6 +54,8 @@ class LocalBackend:
             max_model_len=ready.max_model_len,
             num_kv_blocks=ready.num_kv_blocks,
             block_size=ready.block_size,
+            dtype=ready.dtype,
+            device=ready.device,
             knows_grammars=ready.knows_grammars,
             scores_prompts=ready.scores_prompts,
         )

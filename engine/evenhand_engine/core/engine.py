@@ -11,7 +11,6 @@ import logging
 import queue
 import signal
 import socket
-import threading
 import time
 from array import array
 from collections import deque
@@ -84,8 +83,8 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
         )
         connections = Connections(connection, doors, ready)
         compiler = Compiler(lambda: Tokenizer(model.directory))
-        if model.structures is not None:  # now, rather than when a request waits for it, or beside what loads the model
-            threading.Thread(target=compiler.prepare, name="vocabulary", daemon=True).start()
+        if model.structures is not None:
+            compiler.prepare_aside()
         with recorder or contextlib.nullcontext():
             EngineCore(
                 model.settings,

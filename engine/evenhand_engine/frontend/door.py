@@ -81,6 +81,10 @@ class Door(Protocol):
         """What the public port shows of the metrics."""
         ...
 
+    async def load(self) -> int:
+        """Requests in flight, of all that serve the public port."""
+        ...
+
     def count_refusal(self, tenant_id: str, code: str) -> None: ...
 
     def count_stalled(self, tenant_id: str) -> None:
@@ -133,6 +137,9 @@ class OwnDoor:
 
     async def metrics_text(self) -> bytes:
         return self._service.metrics.public_text()
+
+    async def load(self) -> int:
+        return self._service.backend.num_in_flight
 
     def count_refusal(self, tenant_id: str, code: str) -> None:
         self._service.metrics.count_refusal(tenant_id, code)

@@ -62,6 +62,10 @@ class AskMetrics(Call, frozen=True, kw_only=True, tag=True):
     """Answered with the text of the public port."""
 
 
+class AskLoad(Call, frozen=True, kw_only=True, tag=True):
+    """Answered with the number of requests in flight."""
+
+
 class Resize(msgspec.Struct, frozen=True, tag=True):
     """A held body takes so many bytes from now on."""
 
@@ -159,7 +163,7 @@ class Exhausted(msgspec.Struct, frozen=True, tag=True):
     claim: int
 
 
-AnyCall = Check | CountRequest | Reserve | Hold | AskRateLimits | AskQueueDelay | AskHealth | AskMetrics
+AnyCall = Check | CountRequest | Reserve | Hold | AskRateLimits | AskQueueDelay | AskHealth | AskMetrics | AskLoad
 ToOwner = (
     AnyCall
     | Resize

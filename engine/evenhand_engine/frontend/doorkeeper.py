@@ -20,6 +20,7 @@ from evenhand_engine.frontend.door_messages import (
     Answer,
     AnyCall,
     AskHealth,
+    AskLoad,
     AskMetrics,
     AskQueueDelay,
     AskRateLimits,
@@ -139,6 +140,8 @@ class Doorkeeper:
                 return service.health(now)
             case AskMetrics():
                 return service.metrics.public_text()
+            case AskLoad():
+                return service.backend.num_in_flight
 
     def _reserve(self, call: Reserve, now: float) -> list[int]:
         claims = reserve(self._service.admission, self._service.metrics, call.tenant_id, call.demand, now)

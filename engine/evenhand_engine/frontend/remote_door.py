@@ -21,6 +21,7 @@ from evenhand_engine.frontend.door import RateLimit
 from evenhand_engine.frontend.door_messages import (
     Answer,
     AskHealth,
+    AskLoad,
     AskMetrics,
     AskQueueDelay,
     AskRateLimits,
@@ -130,6 +131,9 @@ class RemoteDoor:
 
     async def metrics_text(self) -> bytes:
         return await self._call(AskMetrics(call_id=self._number()), bytes)
+
+    async def load(self) -> int:
+        return await self._call(AskLoad(call_id=self._number()), int)
 
     # -- told
 

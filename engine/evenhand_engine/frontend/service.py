@@ -199,15 +199,13 @@ class Service:
 class EngineService:
     """What a process at the public port of our own engine needs: it tokenizes here, and asks its door for the rest."""
 
-    def __init__(
-        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, compiler: Compiler, door: "Door"
-    ) -> None:
+    def __init__(self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, door: "Door") -> None:
         self.settings = settings
         self.backend = backend
         self.tokenizer = tokenizer
         self.door = door
         self.created = int(time.time())
-        self.compiler = compiler
+        self.compiler = Compiler(lambda: tokenizer)
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 
     @property

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields, TokenId
+from evenhand_engine.openai.members import TokenId
+from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields
 from evenhand_engine.scheduler.request import bounded_priority
 
 _MAX_NEUTRAL_BYTES = 1024  # a value that asks for nothing is short

@@ -23,12 +23,11 @@ from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
 from evenhand_engine.openai.structure import Structure, check_structure, read_structure
-from evenhand_engine.openai.tools import Tools, definitions, read_tools
+from evenhand_engine.openai.tools import Tools, definitions, read_tools, tool_format
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
 from evenhand_engine.text.reasoning import PARSERS, ReasoningParser
 from evenhand_engine.text.tokenizer import Tokenizer
-from evenhand_engine.text.tool_calls import FORMATS, ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
         raise Refusal(400, "invalid_value", "`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
     check_answerable(body, service.info)
     most, max_tokens = service.info.max_model_len, body.max_completion_tokens or body.max_tokens
-    tools = read_tools(body, _tool_format(service))
+    tools = read_tools(body, tool_format(service))
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens))
     prompt = reader.chat(body, definitions(body, tools))
     grammar = None if tools is None else tools.grammar(service.tokenizer)
@@ -129,11 +128,6 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     if tools is not None and any(service.tokenizer.special_id(marker) is not None for marker in tools.form.markers):
         body = msgspec.structs.replace(body, skip_special_tokens=False)  # or the calls could not be seen
     return ReadChat(without_raw(body), prompt, params, tools, structure)
-
-
-def _tool_format(service: EngineService) -> ToolFormat | None:
-    name = service.settings.tool_call_parser
-    return service.tokenizer.tool_format if name == "auto" else FORMATS.get(name)
 
 
 def message_reader(service: EngineService, body: ChatCompletionRequest, tools: Tools | None) -> MessageReader:

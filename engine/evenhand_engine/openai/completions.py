@@ -5,7 +5,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -106,7 +106,7 @@ class _CompletionFormat:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompts, echoes, params, structure = await read_request(request, functools.partial(_read, service))
+    body, prompts, echoes, params, structure = await read_request(request, functools.partial(read_completion, service))
     await check_structure(service, tenant_id, structure)
     num_choices = body.n or 1
     form = _CompletionFormat(
@@ -128,9 +128,18 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         return await answer(request, body, generations, form)
 
 
-def _read(
-    service: EngineService, raw: bytes
-) -> "tuple[CompletionRequest, list[array[int]], list[str] | None, SamplingParams, Structure | None]":
+class ReadCompletion(NamedTuple):
+    """What a body asks of the engine."""
+
+    body: CompletionRequest
+    prompts: "list[array[int]]"
+    echoes: list[str] | None
+    params: SamplingParams
+    structure: Structure | None
+
+
+def read_completion(service: EngineService, raw: bytes) -> ReadCompletion:
+    """Raises Refusal. Slow: run by `Service.compute`."""
     body = parse_body(raw, CompletionRequest)
     service.check_model(body.model)
     check_answerable(body, service.info)
@@ -149,4 +158,4 @@ def _read(
     params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar)
     if suffix is not None and not body.ignore_eos and (form := service.tokenizer.fill_in_middle):
         params = msgspec.structs.replace(params, stop_token_ids=params.stop_token_ids | form.stop_token_ids)
-    return without_raw(body), prompts, echoes, params, structure
+    return ReadCompletion(without_raw(body), prompts, echoes, params, structure)

@@ -7,10 +7,11 @@ import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.openai.answers import Error, ErrorDetails
 from evenhand_engine.scheduler.request import FinishReason
 
 _RESTART_SECONDS = 10.0  # what a supervisor needs to start another process, about
-_TYPES = {
+STATUSES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -20,20 +21,17 @@ _TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    500: "server_error",
     503: "service_unavailable_error",
 }
+"""The type of an error, by its status."""
 
 
 def error_body(refusal: Refusal) -> dict[str, Any]:
     """OpenAI's error object; the same in a JSON answer and in an event of a stream."""
-    return {
-        "error": {
-            "message": refusal.message,
-            "type": _TYPES.get(refusal.status, "server_error"),
-            "param": refusal.param,
-            "code": refusal.code,
-        }
-    }
+    kind = STATUSES.get(refusal.status, "server_error")
+    body: dict[str, Any] = msgspec.to_builtins(Error(ErrorDetails(refusal.message, kind, refusal.param, refusal.code)))
+    return body
 
 
 def error_response(refusal: Refusal) -> web.Response:

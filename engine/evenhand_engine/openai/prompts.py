@@ -14,7 +14,8 @@ from msgspec import Raw
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.admission import refuse_context
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given, token_ids
-from evenhand_engine.openai.schema import ChatFields, ChatMessage, CompletionRequest, SamplingFields, TextPart
+from evenhand_engine.openai.members import ChatMessage, TextPart
+from evenhand_engine.openai.schema import ChatFields, CompletionRequest, SamplingFields
 from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, Tokenizer
 
 S = TypeVar("S", "list[int]", "array[int]")

@@ -7,6 +7,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given, refuse_fields
+from evenhand_engine.openai.members import Object, ToolChoice, holds
 from evenhand_engine.openai.schema import Positive, UserName
 
 _MAX_ITEMS = 4096
@@ -30,30 +31,47 @@ PARAMS = {
 """Fields of the body, by those of the chat body that they became."""
 
 
-class _Reasoning(msgspec.Struct, frozen=True):
+class ResponseReasoning(msgspec.Struct, frozen=True):
     effort: str | None = None
 
 
-class _Text(msgspec.Struct, frozen=True):
-    format: dict[str, Any] | None = None
+class ResponseText(msgspec.Struct, frozen=True):
+    format: Object | None = None
+
+
+class InputPart(msgspec.Struct, frozen=True):
+    type: str
+    text: str = ""
+
+
+class InputItem(msgspec.Struct, frozen=True, kw_only=True):
+    """A message, or what came of a call."""
+
+    type: str = "message"
+    role: str | None = None
+    content: Annotated[Raw, holds(str, list[InputPart])] | UnsetType = UNSET
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Annotated[Raw, holds(str, list[InputPart])] | UnsetType = UNSET
 
 
 class ResponseRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of POST /v1/responses."""
 
-    input: Raw | UnsetType  # text, or a list of items
+    input: Annotated[Raw, holds(str, list[InputItem])] | UnsetType
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     stream: bool | None = None
-    tools: Raw | UnsetType = UNSET
-    tool_choice: Raw | UnsetType = UNSET
+    tools: Annotated[Raw, holds(list[Object])] | UnsetType = UNSET
+    tool_choice: Annotated[Raw, holds(ToolChoice, Object)] | UnsetType = UNSET
     parallel_tool_calls: bool | None = None
-    text: Raw | UnsetType = UNSET
-    reasoning: Raw | UnsetType = UNSET
-    metadata: Raw | UnsetType = UNSET
+    text: Annotated[Raw, holds(ResponseText)] | UnsetType = UNSET
+    reasoning: Annotated[Raw, holds(ResponseReasoning)] | UnsetType = UNSET
+    metadata: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     user: UserName | None = None
     background: Raw | UnsetType = UNSET
     conversation: Raw | UnsetType = UNSET
@@ -62,23 +80,6 @@ class ResponseRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Raw | UnsetType = UNSET
     top_logprobs: Raw | UnsetType = UNSET
     truncation: Raw | UnsetType = UNSET
-
-
-class _Item(msgspec.Struct, frozen=True, kw_only=True):
-    """A message, or what came of a call."""
-
-    type: str = "message"
-    role: str | None = None
-    content: Raw | UnsetType = UNSET
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
-    output: Raw | UnsetType = UNSET
-
-
-class _Part(msgspec.Struct, frozen=True):
-    type: str
-    text: str = ""
 
 
 def as_chat(body: ResponseRequest) -> bytes:
@@ -98,9 +99,9 @@ def as_chat(body: ResponseRequest) -> bytes:
     if (choice := given(body.tool_choice)) is not None:
         chat["tool_choice"] = _tool_choice(choice)
     if (text := _echoed(body.text, "text")) is not None:
-        chat["response_format"] = _response_format(decode_raw(text, _Text, "text").format)
+        chat["response_format"] = _response_format(decode_raw(text, ResponseText, "text").format)
     if (reasoning := given(body.reasoning)) is not None:
-        chat["reasoning_effort"] = decode_raw(reasoning, _Reasoning, "reasoning").effort
+        chat["reasoning_effort"] = decode_raw(reasoning, ResponseReasoning, "reasoning").effort
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
 
 
@@ -143,7 +144,7 @@ def _messages(body: ResponseRequest) -> list[dict[str, Any]]:
     if len(parts) > _MAX_ITEMS:
         raise _invalid(f"`input` holds more than {_MAX_ITEMS} items.", "input")
     for part in parts:
-        item = decode_raw(part, _Item, "input")
+        item = decode_raw(part, InputItem, "input")
         if item.type == "function_call" and messages and messages[-1].get("tool_calls"):
             messages[-1]["tool_calls"].append(_call(item))  # parallel calls are one message to a chat
         elif item.type != "reasoning":  # what was thought before is not shown again
@@ -151,7 +152,7 @@ def _messages(body: ResponseRequest) -> list[dict[str, Any]]:
     return messages
 
 
-def _message(item: _Item) -> dict[str, Any]:
+def _message(item: InputItem) -> dict[str, Any]:
     match item.type:
         case "message" if item.role is not None:
             return {"role": item.role, "content": _content(given(item.content))}
@@ -162,7 +163,7 @@ def _message(item: _Item) -> dict[str, Any]:
     raise _invalid(f"An item of type {item.type[:50]!r} is not supported, or has no role.", "input")
 
 
-def _call(item: _Item) -> dict[str, Any]:
+def _call(item: InputItem) -> dict[str, Any]:
     function = {"name": item.name or "", "arguments": item.arguments or "{}"}
     return {"id": item.call_id, "type": "function", "function": function}
 
@@ -170,7 +171,7 @@ def _call(item: _Item) -> dict[str, Any]:
 def _content(raw: Raw | None) -> str | list[dict[str, str]]:
     if raw is None or bytes(raw)[:1] == b'"':
         return "" if raw is None else decode_raw(raw, str, "input")
-    parts = decode_raw(raw, list[_Part], "input")
+    parts = decode_raw(raw, list[InputPart], "input")
     if unknown := [part.type for part in parts if part.type not in ("input_text", "output_text", "text")]:
         raise _invalid(f"Content of type {unknown[0][:50]!r} is not supported: text.", "input")
     return [{"type": "text", "text": part.text} for part in parts]

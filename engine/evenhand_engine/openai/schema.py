@@ -9,13 +9,25 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
+from evenhand_engine.openai.members import (
+    ChatMessage,
+    Choices,
+    NamedToolChoice,
+    Object,
+    ResponseFormat,
+    StructuredOutputs,
+    TokenId,
+    Tool,
+    ToolChoice,
+    holds,
+)
+
 _INT64 = 2**63
 _MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 
 NonNegative = Annotated[int, Meta(ge=0, lt=2**31)]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 UserName = Annotated[str, Meta(max_length=512)]  # the scheduler remembers thousands of them
 ShortText = Annotated[str, Meta(max_length=64)]
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
@@ -89,12 +101,12 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: NonNegative | None = None
     skip_special_tokens: bool | None = None
-    response_format: Raw | UnsetType = UNSET
-    structured_outputs: Raw | UnsetType = UNSET
-    guided_json: Raw | UnsetType = UNSET
-    guided_regex: Raw | UnsetType = UNSET
-    guided_choice: Raw | UnsetType = UNSET
-    guided_grammar: Raw | UnsetType = UNSET
+    response_format: Annotated[Raw, holds(ResponseFormat)] | UnsetType = UNSET
+    structured_outputs: Annotated[Raw, holds(StructuredOutputs)] | UnsetType = UNSET
+    guided_json: Annotated[Raw, holds(Object, str)] | UnsetType = UNSET
+    guided_regex: Annotated[Raw, holds(str)] | UnsetType = UNSET
+    guided_choice: Annotated[Raw, holds(Choices)] | UnsetType = UNSET
+    guided_grammar: Annotated[Raw, holds(str)] | UnsetType = UNSET
     guided_whitespace_pattern: ShortText | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: bool | None = None
@@ -138,13 +150,13 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     0 is for an echo alone.
     """
 
-    prompt: Raw | UnsetType  # text, token ids, or a list of either
+    prompt: Annotated[Raw, holds(str, list[str], list[TokenId], list[list[TokenId]])] | UnsetType
     max_tokens: NonNegative | None = 16
     max_completion_tokens: Positive | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | bool | None = None
     echo: bool | None = None
-    suffix: Raw | UnsetType = UNSET  # text
+    suffix: Annotated[Raw, holds(str)] | UnsetType = UNSET
     add_special_tokens: bool | None = None
 
     @property
@@ -173,22 +185,6 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
         return max(self.n or 1, self.best_of or 1)
 
 
-class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
-    text: str
-
-
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One message of a conversation."""
-
-    role: str
-    content: Raw | UnsetType = UNSET  # a string or text parts
-    name: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Raw | UnsetType = UNSET  # of any shape: for the template alone
-    tool_call_id: str | None = None
-
-
 class ChatFields(Protocol):
     """What makes a prompt of a conversation."""
 
@@ -209,7 +205,7 @@ class ChatFields(Protocol):
 class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: Raw | UnsetType  # of ChatMessage
+    messages: Annotated[Raw, holds(list[ChatMessage])] | UnsetType
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
@@ -217,10 +213,10 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    chat_template_kwargs: Raw | UnsetType = UNSET
+    chat_template_kwargs: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     reasoning_effort: ShortText | None = None
-    tools: Raw | UnsetType = UNSET
-    tool_choice: Raw | UnsetType = UNSET
+    tools: Annotated[Raw, holds(list[Tool])] | UnsetType = UNSET
+    tool_choice: Annotated[Raw, holds(ToolChoice, NamedToolChoice)] | UnsetType = UNSET
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
 
@@ -234,12 +230,13 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Raw | UnsetType = UNSET  # of ChatMessage
+    messages: Annotated[Raw, holds(list[ChatMessage])] | UnsetType = UNSET
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    chat_template_kwargs: Raw | UnsetType = UNSET
+    chat_template_kwargs: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     reasoning_effort: ShortText | None = None
+    tools: Annotated[Raw, holds(list[Tool])] | UnsetType = UNSET
     return_token_strs: bool | None = None
 
 
@@ -247,4 +244,4 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: Raw | UnsetType  # token ids
+    tokens: Annotated[Raw, holds(list[TokenId])] | UnsetType

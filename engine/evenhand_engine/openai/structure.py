@@ -1,43 +1,18 @@
 """Structure: what a body says that its output must look like, in any of the ways in which clients say it, as one grammar."""
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import msgspec
-from msgspec import Meta, Raw, UnsetType
+from msgspec import Raw
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.openai.bodies import decode_raw, given
+from evenhand_engine.openai.members import Choices, ResponseFormat, StructuredOutputs
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured.grammars import GrammarError
 
 _FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-
-Choices = Annotated[list[str], Meta(max_length=4096)]
-
-
-class _NamedSchema(msgspec.Struct, frozen=True):
-    """OpenAI's; without `strict` what is not supported of a schema does not constrain."""
-
-    schema: Raw | UnsetType = msgspec.UNSET
-    strict: bool | None = None
-
-
-class _ResponseFormat(msgspec.Struct, frozen=True):
-    type: str
-    json_schema: _NamedSchema | None = None
-
-
-class _Structured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """vLLM's `structured_outputs`; its `guided_*` fields are the same with another name."""
-
-    json: Raw | UnsetType = msgspec.UNSET
-    regex: str | None = None
-    choice: Choices | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    whitespace_pattern: str | None = None
 
 
 class Structure(NamedTuple):
@@ -93,9 +68,9 @@ def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
     try:
         match name:
             case "response_format":
-                return _response_format(decode_raw(raw, _ResponseFormat, name), whitespace)
+                return _response_format(decode_raw(raw, ResponseFormat, name), whitespace)
             case "structured_outputs":
-                return _structured(decode_raw(raw, _Structured, name))
+                return _structured(decode_raw(raw, StructuredOutputs, name))
             case "guided_json":
                 return _schema(raw, name, strict=True, whitespace=whitespace)
             case "guided_regex":
@@ -108,7 +83,7 @@ def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
         raise Refusal(400, "invalid_grammar", f"`{name}`: {error}", param=name) from error
 
 
-def _response_format(asked: _ResponseFormat, whitespace: str | None) -> str | None:
+def _response_format(asked: ResponseFormat, whitespace: str | None) -> str | None:
     match asked.type:
         case "text":
             return None
@@ -124,7 +99,7 @@ def _response_format(asked: _ResponseFormat, whitespace: str | None) -> str | No
     raise Refusal(400, "unsupported_parameter", message, param="response_format")
 
 
-def _structured(asked: _Structured) -> str:
+def _structured(asked: StructuredOutputs) -> str:
     whitespace = asked.whitespace_pattern
     found = []
     if (schema := given(asked.json)) is not None:

@@ -4,13 +4,16 @@ import functools
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import ENGINE, TENANT_ID, EngineService
+from evenhand_engine.openai.answers import Detokenized, Tokens
 from evenhand_engine.openai.bodies import given, parse_body, token_ids
 from evenhand_engine.openai.prompts import PromptReader, check_token_ids
 from evenhand_engine.openai.reading import read_request
-from evenhand_engine.openai.schema import DetokenizeRequest, TokenizeRequest
+from evenhand_engine.openai.schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
+from evenhand_engine.openai.tools import definitions, read_tools, tool_format
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -26,14 +29,17 @@ def _tokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
     service.check_model(body.model)
     reader = PromptReader(service.tokenizer, None)
     if given(body.messages) is not None:
-        found = reader.chat(body)
+        offered = ChatCompletionRequest(messages=body.messages, tools=body.tools)
+        found = reader.chat(body, definitions(offered, read_tools(offered, tool_format(service))))
     elif body.prompt is not None:
         found = reader.text(body.prompt, "prompt", add_special_tokens=body.add_special_tokens is not False)
     else:
         raise Refusal(400, "invalid_value", "Either `prompt` or `messages` is needed.", param="prompt")
-    strings = {"token_strs": [service.tokenizer.token(i) for i in found]} if body.return_token_strs else {}
-    answer = {"count": len(found), "max_model_len": service.info.max_model_len, "tokens": found.tolist()}
-    return (msgspec.json.encode(answer | strings),)
+    strings = [service.tokenizer.token(i) for i in found] if body.return_token_strs else UNSET
+    most = service.info.max_model_len
+    return (
+        msgspec.json.encode(Tokens(count=len(found), max_model_len=most, tokens=found.tolist(), token_strs=strings)),
+    )
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -50,4 +56,4 @@ def _detokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
         raise Refusal(400, "invalid_value", "`tokens` is missing.", param="tokens")
     found = token_ids(tokens, "tokens")
     check_token_ids(service.tokenizer, found, "tokens")
-    return (msgspec.json.encode({"prompt": service.tokenizer.decode(found, skip_special_tokens=False)}),)
+    return (msgspec.json.encode(Detokenized(service.tokenizer.decode(found, skip_special_tokens=False))),)

@@ -1,43 +1,24 @@
 """Tools: the functions that a chat's model may call, and which of them it must."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Raw
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given
+from evenhand_engine.openai.members import NamedToolChoice, Tool
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured import tools as structured_tools
 from evenhand_engine.structured.grammars import GrammarError
 from evenhand_engine.structured.tools import Function
 from evenhand_engine.text.tokenizer import Tokenizer
-from evenhand_engine.text.tool_calls import ToolFormat
+from evenhand_engine.text.tool_calls import FORMATS, ToolFormat
 
 _MAX_TOOLS = 128
 _NOTHING = b'{"type": "object", "properties": {}}'
-
-
-class _Function(msgspec.Struct, frozen=True):
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    parameters: Raw | UnsetType = UNSET
-    strict: bool | None = None
-
-
-class _Tool(msgspec.Struct, frozen=True):
-    type: str
-    function: _Function | UnsetType = UNSET
-
-
-class _FunctionName(msgspec.Struct, frozen=True):
-    name: str
-
-
-class _NamedChoice(msgspec.Struct, frozen=True):
-    type: str
-    function: _FunctionName | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +53,12 @@ class Tools:
             )
         except GrammarError as error:
             raise _invalid(f"`tools`: {error}", "tools", code="invalid_grammar") from error
+
+
+def tool_format(service: EngineService) -> ToolFormat | None:
+    """How the model writes calls; None: it does not."""
+    name = service.settings.tool_call_parser
+    return service.tokenizer.tool_format if name == "auto" else FORMATS.get(name)
 
 
 def read_tools(body: ChatCompletionRequest, form: ToolFormat | None) -> Tools | None:
@@ -115,14 +102,14 @@ def _choice(raw: Raw) -> str:
         if word not in ("auto", "none", "required"):
             raise _invalid("`tool_choice` is auto, none, required or names a function.", "tool_choice")
         return word
-    choice = decode_raw(raw, _NamedChoice, "tool_choice")
+    choice = decode_raw(raw, NamedToolChoice, "tool_choice")
     if choice.type != "function" or choice.function is UNSET:
         raise _invalid("`tool_choice` names a function, or is auto, none or required.", "tool_choice")
     return f"function {choice.function.name}"
 
 
 def _function(raw: Raw) -> Function:
-    tool = decode_raw(raw, _Tool, "tools")
+    tool = decode_raw(raw, Tool, "tools")
     if tool.type != "function" or tool.function is UNSET:
         message = f"A tool's type {tool.type[:50]!r} is not supported: function."
         raise _invalid(message, "tools", code="unsupported_parameter")

@@ -24,7 +24,9 @@ from evenhand_engine.frontend.service import SERVICE, Service
 from evenhand_engine.frontend.share_tracker import Share
 from evenhand_engine.messages import TenantStats
 from evenhand_engine.openai.responses import json_response, metrics_response
-from evenhand_engine.server.app import PROBES, Handler, answer_errors, is_probe, log_access, show_health, show_ready
+from evenhand_engine.server.app import PROBES, answer_errors, is_probe, log_access
+from evenhand_engine.server.information import show_health, show_ready
+from evenhand_engine.server.routes import Handler
 
 _DRAIN_POLL_SECONDS = 0.1
 

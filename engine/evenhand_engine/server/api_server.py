@@ -26,7 +26,8 @@ from evenhand_engine.logs import configure_logging
 from evenhand_engine.server.app import build_app
 from evenhand_engine.server.listener import tls_context, watch_certificate
 from evenhand_engine.server.malformed import keep_out_of_logs
-from evenhand_engine.server.tasks import GRACE_SECONDS, background, first_of, load_text, serve_app
+from evenhand_engine.server.tasks import GRACE_SECONDS, background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,12 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     tls = tls_context(settings)
     backend = LocalBackend(ConnectedCore(arguments.core), arguments.core)
     stack.push_async_callback(backend.close)
-    tokenizer, compiler = await load_text(arguments.model_dir)
-    backend.tokenizer = tokenizer
+    tokenizer = backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(arguments.model_dir))
     await backend.start()
     await first_of(door.configured.wait(), door.told_to_stop.wait())
     if not door.configured.is_set():
         raise StartupError("the server has ended")
-    service = EngineService(settings, backend, tokenizer, compiler, door)
+    service = EngineService(settings, backend, tokenizer, door)
     stack.callback(service.close)
     keep_out_of_logs()
     await serve_app(stack, build_app(service), arguments.listener, tls, decompress=False)  # `read_body` does
@@ -102,4 +102,5 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
         await stack.enter_async_context(background(watch_certificate(settings, tls)))
     gc.collect()
     gc.freeze()  # what lives as long as the server need not be looked at again
+    service.compiler.prepare_aside()
     return backend

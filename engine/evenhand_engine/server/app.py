@@ -7,13 +7,10 @@ for the body.
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
 
-from evenhand_engine.anthropic.api import count_tokens, create_message
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR, RateLimit
 from evenhand_engine.frontend.requests import request_id
@@ -28,8 +25,6 @@ from evenhand_engine.frontend.service import (
     EngineService,
 )
 from evenhand_engine.frontend.write_timeout import WriteTimeout
-from evenhand_engine.openai.chat import create_chat_completion
-from evenhand_engine.openai.completions import create_completion
 from evenhand_engine.openai.errors import (
     error_response,
     refuse_dead_engine,
@@ -37,22 +32,14 @@ from evenhand_engine.openai.errors import (
     refuse_http,
     refuse_unconfigured,
 )
-from evenhand_engine.openai.response_api import create_response
-from evenhand_engine.openai.responses import json_response, metrics_response
-from evenhand_engine.openai.tokens import detokenize, tokenize
 from evenhand_engine.server.cors import add_origin, answer_preflights
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from evenhand_engine.server.openapi import show_openapi
+from evenhand_engine.server.routes import ROUTES, Handler, refuse_route, wait_to_be_read
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("evenhand.access")
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only in the log
-_OTHER_MODELS = {
-    path
-    for name in ("embeddings", "score", "rerank", "pooling", "classify")
-    for path in (f"/{name}", f"/v1/{name}", f"/v2/{name}")
-}
 PROBES = web.AppKey("probes", frozenset[Any])
 _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody's
 
@@ -64,28 +51,12 @@ def build_app(service: EngineService) -> web.Application:
     )
     app[ENGINE] = service
     app[DOOR], app[SETTINGS] = service.door, service.settings
-    app[PROBES] = frozenset({show_health, show_ready, show_version, show_metrics})
+    app[PROBES] = frozenset({show_openapi, *(route.handler for route in ROUTES if route.is_open)})
     app.on_response_prepare.extend((add_headers, add_origin))
-    app.add_routes(
-        web.RouteDef(method, path, handler, {"expect_handler": wait_to_be_read}) for method, path, handler in ROUTES
-    )
+    app.add_routes(web.RouteDef(r.method, r.path, r.handler, {"expect_handler": wait_to_be_read}) for r in ROUTES)
+    app.router.add_get("/openapi.json", show_openapi)
+    app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=wait_to_be_read)
     return app
-
-
-async def wait_to_be_read(request: web.Request) -> None:
-    """Of `Expect: 100-continue`: aiohttp would send leave at once, before credential and size are known."""
-
-
-async def refuse_route(request: web.Request) -> web.StreamResponse:
-    """No such route: 404, or 405 where another method is known. Nobody gets leave to send a body for it."""
-    allowed: set[str] = set()
-    for resource in request.app.router.resources():
-        allowed |= (await resource.resolve(request))[1]
-    if allowed := allowed - {"*"}:
-        raise web.HTTPMethodNotAllowed(request.method, allowed)
-    if request.path in _OTHER_MODELS:
-        raise Refusal(404, "not_found", f"{request.path} is for models that embed or rank; this one generates text.")
-    raise web.HTTPNotFound
 
 
 @web.middleware
@@ -203,74 +174,6 @@ def _add_rate_limit(response: web.StreamResponse, quota: RateLimit) -> None:
     response.headers[f"x-ratelimit-reset-{quota.unit}"] = f"{quota.reset}s"
 
 
-async def list_models(request: web.Request) -> web.Response:
-    service = request.app[ENGINE]
-    return json_response({"object": "list", "data": [_model(service, name) for name in service.model_names]})
-
-
-async def show_model(request: web.Request) -> web.Response:
-    service, name = request.app[ENGINE], request.match_info["model"]
-    service.check_model(name)
-    return json_response(_model(service, name))
-
-
-def _model(service: EngineService, name: str) -> dict[str, object]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "evenhand",
-        "root": service.info.model_name,
-        "parent": None,
-        "max_model_len": service.info.max_model_len,
-    }
-
-
-async def show_health(request: web.Request) -> web.Response:
-    """200 with an empty body, as vLLM's, only while the engine makes progress."""
-    problem = await request.app[DOOR].health()
-    return web.Response() if problem is None else error_response(Refusal(503, "unhealthy", problem, retry_after=1))
-
-
-async def show_ready(request: web.Request) -> web.Response:
-    """Like /health, and 503 before there is a config and as soon as the server drains, so that nothing is sent here."""
-    if request.app[DOOR].draining:
-        return error_response(refuse_draining())
-    if not request.app[DOOR].is_configured:
-        return error_response(refuse_unconfigured())
-    return await show_health(request)
-
-
-async def show_version(request: web.Request) -> web.Response:
-    return json_response({"version": version("evenhand")})
-
-
-async def show_metrics(request: web.Request) -> web.Response:
-    """The `vllm:*` set, which says nothing of tenants; theirs is on the admin port."""
-    return metrics_response(await request.app[DOOR].metrics_text())
-
-
 def is_probe(request: web.Request) -> bool:
     """Whether anybody may ask, since the answer says nothing of tenants and costs nothing."""
     return request.match_info.handler in request.app[PROBES]
-
-
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("POST", "/v1/completions", create_completion),
-    ("POST", "/v1/chat/completions", create_chat_completion),
-    ("POST", "/v1/responses", create_response),
-    ("POST", "/v1/messages", create_message),
-    ("POST", "/v1/messages/count_tokens", count_tokens),
-    ("GET", "/v1/models", list_models),
-    ("GET", "/v1/models/{model:.+}", show_model),
-    ("POST", "/tokenize", tokenize),
-    ("POST", "/detokenize", detokenize),
-    ("GET", "/health", show_health),
-    ("GET", "/ready", show_ready),
-    ("GET", "/ping", show_health),
-    ("POST", "/ping", show_health),
-    ("GET", "/version", show_version),
-    ("GET", "/metrics", show_metrics),
-    ("*", "/{path:.*}", refuse_route),  # the last one: it takes everything
-)
-"""Method, path and who answers."""

@@ -13,10 +13,9 @@ from evenhand_engine.server.app import (
     bound_writes,
     hold_body,
     log_access,
-    show_health,
-    show_ready,
-    wait_to_be_read,
 )
+from evenhand_engine.server.information import show_health, show_ready
+from evenhand_engine.server.routes import wait_to_be_read
 from evenhand_engine.sidecar.passing import pass_on
 from evenhand_engine.sidecar.service import SIDECAR, SidecarService
 

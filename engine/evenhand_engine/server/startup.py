@@ -26,7 +26,7 @@ from evenhand_engine.server.listener import (
     url_of,
     watch_certificate,
 )
-from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, load_text, serve_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, serve_app
 
 if TYPE_CHECKING:
     from evenhand_engine.backends.upstream import UpstreamSettings
@@ -106,8 +106,9 @@ async def start_server(
         from evenhand_engine.server.admin import build_admin_app
         from evenhand_engine.server.app import build_app
         from evenhand_engine.server.malformed import keep_out_of_logs
+        from evenhand_engine.text.tokenizer import Tokenizer
 
-        api_servers, text = None, None
+        api_servers = None
         if len(publics) > 1:
             from evenhand_engine.server.api_servers import ApiServers
 
@@ -115,8 +116,7 @@ async def start_server(
             stack.push_async_callback(api_servers.close)
         in_force = await in_daemon_thread(lambda: _initial_config(settings))
         if api_servers is None:
-            text = await load_text(directory)
-            backend.tokenizer = text[0]
+            backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
         await backend.start()
         service = Service(settings, backend, in_force)
         keep_out_of_logs()
@@ -125,8 +125,8 @@ async def start_server(
         if api_servers is not None:
             await api_servers.serve(service, backend)
         else:
-            assert text is not None
-            engine = EngineService(settings, backend, *text, OwnDoor(service))
+            assert backend.tokenizer is not None
+            engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
             stack.callback(engine.close)
             await serve_app(stack, build_app(engine), publics[0], tls, decompress=False)  # `read_body` does
             if tls is not None:
@@ -134,6 +134,8 @@ async def start_server(
         await stack.enter_async_context(_watch_policies(service))
         gc.collect()
         gc.freeze()  # what lives as long as the server need not be looked at again
+        if engine is not None:
+            engine.compiler.prepare_aside()
         url = url_of("http" if tls is None else "https", publics[0])
         yield Running(service, url, url_of("http", admin), engine, api_servers)
 

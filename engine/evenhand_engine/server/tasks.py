@@ -6,16 +6,12 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evenhand_engine.server.listener import BACKLOG
 
 if TYPE_CHECKING:
     from aiohttp import web
-
-    from evenhand_engine.structured.compiler import Compiler
-    from evenhand_engine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -69,20 +65,6 @@ async def first_of(*waits: Coroutine[Any, Any, object], timeout: float | None = 
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def load_text(directory: Path) -> "tuple[Tokenizer, Compiler]":
-    """What the tokenizer's directory is needed for in a process that serves, while the core still loads the model."""
-    from evenhand_engine.structured.compiler import Compiler
-    from evenhand_engine.text.tokenizer import Tokenizer
-
-    def load() -> "tuple[Tokenizer, Compiler]":
-        tokenizer = Tokenizer(directory)
-        compiler = Compiler(lambda: tokenizer)
-        compiler.prepare()
-        return tokenizer, compiler
-
-    return await in_daemon_thread(load)
 
 
 async def in_daemon_thread(function: Callable[[], T]) -> T:

@@ -34,7 +34,7 @@ class Compiler:
     """May be used by several threads.
 
     Args:
-        load: the tokenizer; called by `prepare`, or when the first grammar comes.
+        load: the tokenizer; called by `prepare_aside`, or when the first grammar comes.
     """
 
     def __init__(self, load: Callable[[], Tokenizer]) -> None:
@@ -43,11 +43,15 @@ class Compiler:
         self._vocabulary: LLTokenizer | None = None
         self._kept: OrderedDict[str, OrderedDict[str, LLMatcher]] = OrderedDict()
 
-    def prepare(self) -> None:
-        """Read the vocabulary, before anybody waits for it: for so long, up to a second, Python stands still.
+    def prepare_aside(self) -> None:
+        """Read the vocabulary in a thread, as soon as the process serves: for so long, 0.2 s to a second, Python stands still.
 
-        A vocabulary that cannot be read is said so by `compile`.
+        So rather then than when a request waits for it, with all streams; before, it would make the start slower. A
+        vocabulary that cannot be read is said so by `compile`.
         """
+        threading.Thread(target=self._prepare, name="vocabulary", daemon=True).start()
+
+    def _prepare(self) -> None:
         with self._lock, contextlib.suppress(GrammarError, StartupError):
             self._read_vocabulary()
 

@@ -29,10 +29,12 @@ def server(serve: Serve, say: Say) -> Server:
     return serve(say('{"a": 7}'))
 
 
-def test_no_request_waits_for_the_vocabulary(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it is read, Python stands still, and with it every stream."""
-    monkeypatch.setattr("evenhand_engine.structured.compiler._vocabulary", None)
-    assert told(server, guided_json=SCHEMA)
+def test_the_vocabulary_is_read_as_soon_as_it_serves(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than when a request waits for it: while it is read, Python stands still, and with it every stream."""
+    prepared = threading.Event()
+    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
+    serve(say("x"))
+    assert prepared.is_set()
 
 
 def told(server: Server, **fields: Any) -> str | None:

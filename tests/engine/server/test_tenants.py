@@ -118,7 +118,9 @@ def test_keys_name_tenants(serve: Serve, say: Say, policies: Path) -> None:
     assert caught.value.response.headers["WWW-Authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/completions", "/tokenize", "/detokenize", "/v1/completions/render"]
+)
 def test_no_anonymous(serve: Serve, say: Say, policies: Path, path: str) -> None:
     server = serve(say("ok"), policies=policies, anonymous=False)
     method = "GET" if path == "/v1/models" else "POST"
@@ -162,6 +164,25 @@ def test_rate_limit_headers(serve: Serve, say: Say, policies: Path) -> None:
     assert "x-should-retry" not in refused.headers
     assert "x-ratelimit-limit-requests" not in complete(server, BATCH_KEY).headers
     assert tenant(server, "chat")["refusals"] == {"requests_per_minute": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/v1/completions/render", {"prompt": "x"}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_what_only_tokenizes_counts_as_a_request(
+    serve: Serve, say: Say, policies: Path, path: str, body: dict[str, Any]
+) -> None:
+    write(policies, "chat", policy("chat", CHAT_KEY, limits={"requestsPerMinute": 1}))
+    server = serve(say("ok"), policies=policies)
+    key = {"Authorization": f"Bearer {CHAT_KEY}"}
+    assert [httpx2.post(server.url + path, json=body, headers=key).status_code for _ in range(2)] == [200, 429]
 
 
 def test_quota_is_what_was_computed_though_the_client_has_left(serve: Serve, policies: Path) -> None:
