@@ -68,7 +68,7 @@ def test_every_option_of_serve_is_documented() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-@pytest.mark.parametrize("command", ["serve", "simulate"])
+@pytest.mark.parametrize("command", ["serve", "simulate", "lint"])
 def test_every_option_in_a_command_exists(document: Path, command: str) -> None:
     for line in re.findall(rf"evenhand {command}\b([^`\n]*(?:\\\n[^`\n]*)*)", document.read_text()):
         assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options(command), line

@@ -2,6 +2,7 @@
 
 import click
 
+from evenhand_engine.commands.lint import lint
 from evenhand_engine.commands.serve import serve
 from evenhand_engine.commands.sidecar import sidecar
 from evenhand_engine.commands.simulate import simulate
@@ -13,6 +14,7 @@ def main() -> None:
     """Evenhand: fair sharing of one LLM between teams."""
 
 
+main.add_command(lint)
 main.add_command(serve)
 main.add_command(sidecar)
 main.add_command(simulate)
