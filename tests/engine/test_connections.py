@@ -10,8 +10,10 @@ from multiprocessing.connection import Connection
 import msgspec
 import pytest
 
+from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core import connections as connections_module
 from evenhand_engine.core.connections import Connections
+from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.messages import (
     AbortRequest,
     AddRequest,
@@ -23,6 +25,7 @@ from evenhand_engine.messages import (
     ToCore,
 )
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams
+from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig
 
 WAIT_SECONDS = 20.0
@@ -154,3 +157,31 @@ def test_one_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
         assert pipes.command() == AbortRequest(request_id="a", reason=FinishReason.ABORT)
         pipes.core.publish([output("a"), output("b")])
         assert outputs(other) == ["b"]
+
+
+def test_an_owner_who_stands_still_keeps_nobody_waiting(pipes: Pipes) -> None:
+    """What is said of the engine waits for him, and streams go on."""
+    first = pipes.connect()
+    pipes.add(first, "a")
+    assert pipes.core.owner_reads
+    stats, num_told = StatsRecorder(Scheduler(SchedulerSettings(), SchedulerConfig())).snapshot(0.0, is_idle=True), 0
+    while pipes.core.owner_reads:
+        assert num_told < 10_000, "his pipe is never full"
+        pipes.core.publish([], stats)
+        num_told += 1
+    pipes.core.publish([output("a")])
+    assert outputs(first) == ["a"]
+    for _ in range(num_told):
+        receive(pipes.owner)
+    assert pipes.core.owner_reads
+
+
+def test_an_owner_who_leaves_a_message_unread_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too large to wait in the pipe; who has streams of his own may take his time."""
+    monkeypatch.setattr(connections_module, "_SEND_SECONDS", 0.05)
+    with contextlib.closing(Pipes()) as pipes:
+        pipes.connect()
+        with pytest.raises(BrokenPipeError):
+            pipes.core.publish([RequestOutput(request_id="o", token_ids=tuple(range(200_000)))])
+        pipes.owner.close()
+        pipes.owner, _ = Pipe()

@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import os
 import queue
+import socket
 import threading
 from array import array
 from collections import deque
@@ -54,8 +56,13 @@ class ScriptedRunner:
 class Core:
     """A running EngineCore, in a thread of this process."""
 
-    def __init__(self, runner: ScriptedRunner, **grammars: Any) -> None:
+    def __init__(self, runner: ScriptedRunner, *, owner_stands_still: bool = False, **grammars: Any) -> None:
         self.connection, inner = Pipe()
+        self._doors: socket.socket | None = None
+        self._inner_doors: socket.socket | None = None
+        if owner_stands_still:
+            self._doors, self._inner_doors = socket.socketpair()
+            _fill(inner)
         self._grammars = grammars
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(runner, inner), daemon=True)
@@ -63,7 +70,7 @@ class Core:
 
     def _run(self, runner: ScriptedRunner, connection: Connection) -> None:
         try:
-            EngineCore(SETTINGS, runner, Connections(connection), **self._grammars).run()
+            EngineCore(SETTINGS, runner, Connections(connection, self._inner_doors), **self._grammars).run()
         except Exception as error:
             self.error = error
         finally:
@@ -72,6 +79,14 @@ class Core:
     def send(self, *commands: ToCore) -> None:
         for command in commands:
             self.connection.send_bytes(msgspec.msgpack.encode(command))
+
+    def connect(self) -> None:
+        """From now on as an API server, while the owner says and reads nothing more."""
+        assert self._doors is not None
+        self.owner = self.connection
+        self.connection, theirs = Pipe()
+        with theirs, self._doors:
+            socket.send_fds(self._doors, [b"+"], [theirs.fileno()])
 
     def outputs(self) -> Iterator[RequestOutput]:
         """Until the core is gone; fails if it says nothing for long."""
@@ -96,6 +111,13 @@ class Core:
     def join(self) -> None:
         self._thread.join(30)
         assert not self._thread.is_alive()
+
+
+def _fill(connection: Connection) -> None:
+    """Until there is no room for more, as when the other side has stood still for long."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end, contextlib.suppress(BlockingIOError):
+        while True:
+            end.send(bytes(1024), socket.MSG_DONTWAIT)
 
 
 def add(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4, grammar: str | None = None) -> AddRequest:
@@ -238,4 +260,13 @@ def test_a_runner_that_knows_no_grammars_gives_no_free_text() -> None:
     core.send(add("a", grammar="good"))
     assert core.ends(1)["a"].finish_reason is FinishReason.ERROR
     core.send(Shutdown())
+    core.join()
+
+
+def test_streams_of_others_go_on_while_the_owner_stands_still() -> None:
+    core = Core(ScriptedRunner(sampled), owner_stands_still=True)
+    core.connect()
+    core.send(add("a"), add("b"))
+    assert {output.finish_reason for output in core.ends(2).values()} == {FinishReason.LENGTH}
+    core.owner.close()
     core.join()

@@ -2,13 +2,15 @@
 
 The first pipe is the owner's, whose end is the core's: it also brings configs, and gets what is said of the engine as a whole.
 API servers come and go by the `doors`: each adds requests and gets their outputs, and nothing else. One that is gone, or does
-not read, has its requests aborted; the others do not notice.
+not read, has its requests aborted; the others do not notice. Nor do they if it is the owner who stands still: what is said of the
+engine then waits for him.
 """
 
 import contextlib
 import logging
 import os
 import queue
+import select
 import socket
 import struct
 import threading
@@ -31,7 +33,7 @@ from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
 logger = logging.getLogger(__name__)
 
-_SEND_SECONDS = 5.0  # that an API server may leave its pipe full, before the core, which waits, gives it up
+_SEND_SECONDS = 5.0  # that a side may leave its pipe full, before the core, which waits, gives it up
 
 
 class Connections:
@@ -52,21 +54,31 @@ class Connections:
         self._doors = doors
         self._greeting = greeting
         self._origins: dict[str, _ApiServer] = {}  # of requests that did not come from the owner
+        self._writable = select.poll()
 
     def start(self) -> None:
         """Greet the owner, and begin to receive."""
+        self._writable.register(self._owner, select.POLLOUT)
         if self._greeting is not None:
             send(self._owner, self._greeting)
         threading.Thread(target=self._receive, name="receiver", daemon=True).start()
         if self._doors is not None:
             threading.Thread(target=self._accept, args=(self._doors,), name="doors", daemon=True).start()
 
+    @property
+    def owner_reads(self) -> bool:
+        """Whether there is room for a message to the owner, as there is not for long if he stands still."""
+        return bool(self._writable.poll(0))
+
     def publish(self, outputs: Sequence[RequestOutput], stats: EngineStats | None = None) -> None:
-        """Raises BrokenPipeError or ConnectionResetError if the owner is gone."""
+        """Raises BrokenPipeError or ConnectionResetError if the owner is gone, or serves nobody himself and does not read."""
         if self._origins:
             outputs = self._send_to_origins(outputs)
         if outputs or stats is not None:
-            send(self._owner, StepOutputs(outputs=tuple(outputs), stats=stats))
+            try:
+                send(self._owner, StepOutputs(outputs=tuple(outputs), stats=stats))
+            except BlockingIOError as error:
+                raise BrokenPipeError("the owner does not read") from error
 
     def _send_to_origins(self, outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
         """Those that are the owner's own are returned."""
@@ -100,6 +112,7 @@ class Connections:
         """Thread: new API servers, until the owner is gone."""
         with doors, contextlib.suppress(OSError):
             while descriptors := socket.recv_fds(doors, 1, 1)[1]:
+                _bound_sends(self._owner)  # who has no streams of his own then, for which he might take his time
                 server = _ApiServer(Connection(descriptors[0]))
                 if self._greeting is not None:
                     server.send(self._greeting)
@@ -134,9 +147,7 @@ class _ApiServer:
         self.connection = connection
         self.open: set[str] = set()
         self._is_gone = False
-        with self._socket() as end:
-            timeval = struct.pack("ll", int(_SEND_SECONDS), int(_SEND_SECONDS % 1 * 1e6))
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        _bound_sends(connection)
 
     def send(self, message: FromCore) -> None:
         """To one that is gone, nothing is sent; one that does not read is given up."""
@@ -150,11 +161,19 @@ class _ApiServer:
     def hang_up(self) -> None:
         """End the connection, also under the feet of the thread that reads."""
         self._is_gone = True
-        with contextlib.suppress(OSError), self._socket() as end:
+        with contextlib.suppress(OSError), _socket(self.connection) as end:
             end.shutdown(socket.SHUT_RDWR)
 
-    def _socket(self) -> socket.socket:
-        return socket.socket(fileno=os.dup(self.connection.fileno()))
+
+def _socket(connection: Connection) -> socket.socket:
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def _bound_sends(connection: Connection) -> None:
+    """A send that has to wait longer raises BlockingIOError."""
+    with _socket(connection) as end:
+        timeval = struct.pack("ll", int(_SEND_SECONDS), int(_SEND_SECONDS % 1 * 1e6))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def send(connection: Connection, message: FromCore) -> None:

@@ -248,7 +248,8 @@ class EngineCore:
                 if self._recorder is not None:
                     self._recorder.record(oldest, seconds)
         self._is_stuck = batch is None and not self._in_flight
-        self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
+        if self._connections.owner_reads:
+            self._publish([], self._stats.snapshot(time.monotonic(), is_idle=self._is_stuck))
 
     def _submit(self, batch: Batch) -> Exception | None:
         try:

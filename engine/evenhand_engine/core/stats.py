@@ -12,6 +12,7 @@ from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
 
 _INTERVAL_SECONDS = 0.1
+_MAX_STEPS = 4096  # that are told of, should nobody ask for so long
 
 
 class Observed(Protocol):
@@ -33,7 +34,7 @@ class StatsRecorder:
         """`speculation`: whose drafts are counted; None: there are none."""
         self._scheduler = scheduler
         self._speculation = speculation
-        self._steps: deque[tuple[int, float]] = deque()
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_MAX_STEPS)
         self._due = 0.0
         self._reported: dict[str, TenantStats] = {}
         self._config: SchedulerConfig | None = None
@@ -59,7 +60,7 @@ class StatsRecorder:
         changed = tuple(stats for tenant_id, stats in tenants.items() if self._reported.get(tenant_id) != stats)
         retired = tuple(tenant_id for tenant_id in self._reported if tenant_id not in tenants)
         self._reported = tenants
-        steps, self._steps = self._steps, deque()
+        steps, self._steps = self._steps, deque(maxlen=_MAX_STEPS)
         return EngineStats(
             time=now,
             step_id=scheduler.step_id,

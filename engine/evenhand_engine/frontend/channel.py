@@ -1,4 +1,7 @@
-"""Channel: typed messages between two processes of one server, over a socket, in the event loop."""
+"""Channel: typed messages between two processes of one server, over a socket, in the event loop.
+
+Neither side waits for the other, so one that stands still is given up: what it has not read is bounded.
+"""
 
 import asyncio
 import socket
@@ -11,6 +14,7 @@ import msgspec
 M = TypeVar("M")
 
 _LENGTH = struct.Struct("=I")
+_MAX_UNREAD_BYTES = 8 * 2**20  # beside the newest message, which may be a config of any size
 
 
 class Channel(asyncio.Protocol, Generic[M]):
@@ -19,7 +23,7 @@ class Channel(asyncio.Protocol, Generic[M]):
     Args:
         kind: of the messages that come.
         receive: called with each of them, in order.
-        lost: called once, when the other side is gone or has sent what is no message.
+        lost: called once, when the other side is gone, is given up, or has sent what is no message.
     """
 
     def __init__(self, kind: Any, receive: Callable[[M], None], lost: Callable[[], None]) -> None:
@@ -36,9 +40,12 @@ class Channel(asyncio.Protocol, Generic[M]):
 
     def send(self, message: msgspec.Struct) -> None:
         """Messages arrive in the order in which they are sent; to a side that is gone, none does."""
-        if self._transport is not None and not self._transport.is_closing():
-            data = self._encoder.encode(message)
-            self._transport.write(_LENGTH.pack(len(data)) + data)
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+            return self.give_up()
+        data = self._encoder.encode(message)
+        self._transport.write(_LENGTH.pack(len(data)) + data)
 
     @property
     def is_closed(self) -> bool:
@@ -47,6 +54,11 @@ class Channel(asyncio.Protocol, Generic[M]):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+    def give_up(self) -> None:
+        """The other side stands still: end the channel, without what it has not read."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not registered as one

@@ -1,11 +1,13 @@
 """RemoteDoor: the door of an API server, which asks the process that owns quotas, memory and metrics.
 
 A call is one message there and one back. What happens to requests is told, once for each step, and not waited for: quotas follow
-what was computed some milliseconds later than in one process.
+what was computed some milliseconds later than in one process. An owner who stands still is given up, as one that is gone: what waits
+for him is refused, what runs goes on to its end, and another process takes this one's place once he moves again.
 """
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -49,6 +51,10 @@ from evenhand_policy.config import SchedulerConfig
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+_SILENCE_SECONDS = 10.0  # twice of which the owner may leave a call unanswered; once may be a machine that was asleep
+
 
 class RemoteDoor:
     """See `Door`.
@@ -75,6 +81,8 @@ class RemoteDoor:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._num_silences = 0  # in a row
+        self._watch: asyncio.TimerHandle | None = None  # while there are calls
         self._claims: dict[int, _RemoteClaim] = {}
         self._limited = frozenset[str]()  # tenants with a quota
         self._progress: list[Progress] = []  # yet to be told
@@ -168,18 +176,30 @@ class RemoteDoor:
         return next(self._numbers)
 
     async def _call(self, call: Call, kind: type[T]) -> T:
-        """Raises Refusal, or EngineDeadError if the owner is gone."""
+        """Raises Refusal, or EngineDeadError if the owner is gone or given up."""
         if self.channel.is_closed:
             raise EngineDeadError("the process that owns quotas is gone")
         answer: asyncio.Future[msgspec.Raw] = self._loop.create_future()
         self._calls[call.call_id] = answer
+        if self._watch is None:
+            self._num_silences = 0
+            self._watch = self._loop.call_later(_SILENCE_SECONDS, self._note_silence)
         self.channel.send(call)
         try:
             return msgspec.msgpack.decode(await answer, type=kind)
         finally:
             del self._calls[call.call_id]
 
+    def _note_silence(self) -> None:
+        self._watch, self._num_silences = None, self._num_silences + 1
+        if self._num_silences == 2:
+            log.error("the process that owns quotas stands still, and is given up")
+            self.channel.give_up()
+        elif self._calls:
+            self._watch = self._loop.call_later(_SILENCE_SECONDS, self._note_silence)
+
     def _receive(self, message: ToApiServer) -> None:
+        self._num_silences = 0
         match message:
             case Answer():
                 self._resolve(message.call_id, lambda answer: answer.set_result(message.result))
@@ -218,6 +238,8 @@ class RemoteDoor:
         self.configured.set()
 
     def _lose(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         self.draining = True
         for answer in self._calls.values():
             if not answer.done():

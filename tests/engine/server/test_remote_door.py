@@ -12,6 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from evenhand_engine.backends.backend import Enforcer, ModelInfo
 from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.frontend import remote_door
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import Demand
 from evenhand_engine.frontend.config_in_force import ConfigInForce
@@ -244,3 +245,43 @@ async def test_a_call_that_fails_is_refused_and_the_others_are_answered(
         assert caught.value.status == 500
         assert "failed" in caplog.text
         assert await ends.door.health() is None
+
+
+async def test_an_owner_who_stands_still_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever waits for him is refused; what he had admitted goes on here, and is given back there."""
+    monkeypatch.setattr(remote_door, "_SILENCE_SECONDS", 0.02)
+    async with joined() as ends:
+        (claim, _) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), num_choices=2, max_tokens=100))
+        unread: list[object] = []
+        monkeypatch.setattr(ends.keeper, "receive", unread.append)
+        calls = (ends.door.check("t"), ends.door.hold("t", 10), ends.door.reserve("t", DEMAND), ends.door.health())
+        async with asyncio.timeout(WAIT_SECONDS):
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [EngineDeadError] * 4
+        assert len(unread) >= 4, "he was asked"
+        assert ends.door.draining and ends.door.left_alone.is_set()
+        assert "stands still" in caplog.text
+        claim.started(0, time.monotonic())
+        claim.generated(1, time.monotonic())
+        claim.ended("finished", "stop", 1, 0, time.monotonic())
+        await asyncio.wait_for(ends.lost.wait(), WAIT_SECONDS)
+        ends.keeper.close()
+        assert (ends.in_flight, ends.num_in_flight) == (0, 0)
+
+
+async def test_a_machine_that_slept_is_no_owner_who_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with joined() as ends:
+        unread: list[Any] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(ends.keeper, "receive", unread.append)
+            waiting = asyncio.ensure_future(ends.door.check("t"))
+            while not unread:
+                await asyncio.sleep(0)
+        for _ in range(3):
+            ends.door._note_silence()  # all at once, when it wakes; then he answers what he was asked
+            ends.keeper.receive(unread[0])
+            await ends.door.health()
+        assert await waiting == 1
+        assert not ends.door.draining
