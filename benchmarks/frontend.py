@@ -210,12 +210,13 @@ def main() -> None:
     parser.add_argument("--calm", type=float, default=5_000, help="tokens a second for each process: second part")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="values of --api-server-count")
     options = parser.parse_args()
-    seconds, num_streams = (0.5, 16) if options.quick else (4.0, options.streams)
+    num_streams = 16 if options.quick else options.streams
+    seconds = dict.fromkeys(("flood", "calm"), 0.5) if options.quick else {"flood": 4.0, "calm": 15.0}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         parts = {
             f"{name}_{count}" if count > 1 else name: measure(
-                Path(folder), count, count * num_streams, count * rate, seconds
+                Path(folder), count, count * num_streams, count * rate, seconds[name]
             )
             for count in options.processes
             for name, rate in (("flood", options.flood), ("calm", options.calm))

@@ -1,6 +1,5 @@
 """POST /v1/messages and /v1/messages/count_tokens."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -8,46 +7,37 @@ from typing import Any
 from aiohttp import web
 
 from evenhand_engine.anthropic.answers import TokenCount
-from evenhand_engine.anthropic.blocks import Blocks, Event
+from evenhand_engine.anthropic.blocks import Blocks
 from evenhand_engine.anthropic.bodies import PARAMS, CountTokensRequest, MessageRequest, as_chat
 from evenhand_engine.backends.backend import Delta
-from evenhand_engine.errors import EngineDeadError, Refusal
-from evenhand_engine.frontend.door import DOOR
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body
-from evenhand_engine.openai.chat import ReadChat, message_reader, read_chat
-from evenhand_engine.openai.errors import error_body, refuse_dead_engine
-from evenhand_engine.openai.events import EventStream, open_events
-from evenhand_engine.openai.generation import Generation, begin, merge
+from evenhand_engine.openai.chat import ReadChat, read_chat
+from evenhand_engine.openai.errors import error_body
+from evenhand_engine.openai.events import Event
+from evenhand_engine.openai.generation import Generation
+from evenhand_engine.openai.message_answer import answer_message
 from evenhand_engine.openai.messages import MessageReader
 from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.responses import json_response
-from evenhand_engine.openai.stream import log_usage, usage
-from evenhand_engine.openai.structure import check_structure
+from evenhand_engine.openai.stream import usage
 from evenhand_engine.scheduler.request import FinishReason
-from evenhand_engine.text.detokenizer import text_of
 
 
 async def create_message(request: web.Request) -> web.StreamResponse:
-    service, tenant_id = request.app[ENGINE], request[TENANT_ID]
-    num_taken = await service.door.check(tenant_id)
+    service = request.app[ENGINE]
+    num_taken = await service.door.check(request[TENANT_ID])
     asked, is_streamed = await read_request(request, functools.partial(_read, service, MessageRequest))
-    chat, limit = asked.body, asked.body.max_completion_tokens
     message = {
         "id": f"msg_{request[REQUEST_ID]}",
         "type": "message",
         "role": "assistant",
-        "model": chat.model or service.model_names[0],
+        "model": asked.body.model or service.model_names[0],
     }
     try:
-        await check_structure(service, tenant_id, asked.structure)
-        prompts, params = [asked.prompt], asked.params
-        async with begin(service, tenant_id, chat, prompts, params, limit, num_taken=num_taken) as generations:
-            answer = _Answer(request, message, generations, message_reader(service, chat, asked.tools))
-            try:
-                return await (answer.stream() if is_streamed else answer.whole())
-            finally:
-                log_usage(request, generations)
+        make_form = functools.partial(_MessageForm, message)
+        return await answer_message(request, asked, make_form, num_taken=num_taken, is_streamed=is_streamed)
     except Refusal as refusal:
         raise refusal.renamed(PARAMS) from refusal
 
@@ -68,57 +58,34 @@ def _read(service: EngineService, kind: type[CountTokensRequest], raw: bytes) ->
         raise refusal.renamed(PARAMS) from refusal
 
 
-class _Answer:
-    """One message, as an object or as the events that build it."""
+class _MessageForm:
+    """One message."""
 
-    def __init__(
-        self, request: web.Request, message: dict[str, Any], generations: Sequence[Generation], reader: MessageReader
-    ) -> None:
-        self._request = request
+    def __init__(self, message: dict[str, Any], generations: Sequence[Generation], reader: MessageReader) -> None:
         self._message = message
         self._generations = generations
         self._reader = reader
         self._blocks = Blocks()
 
-    async def whole(self) -> web.Response:
-        text, last = "", Delta()
-        async with contextlib.aclosing(merge(self._generations)) as deltas:
-            async for _, delta in deltas:
-                text += text_of(delta.pieces)
-                last = delta
-        self._blocks.take(self._reader.delta(text, is_last=True))
-        answer = {**self._message, "content": self._blocks.content(), **self._stop(last), "usage": self._usage()}
-        return json_response(answer)
+    def opening(self) -> list[Event]:
+        return []  # what a prefix hit spared is known once it runs
 
-    async def stream(self) -> web.StreamResponse:
-        async with contextlib.aclosing(merge(self._generations)) as deltas:
-            events, first = await open_events(self._request, deltas)
-            try:
-                _, delta = await first
-                begun = {**self._message, "content": [], "stop_reason": None, "stop_sequence": None}
-                await _send(events, {"type": "message_start", "message": {**begun, "usage": self._usage()}})
-                while True:
-                    is_last = delta.finish_reason is not None
-                    taken = self._reader.delta(text_of(delta.pieces), is_last=is_last)
-                    await _send(events, *self._blocks.take(taken))
-                    if is_last:
-                        break
-                    _, delta = await anext(deltas)
-                await _send(
-                    events,
-                    *self._blocks.end(),
-                    {"type": "message_delta", "delta": self._stop(delta), "usage": self._usage()},
-                    {"type": "message_stop"},
-                )
-            except Refusal as refusal:
-                await self._fail(events, refusal)
-            except EngineDeadError:
-                await self._fail(events, refuse_dead_engine(draining=self._request.app[DOOR].draining))
-            return await events.close(b"")
+    def begin(self) -> list[Event]:
+        begun = {**self._message, "content": [], "stop_reason": None, "stop_sequence": None}
+        return [{"type": "message_start", "message": {**begun, "usage": self._usage()}}]
 
-    async def _fail(self, events: EventStream, refusal: Refusal) -> None:
-        self._request.app[DOOR].count_refusal(self._request[TENANT_ID], refusal.code)
-        await _send(events, {"type": "error", **error_body(refusal)})
+    def take(self, delta: dict[str, Any]) -> list[Event]:
+        return self._blocks.take(delta)
+
+    def end(self, last: Delta) -> list[Event]:
+        delta = {"type": "message_delta", "delta": self._stop(last), "usage": self._usage()}
+        return [*self._blocks.end(), delta, {"type": "message_stop"}]
+
+    def fail(self, refusal: Refusal) -> Event:
+        return {"type": "error", **error_body(refusal)}
+
+    def whole(self, last: Delta) -> dict[str, Any]:
+        return {**self._message, "content": self._blocks.content(), **self._stop(last), "usage": self._usage()}
 
     def _stop(self, last: Delta) -> dict[str, Any]:
         """Why it ended: a call goes before the end of a turn."""
@@ -140,8 +107,3 @@ class _Answer:
             "cache_creation_input_tokens": 0,
             "output_tokens": used["completion_tokens"],
         }
-
-
-async def _send(events: EventStream, *sent: Event) -> None:
-    for event in sent:
-        await events.send_named(event)

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-Event = dict[str, Any]
+from evenhand_engine.openai.events import Event
 
 
 class Blocks:

@@ -9,7 +9,7 @@ import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from evenhand_engine.messages import EngineStats
 from evenhand_engine.scheduler.request import FinishReason, SamplingParams, TokenLogprobs
@@ -126,23 +126,26 @@ class Observer(Protocol):
 
 
 class Stream(Protocol):
-    """Deltas of one request, for one reader.
+    """Deltas of one request, for one reader, who takes them at his own pace.
 
-    The first delta, without text, tells that the request has left the queue; the last has a finish reason, after which
-    the iteration ends. What comes while nobody reads is coalesced into one delta. Iterating raises Refusal if the backend
-    cannot serve the request, EngineDeadError if it dies.
+    The first delta, without text, tells that the request has left the queue; the last has a finish reason. What comes while
+    nobody takes it is coalesced into one delta.
     """
 
-    def __aiter__(self) -> Self: ...
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` in the event loop whenever there is something to take; now, if there is. It raises nothing."""
+        ...
 
-    async def __anext__(self) -> Delta: ...
+    def take(self) -> Delta | None:
+        """What has come since the last; None: nothing. Raises EngineDeadError if nothing more will, as the backend died."""
+        ...
 
     def finish(self) -> None:
         """End the request as if it had reached its limit, with what has come so far; nothing if it has ended."""
         ...
 
     def close(self) -> None:
-        """End the request if it has not ended; nothing more can be read. The Observer is told when it has."""
+        """End the request if it has not ended; nothing more can be taken. The Observer is told when it has."""
         ...
 
 

@@ -105,14 +105,13 @@ class LocalBackend:
             self._progress_at = time.monotonic()
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
-        tokenizer, skip_special_tokens = self.tokenizer, request.skip_special_tokens
-        assert tokenizer is not None, "the backend has no tokenizer"
+        assert self.tokenizer is not None, "the backend has no tokenizer"
+        context = request.prompt_token_ids[-_CONTEXT_TOKENS:]
         return Detokenizer(
-            lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens),
+            self.tokenizer.text_decoder(context, request.skip_special_tokens),
             request.stop,
             include_stop=request.include_stop,
             min_tokens=request.sampling_params.min_tokens,
-            context=request.prompt_token_ids[-_CONTEXT_TOKENS:],
         )
 
     def _abort(self, request_id: str, reason: FinishReason, num_output_tokens: int | None) -> None:
@@ -136,7 +135,7 @@ class LocalBackend:
             if (stream := self._streams.get(output.request_id)) is not None:
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
-                stream.take(output, now)
+                stream.receive(output, now)
         if message.stats is not None:
             self._take_stats(message.stats, now)
 

@@ -4,11 +4,9 @@ Outputs are detokenized and matched against stop strings as they arrive. What th
 pieces of text, a count and perhaps an end. Memory grows by the bytes of the text alone, never by an object per token.
 """
 
-import asyncio
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Self
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Observer
 from evenhand_engine.errors import EngineDeadError
@@ -36,8 +34,7 @@ class LocalStream:
         self._observer = observer
         self._text = text
         self._abort = abort
-        self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] = _ignore
         self._num_computed = 0  # outputs that have arrived
         self._has_started = False
         self._is_cut = False
@@ -51,20 +48,16 @@ class LocalStream:
 
     # -- the reader's side
 
-    def __aiter__(self) -> Self:
-        return self
+    def listen(self, listener: Callable[[], None]) -> None:
+        self._listener = listener
+        if self._has_news or self._failure is not None:
+            listener()
 
-    async def __anext__(self) -> Delta:
-        while not self._has_news:
+    def take(self) -> Delta | None:
+        if not self._has_news:
             if self._failure is not None:
                 raise EngineDeadError(self._failure)
-            if not self._is_open:
-                raise StopAsyncIteration
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            return None
         delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs, self._text.matched)
         self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
         return delta
@@ -74,16 +67,16 @@ class LocalStream:
         self._is_cut = True
 
     def close(self) -> None:
-        """End the request if it has not ended; nothing more can be read."""
+        """End the request if it has not ended; nothing more can be taken."""
         if self._is_open and self._failure is None:
             self._abort(self._request.request_id, FinishReason.ABORT, None)
         self._is_open = self._has_news = False
         self._pieces = []
-        self._wake()
+        self._listener = _ignore
 
     # -- the core's side
 
-    def take(self, output: RequestOutput, now: float) -> None:
+    def receive(self, output: RequestOutput, now: float) -> None:
         """One output of the core; after one with a finish reason nothing comes any more."""
         reason, num_tokens = output.finish_reason, len(output.token_ids)
         if not self._has_started and (reason is None or num_tokens or output.num_output_tokens):
@@ -99,17 +92,20 @@ class LocalStream:
             except Exception:  # a fault of this text alone: the others' outputs are in the same message
                 log.exception("an output cannot be read", extra={"fields": {"request_id": self._request.request_id}})
                 self._fail(output)
-            self._wake()
         if reason is not None:
             num_computed = max(self._num_computed, output.num_output_tokens)
             self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
+        if self._has_news:
+            self._listener()
 
     def lose(self, failure: str, now: float) -> None:
         """The core is gone."""
-        if self._is_open:
+        is_open = self._is_open
+        if is_open:
             self._failure = failure
-            self._wake()
         self._observer.ended(Ending(None, self._num_computed), now)
+        if is_open:
+            self._listener()
 
     def _read(self, output: RequestOutput) -> None:
         """Turn an output into news for the reader."""
@@ -150,6 +146,5 @@ class LocalStream:
             token_ids = array("I", (token_id for piece in self._pieces for token_id in piece.token_ids))
             self._pieces = [Piece("".join(piece.text for piece in self._pieces), token_ids)]
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+
+def _ignore() -> None: ...

@@ -10,5 +10,6 @@ config in force, which `push_receiver` and `policy_source` replace, `metrics` an
     what it may send     admission, account, quota; body_memory; claims: what one request holds of these until it ends
     one door, two ends   door; here service, or remote_door ──channel, door_messages──▶ doorkeeper
     the config           config_in_force, kept by config_store; push_receiver (request_verifier, pod_identity), policy_source
+    how it is answered   event_writer: to one client, at its pace; write_timeout: no slower than that
     what is told         metrics, metrics_collector, token_meter, share_tracker
 """

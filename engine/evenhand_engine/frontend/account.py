@@ -113,10 +113,11 @@ class TenantAccount:
         """
         self._num_outputs_since += num_tokens
         reservation.num_output_tokens += num_tokens
-        used = reservation.cost.num_prompt_tokens + reservation.num_output_tokens
-        most, expected = reservation.cost.num_tokens, reservation.cost.expected_output_tokens
+        expected = reservation.cost.expected_output_tokens
         if self.tokens is None or expected is None or not reservation.counted:
             return True
+        most = reservation.cost.num_tokens
+        used = reservation.cost.num_prompt_tokens + reservation.num_output_tokens
         if used < reservation.num_reserved_tokens or reservation.num_reserved_tokens >= most:
             return True
         if self.tokens.level(now) <= 0:

@@ -2,7 +2,10 @@
 
     bytes ─bodies─▶ typed fields (schema) ─prompts─▶ token ids ─generation─▶ deltas ─stream─▶ JSON or events
 
-/v1/responses is a chat in other words: `response_bodies` turns it into one, `response_items` turns what came of it back.
+A delta is read, rendered and written in the call in which the backend brings it (`deltas`, `events`).
+
+/v1/responses is a chat in other words: `response_bodies` turns it into one, `response_items` turns what came of it back, and
+`message_answer` writes it, as it does for other endpoints of that kind.
 
 Lives in the HTTP process. Knows JSON and server-sent events, not who the tenant is or what generates. A new field, endpoint
 or error of the API belongs here: its type in `schema`, what it does to a prompt in `prompts`, to the sampling in `generation`,

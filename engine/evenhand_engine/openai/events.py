@@ -1,51 +1,44 @@
-"""EventStream: server-sent events to one client, and how a stream begins."""
+"""Server-sent events to one client: how a stream begins, goes on and ends."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
 
 from evenhand_engine.backends.backend import Delta
-from evenhand_engine.frontend.service import SETTINGS, WRITES
+from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.frontend.door import DOOR
+from evenhand_engine.frontend.event_writer import EventWriter
+from evenhand_engine.frontend.service import SETTINGS, TENANT_ID, WRITES
+from evenhand_engine.openai.deltas import Deltas
+from evenhand_engine.openai.errors import refuse_dead_engine
 
-_MAX_BUFFERED_BYTES = 16384  # of events that a client has not taken; what comes then is coalesced
+Event = dict[str, Any]
+
+First = asyncio.Future[tuple[int, Delta]]
+"""The first delta of an answer, perhaps yet to come."""
+
+_encode = msgspec.json.Encoder().encode
 
 
-async def open_events(
-    request: web.Request, deltas: AsyncGenerator[tuple[int, Delta], None]
-) -> "tuple[EventStream, asyncio.Future[tuple[int, Delta]]]":
-    """The stream, as soon as there is something to send in it, and the first delta, perhaps yet to come.
+def data_event(event: Event) -> bytes:
+    return b"data: %b\n\n" % _encode(event)
 
-    Nothing is sent before the first request runs, so that whatever refuses it in the queue is an HTTP status; unless it
-    waits longer than `--queue-heartbeat`, when the stream begins with comments and a refusal is an event.
-    """
-    heartbeat = request.app[SETTINGS].queue_heartbeat
-    first = asyncio.ensure_future(anext(deltas))
-    try:
-        if not (await asyncio.wait({first}, timeout=heartbeat))[1]:
-            first.result()  # raises what refused it, while that can be a status
-            return await EventStream.open(request), first
-        events = await EventStream.open(request)
-        while not first.done():
-            await events.comment("waiting")
-            await asyncio.wait({first}, timeout=heartbeat)
-        return events, first
-    except BaseException:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)  # or `deltas` could not be closed: it would be running
-        raise
+
+def named_events(events: Iterable[Event]) -> bytes:
+    """Each with its type as its name too."""
+    return b"".join([b"event: %b\ndata: %b\n\n" % (event["type"].encode(), _encode(event)) for event in events])
 
 
 class EventStream:
-    """Server-sent events."""
+    """What is written to one client, at its pace. Writing raises ConnectionResetError if it has gone."""
 
-    def __init__(self, request: web.Request, response: web.StreamResponse, writer: AbstractStreamWriter) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._writes = request[WRITES]
         self._response = response
-        self._writer = writer
+        self._writer = EventWriter(request, response)
 
     @classmethod
     async def open(cls, request: web.Request) -> "EventStream":
@@ -56,34 +49,76 @@ class EventStream:
             "X-Accel-Buffering": "no",
         }
         response = web.StreamResponse(headers=headers)
-        writer = await response.prepare(request)
-        if writer is None or request.transport is None:
-            raise ConnectionResetError("the client is gone")
-        request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
-        return cls(request, response, writer)
+        await response.prepare(request)
+        return cls(request, response)
 
-    async def send(self, event: dict[str, Any]) -> None:
+    async def write(self, events: bytes) -> None:
         """Waits while the client reads too slowly."""
-        await self._write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        if not self._writer(events):
+            await self._drain()
 
-    async def comment(self, text: str) -> None:
-        """A line that clients ignore, so that nothing on the way takes the stream for dead."""
-        await self._write(f": {text}\n\n".encode())
+    async def hand_on(self, deltas: Deltas, render: Callable[[int, Delta], bytes]) -> None:
+        """Write what `render` makes of each delta, in the call that brings it while the client keeps up."""
+        while await deltas.hand_on(lambda index, delta: self._writer(render(index, delta))):
+            await self._drain()
 
-    async def send_named(self, event: dict[str, Any]) -> None:
-        """With its type as the event's name too."""
-        await self._write(f"event: {event['type']}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n")
-
-    async def close(self, end: bytes = b"data: [DONE]\n\n") -> web.StreamResponse:
-        if end:
-            await self._write(end)
+    async def close(self, end: bytes) -> web.StreamResponse:
+        await self.write(end)
         await self._writes.wait(self._response.write_eof())
         return self._response
 
-    async def _write(self, data: bytes) -> None:
-        await self._writes.wait(self._write_and_drain(data))
+    async def _drain(self) -> None:
+        await self._writes.wait(self._writer.drain())
 
-    async def _write_and_drain(self, data: bytes) -> None:
-        """aiohttp waits for the client after 64 KiB only: too much, with a thousand clients that do not read."""
-        await self._response.write(data)
-        await self._writer.drain()
+
+async def answer_in_events(
+    request: web.Request,
+    deltas: Deltas,
+    write: Callable[[EventStream, First], Awaitable[None]],
+    fail: Callable[[Refusal], bytes],
+    *,
+    end: bytes = b"",
+) -> web.StreamResponse:
+    """A whole answer.
+
+    Args:
+        write: everything but the end.
+        fail: the event that tells why there is no more.
+        end: what stands last, also after that.
+    """
+    events, first = await _open(request, deltas)
+    door = request.app[DOOR]
+    refused = None
+    try:
+        await write(events, first)
+    except Refusal as refusal:
+        refused = refusal
+    except EngineDeadError:
+        refused = refuse_dead_engine(draining=door.draining)
+    if refused is not None:
+        door.count_refusal(request[TENANT_ID], refused.code)
+        await events.write(fail(refused))
+    return await events.close(end)
+
+
+async def _open(request: web.Request, deltas: Deltas) -> tuple[EventStream, First]:
+    """The stream, as soon as there is something to send in it, and the first delta.
+
+    Nothing is sent before the first request runs, so that whatever refuses it in the queue is an HTTP status; unless it
+    waits longer than `--queue-heartbeat`, when the stream begins with comments and a refusal is an event.
+    """
+    heartbeat = request.app[SETTINGS].queue_heartbeat
+    first: First = asyncio.ensure_future(anext(deltas))
+    try:
+        if not (await asyncio.wait({first}, timeout=heartbeat))[1]:
+            first.result()  # raises what refused it, while that can be a status
+            return await EventStream.open(request), first
+        events = await EventStream.open(request)
+        while not first.done():
+            await events.write(b": waiting\n\n")  # which clients ignore, so that nothing on the way takes it for dead
+            await asyncio.wait({first}, timeout=heartbeat)
+        return events, first
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        raise

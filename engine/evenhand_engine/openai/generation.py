@@ -5,13 +5,11 @@ What was computed comes from the backend (`Observer`), what was said from whoeve
 Knows neither the API's formats nor HTTP's.
 """
 
-import asyncio
 import contextlib
 import time
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Self
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.errors import Refusal
@@ -24,13 +22,22 @@ from evenhand_engine.scheduler.request import FinishReason, SamplingParams
 
 _MAX_CHOICES = 256  # of one body
 _AS_LENGTH = {FinishReason.STOP: FinishReason.LENGTH}
+_RESULTS = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+class Unanswered(Exception):
+    """A request ended without a result, in words of the backend."""
+
+    def __init__(self, tenant_id: str, reason: FinishReason) -> None:
+        super().__init__(reason)
+        self.tenant_id = tenant_id
+        self.reason = reason
 
 
 class Generation:
-    """One choice: an async iterator of its Deltas, and the backend's Observer.
+    """One choice: its Deltas, and the backend's Observer.
 
-    The first delta, without text, tells that the request is running; the last one has a finish reason. Iterating raises
-    Refusal if the request ends without a result, EngineDeadError if the backend dies.
+    The first delta, without text, tells that the request is running; the last one has a finish reason. `Deltas` reads them.
 
     Attributes:
         request: what the backend is asked for.
@@ -61,7 +68,7 @@ class Generation:
         self._service = service
         self._claim = claim
         self._stream: Stream | None = None
-        self._refused: Refusal | None = None  # why it ended without a result
+        self._unanswered: Unanswered | None = None
         claim.exhausted = self._finish
 
     @property
@@ -74,24 +81,29 @@ class Generation:
 
     # -- what is read
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
+    def listen(self, listener: Callable[[], None]) -> None:
+        """See `Stream`."""
         assert self._stream is not None, "the generation has not begun"
-        if self._refused is not None:
-            raise self._refused
-        delta = await anext(self._stream)
+        self._stream.listen(listener)
+
+    def take(self) -> Delta | None:
+        """See `Stream`; raises Unanswered too, once everything that came before was taken."""
+        assert self._stream is not None, "the generation has not begun"
+        if self._unanswered is not None:
+            raise self._unanswered
+        delta = self._stream.take()
+        if delta is None:
+            return None
+        reason = delta.finish_reason
         if self._is_hidden:
-            reason = None if delta.finish_reason is None else _AS_LENGTH.get(delta.finish_reason, delta.finish_reason)
+            reason = None if reason is None else _AS_LENGTH.get(reason, reason)
             delta = delta._replace(pieces=(), num_tokens=0, finish_reason=reason)
         self.num_output_tokens += delta.num_tokens
-        if delta.finish_reason is not None:
-            self._refused = await self._refusal(delta.finish_reason)
-            if self._refused is not None:
-                if not delta.pieces:
-                    raise self._refused
-                return delta._replace(finish_reason=None)  # what came before it first
+        if reason is not None and reason not in _RESULTS:
+            self._unanswered = Unanswered(self.request.tenant_id, reason)
+            if not delta.pieces:
+                raise self._unanswered
+            return delta._replace(finish_reason=None)  # what came before it first
         return delta
 
     def close(self) -> None:
@@ -117,12 +129,6 @@ class Generation:
     def _finish(self) -> None:
         if self._stream is not None:
             self._stream.finish()
-
-    async def _refusal(self, reason: FinishReason) -> Refusal | None:
-        delay = 0.0
-        if reason is FinishReason.QUEUE_TIMEOUT:
-            delay = await self._service.door.queue_delay(self.request.tenant_id)
-        return refuse_finished(reason, delay)
 
 
 def _outcome(reason: FinishReason | None) -> tuple[str, str]:
@@ -200,37 +206,3 @@ def _request(tenant_id: str, body: SamplingFields, prompt: "array[int]", params:
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_stop_token=bool(body.return_token_ids),
     )
-
-
-async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of all generations as they come, each with the index of its generation.
-
-    A reader that is slow holds one delta; what comes meanwhile is coalesced by the streams. The first error of any ends
-    the iteration.
-    """
-    if len(generations) == 1:
-        async for delta in generations[0]:
-            yield 0, delta
-        return
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue(maxsize=1)
-
-    async def pump(index: int, generation: Generation) -> None:
-        try:
-            async for delta in generation:
-                await arrived.put((index, delta))
-        except Exception as error:
-            await arrived.put(error)
-
-    tasks = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(generations)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            num_open -= item[1].finish_reason is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

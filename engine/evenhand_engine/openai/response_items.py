@@ -3,7 +3,7 @@
 import secrets
 from typing import Any
 
-Event = dict[str, Any]
+from evenhand_engine.openai.events import Event
 
 _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}
 _IDS = {"reasoning": "rs", "message": "msg", "function_call": "fc"}

@@ -1,24 +1,27 @@
 """Answers to completions and chat completions: one JSON object, or server-sent events as the tokens come."""
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
 from aiohttp import web
 
 from evenhand_engine.backends.backend import Delta
-from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.service import LOG_FIELDS, TENANT_ID
-from evenhand_engine.openai.errors import error_body, refuse_dead_engine
-from evenhand_engine.openai.events import EventStream, open_events
-from evenhand_engine.openai.generation import Generation, merge
+from evenhand_engine.frontend.service import LOG_FIELDS
+from evenhand_engine.openai.deltas import Deltas
+from evenhand_engine.openai.errors import error_body
+from evenhand_engine.openai.events import EventStream, First, answer_in_events, data_event
+from evenhand_engine.openai.generation import Generation
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+_encode = msgspec.json.Encoder().encode
 
 
 class Format(Protocol):
@@ -66,10 +69,12 @@ async def answer(
     request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
 ) -> web.StreamResponse:
     """Read the generations and write their text in the endpoint's format."""
+    deltas = Deltas(generations, request.app[DOOR])
     try:
-        if body.stream:
-            return await _Events(request, body, generations, form).answer()
-        return await _answer_whole(body, generations, form)
+        if not body.stream:
+            return await _answer_whole(body, generations, deltas, form)
+        events = _Events(body, generations, deltas, form)
+        return await answer_in_events(request, deltas, events.write, _fail, end=b"data: [DONE]\n\n")
     finally:
         log_usage(request, generations)
 
@@ -84,15 +89,20 @@ def log_usage(request: web.Request, generations: Sequence[Generation]) -> None:
     )
 
 
-async def _answer_whole(body: SamplingFields, generations: Sequence[Generation], form: Format) -> web.Response:
+async def _answer_whole(
+    body: SamplingFields, generations: Sequence[Generation], deltas: Deltas, form: Format
+) -> web.Response:
     pieces: list[list[Piece]] = [[] for _ in generations]
     reasons: list[str | None] = [None] * len(generations)
     told: list[Sequence[TokenLogprobs]] = [()] * len(generations)
-    async with contextlib.aclosing(merge(generations)) as deltas:
-        async for index, delta in deltas:
-            pieces[index] += delta.pieces
-            reasons[index] = _reason(delta)
-            told[index] = delta.prompt_logprobs or told[index]
+
+    def take(index: int, delta: Delta) -> bool:
+        pieces[index] += delta.pieces
+        reasons[index] = _reason(delta)
+        told[index] = delta.prompt_logprobs or told[index]
+        return True
+
+    await deltas.hand_on(take)
     chosen = _best(pieces, body.num_generated, body.n or 1)
     choices = [
         form.choice(index, pieces[i], reasons[i], streamed=False, prompt_logprobs=told[i])
@@ -116,68 +126,53 @@ def _best(pieces: list[list[Piece]], num_generated: int, num_chosen: int) -> lis
 
 
 class _Events:
-    """The answer to one request as a stream of events.
+    """The events of one answer. What they share is rendered once."""
 
-    Nothing is sent before the first request runs, so that whatever refuses it in the queue is an HTTP status; unless it
-    waits longer than `--queue-heartbeat`, when the stream begins with comments and a refusal is an event.
-    """
-
-    def __init__(
-        self, request: web.Request, body: SamplingFields, generations: Sequence[Generation], form: Format
-    ) -> None:
-        self._request = request
-        self._door = request.app[DOOR]
+    def __init__(self, body: SamplingFields, generations: Sequence[Generation], deltas: Deltas, form: Format) -> None:
         self._body = body
         self._generations = generations
+        self._deltas = deltas
         self._form = form
         self._envelope = form.envelope(streamed=True)
+        self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
 
-    async def answer(self) -> web.StreamResponse:
-        async with contextlib.aclosing(merge(self._generations)) as deltas:
-            events, first = await open_events(self._request, deltas)
-            try:
-                await self._send_opening(events)
-                await self._send_delta(events, *await first)
-                async for index, delta in deltas:
-                    await self._send_delta(events, index, delta)
-                if self._body.includes_usage:
-                    await events.send({**self._envelope, "choices": [], "usage": usage(self._generations)})
-            except Refusal as refusal:
-                await self._send_refusal(events, refusal)
-            except EngineDeadError:
-                await self._send_refusal(events, refuse_dead_engine(draining=self._door.draining))
-            return await events.close()
+    async def write(self, events: EventStream, first: First) -> None:
+        await events.write(self._opening())
+        await events.write(self._render(*await first))
+        await events.hand_on(self._deltas, self._render)
+        if self._body.includes_usage:
+            await events.write(data_event({**self._envelope, "choices": [], "usage": usage(self._generations)}))
 
-    async def _send_opening(self, events: EventStream) -> None:
-        more = self._form.additions(())
+    def _opening(self) -> bytes:
+        more, events = self._form.additions(()), b""
         for index in range(len(self._generations)):
             if (choice := self._form.opening(index)) is not None:
-                await events.send({**self._chunk(choice), **more})
+                events += self._event(choice, more)
                 more = {}
+        return events
 
-    async def _send_delta(self, events: EventStream, index: int, delta: Delta) -> None:
+    def _render(self, index: int, delta: Delta) -> bytes:
         if not delta.pieces and delta.finish_reason is None:
-            return
+            return b""
         choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
-        if choice["finish_reason"] is not None and "tool_calls" in choice.get("delta", ()):
-            await events.send(
-                self._chunk({**choice, "finish_reason": None})
-            )  # OpenAI's client sees no end beside a call
-            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
-        await events.send(self._chunk(choice))
+        if choice["finish_reason"] is None or "tool_calls" not in choice.get("delta", ()):
+            return self._event(choice)
+        end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+        return self._event({**choice, "finish_reason": None}) + self._event(end)  # OpenAI's sees no end beside a call
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**self._envelope, "choices": [choice]}
+    def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
+        """With one choice; `more`: other fields of it."""
         if self._body.includes_continuous_usage:
-            chunk["usage"] = usage(self._generations)
+            more = {"usage": usage(self._generations), **more}
         elif self._body.includes_usage:
-            chunk["usage"] = None
-        return chunk
-
-    async def _send_refusal(self, events: EventStream, refusal: Refusal) -> None:
-        self._door.count_refusal(self._request[TENANT_ID], refusal.code)
-        await events.send(error_body(refusal))
+            more = {"usage": None, **more}
+        tail = b",%b" % _encode(more)[1:] if more else b"}"
+        return b"%b%b]%b\n\n" % (self._head, _encode(choice), tail)
 
 
 def _reason(delta: Delta) -> str | None:
     return None if delta.finish_reason is None else _FINISH_REASONS[delta.finish_reason]
+
+
+def _fail(refusal: Refusal) -> bytes:
+    return data_event(error_body(refusal))

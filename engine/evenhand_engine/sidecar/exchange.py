@@ -15,11 +15,12 @@ from multidict import CIMultiDict
 
 from evenhand_engine.backends.upstream import Upstream
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.event_writer import EventWriter
 from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, WRITES
 from evenhand_engine.openai.errors import error_body
 from evenhand_engine.sidecar.events import EventReader, usage_of
 from evenhand_engine.sidecar.passage import OPENAI_STREAMS, Passage
-from evenhand_engine.sidecar.relay import EventWriter, Relay
+from evenhand_engine.sidecar.relay import Relay
 from evenhand_engine.sidecar.service import SIDECAR
 
 _HOP_BY_HOP = {

@@ -1,4 +1,4 @@
-"""Relay and EventWriter: an upstream's bytes handed on in the very call that brings them, while the client keeps up.
+"""Relay: an upstream's bytes handed on in the very call that brings them, while the client keeps up.
 
 To wake a task for each event costs more than the event does. So while a stream runs, a Relay stands between the upstream's
 transport and aiohttp's protocol, which goes on to parse: what it has parsed is taken from it at once.
@@ -8,9 +8,6 @@ import asyncio
 from collections.abc import Callable
 
 import aiohttp
-from aiohttp import web
-
-_MAX_BUFFERED_BYTES = 16 * 1024  # for a client that does not read; the rest stays with the upstream
 
 
 class Relay(asyncio.Protocol):
@@ -115,36 +112,3 @@ class Relay(asyncio.Protocol):
     def resume_writing(self) -> None:
         assert self._inner is not None
         self._inner.resume_writing()
-
-
-class EventWriter:
-    """Writes to a client without a coroutine for each write.
-
-    Args:
-        response: to `request`; prepared, and nothing else is written until this is done.
-    """
-
-    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
-        self._request = request
-        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not to a client of HTTP/1.0
-        if request.transport is not None:
-            request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the client has gone."""
-        transport = self._request.transport
-        return transport is None or transport.is_closing()
-
-    def __call__(self, data: bytes) -> bool:
-        """Send; returns whether the client keeps up. Raises ConnectionResetError if it has gone."""
-        transport = self._request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client has gone")
-        if data:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-        return not self._request.protocol.writing_paused
-
-    async def drain(self) -> None:
-        """Wait until the client keeps up again."""
-        await self._request.writer.drain()

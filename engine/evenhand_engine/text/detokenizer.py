@@ -5,13 +5,10 @@ characters of state, is fed as tokens arrive and knows neither HTTP nor the engi
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a code point
-_MAX_HELD_CHARACTERS = 3  # a code point has at most four bytes, so at most three can be waiting for the last
-_MAX_WINDOW_TOKENS = 64  # after so many tokens without a clean end the bytes are no text: show them as they are
-_MAX_CONTEXT_TOKENS = 8  # of what is out already, for the spacing of what follows
+from evenhand_engine.text.text_decoder import TextDecoder
 
 
 class Piece(NamedTuple):
@@ -31,63 +28,6 @@ class Piece(NamedTuple):
 
 def text_of(pieces: Sequence[Piece]) -> str:
     return pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces)
-
-
-class IncrementalDecoder:
-    """Turns token ids into text as they come.
-
-    Decoders look at neighbours (a leading space, a byte of a longer code point), so each step decodes a short window
-    of recent tokens and shows what the window has gained. Concatenated, the pieces equal what the decoding of all
-    tokens adds to that of `context`, the end of the prompt.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
-        self._decode = decode
-        self._window = list(context[-_MAX_CONTEXT_TOKENS:])
-        self._num_settled = len(self._window)  # tokens at its start whose text is out: context for what follows
-        self._text = decode(self._window) if self._window else ""
-        self._num_shown = len(self._text)  # characters of the window's text that are out
-
-    def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if not text.endswith(_REPLACEMENT):
-            return self._skip() if text == self._text else self._show(text)
-        if len(self._window) >= _MAX_WINDOW_TOKENS:
-            return self._show(text)
-        self._text = text
-        stable = text.rstrip(_REPLACEMENT)
-        piece = text[self._num_shown : max(len(stable), len(text) - _MAX_HELD_CHARACTERS)]
-        self._num_shown += len(piece)
-        return piece
-
-    def flush(self) -> str:
-        """What is still held back: the bytes of a code point that never ended."""
-        piece = self._text[self._num_shown :]
-        self._num_shown += len(piece)
-        return piece
-
-    def _skip(self) -> str:
-        """The newest token has added nothing, as a special one that is not shown: what follows does not depend on it.
-
-        Where there is no text at all before it, it may be a space that shows only between others, so it is context.
-        """
-        if self._text:
-            self._window.pop()
-        else:
-            self._window = self._window[-_MAX_CONTEXT_TOKENS:]
-            self._num_settled = len(self._window)
-        return ""
-
-    def _show(self, text: str) -> str:
-        """All of the window's text; its newest tokens become the context of what follows."""
-        piece = text[self._num_shown :]
-        self._window = self._window[self._num_settled :][-_MAX_CONTEXT_TOKENS:]
-        self._num_settled = len(self._window)
-        self._text = self._decode(self._window)
-        self._num_shown = len(self._text)
-        return piece
 
 
 class StopMatcher:
@@ -132,10 +72,9 @@ class Detokenizer:
     """Text of one output, with stop strings, in pieces that keep their tokens.
 
     Args:
-        decode: text of a list of token ids.
+        decoder: turns token ids into text as they come; nobody else uses it.
         stop: strings at which the text ends; not part of it unless `include_stop`.
         min_tokens: stop strings that end within so many tokens do not count; one that begins there may end later.
-        context: the last few tokens of the prompt, so that a word's leading space is kept.
 
     Attributes:
         num_tokens: tokens taken so far, up to and with the one that completed a stop string.
@@ -143,14 +82,13 @@ class Detokenizer:
 
     def __init__(
         self,
-        decode: Callable[[Sequence[int]], str],
+        decoder: TextDecoder,
         stop: Sequence[str] = (),
         *,
         include_stop: bool = False,
         min_tokens: int = 0,
-        context: Sequence[int] = (),
     ) -> None:
-        self._decoder = IncrementalDecoder(decode, context)
+        self._decoder = decoder
         self._matcher = StopMatcher(stop, include_stop)
         self._has_stop = bool(stop)
         self._min_tokens = min_tokens

@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 import tokenizers
+from tokenizers import decoders
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.text.chat_template import ChatTemplate
 from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
 from evenhand_engine.text.fill_in_middle import find_fill_in_middle
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
+from evenhand_engine.text.text_decoder import ByteDecoder, TextDecoder, WindowDecoder
 from evenhand_engine.text.tool_calls import ToolFormat
 
 _MANY_TOKENS = 256
@@ -31,6 +33,24 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTES = _byte_letters()
+
+
+class _TokenBytes(dict[int, bytes]):
+    """What a decoder that is `ByteLevel` alone makes of each token, looked up once."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        added: dict[int, tokenizers.AddedToken] = tokenizer.get_added_tokens_decoder()
+        self._skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+
+    def __missing__(self, token_id: int) -> bytes:
+        spelling = "" if token_id in self._skipped else self._tokenizer.id_to_token(token_id) or ""
+        is_spelled = all(
+            letter in _BYTES for letter in spelling
+        )  # else it is no token of the vocabulary, but an added one
+        found = bytes(_BYTES[letter] for letter in spelling) if is_spelled else spelling.encode()
+        self[token_id] = found
+        return found
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
@@ -84,6 +104,7 @@ class Tokenizer:
         add_special_tokens(self._tokenizer, special_tokens)
         self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
+        self._token_bytes = {skips: _TokenBytes(self._tokenizer, skips) for skips in (False, True)}
         self._eos_token = special_tokens.named.get("eos_token")
         self._template = ChatTemplate.load(directory, tokenizer_config, special_tokens.named)
         size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -130,6 +151,13 @@ class Tokenizer:
         else:  # the batch call is slower to set up, and releases the GIL
             text = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
         return text
+
+    def text_decoder(self, context: Sequence[int] = (), skip_special_tokens: bool = True) -> TextDecoder:
+        """For one output. All of its texts are what the decoding of all tokens adds to that of `context`, the end of the
+        prompt: so a word's leading space is kept."""
+        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            return ByteDecoder(self._token_bytes[skip_special_tokens], context)
+        return WindowDecoder(lambda token_ids: self.decode(token_ids, skip_special_tokens), context)
 
     def to_json(self) -> str:
         """All of it as one `tokenizer.json`."""

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
 import pytest
 
-from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest
+from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.errors import EngineDeadError, StartupError
@@ -27,10 +28,11 @@ from evenhand_engine.messages import (
 )
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams
 from evenhand_engine.text.detokenizer import text_of
+from evenhand_engine.text.text_decoder import TextDecoder, WindowDecoder
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 
-from .conftest import WAIT_SECONDS, ScriptedCore
+from .conftest import WAIT_SECONDS, ScriptedCore, idle_stats
 
 
 def ask(
@@ -73,33 +75,26 @@ def output(request_id: str, *token_ids: int, finish: FinishReason | None = None)
 
 
 def stats(step_id: int) -> EngineStats:
-    return EngineStats(
-        time=0.0,
-        step_id=step_id,
-        num_running=1,
-        num_waiting=0,
-        num_deferred=0,
-        num_kv_blocks=1,
-        num_free_kv_blocks=1,
-        num_preemptions=0,
-        num_prefix_queries=0,
-        num_prefix_hits=0,
-        num_drafts=0,
-        num_draft_tokens=0,
-        num_accepted_tokens=0,
-        virtual_time=0.0,
-        config_digest="",
-        step_tokens=(),
-        step_seconds=(),
-        tenants=(),
-    )
+    return msgspec.structs.replace(idle_stats(""), step_id=step_id)
 
 
 class Letters:
     """A tokenizer whose token ids are code points."""
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(map(chr, token_ids))
+    def text_decoder(self, context: Sequence[int], skip_special_tokens: bool) -> TextDecoder:
+        return WindowDecoder(lambda token_ids: "".join(map(chr, token_ids)), context)
+
+
+async def read(stream: Stream) -> AsyncIterator[Delta]:
+    """Each delta as soon as there is one, until the last."""
+    news, delta = asyncio.Event(), None
+    stream.listen(news.set)
+    while delta is None or delta.finish_reason is None:
+        if (delta := stream.take()) is not None:
+            yield delta
+        else:
+            news.clear()
+            await news.wait()
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +108,7 @@ async def connected(core: ScriptedCore) -> AsyncIterator[LocalBackend]:
 
 
 async def collect(backend: LocalBackend, request_id: str) -> list[Delta]:
-    return [delta async for delta in backend.generate(ask(request_id), Notes())]
+    return [delta async for delta in read(backend.generate(ask(request_id), Notes()))]
 
 
 def text(deltas: Iterable[Delta]) -> str:
@@ -148,7 +143,7 @@ async def test_closing_aborts_and_the_core_says_when_it_is_over(is_cancelled: bo
     core, notes = Slow(), Notes()
     async with connected(core) as backend:
         stream = backend.generate(ask("a"), notes)
-        reading = asyncio.ensure_future(anext(stream))
+        reading = asyncio.ensure_future(anext(read(stream)))
         await asyncio.to_thread(core.expect, AddRequest)
         if is_cancelled:
             reading.cancel()
@@ -163,8 +158,7 @@ async def test_closing_aborts_and_the_core_says_when_it_is_over(is_cancelled: bo
         assert notes.endings == [Ending(FinishReason.ABORT, 3, 1)]
         assert notes.num_tokens == (1 if is_cancelled else 2)
         assert backend.num_in_flight == 0
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
+        assert stream.take() is None
 
 
 async def test_a_finished_request_is_not_aborted() -> None:
@@ -172,7 +166,7 @@ async def test_a_finished_request_is_not_aborted() -> None:
     async with connected(core) as backend:
         notes = Notes()
         stream = backend.generate(ask("a"), notes)
-        assert [delta.finish_reason async for delta in stream] == [FinishReason.STOP]
+        assert [delta.finish_reason async for delta in read(stream)] == [FinishReason.STOP]
         stream.close()
         backend.reconfigure(SchedulerConfig())
         await asyncio.to_thread(core.expect, AddRequest)
@@ -184,7 +178,7 @@ async def test_a_request_that_is_refused_in_the_queue_has_not_started() -> None:
     core = ScriptedCore(lambda request: [output(request.request_id, finish=FinishReason.QUEUE_TIMEOUT)])
     async with connected(core) as backend:
         notes = Notes()
-        deltas = [delta async for delta in backend.generate(ask("a"), notes)]
+        deltas = [delta async for delta in read(backend.generate(ask("a"), notes))]
         assert deltas == [Delta([], 0, FinishReason.QUEUE_TIMEOUT)]
         assert (notes.started_with, notes.endings) == (None, [Ending(FinishReason.QUEUE_TIMEOUT, 0)])
 
@@ -204,7 +198,7 @@ async def test_stop_strings_are_found_though_nobody_reads() -> None:
         assert (abort.reason, abort.num_output_tokens) == (FinishReason.STOP, len("once STOP"))
         await asyncio.wait_for(notes.has_ended.wait(), WAIT_SECONDS)
         assert notes.endings[0].num_output_tokens == len("once STOP upon"), "what was computed counts"
-        [delta] = [delta async for delta in stream]
+        [delta] = [delta async for delta in read(stream)]
         assert (text([delta]), delta.num_tokens, delta.finish_reason) == ("once ", len("once STOP"), FinishReason.STOP)
         stream.close()
         assert core.received.empty(), "ended once"
@@ -228,12 +222,13 @@ async def test_what_is_not_read_is_one_record() -> None:
             for i, stream in enumerate(streams):
                 for start in range(0, num_tokens, 4):
                     letters = (97 + (i + start) % 26, 98, 99, 32)
-                    stream.take(output(str(i), *letters), 0.0)
+                    stream.receive(output(str(i), *letters), 0.0)
             taken = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
         assert taken / (num_streams * num_tokens) < 100 * 2**20 / (1000 * 8000)
-        delta = await anext(streams[1])
+        delta = streams[1].take()
+        assert delta is not None
         assert delta.num_tokens == sum(len(piece.token_ids) for piece in delta.pieces) == num_tokens
         assert text([delta])[:8] == "bbc fbc "
 
@@ -351,7 +346,7 @@ async def test_a_core_that_does_not_read_does_not_block_the_loop() -> None:
     core = Deaf()
     async with connected(core) as backend:
         readers = [asyncio.create_task(collect(backend, str(number))) for number in range(50)]
-        blocked = asyncio.ensure_future(anext(backend.generate(ask("huge", range(300_000)), Notes())))
+        blocked = asyncio.ensure_future(anext(read(backend.generate(ask("huge", range(300_000)), Notes()))))
         async with asyncio.timeout(10):
             for _ in range(100):
                 await asyncio.sleep(0)

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import web
 
-from evenhand_engine.sidecar.relay import EventWriter, Relay
+from evenhand_engine.frontend.event_writer import EventWriter
+from evenhand_engine.sidecar.relay import Relay
 
 from .conftest import DONE, WAIT_SECONDS, ScriptedUpstream, Sidecar, event, open_stream
 

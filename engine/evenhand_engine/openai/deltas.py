@@ -1,0 +1,95 @@
+"""Deltas: what the choices of one answer say, read in the very call in which it comes.
+
+To wake a task for each token costs more than the token does. So a reader gives a function, which is called with each delta as the
+backend brings it, until it wants no more: because its client does not keep up, perhaps. What comes meanwhile is coalesced.
+"""
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from evenhand_engine.backends.backend import Delta
+from evenhand_engine.frontend.door import Door
+from evenhand_engine.openai.errors import refuse_finished
+from evenhand_engine.openai.generation import Generation, Unanswered
+from evenhand_engine.scheduler.request import FinishReason
+
+Take = Callable[[int, Delta], bool]
+"""Is given the index of a generation and what it says; returns whether it takes more."""
+
+
+class Deltas:
+    """For one reader.
+
+    Args:
+        generations: which have begun. The first error of any is the answer's.
+        door: knows how long the queue is.
+    """
+
+    def __init__(self, generations: Sequence[Generation], door: Door) -> None:
+        self._generations = generations
+        self._door = door
+        self._ready: dict[int, None] = {}  # generations that have something to take, by how long they have
+        self._num_open = len(generations)
+        self._reader: tuple[Take, asyncio.Future[bool]] | None = None  # who waits
+        for index, generation in enumerate(generations):
+            generation.listen(functools.partial(self._hear, index))
+
+    async def hand_on(self, take: Take) -> bool:
+        """Give each delta to `take`, until it wants no more (True) or there are no more (False).
+
+        Raises Refusal if a request ended without a result, EngineDeadError if the backend died, and what `take` raises.
+        """
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._reader = take, done
+        self._advance(take, done)
+        try:
+            return await done
+        except Unanswered as ended:
+            delay = 0.0
+            if ended.reason is FinishReason.QUEUE_TIMEOUT:
+                delay = await self._door.queue_delay(ended.tenant_id)
+            refusal = refuse_finished(ended.reason, delay)
+            assert refusal is not None
+            raise refusal from None
+        finally:
+            self._reader = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Delta]:
+        """The next alone."""
+        found: list[tuple[int, Delta]] = []
+
+        def take(index: int, delta: Delta) -> bool:
+            found.append((index, delta))
+            return False
+
+        await self.hand_on(take)
+        if not found:
+            raise StopAsyncIteration
+        return found[0]
+
+    def _hear(self, index: int) -> None:
+        self._ready[index] = None
+        if self._reader is not None:
+            self._advance(*self._reader)
+
+    def _advance(self, take: Take, done: "asyncio.Future[bool]") -> None:
+        """Hand on what there is. Called by the backend too, so whatever is raised is the reader's."""
+        try:
+            while self._ready and not done.done():
+                index = next(iter(self._ready))
+                del self._ready[index]
+                if (delta := self._generations[index].take()) is None:
+                    continue
+                self._ready[index] = None  # behind the others: it may have more to say
+                self._num_open -= delta.finish_reason is not None
+                if not take(index, delta):
+                    done.set_result(True)
+            if not self._num_open and not done.done():
+                done.set_result(False)
+        except Exception as error:
+            done.set_exception(error)
