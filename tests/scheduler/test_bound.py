@@ -430,6 +430,15 @@ def full_house() -> float:
     return worst_of(trial)
 
 
+def reserved_seats() -> float:
+    """The same with seats of which one is left to tenants with few; both have many before long."""
+    trial = pair({"first": SHORT, "second": Flood(80, 2, 120)}, num_kv_blocks=1_200, max_num_seqs=32)
+    trial.floods, both = {"second": trial.floods["second"]}, trial.floods
+    trial.run(50)
+    trial.floods = both
+    return worst_of(trial)
+
+
 def scarce_budget_trial() -> Trial:
     """Seats and memory are free, so that nothing is preempted; a heavy tenant's prompts compete with running decodes."""
     trial = pair({"first": Flood(30, 60, 2), "second": Flood(40, 20, 100)}, num_kv_blocks=2_000, max_num_seqs=64)
@@ -523,6 +532,11 @@ CHARGE_PROMPT, TAKE = Ledger.charge_prompt, Results._append
             full_house,
             [(Preemption, "_serve_furthest_behind", never), (Preemption, "pause", never)],
             id="nobody gives way",
+        ),
+        pytest.param(
+            reserved_seats,
+            [(Preemption, "_serve_furthest_behind", never), (Preemption, "pause", never)],
+            id="nobody gives way, of more seats",
         ),
         pytest.param(scarce_budget, [(Preemption, "pause", never)], id="nobody pauses"),
         pytest.param(

@@ -11,7 +11,7 @@ A step (`scheduler`, which reads top to bottom as this list):
     pause     what runs for tenants beyond the limit keeps its memory and computes nothing               preemption
     budget    tokens, and the seconds that inter-token objectives leave                                  pace, step_time
     decode    one token for every stream; where there is no room for all they take turns                 turns
-    prefill   chunks of prompts, the least served tenant's first, while the budget lasts                 order, capacity
+    prefill   chunks of prompts, the least served tenant's first, while the budget lasts                 admission, order, capacity
     close     the virtual time moves to the least served of those left out                               ledger
 
 and when its batch was computed, one step or `pipeline_depth` steps later:

@@ -4,13 +4,16 @@ What a request needs to start beyond a tenant's guarantee, and what it leaves:
 
     ├── its tokens and one more ──┤── room to grow of all that run ──┤
     new blocks   revived blocks     growth_blocks for each
+
+Of 32 seats and more one in 32 is left by tenants that have many, so that one that comes finds a seat at once instead of waiting until
+somebody's request ends.
 """
 
 from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Protocol
 
-from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.scheduler.block_manager import BlockManager
 from evenhand_engine.scheduler.request import Request
 from evenhand_engine.scheduler.tenant import Tenant
@@ -22,8 +25,13 @@ class Fit(Enum):
     FITS = auto()
     CAPPED = auto()  # its tenant's own ceiling holds it back: nobody else is to blame, no credit is earned
     STARVED = auto()  # no seat, or not enough free blocks
+    RESERVED = auto()  # it would fit, but the seats that are free are for tenants that have few
     UNSETTLED = auto()  # the next block of its prompt, or a token it sampled before it was preempted, is in flight
     NEVER = auto()  # larger than the cache or its tenant's ceiling
+
+
+_SEATS_PER_RESERVED = 32
+_MANY = 8  # a tenant has many seats if it has more than one in so many of those that are taken
 
 
 class Capacity(Protocol):
@@ -53,6 +61,8 @@ class KvCapacity:
         )
         self._settings = settings
         self._tenants = tenants
+        is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
+        self._num_reserved_seats = settings.max_num_seqs // _SEATS_PER_RESERVED if is_fair else 0
         self._free_seats = list(range(settings.max_num_seqs - 1, -1, -1))
         self._left_seats: list[int] = []  # since somebody last asked
 
@@ -66,6 +76,14 @@ class KvCapacity:
     def num_missing_seats(self) -> int:
         """Seats that must be cleared before one more request can run; negative: seats to spare."""
         return 1 - len(self._free_seats)
+
+    def num_missing_seats_for(self, tenant: Tenant) -> int:
+        """The same of one more request of this tenant: one that has many leaves those that are reserved."""
+        return self.num_missing_seats + (0 if self.has_few_seats(tenant) else self._num_reserved_seats)
+
+    def has_few_seats(self, tenant: Tenant) -> bool:
+        """Whether the tenant may take the last seats: it has few, or there is nobody else to leave them to."""
+        return tenant.num_running * _MANY <= self.num_running or len(self._tenants) == 1
 
     def take_seat(self) -> int:
         return self._free_seats.pop()
@@ -92,8 +110,9 @@ class KvCapacity:
                 return Fit.CAPPED
         if request.num_in_flight_tokens or blocks.is_next_block_expected(request):
             return Fit.UNSETTLED
-        is_starved = self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0
-        return Fit.STARVED if is_starved else Fit.FITS
+        if self.num_missing_seats > 0 or self.num_missing_blocks(request) > 0:
+            return Fit.STARVED
+        return Fit.RESERVED if self.num_missing_seats_for(tenant) > 0 else Fit.FITS
 
     def num_expected_hits(self, request: Request) -> int:
         """Tokens of the request's prefix that are likely to be cached."""

@@ -43,7 +43,7 @@ class Order:
         if tenant.prefilling:
             return True
         request = tenant.next_prompt()
-        return request is not None and self._capacity.fit(request) in (Fit.FITS, Fit.STARVED, Fit.UNSETTLED)
+        return request is not None and self._capacity.fit(request) not in (Fit.CAPPED, Fit.NEVER)
 
     def least_served(self) -> Tenant | None:
         """Who is furthest behind, of those whose prompts contend."""

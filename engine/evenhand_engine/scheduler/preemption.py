@@ -57,7 +57,7 @@ class Preemption:
             if request is None or not self._capacity.is_within_guarantee(request):
                 continue
             fit = self._capacity.fit(request)
-            if fit is Fit.FITS:  # memory may be held for another's prompt, but not its guarantee
+            if fit in (Fit.FITS, Fit.RESERVED):  # memory or a seat may be held for others, but not its guarantee
                 request_table.start(request, now)
                 return True
             if fit is Fit.STARVED and self._replace(self._victims_of_reclaim(request), request, now):
@@ -73,7 +73,7 @@ class Preemption:
         rivals = list(self._request_table.running_tenants.values())
         for _ in range(self._settings.max_num_seqs):
             request = tenant.waiting.first((), may_start=tenant.may_start)
-            if request is None or self._capacity.fit(request) is not Fit.STARVED:
+            if request is None or self._capacity.fit(request) not in (Fit.STARVED, Fit.RESERVED):
                 return
             limit = self._ledger.service(tenant) + self._cost_of_starting(tenant, request)
             if not self._replace(self._victims_of_service(request, limit, rivals, now), request, now):
@@ -150,7 +150,8 @@ class Preemption:
 
     def _victims_of_reclaim(self, request: Request) -> list[Request]:
         """Victims who make room for a request within its tenant's guarantee; empty if they cannot."""
-        victims, beyond_guarantee = _Victims(self._capacity, request), self._capacity.num_beyond_guarantee
+        beneficiary = self._request_table.tenants[request.tenant_id]
+        victims, beyond_guarantee = _Victims(self._capacity, beneficiary, request), self._capacity.num_beyond_guarantee
         tenants = self._request_table.running_tenants.values()
         others = [t for t in tenants if t.tenant_id != request.tenant_id and beyond_guarantee(t) > 0]
         for tenant in sorted(others, key=beyond_guarantee, reverse=True):
@@ -167,7 +168,8 @@ class Preemption:
         Only tenants whose virtual service is beyond `limit` give way: what the beneficiary's will be once the prompt
         is charged, and the preemption lag. So who gives way stays ahead by that much.
         """
-        victims, service = _Victims(self._capacity, request), self._ledger.service
+        beneficiary = self._request_table.tenants[request.tenant_id]
+        victims, service = _Victims(self._capacity, beneficiary, request), self._ledger.service
         ahead = [t for t in rivals if t.tenant_id != request.tenant_id and service(t) > limit]
         for tenant in sorted(ahead, key=service, reverse=True):
             for victim in self._preemptible(tenant, now):
@@ -212,19 +214,20 @@ class Preemption:
 class _Victims:
     """Victims chosen so far, and whether they make room for a waiting request."""
 
-    def __init__(self, capacity: KvCapacity, request: Request) -> None:
+    def __init__(self, capacity: KvCapacity, tenant: Tenant, request: Request) -> None:
         self.chosen: list[Request] = []
         self._capacity = capacity
         self._request = request
         self._prefix = set(capacity.blocks.cached_prefix(request))  # it needs none of these anew, whoever holds them
         self._released: Counter[int] = Counter()
+        self._missing_seats = capacity.num_missing_seats_for(tenant)
         self._missing_blocks = capacity.blocks.num_missing_blocks(request) - capacity.blocks.num_free_blocks
 
     @property
     def suffice(self) -> bool:
         num_victims = len(self.chosen)
         num_growth_blocks = self._capacity.num_growth_blocks(self._request, self._capacity.num_running - num_victims)
-        return self._missing_blocks + num_growth_blocks <= 0 and self._capacity.num_missing_seats <= num_victims
+        return self._missing_blocks + num_growth_blocks <= 0 and self._missing_seats <= num_victims
 
     def add(self, victim: Request) -> int:
         """Choose another; returns how many blocks it frees, those included that only victims held."""

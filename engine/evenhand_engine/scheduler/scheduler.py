@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
+from evenhand_engine.scheduler.admission import Admission
 from evenhand_engine.scheduler.batch import Batch, BatchPlan
 from evenhand_engine.scheduler.capacity import Fit
 from evenhand_engine.scheduler.ledger import Ledger
@@ -38,8 +39,6 @@ from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
-_MAX_WITHOUT_ROOM = 4  # prompts without room that one step looks at before it stops admitting
-_LARGE_PROMPT = 8  # a prompt is large if it needs more than the cache divided by this
 
 
 class _Step(NamedTuple):
@@ -225,60 +224,20 @@ class Scheduler:
     def _schedule_prompts(self, budget: StepBudget, plan: BatchPlan, now: float) -> list[bytes]:
         """Chunks of prompts while the budget lasts; returns the hashes of blocks that they fill.
 
-        A prompt whose next block is in flight waits for it instead of computing it too, for a step or two. Memory is held for a prompt without room: only a large one is bypassed by the next tenant's, and only so often.
+        A prompt whose next block is in flight waits for it instead of computing it too, for a step or two.
         """
-        without_room: dict[str, Tenant] = {}
-        held_back: set[str] = set()
+        admission = Admission(self.settings, self.request_table, self.ledger, self._order, now)
         expected: list[bytes] = []
-        may_start_new = not self._is_static and self.request_table.capacity.num_missing_seats <= 0
-        while budget.fit(0, 1) > 0:
-            blocked = without_room.keys() | held_back
-            tenant = self._order.next_tenant(blocked, may_start_new=may_start_new)
-            if tenant is None:
-                break
-            may_start = may_start_new and tenant.tenant_id not in blocked and not self.ledger.is_ahead(tenant)
-            request = tenant.next_prompt(may_start=may_start)
-            assert request is not None
-            if request.started_at is None:
-                fit = self.request_table.capacity.fit(request)
-                if fit is Fit.NEVER:
-                    self.request_table.finish_oversized(request)
-                elif fit in (Fit.CAPPED, Fit.UNSETTLED):
-                    held_back.add(tenant.tenant_id)
-                elif fit is Fit.STARVED:
-                    without_room[tenant.tenant_id] = tenant
-                    may_start_new = self._may_bypass(tenant, request) and len(without_room) < _MAX_WITHOUT_ROOM
-                    if not may_start_new and self._is_fair:
-                        self._start_who_is_behind(tenant, now)
-                else:
-                    self.request_table.start(request, now)
-                    for bypassed in without_room.values():
-                        bypassed.num_bypasses += 1
-                    may_start_new = self.request_table.capacity.num_missing_seats <= 0
-                if fit is not Fit.FITS:
-                    continue
+        while budget.fit(0, 1) > 0 and (chosen := admission.next_prompt()) is not None:
+            tenant, request = chosen
+            if request.started_at is None and not admission.start(tenant, request):
+                continue
             num_tokens = budget.fit(request.num_computed_tokens, request.num_pending_tokens)
             if num_tokens == 0:
                 break
             expected += self._schedule_chunk(tenant, request, num_tokens, budget, plan)
-        self._is_starved = bool(without_room) or not may_start_new
+        self._is_starved = admission.has_left_out
         return expected
-
-    def _start_who_is_behind(self, tenant: Tenant, now: float) -> None:
-        """Memory that is held for `tenant`, who went first by class, deadline or prefix, is not held against the least
-        served: else that one waits for who is ahead of it, and once all that runs is paused for its sake, for ever."""
-        least = self._order.least_served()
-        if least is None or least is tenant or least.prefilling:
-            return
-        request = least.next_prompt()
-        if request is not None and self.request_table.capacity.fit(request) is Fit.FITS:
-            self.request_table.start(request, now)
-
-    def _may_bypass(self, tenant: Tenant, request: Request) -> bool:
-        """Whether others may start past a prompt without room: what is held for it lies idle, so for a small one little."""
-        blocks = self.request_table.blocks
-        is_large = blocks.num_missing_blocks(request) * _LARGE_PROMPT > blocks.num_blocks
-        return self._is_fair and is_large and tenant.num_bypasses < self.settings.max_bypasses
 
     def _schedule_chunk(
         self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, plan: BatchPlan
