@@ -4,13 +4,14 @@ import random
 
 import pytest
 
-from evenhand_engine.dispatch.window import Flight, Gauges, Window
+from evenhand_engine.dispatch.gauges import Gauges
+from evenhand_engine.dispatch.window import Flight, Room, Window
 
 
 def fill(window: Window, num_prompt_tokens: int, now: float) -> list[Flight]:
     """Send equal prompts until there is no room."""
     flights = []
-    while window.has_room(num_prompt_tokens, 10):
+    while window.room(num_prompt_tokens, 10, now) is Room.FREE:
         flights.append(window.send(num_prompt_tokens, 10, now))
     return flights
 
@@ -24,7 +25,7 @@ def test_counts_are_those_of_what_is_in_flight(seed: int) -> None:
         match rng.randrange(6):
             case 0 | 1:
                 prompt, expected = rng.randint(1, 900), rng.randint(0, 300)
-                if window.has_room(prompt, expected):
+                if window.room(prompt, expected, now) is Room.FREE:
                     flights.append(window.send(prompt, expected, now, is_silent=rng.random() < 0.3))
             case 2 if flights:
                 window.start(rng.choice(flights), now)
@@ -47,13 +48,44 @@ def test_counts_are_those_of_what_is_in_flight(seed: int) -> None:
 
 def test_an_idle_upstream_gets_whatever_waits() -> None:
     window = Window(batch_tokens=16, kv_tokens=100)
-    assert window.has_room(10_000, 10_000)
+    assert window.room(10_000, 10_000, 0.0) is Room.FREE
     window.send(10_000, 10_000, 0.0)
-    assert not window.has_room(1, 1)  # the cache is full
+    assert window.room(1, 1, 0.0) is Room.NONE  # the cache is full
 
 
-def test_one_computes_while_one_waits_however_long_they_are() -> None:
-    assert len(fill(Window(batch_tokens=16), 5_000, 0.0)) == 2
+def test_one_short_prompt_computes_while_one_waits_however_small_the_batch_is() -> None:
+    assert len(fill(Window(batch_tokens=100), 90, 0.0)) == 2
+
+
+def test_a_long_prompt_goes_when_a_quarter_of_it_is_left_of_the_one_before() -> None:
+    window = Window(batch_tokens=500, prefill_rate=1_000.0)
+    (first,) = fill(window, 4_000, 0.0)
+    assert window.room(4_000, 10, 2.0) is Room.NONE and window.next_due == pytest.approx(3.0)
+    assert window.room(400, 10, 2.0) is Room.FREE, "a short one is not held back by a long one"
+    (second,) = fill(window, 4_000, 3.0)
+    assert window.room(4_000, 10, 60.0) is Room.NONE and window.next_due == float("inf"), "done only with a first chunk"
+    window.start(first, 60.0)
+    assert window.room(4_000, 10, 60.0) is Room.NONE
+    assert window.num_left_tokens(60.0) == 4_000
+    window.end(second)
+    assert window.room(4_000, 10, 60.0) is Room.FREE
+
+
+def test_the_rate_is_learned_from_what_was_left_and_how_long_it_took() -> None:
+    """Long prompts one after another at 200 tokens a second, chats in between that say little of the rate."""
+    window, now, leads = Window(batch_tokens=64, prefill_rate=8_000.0), 0.0, []
+    flights = fill(window, 2_000, now)
+    for _ in range(20):
+        done = now + 10.0
+        while len(flights) < 2 and (sent_at := window.next_due) < done:
+            flights += fill(window, 2_000, sent_at)
+            leads.append(done - sent_at)
+        window.start(flights.pop(0), done)
+        window.start(window.send(20, 10, done), done + 0.1)
+        flights += fill(window, 2_000, done + 0.1)
+        now = done
+    assert window.prefill_rate == pytest.approx(200, rel=0.05)
+    assert leads[-1] == pytest.approx(2.5, rel=0.2)
 
 
 def test_short_prompts_fill_the_batch() -> None:
@@ -112,9 +144,9 @@ def test_preemptions_shrink_the_cache_and_a_roomy_one_grows_it() -> None:
     fill(window, 300, 0.0)
     window.correct(Gauges(num_preemptions=0, num_tokens=1), 1.0)
     window.correct(Gauges(num_preemptions=3, num_tokens=2), 2.0)
-    assert window.kv_tokens == pytest.approx(0.9 * window.num_tokens)
+    assert window.kv_tokens == pytest.approx(0.95 * window.num_tokens)
     shrunk = window.kv_tokens
-    assert not window.has_room(300, 10)
+    assert window.room(300, 10, 2.0) is not Room.FREE
     window.correct(Gauges(num_preemptions=3, kv_usage=0.2, num_tokens=3), 3.0)
     assert window.kv_tokens > shrunk
 
@@ -136,9 +168,9 @@ def test_seats_that_the_upstream_names_bound_what_is_in_flight() -> None:
     flights = [window.send(10, 10, 0.0) for _ in range(2)]
     for flight in flights:
         window.start(flight, 1.0)
-    assert not window.has_room(1, 1)
+    assert window.room(1, 1, 1.0) is Room.NONE
     window.end(flights[0])
-    assert window.has_room(1, 1)
+    assert window.room(1, 1, 1.0) is Room.FREE
 
 
 def test_a_tenant_that_has_little_in_flight_finds_a_seat_and_tokens_that_others_leave() -> None:
@@ -146,13 +178,13 @@ def test_a_tenant_that_has_little_in_flight_finds_a_seat_and_tokens_that_others_
     window.num_seats = 64
     for flight in [window.send(100, 40, 0.0) for _ in range(62)]:
         window.start(flight, 0.1)
-    assert not window.has_room(100, 40) and window.has_room(100, 40, uses_reserve=True)
+    assert window.room(100, 40, 1.0) is Room.RESERVED
     window.num_seats = float("inf")
-    assert window.has_room(800, 0) and not window.has_room(900, 0) and window.has_room(900, 0, uses_reserve=True)
+    assert [window.room(size, 0, 1.0) for size in (800, 900, 1_200)] == [Room.FREE, Room.RESERVED, Room.NONE]
     window.num_seats = 4
-    assert not window.has_room(1, 1, uses_reserve=True)
+    assert window.room(1, 1, 1.0) is Room.NONE
     few = Window()
     few.num_seats = 4
     for _ in range(3):
         few.start(few.send(1, 1, 0.0), 0.1)
-    assert few.has_room(1, 1), "too few seats to leave one free"
+    assert few.room(1, 1, 1.0) is Room.FREE, "too few seats to leave one free"

@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from evenhand_engine.dispatch.window import Gauges
+from evenhand_engine.dispatch.gauges import Gauges
 
 _WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred")
 _KV_USAGE = (

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.dispatch.window import Flight, Gauges, Window
+from evenhand_engine.dispatch.gauges import Gauges
+from evenhand_engine.dispatch.window import Flight, Room, Window
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
@@ -26,7 +27,6 @@ from evenhand_policy.config import KvCacheShare, SchedulerConfig
 
 _OUTPUT_SMOOTHING = 0.05  # weight of the newest request in the mean length of outputs
 _FIRST_EXPECTED_TOKENS = 256.0
-_LITTLE = 16  # a tenant with at most one in so many of the requests in flight uses the window's reserve
 
 
 class Errand(Request):
@@ -158,7 +158,7 @@ class Dispatcher:
         self.window.advance(now)
         for request in self._timeouts.take_overdue(now):
             self.request_table.finish(request, FinishReason.QUEUE_TIMEOUT)
-        while (errand := self._next()) is not None:
+        while (errand := self._next(now)) is not None:
             yield self._send(errand, now)
         if not self.request_table.active:
             self.window.release()
@@ -171,7 +171,7 @@ class Dispatcher:
 
     @property
     def next_event(self) -> float:
-        """When `dispatch` should be called although nothing happened: a silent start, or a queue timeout."""
+        """When `dispatch` should be called although nothing happened: the window's time, or a queue timeout."""
         return min(self.window.next_due if self.request_table.active else float("inf"), self._timeouts.next_due)
 
     # -- what the upstream does
@@ -220,18 +220,26 @@ class Dispatcher:
 
     # -- order
 
-    def _next(self) -> Errand | None:
-        """The head of the queue whose turn it is, if the window has room for it. None is bypassed for want of room:
-        the room that comes free is for it."""
-        if self.request_table.capacity.num_missing_seats > 0:
-            return None
-        tenant = self._order.next_tenant((), may_start_new=True)
-        request = tenant.next_prompt() if tenant is not None else None
-        if tenant is None or not isinstance(request, Errand):
-            return None
-        has_little = tenant.num_running * _LITTLE <= self.window.num_in_flight
-        has_room = self.window.has_room(request.num_prompt_tokens, self._expected(request), uses_reserve=has_little)
-        return request if has_room else None
+    def _next(self, now: float) -> Errand | None:
+        """The head of the queue whose turn it is, if the window has room for it. None is bypassed for want of room: the
+        room that comes free is for it. But what a tenant with many in flight must leave, one with few may use, unless
+        it is ahead by more than the slack."""
+        capacity, ledger = self.request_table.capacity, self.ledger
+        bypassed: set[str] = set()
+        limit = float("inf")
+        while capacity.num_missing_seats <= 0:
+            tenant = self._order.next_tenant(bypassed, may_start_new=True)
+            request = tenant.next_prompt() if tenant is not None else None
+            if tenant is None or not isinstance(request, Errand) or ledger.service(tenant) > limit:
+                return None
+            room = self.window.room(request.num_prompt_tokens, self._expected(request), now)
+            if room is Room.FREE or (room is Room.RESERVED and capacity.has_few_seats(tenant)):
+                return request
+            if room is Room.NONE:
+                return None
+            bypassed.add(tenant.tenant_id)
+            limit = min(limit, ledger.service(tenant) + ledger.slack)
+        return None
 
     def _send(self, errand: Errand, now: float) -> Errand:
         tenant: Tenant = self.request_table.tenants[errand.tenant_id]

@@ -6,19 +6,25 @@ upstream lacks work. Two counts, both seen on the wire at the moment they change
     unstarted   prompt tokens of requests sent without a first chunk: what the upstream queues and prefills
     in flight   tokens of all requests sent: prompts, outputs so far, and outputs still expected: what fills its KV cache
 
-*The rule.* A request is sent if nothing is in flight; else if (1) fewer than two requests are unstarted, or their prompts and
-its own are together within `batch_tokens`, (2) all tokens in flight and its own are within `kv_tokens`, and (3) a seat is
-free of those that the upstream says it has. Two, because one computes while the other waits: with one the upstream would run
-a step without a prompt for each prompt.
+*The rule.* A request is sent if nothing is in flight; else if (1) it is its prompt's turn, (2) all tokens in flight and its
+own are within `kv_tokens`, and (3) a seat is free of those that the upstream says it has.
 
-*The reserve.* Tenants that have little in flight may use a thirty-second more of the tokens, and of the seats a part that others
-leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
+*Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
+its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
+step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
+So it is sent when what is left of those before it is no more than a quarter of its own: early enough for the upstream never to
+lack a prompt, if the rate at which it prefills is known within a fifth. What is left is estimated: prompts are taken to be
+prefilled one after another, at the rate seen so far, and none to be done before its first chunk.
 
-*What is learned.* `batch_tokens` follows the prompt tokens that the upstream takes at once. If first chunks come and every
-request sent before them has started, while somebody waits here, the upstream had nothing left to start: it grows by a
-quarter. Otherwise it shrinks, with a half-life of 2 s of holding back. So it stays just above what keeps the upstream
-busy, whatever its batch budget, and no gauge takes part. `kv_tokens` is what the upstream says of its cache, or unbounded;
-where that is unknown or wrong, (1) still bounds what queues: a request without memory does not start.
+*The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
+others leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
+
+*What is learned.* The rate, by what was left when a prompt was sent and how long its first chunk took. `batch_tokens` follows
+the prompt tokens that the upstream takes at once. If first chunks come and every request sent before them has started, while
+a short one waits here, the upstream had nothing left to start: it grows by a quarter. Otherwise it shrinks, with a half-life of
+2 s of holding back. So it stays just above what keeps the upstream busy, whatever its batch budget, and no gauge takes part.
+`kv_tokens` is what the upstream says of its cache, or unbounded; where that is unknown or wrong, (1) still bounds what queues: a
+request without memory does not start.
 
 *Gauges* come late, or freeze, so they only correct, a little at each report that differs from the last: preemptions
 shrink `kv_tokens`; a cache that is not full while `kv_tokens` holds somebody back grows it; a queue upstream that is longer
@@ -29,8 +35,13 @@ another at the rate seen of others, and to have started where one that was sent 
 """
 
 from dataclasses import dataclass
+from enum import Enum, auto
+
+from evenhand_engine.dispatch.gauges import Gauges
+from evenhand_engine.dispatch.prefill_rate import PrefillRate
 
 _MIN_UNSTARTED = 2
+_LEAD = 0.25  # of a long prompt: what is left of those before it when it is sent
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
 _RESERVE = 1 / 32
 _GROWTH = 1.25
@@ -38,27 +49,20 @@ _HALF_LIFE_SECONDS = 2.0
 _BURST_SECONDS = 0.005  # first chunks of one step come within this time
 _LARGEST_BATCH = 1 << 17
 _SMALLEST_BATCH = 16
-_RATE_SMOOTHING = 0.1
+_SHRINKAGE = 0.95  # of what was in flight when the upstream preempted
 _CORRECTION_SECONDS = 5.0  # between two corrections by preemptions: what they free shows later
 _ROOMY_CACHE = 0.9  # in use; below it the cache is not what limits
+_EMPTY_CACHE = 0.5  # below it much too little is in flight
+_ROUNDING = 1e-6  # tokens
 _NEVER = float("inf")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gauges:
-    """What an upstream says of itself, some time ago. None: it does not say.
+class Room(Enum):
+    """Whether a request may be sent."""
 
-    Attributes:
-        num_waiting: requests in its queue.
-        kv_usage: used part of its KV cache, 0 to 1.
-        num_preemptions: since its start.
-        num_tokens: tokens it has generated since its start; tells a live report from a frozen one.
-    """
-
-    num_waiting: int | None = None
-    kv_usage: float | None = None
-    num_preemptions: int | None = None
-    num_tokens: int | None = None
+    FREE = auto()
+    RESERVED = auto()  # only what is left for tenants that have few in flight
+    NONE = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +72,8 @@ class Flight:
     Attributes:
         num_expected_tokens: outputs that it is expected to have at its end.
         is_silent: its answer comes as a whole, so that its start cannot be seen.
-        backlog: unstarted prompt tokens when it was sent, its own included.
+        is_long: it had its turn as a long one.
+        backlog: prompt tokens that were left to prefill when it was sent, its own included.
         due: when a silent one is taken to have started.
     """
 
@@ -76,7 +81,8 @@ class Flight:
     num_expected_tokens: int
     is_silent: bool
     sent_at: float
-    backlog: int = 0
+    is_long: bool = False
+    backlog: float = 0.0
     due: float = _NEVER
     num_output_tokens: int = 0
 
@@ -91,7 +97,7 @@ class Window:
     Args:
         batch_tokens: prompt tokens that the upstream takes at once, to begin with.
         kv_tokens: size of the upstream's KV cache in tokens; None: unknown.
-        prefill_rate: prompt tokens a second, to begin with; for silent requests alone.
+        prefill_rate: prompt tokens a second, to begin with.
 
     Attributes:
         batch_tokens, kv_tokens: as learned.
@@ -108,14 +114,18 @@ class Window:
         self.num_tokens = 0
         self._flights: dict[Flight, None] = {}
         self._unstarted: dict[Flight, None] = {}  # in the order in which they were sent
-        self._rate = prefill_rate
+        self._num_short = self._num_short_tokens = 0  # of the unstarted
+        self._rate = PrefillRate(prefill_rate)
+        self._head_since = -_NEVER  # when the last one before the head started
+        self._opens_at = _NEVER
         self._silent_until = 0.0  # when the silent ones sent so far will have been prefilled
         self._burst_at = self._last_start = -_NEVER
         self._grew_at = -_NEVER
-        self._holds_for_batch = False  # something waited for (1), or for (2), when last asked
+        self._holds_for_batch = False  # a short prompt waited for (1), or any request for (2), when last asked
         self._holds_for_kv = False
         self._aged_at = 0.0
         self._gauges = Gauges()
+        self._peak_tokens = 0  # in flight since the last report
         self._shrank_at = -_NEVER
         self.resize_kv(kv_tokens)
 
@@ -131,34 +141,62 @@ class Window:
         """The upstream says how large its cache is; None: it does not."""
         self.kv_tokens = _NEVER if kv_tokens is None else kv_tokens * _KV_MARGIN
 
-    def has_room(self, num_prompt_tokens: int, num_expected_tokens: int, *, uses_reserve: bool = False) -> bool:
-        """Whether such a request may be sent now. False is remembered: somebody waits for the window.
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens that the upstream prefills in a second, as seen so far."""
+        return self._rate.tokens_per_second
 
-        `uses_reserve`: its tenant has little in flight.
-        """
-        self._holds_for_batch = self._holds_for_kv = False
+    def num_left_tokens(self, now: float) -> float:
+        """Prompt tokens that the upstream has still to prefill, by estimate."""
+        head = next(iter(self._unstarted), None)
+        if head is None:
+            return 0.0
+        computed = (now - max(head.sent_at, self._head_since)) * self.prefill_rate
+        return self.num_unstarted_tokens - min(computed, head.num_prompt_tokens)
+
+    def room(self, num_prompt_tokens: int, num_expected_tokens: int, now: float) -> Room:
+        """Whether such a request may be sent now. What is not FREE is remembered: somebody waits for the window."""
+        self.release()
         if not self._flights:
+            return Room.FREE
+        num_tokens, num_flights = self.num_tokens + num_prompt_tokens + num_expected_tokens, len(self._flights)
+        has_turn = self._has_turn(num_prompt_tokens, now)
+        self._holds_for_kv = num_tokens > self.kv_tokens
+        if not has_turn or num_tokens > self.kv_tokens * (1 + _RESERVE) or num_flights >= self.num_seats:
+            return Room.NONE
+        is_scarce = self._holds_for_kv or num_flights >= self.num_seats * (1 - _RESERVE)
+        return Room.RESERVED if is_scarce else Room.FREE
+
+    def _has_turn(self, num_prompt_tokens: int, now: float) -> bool:
+        if num_prompt_tokens <= self.batch_tokens:
+            is_full = self._num_short_tokens + num_prompt_tokens > self.batch_tokens
+            self._holds_for_batch = self._num_short >= _MIN_UNSTARTED and is_full
+            return not self._holds_for_batch
+        num_more = self.num_left_tokens(now) - _LEAD * num_prompt_tokens
+        if num_more <= _ROUNDING:
             return True
-        if len(self._unstarted) >= _MIN_UNSTARTED:
-            self._holds_for_batch = self.num_unstarted_tokens + num_prompt_tokens > self.batch_tokens
-        num_tokens = self.num_tokens + num_prompt_tokens + num_expected_tokens
-        self._holds_for_kv = num_tokens > self.kv_tokens * (1 + _RESERVE * uses_reserve)
-        has_seat = len(self._flights) < self.num_seats * (1 - _RESERVE * (not uses_reserve))
-        return has_seat and not (self._holds_for_batch or self._holds_for_kv)
+        head = next(iter(self._unstarted))
+        is_head_enough = self.num_unstarted_tokens - head.num_prompt_tokens <= _LEAD * num_prompt_tokens
+        if is_head_enough:  # else the first chunk of one is awaited
+            self._opens_at = now + num_more / self.prefill_rate
+        return False
 
     def release(self) -> None:
         """Nobody waits for the window."""
         self._holds_for_batch = self._holds_for_kv = False
+        self._opens_at = _NEVER
 
     def send(self, num_prompt_tokens: int, num_expected_tokens: int, now: float, *, is_silent: bool = False) -> Flight:
         """A request goes to the upstream."""
         flight = Flight(num_prompt_tokens, num_expected_tokens, is_silent, now)
+        flight.is_long = num_prompt_tokens > self.batch_tokens
+        flight.backlog = self.num_left_tokens(now) + num_prompt_tokens
         if is_silent:
-            self._silent_until = max(self._silent_until, now) + num_prompt_tokens / self._rate
+            self._silent_until = max(self._silent_until, now) + num_prompt_tokens / self.prefill_rate
             flight.due = self._silent_until
-        self.num_unstarted_tokens += num_prompt_tokens
-        flight.backlog = self.num_unstarted_tokens
+        self._count_unstarted(flight, 1, num_prompt_tokens)
         self.num_tokens += flight.num_tokens
+        self._peak_tokens = max(self._peak_tokens, self.num_tokens)
         self._flights[flight] = self._unstarted[flight] = None
         return flight
 
@@ -168,9 +206,10 @@ class Window:
             return
         for earlier in [f for f in self._unstarted if f.is_silent and f.sent_at < flight.sent_at]:
             self._leave_unstarted(earlier)
+        if next(iter(self._unstarted)) is flight:  # else it did not wait for all that was left before it
+            self._rate.observe(flight.backlog, now - flight.sent_at)
+            self._head_since = now
         self._leave_unstarted(flight)
-        delay = max(now - flight.sent_at, 1e-3)
-        self._rate += _RATE_SMOOTHING * (flight.backlog / delay - self._rate)
         self._learn_batch(now)
 
     def grow(self, flight: Flight, num_tokens: int) -> None:
@@ -185,7 +224,7 @@ class Window:
         flight.num_prompt_tokens += more
         self.num_tokens += more
         if flight in self._unstarted:
-            self.num_unstarted_tokens += more
+            self._count_unstarted(flight, 0, more)
 
     def end(self, flight: Flight) -> None:
         """It has ended, in whatever way."""
@@ -201,8 +240,9 @@ class Window:
 
     @property
     def next_due(self) -> float:
-        """When `advance` has something to do; infinite: nothing is silent and unstarted."""
-        return min((flight.due for flight in self._unstarted if flight.is_silent), default=_NEVER)
+        """When to ask again although nothing happens: a silent request will have started, or a long prompt has its turn."""
+        silent = (flight.due for flight in self._unstarted if flight.is_silent)
+        return min(self._opens_at, min(silent, default=_NEVER))
 
     def correct(self, gauges: Gauges, now: float) -> None:
         """Take in a report of the upstream; one that says what the last one said says nothing."""
@@ -216,20 +256,27 @@ class Window:
         ):
             if now - self._shrank_at >= _CORRECTION_SECONDS:
                 self._shrank_at = now
-                self.kv_tokens = 0.9 * min(self.kv_tokens, self.num_tokens or _NEVER)
+                self.kv_tokens = _SHRINKAGE * min(self.kv_tokens, max(self._peak_tokens, self.num_tokens) or _NEVER)
         elif self._holds_for_kv and gauges.kv_usage is not None and gauges.kv_usage < _ROOMY_CACHE:
-            self.kv_tokens *= 1.1
+            self.kv_tokens *= 1.1 if gauges.kv_usage > _EMPTY_CACHE else 1.25
+        self._peak_tokens = self.num_tokens
         if gauges.num_waiting is None:
             return
         if gauges.num_waiting > max(len(self._unstarted), _MIN_UNSTARTED):
             self.batch_tokens = max(self.batch_tokens * 0.9, _SMALLEST_BATCH)
-            self._rate *= 0.8
+            self._rate.scale(0.8)
         elif gauges.num_waiting == 0 and self._holds_for_batch:
-            self._rate *= _GROWTH
+            self._rate.scale(_GROWTH)
 
     def _leave_unstarted(self, flight: Flight) -> None:
         del self._unstarted[flight]
-        self.num_unstarted_tokens -= flight.num_prompt_tokens
+        self._count_unstarted(flight, -1, -flight.num_prompt_tokens)
+
+    def _count_unstarted(self, flight: Flight, num: int, num_tokens: int) -> None:
+        self.num_unstarted_tokens += num_tokens
+        if not flight.is_long:
+            self._num_short += num
+            self._num_short_tokens += num_tokens
 
     def _learn_batch(self, now: float) -> None:
         """After a first chunk: grow if the upstream has nothing left to start, else shrink."""

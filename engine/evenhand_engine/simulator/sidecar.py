@@ -1,17 +1,21 @@
 """SidecarInFront: the sidecar's own dispatcher before a simulated engine that knows no tenants.
 
-The upstream is the engine's scheduler under `fcfs`. What is sent reaches it only some time after the first chunk that made
-room, as over a real socket, so that it begins its next step without it. Faults are part of the run: gauges that come late
-or freeze, sizes that are wrong, a restart that loses all that is in flight.
+The upstream is the engine's scheduler under `fcfs`. What is sent reaches it only some time after the arrival or the first
+chunk that let it go, as over a real socket, so that it begins its next step without it. A simulation hears of all that happened
+during a step at its end; the dispatcher is told of each at its own time, in that order. Faults are part of the run: gauges
+that come late or freeze, sizes that are wrong, a restart that loses all that is in flight.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings, Errand
-from evenhand_engine.dispatch.window import Gauges, Window
+from evenhand_engine.dispatch.gauges import Gauges
+from evenhand_engine.dispatch.window import Window
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
@@ -65,9 +69,10 @@ class SidecarInFront:
         self._faults = faults
         self._requests: dict[str, Request] = {}
         self._errands: dict[str, Errand] = {}
+        self._news: list[tuple[float, Callable[[float], None]]] = []  # when, and what to tell the dispatcher then
         self._on_the_wire: deque[tuple[float, Request]] = deque()
         self._gauges: deque[tuple[float, Gauges]] = deque()
-        self._scraped_at = 0.0
+        self._now = self._scraped_at = 0.0
         self._num_generated = 0
         self._has_restarted = False
         self._lost: list[RequestOutput] = []
@@ -75,27 +80,34 @@ class SidecarInFront:
     # -- simulation.SimulatedScheduler
 
     def add(self, request: Request, now: float) -> None:
-        errand = Errand(
-            request.request_id,
-            request.tenant_id,
-            now,
-            num_prompt_tokens=max(1, int(request.num_prompt_tokens * self._faults.prompt_scale)),
-            max_output_tokens=request.sampling_params.max_tokens,
-            user=request.user,
-            is_silent=self._faults.is_silent,
-        )
-        self._requests[request.request_id] = request
-        self._errands[request.request_id] = errand
-        self.dispatcher.add(errand, now)
+        def arrive(at: float) -> None:
+            errand = Errand(
+                request.request_id,
+                request.tenant_id,
+                at,
+                num_prompt_tokens=max(1, int(request.num_prompt_tokens * self._faults.prompt_scale)),
+                max_output_tokens=request.sampling_params.max_tokens,
+                user=request.user,
+                is_silent=self._faults.is_silent,
+            )
+            self._requests[request.request_id] = request
+            self._errands[request.request_id] = errand
+            self.dispatcher.add(errand, at)
+            self._dispatch(at)
+
+        self._news.append((min(request.arrival_time, now), arrive))
 
     def step(self, now: float) -> Batch | None:
+        news, self._news = sorted(self._news, key=itemgetter(0)), []
+        for at, tell in news:
+            if (due := self.dispatcher.next_event) < at:
+                self._dispatch(due)
+            tell(at)
+        self._dispatch(min(self.dispatcher.next_event, now))
         self._scrape(now)
         if now >= self._faults.restart_at and not self._has_restarted:
             self._restart()
-        self._on_the_wire.extend(
-            (now + self._faults.hop_seconds, self._requests[errand.request_id])
-            for errand in self.dispatcher.dispatch(now)
-        )
+        self._dispatch(now)
         self._arrive(now)
         batch = self.upstream.step(now)
         if batch is None and self._on_the_wire:  # an idle upstream takes what comes
@@ -104,7 +116,7 @@ class SidecarInFront:
         return batch
 
     def update(self, sampled: Sequence[Sampled], now: float) -> list[RequestOutput]:
-        return self._heard(self.upstream.update(sampled, now), now) + self._ended_here()
+        return self._hear(self.upstream.update(sampled, now), now) + self._ended_here()
 
     def _ended_here(self) -> list[RequestOutput]:
         """Requests that never reached the upstream."""
@@ -113,29 +125,40 @@ class SidecarInFront:
         return lost + ended
 
     def collect(self) -> list[RequestOutput]:
-        return self._heard(self.upstream.collect(), 0.0) + self._ended_here()
+        return self._hear(self.upstream.collect(), self._now) + self._ended_here()
 
     # -- the wire
+
+    def _dispatch(self, now: float) -> None:
+        self._now = now = max(now, self._now)
+        self._on_the_wire.extend(
+            (now + self._faults.hop_seconds, self._requests[errand.request_id])
+            for errand in self.dispatcher.dispatch(now)
+        )
 
     def _arrive(self, now: float) -> None:
         while self._on_the_wire and self._on_the_wire[0][0] <= now:
             self.upstream.add(self._on_the_wire.popleft()[1], now)
 
-    def _heard(self, outputs: list[RequestOutput], now: float) -> list[RequestOutput]:
-        """Tell the dispatcher what a proxy would have seen."""
-        for output in outputs:
-            errand = self._errands[output.request_id]
-            if output.token_ids and not errand.is_silent:
-                self.dispatcher.started(errand, now)
-                self.dispatcher.generated(errand, len(output.token_ids))
-            self._num_generated += len(output.token_ids)
-            if output.finish_reason is not None:
-                num_prompt_tokens = self._requests[output.request_id].num_prompt_tokens
-                self.dispatcher.sized(errand, num_prompt_tokens, output.num_cached_tokens)
-                self.dispatcher.counted(errand, output.num_output_tokens)
-                self.dispatcher.end(errand, output.finish_reason)
-                del self._errands[output.request_id], self._requests[output.request_id]
+    def _hear(self, outputs: list[RequestOutput], now: float) -> list[RequestOutput]:
+        """What a proxy sees of these, when its turn comes."""
+        self._news += ((now, partial(self._take, output)) for output in outputs)
         return outputs
+
+    def _take(self, output: RequestOutput, now: float) -> None:
+        errand = self._errands[output.request_id]
+        if output.token_ids and not errand.is_silent:
+            self.dispatcher.started(errand, now)
+            self.dispatcher.generated(errand, len(output.token_ids))
+        self._num_generated += len(output.token_ids)
+        if output.finish_reason is not None:
+            num_prompt_tokens = self._requests[output.request_id].num_prompt_tokens
+            self.dispatcher.sized(errand, num_prompt_tokens, output.num_cached_tokens)
+            self.dispatcher.counted(errand, output.num_output_tokens)
+            self.dispatcher.end(errand, output.finish_reason)
+            del self._errands[output.request_id], self._requests[output.request_id]
+        if output.finish_reason is not None or output.num_output_tokens == 1:
+            self._dispatch(now)
 
     def _scrape(self, now: float) -> None:
         if now - self._scraped_at < _SCRAPE_SECONDS:
