@@ -33,6 +33,7 @@ from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
 logger = logging.getLogger(__name__)
 
+_SENDING = threading.Lock()
 _SEND_SECONDS = 5.0  # that a side may leave its pipe full, before the core, which waits, gives it up
 
 
@@ -177,4 +178,6 @@ def _bound_sends(connection: Connection) -> None:
 
 
 def send(connection: Connection, message: FromCore) -> None:
-    connection.send_bytes(msgspec.msgpack.encode(message))
+    """Any thread."""
+    with _SENDING:
+        connection.send_bytes(msgspec.msgpack.encode(message))

@@ -8,6 +8,7 @@ The receivers (`connections`) only drain the pipes, so that the HTTP side never 
 import contextlib
 import gc
 import logging
+import os
 import queue
 import signal
 import socket
@@ -16,7 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.compile_queue import Compiled, CompileQueue
@@ -57,11 +58,18 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
     `doors` brings more pipes, of API servers: see `Connections`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
+
+    def lose(message: str) -> NoReturn:
+        """Any thread, whatever the loop waits for."""
+        with contextlib.suppress(OSError):
+            send(connection, EngineFailed(message=message))
+        os._exit(1)
+
     try:
         from evenhand_engine.core.loading import load_model  # imports torch: only this process pays for it
 
         token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
-        model = load_model(config)
+        model = load_model(config, lose)
         recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the HTTP process did not wait

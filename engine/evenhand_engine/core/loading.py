@@ -10,6 +10,7 @@ from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.core.structures import Structures
 from evenhand_engine.core.warm_up import run_largest_step
+from evenhand_engine.core.workers import Lost, end_process
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir
@@ -58,8 +59,11 @@ class LoadedModel:
     scores_prompts: bool = False
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Load the model, allocate the KV cache and run once. Raises StartupError, before it loads where it can."""
+def load_model(config: EngineConfig, lost: Lost = end_process) -> LoadedModel:
+    """Load the model, allocate the KV cache and run once. Raises StartupError, before it loads where it can.
+
+    `lost`: what to do, now or later, when a process that computes a part of the model is gone.
+    """
     if config.device not in DEVICES:
         raise StartupError(f"device {config.device} is not supported; choose auto, cpu or cuda")
     if config.kernels not in KERNELS:
@@ -67,22 +71,28 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if config.tensor_parallel_size > 1:
         from evenhand_engine.core.tensor_parallel import load_parallel
 
-        return load_parallel(config)
+        return load_parallel(config, lost)
     return load_shard(config, WHOLE)
 
 
-def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
-    """Of the model that `shard` is a part of; all parts are loaded at the same time. Raises StartupError."""
+def resolve_shard(config: EngineConfig, shard: Shard) -> tuple[Path, ModelConfig, str]:
+    """Where the model is, the config of this part of it, and the device. Raises StartupError, alike for all parts."""
     model_dir = resolve_model_dir(config.model)
     model_config = sharded_config(load_model_config(model_dir), shard)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if shard.size > 1 and device == "cpu" and config.kernels != "reference":
+        raise StartupError("tensor parallelism is for GPUs: leave --tensor-parallel-size out on the CPU")
+    return model_dir, model_config, device
+
+
+def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
+    """Of the model that `shard` is a part of; all parts are loaded at the same time. Raises StartupError."""
+    model_dir, model_config, device = resolve_shard(config, shard)
     if config.kernels == "reference":
         return _load_with(_reference_kernels(device, shard), config, model_dir, model_config, device, shard)
     if device == "cpu":
-        if shard.size > 1:
-            raise StartupError("tensor parallelism is for GPUs: leave --tensor-parallel-size out on the CPU")
         return _load_with(_cpu_kernels(), config, model_dir, model_config, device, shard)
     from evenhand_engine.core.device_loading import load_on_device
 

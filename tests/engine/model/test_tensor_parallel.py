@@ -1,19 +1,28 @@
 """A model in two parts, each in a process of its own, gives the tokens that it gives in one."""
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import select
+import signal
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from evenhand_engine.backends.engine_client import spawn_core
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import LoadedModel, load_model
-from evenhand_engine.core.tensor_parallel import ParallelRunner, WorkerLost
+from evenhand_engine.core.tensor_parallel import ParallelRunner
+from evenhand_engine.core.workers import _how_it_ended, describe
 from evenhand_engine.errors import StartupError
+from evenhand_engine.messages import AddRequest, EngineFailed, EngineReady, FromCore, StartupFailed, StepOutputs
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.sharding import Shard, ShardedSource, sharded_config
 from evenhand_engine.scheduler.request import Request, SamplingParams
@@ -23,6 +32,7 @@ from evenhand_policy.config import SchedulerConfig
 
 from .conftest import make_checkpoint
 
+SECONDS = 120.0  # that anything may take on a busy machine
 PROMPTS = ([3, 14, 15, 92, 65, 35], [8, 97], list(range(20, 60)))
 
 
@@ -81,10 +91,114 @@ def test_two_parts_give_the_tokens_of_the_whole(config: EngineConfig, kernels: s
         assert served(parts) == expected
         drawn = served(parts, temperature=1.0, seed=5)
         assert served(parts, temperature=1.0, seed=5) == drawn != expected, "the parts no longer sit alike"
-        parts.runner._workers[0].process.kill()
-        parts.runner._workers[0].process.wait()
-        with pytest.raises(WorkerLost, match="tensor parallel rank 1 has ended with -9"):
-            served(parts)
+
+
+class Core:
+    """An engine core in a process of its own, with the process of rank 1, and what it says."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        before = set(multiprocessing.active_children())
+        self._core, self._connection = spawn_core(config)
+        (self.process,) = set(multiprocessing.active_children()) - before
+        self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._core.kill()
+        self._core.join()
+        self._connection.close()
+
+    def expect(self, *kinds: type[Any]) -> Any:
+        """The next message of one of these kinds."""
+        while True:
+            assert self._connection.poll(SECONDS), f"none of {kinds} came"
+            message = self._decoder.decode(self._connection.recv_bytes())
+            if isinstance(message, kinds):
+                return message
+
+    def stream(self) -> None:
+        """Returns when a request has its first token of many."""
+        params = SamplingParams(max_tokens=200, temperature=0)
+        prompt = array("I", PROMPTS[0]).tobytes()
+        request = AddRequest(
+            request_id="r", tenant_id="t", prompt_token_ids=prompt, sampling_params=params, arrival_time=0.0
+        )
+        self._connection.send_bytes(msgspec.msgpack.encode(request))
+        while not any(output.token_ids for output in self.expect(StepOutputs).outputs):
+            pass
+
+    @property
+    def worker(self) -> int:
+        """Process id."""
+        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+        return next(pid for pid in pids if _parent(pid) == self.process.pid and b"tensor_parallel" in _command(pid))
+
+    def is_silent(self) -> bool:
+        """Whether its pipe has ended."""
+        with pytest.raises(EOFError):
+            self.expect(EngineFailed)
+        return True
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@contextmanager
+def watched(pid: int) -> Iterator[Callable[[], bool]]:
+    """Whether the process ends in time."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield lambda: bool(select.select([descriptor], [], [], SECONDS)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_a_worker_that_is_killed_ends_the_engine_which_says_who_it_was(config: EngineConfig) -> None:
+    with Core(replace(config, tensor_parallel_size=2)) as core:
+        core.expect(EngineReady)
+        core.stream()
+        os.kill(core.worker, signal.SIGKILL)
+        message = core.expect(EngineFailed).message
+        assert (
+            message == "tensor parallel rank 1 of 2 is gone: killed by SIGKILL, as a system does whose memory is full"
+        )
+        assert core.is_silent()
+        core.process.join(SECONDS)
+        assert core.process.exitcode == 1
+
+
+def test_a_worker_does_not_outlive_its_core(config: EngineConfig) -> None:
+    with Core(replace(config, tensor_parallel_size=2)) as core:
+        core.expect(EngineReady)
+        core.stream()
+        with watched(core.worker) as has_ended:
+            core.process.kill()
+            assert has_ended()
+
+
+def test_what_stops_a_part_from_loading_is_said(config: EngineConfig) -> None:
+    """By the worker, who is told apart, or by the core, whichever comes first."""
+    with Core(replace(config, tensor_parallel_size=2, kv_cache_bytes=1)) as core:
+        message = core.expect(StartupFailed, EngineFailed).message
+        assert "a KV cache of 0 MiB holds only 0 tokens of this model" in message
+        core.process.join(SECONDS)
+        assert not core.process.is_alive()
+
+
+def test_an_end_is_described_in_one_line() -> None:
+    assert [_how_it_ended(code) for code in (3, -6)] == ["exit code 3", "killed by SIGABRT"]
+    assert describe(torch.OutOfMemoryError("CUDA out\nof memory")) == "OutOfMemoryError: CUDA out of memory"
+    assert describe(StartupError("too large")) == "too large"
 
 
 def test_what_cannot_be_dealt_out_is_refused(config: EngineConfig) -> None:
