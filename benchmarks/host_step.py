@@ -14,6 +14,7 @@ from itertools import pairwise
 import common
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
@@ -133,18 +134,34 @@ def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, lis
     return seconds
 
 
-def planning_us(runner: IdleRunner, size: int, num_steps: int) -> float:
-    """Of the plan of such a step's attention alone."""
-    work = runner.work
+def planning_us(runner: IdleRunner, lens: NDArray[np.int32], num_steps: int) -> float:
+    """Of the plan of a step's attention alone: decodes of requests of these lengths, which grow."""
+    work, size = runner.work, len(lens)
     words = torch.zeros(work.shape(size, size).words, dtype=torch.int32).numpy()
     shape, cu_seqlens_q = work.shape(size, size), np.arange(size + 1, dtype=np.int32)
-    lens = PROMPT + np.arange(size, dtype=np.int32) % 64
     times = []
     for step in range(num_steps):
+        seq_lens = lens + np.int32(step)
         started_at = time.perf_counter()
-        work.write(words, lens + step, cu_seqlens_q, shape)
+        work.write(words, seq_lens, cu_seqlens_q, shape)
         times.append(time.perf_counter() - started_at)
     return 1e6 * statistics.median(times)
+
+
+def lengths() -> dict[str, NDArray[np.int32]]:
+    """Steps whose longest requests must be split, and one of 256 that need not be."""
+    rng = np.random.default_rng(0)
+    short = rng.integers(50, 1000, 255)
+    return {
+        name: np.array(lens, np.int32)
+        for name, lens in {
+            "256 of 100 to 4,000": rng.integers(100, 4000, 256),
+            "28,000 beside 255 of 50 to 1,000": [28_000, *short],
+            "8 of 20,000 beside 248 of 50 to 1,000": [20_000] * 8 + list(short[:248]),
+            "40 of 4,096": [4096] * 40,
+            "32 of 100 to 8,000": rng.integers(100, 8000, 32),
+        }.items()
+    }
 
 
 def main() -> None:
@@ -158,12 +175,16 @@ def main() -> None:
     for size in BATCH_SIZES:
         seconds = decode_steps(runner, size, num_steps)
         total = [1e3 * sum(parts) for parts in zip(*seconds.values(), strict=True)]
-        found[size], planning[size] = statistics.median(total), planning_us(runner, size, num_steps)
+        lens = PROMPT + np.arange(size, dtype=np.int32) % 64
+        found[size], planning[size] = statistics.median(total), planning_us(runner, lens, num_steps)
         middle = [f"{1e3 * statistics.median(seconds[name]):.3f}" for name in PARTS]
         rows.append([str(size), f"{found[size]:.3f}", *middle, f"{planning[size]:.0f}"])
     headings = ["requests", "step ms", *(f"{part} ms" for part in PARTS), "planning us"]
     common.print_table("The host's part of a decode step, launches stubbed", headings, rows)
-    common.finish("host_step", {"host_step_ms": found, "planning_us": planning})
+    of_lengths = {name: planning_us(runner, lens, num_steps) for name, lens in lengths().items()}
+    rows = [[name, f"{us:.0f}"] for name, us in of_lengths.items()]
+    common.print_table("The plan of a step's attention", ["requests", "us"], rows)
+    common.finish("host_step", {"host_step_ms": found, "planning_us": planning, "planning_us_by_lengths": of_lengths})
 
 
 if __name__ == "__main__":

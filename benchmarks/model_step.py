@@ -184,8 +184,7 @@ def _request(seat: int, num_computed: int, num_scheduled: int, first_block: int)
 
 def _decodes(size: int) -> Batch:
     plan, per_request = BatchPlan(), DECODE_CONTEXT // 16 + 1
-    for seat in range(size):
-        plan.add_decode(_request(seat, DECODE_CONTEXT - 1, 1, seat * per_request))
+    plan.add_decodes([_request(seat, DECODE_CONTEXT - 1, 1, seat * per_request) for seat in range(size)])
     return plan.build(0, ())
 
 

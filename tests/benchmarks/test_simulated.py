@@ -57,3 +57,4 @@ def test_the_hosts_part_of_a_decode_step_is_told_by_batch_size() -> None:
     found = results_of("host_step")
     assert list(found["host_step_ms"]) == list(found["planning_us"]) == ["1", "8", "32", "64", "128", "256"]
     assert min(found["host_step_ms"].values()) > 0
+    assert min(found["planning_us_by_lengths"].values()) > 0

@@ -9,6 +9,7 @@ heads have the same items; they are the other axis of the grid.
 Pure, in numpy, without a loop over requests.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
 
 WORDS = 8
 """Of an item and of a merge: the structures in attention.cuh and merge.cu, field by field."""
@@ -45,6 +47,7 @@ WAVES = 4
 """Where the longest unit is this much shorter than what each place has to do, the order alone evens out the ends."""
 
 _NO_MERGES = np.empty((0, WORDS), np.int32)
+_NONE = np.empty(0, np.int64)
 
 
 class Capacity(NamedTuple):
@@ -127,35 +130,43 @@ class Planner:
         units = self._units(seq_lens, cu_seqlens_q, window)
         tokens = units[:, END] - units[:, BEGIN]
         tiles = (tokens + (TILE - 1)) // TILE
-        if tiles.size and tiles.max() * WAVES * self._slots > tiles.sum():
-            parts = self._parts(tiles, units[:, NUM_ROWS])
-            if parts.max() > 1:
-                return self._split(units, tiles, parts)
-        return Work(units[(-tokens).argsort()], _NO_MERGES, 0)
+        if tiles.size and (longest := int(tiles.max())) * WAVES * self._slots > (total := int(tiles.sum())):
+            split, parts = self._parts(tiles, units[:, NUM_ROWS], longest, total)
+            if len(split):
+                return self._split(units, split, tiles.take(split), parts)
+        return Work(units.take((-tokens).argsort(), axis=0), _NO_MERGES, 0)
 
-    def _parts(self, tiles: NDArray[np.int64], num_rows: Ints) -> NDArray[np.int64]:
-        """How many parts each unit is best cut into: all into parts of about one length, which is tried out.
-
-        Units of one length are cut alike, and there are few lengths: the trials are over these.
-        """
-        of_length = np.bincount(tiles)
-        lengths = of_length.nonzero()[0]
-        units = of_length[lengths]
-        rows = np.bincount(tiles, num_rows)[lengths]
-        longest, total = int(lengths[-1]), int(units @ lengths)
-        share = longest * self._slots // total
+    def _parts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Longs]:
+        """Which units are best cut, and each into how many parts. All into parts of about one length, which is tried out:
+        that of the longest unit in so many parts."""
+        slots, share = self._slots, longest * self._slots // total
         tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
-        counts = np.array(sorted(count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES)))
-        parts = np.ceil(lengths * counts[:, None] / longest)  # exact, and floats divide several times as fast
-        part = np.ceil(lengths / parts)
-        longest_part = part.max(axis=1)
-        num_long = np.where(2 * part > longest_part[:, None], parts, 0) @ units  # two of them do not fit a gap
-        end = np.maximum(np.ceil(num_long / self._slots) * longest_part, total / self._slots)
-        split = np.where(parts > 1, parts, 0)
-        end[(split @ units > MAX_PARTS * self._slots) | (split @ rows > self._head_rows)] = np.inf
-        best = np.zeros(longest + 1, np.int64)
-        best[lengths] = parts[(end <= end.min() * (1 + TOLERANCE)).argmax()]
-        return best[tiles]
+        counts = sorted(count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES))
+        if len(counts) == 1:
+            return _NONE, _NONE
+        long = (tiles * (2 * counts[-1]) > longest).nonzero()[0]  # others are whole, and shorter than half of any part
+        lengths, rows = tiles.take(long).astype(np.float32), num_rows.take(long).astype(np.float32)
+        # Exact below 2^24, and floats divide several times as fast as integers.
+        parts = np.ceil(lengths * np.array(counts, np.float32)[:, None] / longest)
+        longest_parts = [-(-longest // count) for count in counts]
+        half = np.array(longest_parts, np.float32)[:, None] / 2
+        fill_no_gap = np.ceil(lengths / parts) > half  # two of them, one after the other
+        split = parts * (parts > 1)
+        ends = []
+        for longest_part, num_long, num_split, num_split_rows in zip(
+            longest_parts,
+            (parts * fill_no_gap).sum(axis=1).tolist(),
+            split.sum(axis=1).tolist(),
+            (split @ rows).tolist(),
+            strict=True,
+        ):
+            end = max(-(-num_long // slots) * longest_part, total / slots)
+            fits = num_split <= MAX_PARTS * slots and num_split_rows <= self._head_rows
+            ends.append(end if fits else math.inf)
+        bound = min(ends) * (1 + TOLERANCE)
+        best = next(index for index, end in enumerate(ends) if end <= bound)
+        is_cut = split[best].nonzero()[0]
+        return long.take(is_cut), split[best].take(is_cut).astype(np.int64)
 
     def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
         """Whole units as items, in the order of requests."""
@@ -183,23 +194,27 @@ class Planner:
         units[:, IS_PROMPT] = units[:, NUM_ROWS] > DECODE_ROWS
         return units
 
-    def _split(self, units: Ints, tiles: NDArray[np.int64], parts: NDArray[np.int64]) -> Work:
-        """Units in parts of equal length, which begin at tiles; those at the end that this leaves empty are no parts."""
-        is_split = parts > 1
-        merges, tiles, parts = units[is_split], tiles[is_split], parts[is_split]
-        length = -(-tiles // parts)
-        parts = -(-tiles // length)
-        merges[:, HEAD_ROWS] = parts * merges[:, NUM_ROWS]
+    def _split(self, units: Ints, split: Longs, tiles: Ints, parts: Longs) -> Work:
+        """These units, of so many tiles, in parts of equal length, which begin at tiles; those at the end that this leaves
+        empty are no parts. The first part stays where the unit was. (`take` copies rows several times as fast as an index.)"""
+        length = (tiles + parts - 1) // parts
+        parts, size = (tiles + length - 1) // length, length * TILE
+        merges = units.take(split, axis=0)
+        num_rows, begins, unit_ends = merges[:, NUM_ROWS], merges[:, BEGIN], merges[:, END].copy()
+        merges[:, HEAD_ROWS] = parts * num_rows
         ends = merges[:, HEAD_ROWS].cumsum() * self.num_kv_heads
         merges[:, PARTIAL_ROW] = ends - merges[:, HEAD_ROWS] * self.num_kv_heads
+        merges[:, END] = np.minimum(begins + size, unit_ends)
+        units[split] = merges
 
-        unit = np.arange(len(parts)).repeat(parts)
-        part = np.arange(len(unit)) - (parts.cumsum() - parts)[unit]
-        size = (length * TILE)[unit]
-        items = merges[unit]
-        items[:, BEGIN] += part * size
-        items[:, END] = np.minimum(items[:, BEGIN] + size, items[:, END])
-        items[:, PARTIAL_ROW] += part * items[:, NUM_ROWS]
+        more = parts - 1
+        unit = np.arange(len(more)).repeat(more)
+        part, size = np.arange(1, len(unit) + 1) - (more.cumsum() - more).take(unit), size.take(unit)
+        others = merges.take(unit, axis=0)
+        begin = others[:, BEGIN] + part * size
+        others[:, BEGIN], others[:, END] = begin, np.minimum(begin + size, unit_ends.take(unit))
+        others[:, PARTIAL_ROW] += part * others[:, NUM_ROWS]
+        merges[:, END] = unit_ends
         merges[:, NUM_PARTS] = parts
-        items = np.concatenate((units[~is_split], items))
-        return Work(items[(items[:, BEGIN] - items[:, END]).argsort()], merges, int(ends[-1]))
+        items = np.concatenate((units, others))
+        return Work(items.take((items[:, BEGIN] - items[:, END]).argsort(), axis=0), merges, int(ends[-1]))

@@ -48,6 +48,11 @@ class ScheduledRequest(msgspec.Struct, frozen=True, gc=False):
     new_block_ids: tuple[int, ...] = ()
     draft_token_ids: tuple[int, ...] = ()
 
+    @property
+    def first_output(self) -> int:
+        """Position in its request of the first output that the item gives."""
+        return self.num_computed_tokens + self.num_scheduled_tokens - self.num_samples + 1
+
 
 class Batch(msgspec.Struct, frozen=True):
     """One step. The first `num_decodes` of `scheduled` are requests past their prompt, one token each (and its drafts).
@@ -76,10 +81,16 @@ class BatchPlan:
         self._started: list[StartedRequest] = []
         self._num_decodes = 0
 
-    def add_decode(self, request: Request) -> None:
-        """The next token of a request past its prompt. Decodes come before chunks."""
-        self._num_decodes += 1
-        self._add(request, 1, 1)
+    def add_decodes(self, requests: Sequence[Request]) -> None:
+        """The next token of each of these requests past their prompts, which have room for it. Decodes come before chunks."""
+        self._num_decodes += len(requests)
+        self.requests += requests
+        scheduled = self._scheduled
+        for request in requests:
+            start, is_told = request.num_computed_tokens, len(request.block_table) == request.num_sent_blocks
+            scheduled.append(ScheduledRequest(request.seat, start, 1, 1, () if is_told else _take_new_blocks(request)))
+            request.num_computed_tokens = start + 1
+            request.num_in_flight_tokens += 1
 
     def add_chunk(self, request: Request, num_tokens: int) -> None:
         """The next tokens of a prompt; the last chunk gives an output."""
@@ -130,7 +141,7 @@ class BatchPlan:
 def _take_new_blocks(request: Request) -> tuple[int, ...]:
     """Blocks of the request's table that no batch has told the runner yet."""
     num_sent, request.num_sent_blocks = request.num_sent_blocks, len(request.block_table)
-    return tuple(request.block_table[num_sent:]) if request.num_sent_blocks > num_sent else ()
+    return tuple(request.block_table[num_sent:])
 
 
 class Runner(Protocol):

@@ -9,7 +9,7 @@ Of 32 seats and more one in 32 is left by tenants that have many, so that one th
 somebody's request ends.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Protocol
 
@@ -150,9 +150,15 @@ class KvCapacity:
 
     # -- growth
 
-    def has_room(self, request: Request) -> bool:
-        """Whether the request runs, on blocks with room for its next token."""
-        return len(request.block_table) * self._settings.block_size > request.num_computed_tokens
+    def with_room(self, requests: Sequence[Request]) -> list[Request]:
+        """Those that run, on blocks with room for their next token."""
+        size = self._settings.block_size
+        return [r for r in requests if len(r.block_table) * size > r.num_computed_tokens]
+
+    def without_room(self, requests: Sequence[Request]) -> list[Request]:
+        """The others."""
+        size = self._settings.block_size
+        return [r for r in requests if len(r.block_table) * size <= r.num_computed_tokens]
 
     def num_spare_blocks(self, request: Request) -> int:
         """Blocks that a running request may take before it must: within its tenant's ceiling, and beyond what all that

@@ -16,7 +16,7 @@ recompute tax to be the choice of the victim).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.scheduler.capacity import Fit, KvCapacity
@@ -115,10 +115,10 @@ class Preemption:
 
     # -- during a step: room for running requests to grow
 
-    def grow(self, decodes: Iterable[Request]) -> None:
+    def grow(self, decodes: Sequence[Request]) -> None:
         """Give each stream room for its next token, in its last block or a new one, where others or it itself must not
-        yield; `KvCapacity.has_room` tells who has it."""
-        for request in [request for request in decodes if not self._capacity.has_room(request)]:
+        yield; `KvCapacity.with_room` tells who has it."""
+        for request in self._capacity.without_room(decodes):
             if request.block_table:  # else it was preempted for the growth of another
                 self._grow(request)
 

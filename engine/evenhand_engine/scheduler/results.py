@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.request_table import RequestTable
@@ -23,17 +23,18 @@ class Results:
     def take(self, batch: Batch, requests: Sequence[Request], sampled: Sequence[Sampled]) -> None:
         """The batch, whose its items are, and what was sampled for each of them with samples, in order."""
         blocks, results = self._request_table.blocks, iter(sampled)
+        block_size = blocks.block_size
         for item, request in zip(batch.scheduled, requests, strict=True):
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
                 if result is not None and request.finish_reason in _FROM_RESULTS:
-                    self._settle(request, _first_output(item), 0)
+                    self._settle(request, item.first_output, 0)
                 continue
-            start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
+            end = item.num_computed_tokens + item.num_scheduled_tokens
             if result is not None and len(result.token_ids) < item.num_samples:
                 end -= self._reject(request, item.num_samples - len(result.token_ids))
-            if end % blocks.block_size == 0 or item.num_scheduled_tokens > 1:
-                blocks.commit(request, start, min(end, request.num_computed_tokens))
+            if end % block_size == 0 or item.num_scheduled_tokens > 1:
+                blocks.commit(request, item.num_computed_tokens, min(end, request.num_computed_tokens))
             if result is not None:
                 self._append(request, result)
 
@@ -45,7 +46,7 @@ class Results:
                 request.num_in_flight_tokens -= item.num_samples
                 self._request_table.finish(request, FinishReason.ERROR)
             if item.num_samples:
-                self._settle(request, _first_output(item), 0)
+                self._settle(request, item.first_output, 0)
 
     def give_back(self, request: Request, start: int, count: int) -> None:
         """The outputs at the positions [start, start + count) were charged, and are no outputs."""
@@ -59,23 +60,31 @@ class Results:
             self._ledger.correct_outputs(tenant, request, first + 1, first + count)
 
     def _append(self, request: Request, result: Sampled) -> None:
-        """Append what was sampled, up to the token that ends the request."""
-        params, first, num_taken, reason = request.sampling_params, len(request.token_ids), 0, None
+        """Append what was sampled, up to the token that ends the request. Of every stream in every step."""
+        tokens, params, token_ids, logprobs = (
+            request.token_ids,
+            request.sampling_params,
+            result.token_ids,
+            result.logprobs,
+        )
+        first, reason = len(tokens), None
         prompt_logprobs = result.prompt_logprobs
         if prompt_logprobs and request.num_output_tokens:  # told before a preemption
             prompt_logprobs = ()
-        request.num_in_flight_tokens -= len(result.token_ids)
-        for token_id in result.token_ids:
-            request.token_ids.append(token_id)
-            num_taken += 1
+        request.num_in_flight_tokens -= len(token_ids)
+        for token_id in token_ids:
+            tokens.append(token_id)
             if token_id in params.stop_token_ids and request.num_output_tokens > params.min_tokens:
                 reason = FinishReason.STOP
-            elif len(request.token_ids) >= request.max_num_tokens:
-                reason = FinishReason.LENGTH
-            if reason is not None:
                 break
-        self._settle(request, first, num_taken)
-        token_ids, logprobs = result.token_ids[:num_taken], result.logprobs[:num_taken]
+            if len(tokens) >= request.max_num_tokens:
+                reason = FinishReason.LENGTH
+                break
+        num_taken = len(tokens) - first
+        if num_taken != 1:
+            self._settle(request, first, num_taken)
+        if num_taken < len(token_ids):
+            token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
         if request.guess or num_taken > 1:
             self._speculation.learn(request, token_ids)
         if not token_ids:
@@ -97,8 +106,3 @@ class Results:
         request.num_in_flight_tokens -= num_tokens
         request.num_computed_tokens -= num_tokens
         return num_tokens
-
-
-def _first_output(item: ScheduledRequest) -> int:
-    """Position in its request of the first output that the item gives."""
-    return item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1

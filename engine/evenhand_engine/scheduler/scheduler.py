@@ -18,6 +18,7 @@ only the runner knows, and what a request computed past its end is discarded and
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
@@ -39,6 +40,7 @@ from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
+_NUM_COMPUTED_TOKENS = attrgetter("num_computed_tokens")
 
 
 class _Step(NamedTuple):
@@ -203,16 +205,15 @@ class Scheduler:
     def _schedule_decodes(self, budget: StepBudget, plan: BatchPlan) -> set[str]:
         """One token for every stream, or for those whose turn it is where there is no room for all; returns the tenants
         of which streams were left out."""
-        ledger, has_room = self.ledger, self.request_table.capacity.has_room
+        ledger, capacity = self.ledger, self.request_table.capacity
         turns = take_turns(self.request_table.running_tenants.values(), budget, ledger.service, ledger.next_output_cost)
         self._preemption.grow([request for _, requests in turns.taken for request in requests])
         context = 0
         for tenant, requests in turns.taken:
-            computed = [request for request in requests if has_room(request)]
-            for request in computed:
-                context += request.num_computed_tokens
-                plan.add_decode(request)
+            computed = capacity.with_room(requests)
             if computed:
+                context += sum(map(_NUM_COMPUTED_TOKENS, computed))
+                plan.add_decodes(computed)
                 ledger.charge_outputs(tenant, computed)
             if tenant.tenant_id in turns.left_out:
                 tenant.end_turns(computed)

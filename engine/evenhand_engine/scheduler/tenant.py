@@ -77,10 +77,11 @@ class Tenant:
 
     def decodes(self) -> list[Request]:
         """Streams that may compute their next token in this step, the one that has waited longest first."""
+        paused = self.paused
         return [
             request
-            for request_id, request in self.decoding.items()
-            if not request.is_at_end and request_id not in self.paused
+            for request in self.decoding.values()
+            if not request.is_at_end and (not paused or request.request_id not in paused)
         ]
 
     def end_turns(self, requests: Iterable[Request]) -> None:

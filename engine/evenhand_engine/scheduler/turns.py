@@ -16,12 +16,14 @@ who waits: after the step none that computed is ahead of one that was left out b
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
 
 from evenhand_engine.scheduler.pace import StepBudget
 from evenhand_engine.scheduler.request import Request
 from evenhand_engine.scheduler.tenant import Tenant
 
 _NEVER = float("inf")
+_NUM_COMPUTED_TOKENS = attrgetter("num_computed_tokens")
 
 VirtualCost = Callable[[Tenant, Request], int]
 """By how much the next output of a request raises its tenant's virtual service."""
@@ -47,7 +49,7 @@ def take_turns(
     streams = [(tenant, requests) for tenant in tenants if (requests := tenant.decodes())]
     everything = [request for _, requests in streams for request in requests]
     tightest = min((tenant.inter_token_latency for tenant, _ in streams), default=_NEVER)
-    num_context = sum(request.num_computed_tokens for request in everything)
+    num_context = sum(map(_NUM_COMPUTED_TOKENS, everything))
     if budget.has_room_for_decodes(len(everything), num_context, tightest):
         return Turns(streams, set())
 

@@ -251,8 +251,7 @@ class PublishedServer:
     def _batch(self, requests: list[Request], num_decodes: int) -> Batch:
         """All pending tokens of the requests, the first `num_decodes` of which are past their prompt."""
         plan = BatchPlan()
-        for request in requests[:num_decodes]:
-            plan.add_decode(request)
+        plan.add_decodes(requests[:num_decodes])
         for request in requests[num_decodes:]:
             request.seat = self._num_seats
             request.block_table = [self._num_seats]  # one stands for all: memory is counted in tokens here
