@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_runner import DeviceRunner
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.model.decoder import Decoder
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
@@ -95,7 +96,7 @@ class IdleRunner(DeviceRunner):
             return torch.zeros(len(logits_indices), VOCAB_SIZE, dtype=torch.bfloat16)
 
         self.work = kernels.work
-        super().__init__(Decoder(kernels, compute), kernels, settings, VOCAB_SIZE)
+        super().__init__(Decoder(kernels, compute), kernels, settings, VOCAB_SIZE, Structures(VOCAB_SIZE))
 
 
 def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, list[float]]:

@@ -34,8 +34,8 @@ class SchedulerSettings:
         min_prefill_tokens: tokens of a step that prompts may use, whatever an inter-token objective allows.
         max_refunded_tokens: outputs past a stop string that are given back to a request's tenant: what can be computed
             while one message goes to the HTTP process and back.
-        num_speculative_tokens: most tokens of a stream that a step guesses beside the next one; 0: none. Only where a step's
-            results are known before the next is planned (`Runner.pipeline_depth` 1).
+        num_speculative_tokens: most tokens of a stream that a step guesses beside the next one; 0: none. Else a step's
+            results must be known before the next is planned (`Runner.pipeline_depth` 1).
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
     """
@@ -83,7 +83,7 @@ class EngineConfig:
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
         max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
-        speculative: "none", or "ngram": guess a stream's next tokens from what followed the same ones before. CPU only.
+        speculative: "none", or "ngram": guess a stream's next tokens from what followed the same ones before.
         num_speculative_tokens: most guesses of a stream in one step.
         seed: of dummy weights.
         record_steps: CSV file to write every step's shape and duration to, for fits and replays.

@@ -13,27 +13,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 import pytest
-import tokenizers
 from llguidance import LLMatcher
 from msgspec import Meta
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core import engine
 from evenhand_engine.core.compile_queue import Compiled, CompileQueue
 from evenhand_engine.core.loading import LoadedModel
-from evenhand_engine.core.structures import Structures
+from evenhand_engine.core.structures import StructuredStep, Structures, forbidden
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
-from evenhand_engine.scheduler.request import Sampled, SamplingParams
+from evenhand_engine.scheduler.request import FinishReason, Sampled, SamplingParams
 from evenhand_engine.structured import compiler as compiler_module
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.structured.grammars import GrammarError
 from evenhand_engine.text.tokenizer import Tokenizer
 
-EOS = 256
-VOCAB_SIZE = 261  # more than the tokenizer knows, as of models whose embeddings are padded
+from .conftest import EOS, VOCAB_SIZE
+
 PERSON = {
     "type": "object",
     "properties": {
@@ -54,20 +53,6 @@ class Person(msgspec.Struct, forbid_unknown_fields=True):
     tags: Annotated[list[Literal["a", "b"]], Meta(min_length=1, max_length=3)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A token for each byte, and the end."""
-    directory = tmp_path_factory.mktemp("bytes")
-    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens(["<|end|>"])
-    made.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    (directory / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
-    return Tokenizer(directory)
-
-
 @pytest.fixture
 def compiler(tokenizer: Tokenizer) -> Compiler:
     return Compiler(lambda: tokenizer)
@@ -77,10 +62,18 @@ def started(seat: int, outputs: tuple[int, ...] = (), request_id: str = "r") -> 
     return StartedRequest(seat, request_id, array("I", (1, 2, *outputs)), 2, SamplingParams(max_tokens=99))
 
 
-def allowed(structures: Structures, batch: Batch) -> dict[int, set[int]]:
-    """Tokens that may come, by row."""
-    masks = structures.begin(batch)
-    return {} if masks is None else {row: set(np.flatnonzero(~mask).tolist()) for row, mask in masks.result().items()}
+def allowed(structures: Structures, batch: Batch, *sampled: tuple[int, ...]) -> dict[int, set[int]]:
+    """Tokens that may come, by row; then these come."""
+    step = structures.begin(batch)
+    if step is None:
+        return {}
+    found = allowed_in(step)
+    step.advance([Sampled(token_ids) for token_ids in sampled] or [Sampled(())] * len(batch.scheduled))
+    return found
+
+
+def allowed_in(step: StructuredStep) -> dict[int, set[int]]:
+    return {row: set(np.flatnonzero(~forbidden(mask, VOCAB_SIZE)).tolist()) for row, mask in step.masks().items()}
 
 
 def write(compiled: LLMatcher, tokenizer: Tokenizer, seed: int, limit: int = 400) -> str:
@@ -91,9 +84,11 @@ def write(compiled: LLMatcher, tokenizer: Tokenizer, seed: int, limit: int = 400
     for step in range(limit):
         item = ScheduledRequest(0, 1 + step, 1, 1)
         batch = Batch(step, (item,), 1, (started(0),) if step == 0 else ())
-        (tokens,) = allowed(structures, batch).values()
+        begun = structures.begin(batch)
+        assert begun is not None
+        (tokens,) = allowed_in(begun).values()
         token = EOS if EOS in tokens and chance.random() < 0.3 else chance.choice(sorted(tokens))
-        structures.advance(batch, [Sampled((token,))])
+        begun.advance([Sampled((token,))])
         outputs.append(token)
         if token == EOS:
             return tokenizer.decode(outputs)
@@ -193,8 +188,11 @@ def test_a_grammar_that_becomes_too_complex_leaves_no_token(compiler: Compiler) 
     tokens = tuple(_bytes(b"ab cd 12 " * 40))
     for end in range(len(tokens)):
         batch = Batch(1, (ScheduledRequest(0, 1 + end, 1, 1),), 1, (started(0, tokens[:end]),))
-        may_come = allowed(structures, batch)[0]
-        assert structures.has_failed(0) == (not may_come)
+        step = structures.begin(batch)
+        assert step is not None
+        may_come, results = allowed_in(step)[0], [Sampled(())]
+        step.advance(results)
+        assert results[0].failure is (FinishReason.ERROR if may_come else FinishReason.GRAMMAR)
         if not may_come:
             return
     raise AssertionError("it never became too complex")
@@ -205,12 +203,10 @@ def test_a_preempted_request_goes_on_where_it_was(compiler: Compiler) -> None:
     structures.add("r", compiler.compile("t", grammars.choice(["abc", "axy"])))
     a, b, c, x, y = _bytes(b"abcxy")
     first = Batch(1, (ScheduledRequest(0, 0, 2, 1),), started=(started(0),))
-    assert allowed(structures, first) == {0: {a}}
-    structures.advance(first, [Sampled((a,))])
+    assert allowed(structures, first, (a,)) == {0: {a}}
     assert allowed(structures, Batch(2, (ScheduledRequest(0, 2, 1, 1),), 1)) == {0: {b, x}}
     again = Batch(3, (ScheduledRequest(5, 0, 4, 1),), started=(started(5, (a, x)),), freed_seats=(0,))
-    assert allowed(structures, again) == {0: {y}}
-    structures.advance(again, [Sampled((y,))])
+    assert allowed(structures, again, (y,)) == {0: {y}}
     assert allowed(structures, Batch(4, (ScheduledRequest(5, 4, 1, 1),), 1)) == {0: {EOS}}
     assert c not in {y}
 
@@ -221,8 +217,7 @@ def test_rows_of_others_and_chunks_have_no_mask(compiler: Compiler) -> None:
     (a,) = _bytes(b"a")
     free = StartedRequest(1, "free", array("I", (1, 2, 3)), 3, SamplingParams(max_tokens=9))
     chunk = Batch(1, (ScheduledRequest(1, 0, 3, 1), ScheduledRequest(0, 0, 1, 0)), started=(free, started(0)))
-    assert allowed(structures, chunk) == {}
-    structures.advance(chunk, [Sampled((7,))])
+    assert allowed(structures, chunk, (7,)) == {}
     both = Batch(2, (ScheduledRequest(1, 3, 1, 1), ScheduledRequest(0, 1, 1, 1)), 1)
     assert allowed(structures, both) == {1: {a}}
     beside_a_chunk = Batch(3, (ScheduledRequest(1, 0, 2, 0), ScheduledRequest(0, 1, 1, 1)), started=(free,))
@@ -238,10 +233,31 @@ def test_drafts_are_masked_as_if_they_were_right(compiler: Compiler) -> None:
     a, b, c, d, x, y = _bytes(b"abcdxy")
     drafted = ScheduledRequest(0, 1, 4, 4, draft_token_ids=(a, x, c))
     batch = Batch(1, (drafted,), 1, (started(0),))
-    assert allowed(structures, batch) == {0: {a}, 1: {b, x}, 2: {y}}, "c is no x's follower"
-    structures.advance(batch, [Sampled((a, b))])
+    assert allowed(structures, batch, (a, b)) == {0: {a}, 1: {b, x}, 2: {y}}, "c is no x's follower"
     assert allowed(structures, Batch(2, (ScheduledRequest(0, 3, 1, 1),), 1)) == {0: {c}}
     assert d not in {c}
+
+
+def test_who_plans_ahead_is_masked_by_what_came_meanwhile(compiler: Compiler) -> None:
+    """A step is begun before the last has advanced, whose request may have left its seat to another; or has ended."""
+    structures = Structures(VOCAB_SIZE)
+    structures.add("r", compiler.compile("t", grammars.choice(["ab"])))
+    structures.add("s", compiler.compile("t", grammars.choice(["xy"])))
+    a, b, x, y = _bytes(b"abxy")
+    first = structures.begin(Batch(1, (ScheduledRequest(0, 1, 1, 1),), 1, (started(0),)))
+    second = structures.begin(Batch(2, (ScheduledRequest(0, 2, 1, 1),), 1))
+    other = structures.begin(Batch(3, (ScheduledRequest(0, 1, 1, 1),), 1, (started(0, request_id="s"),), (0,)))
+    assert first is not None and second is not None and other is not None
+    first.advance([Sampled((a,))])
+    assert allowed_in(second) == {0: {b}}
+    assert allowed_in(other) == {0: {x}}
+    second.advance([Sampled((b,))])
+    other.advance([Sampled((x,))])
+    last = structures.begin(Batch(4, (ScheduledRequest(0, 2, 1, 1),), 1))
+    beyond = structures.begin(Batch(5, (ScheduledRequest(0, 3, 1, 1),), 1))
+    assert last is not None and beyond is not None and allowed_in(last) == {0: {y}}
+    last.advance([Sampled((y, EOS))])
+    assert allowed_in(beyond) == {}, "its grammar has ended"
 
 
 def test_after_the_end_all_may_come(compiler: Compiler) -> None:
@@ -250,11 +266,9 @@ def test_after_the_end_all_may_come(compiler: Compiler) -> None:
     structures.add("r", compiler.compile("t", grammars.regex("a+")))
     (a,) = _bytes(b"a")
     batch = Batch(1, (ScheduledRequest(0, 1, 1, 1),), 1, (started(0),))
-    assert allowed(structures, batch) == {0: {a}}
-    structures.advance(batch, [Sampled((a,))])
+    assert allowed(structures, batch, (a,)) == {0: {a}}
     later = Batch(2, (ScheduledRequest(0, 2, 1, 1),), 1)
-    assert allowed(structures, later) == {0: {a, EOS}}
-    structures.advance(later, [Sampled((EOS,))])
+    assert allowed(structures, later, (EOS,)) == {0: {a, EOS}}
     assert allowed(structures, Batch(3, (ScheduledRequest(0, 3, 1, 1),), 1)) == {}
 
 
@@ -326,7 +340,7 @@ def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: p
 
     loaded = LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", tmp_path, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
     monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
-    monkeypatch.setattr("evenhand_engine.core.loading.load_model", lambda config: loaded)
+    monkeypatch.setattr("evenhand_engine.core.loading.load_model", lambda config, lost: loaded)
     monkeypatch.setattr(engine, "EngineCore", Core)
     monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
     for name in ("collect", "freeze", "disable"):

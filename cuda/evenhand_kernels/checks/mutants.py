@@ -192,6 +192,7 @@ MUTANTS = [
     Mutant("vocabulary.cuh", "| ~static_cast<uint32_t>(token)", "| static_cast<uint32_t>(token)", SAMPLE),
     Mutant("adjust.cu", "logit > 0.f ? logit / repetition : logit * repetition", "logit / repetition", ADJUST),
     Mutant("adjust.cu", "times ? logit", "count ? logit", ADJUST),
+    Mutant("adjust.cu", "count += drafts[i] == token", "count += drafts[0] == token", ADJUST),
     Mutant("log_probabilities.cu", "if (key < bound)", "if (key <= bound)", ("log_probabilities",)),
     # quantised weights
     Mutant("quantized_linear.cu", "  __syncthreads();\n", "", QUANTIZED),

@@ -1,7 +1,7 @@
 """Cases of the sampling kernels: the same draws as a sampler in numpy that follows the engine's own, number by number."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -124,7 +124,8 @@ def check_not_finite(device: Device) -> None:
 
 
 def check_adjusted(device: Device, *, vocab_size: int, dtype: torch.dtype) -> None:
-    """Row 0 has penalties and a bias, row 1 is as it is, row 2 has a mask and biases, row 3 penalties alone."""
+    """Row 0 has penalties and a bias, row 1 is as it is, row 2 has a mask and biases, row 3 penalties alone; the second step
+    stands behind drafts, which it counts and does not keep."""
     rng = np.random.default_rng(5)
     logits = random_logits(rng, 4, vocab_size, dtype, device)
     rows = [
@@ -135,6 +136,7 @@ def check_adjusted(device: Device, *, vocab_size: int, dtype: torch.dtype) -> No
     ]
     prompts = {0: rng.integers(0, vocab_size, 9), 3: rng.integers(0, vocab_size, 4)}
     outputs = {0: rng.integers(0, vocab_size, 11), 3: rng.integers(0, vocab_size, 0)}
+    drafts = {0: [5, 7, 5], 3: [int(prompts[3][0])]}
     allowed = rng.random(vocab_size) < 0.5
     allowed[3] = False
     biases = {0: {0: 2.5, int(vocab_size - 1): -1.0}, 2: {1: 4.0, 3: 9.0, 2: -np.inf}}
@@ -165,18 +167,25 @@ def check_adjusted(device: Device, *, vocab_size: int, dtype: torch.dtype) -> No
         bias_tokens=tensor([token for row in places for token in biases.get(row, {})]),
         bias_values=tensor([value for row in places for value in biases.get(row, {}).values()], torch.float32),
     )
-    for step in range(2):  # the second step sees what the first has sampled
+    behind_drafts = replace(
+        adjustments,
+        draft_offsets=tensor(np.cumsum([0, *[len(drafts.get(row, ())) for row in places]]).tolist()),
+        draft_tokens=tensor([token for row in places for token in drafts.get(row, ())]),
+    )
+    for step in range(3):  # each sees what those before have sampled
+        adjustments_now, drafted = (behind_drafts, drafts) if step == 1 else (adjustments, {})
         wanted = exact(logits)
         wanted[2, ~allowed] = -np.inf
         for number, of_row in biases.items():
             for token, value in of_row.items():
                 wanted[number, token] += value
         for number in prompts:
-            wanted[number] = _penalised(wanted[number], prompts[number], outputs[number], rows[number])
-        adjusted = exact(sampler.adjusted(logits, adjustments))
+            output = np.append(outputs[number], drafted.get(number, [])).astype(np.int64)
+            wanted[number] = _penalised(wanted[number], prompts[number], output, rows[number])
+        adjusted = exact(sampler.adjusted(logits, adjustments_now))
         assert (np.isneginf(adjusted) == np.isneginf(wanted[places])).all(), "other tokens are forbidden"
         assert_close(torch.from_numpy(np.maximum(adjusted, -99)), np.maximum(wanted[places], -99), 1e-5)
-        token_ids = sampler.sample(logits, rows_of(rows, [1, -1, -1, 0], device), adjustments).tolist()
+        token_ids = sampler.sample(logits, rows_of(rows, [1, -1, -1, 0], device), adjustments_now).tolist()
         for number, row in enumerate(rows):
             expected = expected_tokens(wanted[number], row)
             assert token_ids[number] in expected, f"step {step}, row {number}: {token_ids[number]}, expected {expected}"

@@ -14,6 +14,8 @@ struct Arguments {
   const float* bias_values;        // -infinity forbids
   const int32_t* seats;            // [num_adjusted]: row of token_counts, or -1
   const uint32_t* token_counts;    // [num_seats, vocab_size]: count_tokens.cu; null: no penalties
+  const int32_t* draft_offsets;    // [num_adjusted + 1]: outputs before each row that are not counted yet; null: none
+  const int32_t* draft_tokens;
   const float* repetition;         // [num_adjusted]; 1: off
   const float* frequency;          // [num_adjusted]; 0: off
   const float* presence;           // [num_adjusted]; 0: off
@@ -23,11 +25,15 @@ struct Arguments {
 
 struct Penalties {
   const uint32_t* counts;
+  const int32_t* drafts;
+  int num_drafts;
   float repetition, frequency, presence;
 
   DEVICE float apply(float logit, int token) const {
     if (!counts) return logit;
-    const uint32_t count = counts[token], times = count & 0x7fffffff;
+    uint32_t count = counts[token];
+    for (int i = 0; i < num_drafts; i++) count += drafts[i] == token;
+    const uint32_t times = count & 0x7fffffff;
     if (count) logit = logit > 0.f ? logit / repetition : logit * repetition;
     return times ? logit - frequency * static_cast<float>(times) - presence : logit;
   }
@@ -40,10 +46,14 @@ KERNEL(adjust) {
   const int mask_row = arguments.allowed ? arguments.masks[index] : -1;
   const uint32_t* mask =
       mask_row < 0 ? nullptr : arguments.allowed + static_cast<int64_t>(mask_row) * ((vocab_size + 31) / 32);
-  Penalties penalties{nullptr, 1.f, 0.f, 0.f};
+  Penalties penalties{nullptr, nullptr, 0, 1.f, 0.f, 0.f};
   if (arguments.token_counts && arguments.seats[index] >= 0)
-    penalties = {arguments.token_counts + static_cast<int64_t>(arguments.seats[index]) * vocab_size,
+    penalties = {arguments.token_counts + static_cast<int64_t>(arguments.seats[index]) * vocab_size, nullptr, 0,
                  arguments.repetition[index], arguments.frequency[index], arguments.presence[index]};
+  if (arguments.draft_offsets) {
+    penalties.drafts = arguments.draft_tokens + arguments.draft_offsets[index];
+    penalties.num_drafts = arguments.draft_offsets[index + 1] - arguments.draft_offsets[index];
+  }
 
   const int piece = (vocab_size + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * piece, end = min(begin + piece, vocab_size);
   for (int token = begin + threadIdx.x; token < end; token += NUM_THREADS) {

@@ -50,6 +50,8 @@ class Adjustments:
         bias_offsets: int32 [num_adjusted + 1], where the biases of each row begin in the next two; None: no biases.
         bias_tokens: int32; no token twice in a row.
         bias_values: float32, added to the logits; -inf forbids the token.
+        draft_offsets: int32 [num_adjusted + 1], where the outputs of each row that are not counted yet begin in
+            `draft_tokens`, int32: drafts that the row stands behind; None: there are none.
     """
 
     rows: Tensor
@@ -63,6 +65,8 @@ class Adjustments:
     bias_offsets: Tensor | None = None
     bias_tokens: Tensor | None = None
     bias_values: Tensor | None = None
+    draft_offsets: Tensor | None = None
+    draft_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,13 @@ class DeviceSampler:
             num_prompt=num_prompt,
             token_counts=self._counts,
             vocab_size=self.vocab_size,
+        )
+
+    def count_outputs(self, seats: Tensor, token_ids: Tensor) -> None:
+        """Count one more output token of each of these seats, both int64 [num_tokens]; for rows sampled without a seat."""
+        assert self._counts is not None
+        self._counts.view(-1).index_add_(
+            0, seats * self.vocab_size + token_ids, torch.ones_like(token_ids, dtype=torch.int32)
         )
 
     def sample(self, logits: Tensor, rows: SamplingRows, adjustments: Adjustments | None = None) -> Tensor:

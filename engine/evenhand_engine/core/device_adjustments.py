@@ -1,11 +1,11 @@
 """DeviceAdjustments: masks, biases and penalties of the requests on a device, as `adjustments.Adjustments` has them on the CPU.
 
 By seat, made when a request sits down: what its logits are changed by. On the device lie the masks and how often each token has
-come, which grows there by what is sampled. A step sends the biases of its rows. Of bad words the host compares what it
-knows; the last token may be on the device alone, and is compared there.
+come, which grows there by what is sampled. A step sends the biases of its rows, and the masks of those whose outputs follow a
+grammar. Of bad words the host compares what it knows; the last token may be on the device alone, and is compared there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,18 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.device_seats import Samples
 from evenhand_engine.core.step_layout import HostStep
+from evenhand_engine.core.structures import Mask
 from evenhand_engine.scheduler.batch import StartedRequest
 from evenhand_engine.scheduler.request import SamplingParams
 from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler
 from evenhand_kernels.device import Device
-
-
-class Samples(NamedTuple):
-    """The rows of a step's logits that are sampled: int64, whose each is, and how many outputs that one has by then."""
-
-    seats: NDArray[np.int64]
-    indices: NDArray[np.int64]
 
 
 @dataclass
@@ -47,13 +42,19 @@ class _Biases(NamedTuple):
 
 
 class DeviceAdjustments:
-    """Owns the device's memory of masks; the sampler has that of counts, a row for each seat."""
+    """Owns the device's memory of masks, a row for each seat and then one for each sample; the sampler has that of counts.
+
+    Where drafts are sampled, which of them count is known when they are accepted: `count` is told.
+    """
 
     def __init__(self, device: Device, sampler: DeviceSampler, settings: SchedulerSettings) -> None:
         num_seats, self._vocab_size = settings.max_num_seqs, sampler.vocab_size
         self._device, self._sampler = device, sampler
         words = -(-self._vocab_size // 32)
-        self._allowed = torch.zeros(num_seats, words, dtype=torch.int32, device=device.torch_device)
+        num_masks = num_seats + settings.max_num_outputs
+        self._allowed = torch.zeros(num_masks, words, dtype=torch.int32, device=device.torch_device)
+        self._allowed_of: dict[int, NDArray[np.int32]] = {}  # by seat, the same on the host
+        self._counts_samples = settings.num_speculative_tokens == 0
         self._seated: dict[int, _Seated] = {}
         self._adjusts = np.zeros(num_seats, bool)
         self._listens = np.zeros(num_seats, bool)
@@ -79,29 +80,49 @@ class DeviceAdjustments:
             )
 
     def write(self, samples: Samples, step: HostStep) -> None:
-        """Which rows' tokens are counted, into the part `counted_seats`."""
-        step.fill("counted_seats", self._penalized[samples.seats])
+        """Which rows' tokens are counted as they are sampled, into the part `counted_seats`."""
+        nobody = np.full(len(samples.seats), -1, np.int32)
+        step.fill("counted_seats", self._penalized[samples.seats] if self._counts_samples else nobody)
 
-    def listeners(self, samples: Samples) -> dict[int, Callable[[int], None]]:
-        """By row: who must be told of its token when the host knows it, whoever sits there by then."""
-        rows = self._listens[samples.seats].nonzero()[0].tolist()
-        return {row: self._seated[int(samples.seats[row])].outputs.append for row in rows}
+    def count(self, seats: Sequence[int], token_ids: Sequence[int]) -> None:
+        """These outputs of these seats are accepted."""
+        counted = [pair for pair in zip(seats, token_ids, strict=True) if self._penalized[pair[0]] >= 0]
+        if counted:
+            pairs = self._sent(np.array(counted, np.int64))
+            self._sampler.count_outputs(pairs[:, 0], pairs[:, 1])
 
-    def of(self, samples: Samples, last_token_ids: Tensor) -> Adjustments | None:
-        """Those of a step's rows; None where there are none. `last_token_ids`: by seat, on the device."""
+    def listeners(self, samples: Samples) -> list[tuple[int, Callable[[Sequence[int]], None]]]:
+        """Numbers of items with samples, and who must be told of their tokens when the host knows them, whoever sits there
+        by then."""
+        seats = np.delete(samples.seats, list(samples.drafts)) if samples.drafts else samples.seats
+        numbers = self._listens[seats].nonzero()[0].tolist()
+        return [(number, self._seated[int(seats[number])].outputs.extend) for number in numbers]
+
+    def of(self, samples: Samples, masks: Mapping[int, Mask], last_token_ids: Tensor) -> Adjustments | None:
+        """Those of a step's rows; None where there are none.
+
+        Args:
+            masks: by row, of grammars.
+            last_token_ids: by seat, on the device.
+        """
         seats = samples.seats
-        rows = (self._adjusts[seats] | (samples.indices < self._min_tokens[seats])).nonzero()[0]
+        is_adjusted = self._adjusts[seats] | (samples.indices < self._min_tokens[seats])
+        is_adjusted[list(masks)] = True
+        rows = is_adjusted.nonzero()[0]
         if not len(rows):
             return None
         seats, indices = seats[rows], samples.indices[rows]
         places = np.full(len(samples.seats), -1, np.int32)
         places[rows] = np.arange(len(rows))
+        drafts = [samples.drafts.get(row, ()) for row in rows.tolist()]
         biases = [
-            self._biases(self._seated[seat], index)
-            for seat, index in zip(seats.tolist(), indices.tolist(), strict=True)
+            self._biases(self._seated[seat], index, before)
+            for seat, index, before in zip(seats.tolist(), indices.tolist(), drafts, strict=True)
         ]
         counts = [len(of_row.values) for of_row in biases]
         tokens = np.array([token for of_row in biases for token in of_row.values], np.int32)
+        draft_offsets = np.cumsum([0, *map(len, drafts)], dtype=np.int32)
+        draft_tokens = np.array([token for before in drafts for token in before], np.int32)
         return Adjustments(
             rows=self._sent(rows.astype(np.int32)),
             adjusted_row=self._sent(places),
@@ -110,11 +131,26 @@ class DeviceAdjustments:
             frequency=self._sent(self._frequency[seats]),
             presence=self._sent(self._presence[seats]),
             allowed=self._allowed,
-            masks=self._sent(self._mask[seats]),
+            masks=self._sent(self._masks_of(samples, masks)[rows]),
             bias_offsets=self._sent(np.cumsum([0, *counts], dtype=np.int32)),
             bias_tokens=self._sent(tokens),
             bias_values=self._values(biases, seats, last_token_ids),
+            draft_offsets=self._sent(draft_offsets) if samples.drafts else None,
+            draft_tokens=self._sent(draft_tokens) if samples.drafts else None,
         )
+
+    def _masks_of(self, samples: Samples, masks: Mapping[int, Mask]) -> NDArray[np.int32]:
+        """For each sample its row of masks on the device, or -1. Sends those of this step."""
+        found = self._mask[samples.seats]
+        if masks:
+            first, rows = len(self._mask), list(masks)
+            words = [
+                mask & self._allowed_of[seat] if (seat := int(samples.seats[row])) in self._allowed_of else mask
+                for row, mask in masks.items()
+            ]
+            self._allowed[first : first + len(rows)] = self._sent(np.stack(words))
+            found[rows] = first + np.arange(len(rows))
+        return found
 
     def _sit_down(self, started: StartedRequest) -> None:
         seat, params = started.seat, started.sampling_params
@@ -129,14 +165,18 @@ class DeviceAdjustments:
         self._frequency[seat], self._presence[seat] = params.frequency_penalty, params.presence_penalty
         self._min_tokens[seat] = params.min_tokens if params.stop_token_ids else 0
         self._mask[seat] = -1 if params.allowed_token_ids is None else seat
+        self._allowed_of.pop(seat, None)
         if params.allowed_token_ids is not None:
-            self._allowed[seat] = self._sent(_mask(params.allowed_token_ids, self._vocab_size))
+            self._allowed_of[seat] = _mask(params.allowed_token_ids, self._vocab_size)
+            self._allowed[seat] = self._sent(self._allowed_of[seat])
         self._listens[seat] = bool(longer)
         self._adjusts[seat] = penalized or params.allowed_token_ids is not None or bool(biases) or bool(longer)
 
-    def _biases(self, request: _Seated, index: int) -> _Biases:
-        """Of the token after `index` outputs, of which the host knows all, or all but the last one."""
+    def _biases(self, request: _Seated, index: int, drafts: tuple[int, ...]) -> _Biases:
+        """Of the token after `index` outputs, the last of them `drafts`; the others the host knows, or all but the last."""
         values, forbidden_after, outputs = dict(request.biases), [], request.outputs
+        if drafts:
+            outputs = [*outputs, *drafts]
         if index < request.params.min_tokens:
             values |= dict.fromkeys(request.params.stop_token_ids, -np.inf)
         is_last_known = len(outputs) == index

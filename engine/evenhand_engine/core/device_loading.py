@@ -16,6 +16,7 @@ from evenhand_engine.core.loading import (
     resolve_settings,
     weight_bytes,
 )
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
@@ -42,8 +43,6 @@ def load_on_device(
 ) -> LoadedModel:
     """`model_config` is that of the shard. Raises StartupError: no such device, kernels that do not compile, or too little memory."""
     dtype = _dtype(config, model_config)
-    if config.speculative != "none":
-        raise StartupError(f"speculative {config.speculative} is for the CPU; on a GPU leave it out")
     precision = resolve_precision(config.dtype, config.quantization)
     try:
         device = _device(config, shard)
@@ -108,19 +107,22 @@ def _with_cache(
     weights: Weights,
     shard: Shard,
 ) -> LoadedModel:
+    structures = Structures(model_config.vocab_size)
 
     def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
         settings = resolve_settings(config, model_config, dtype, kv_cache_bytes, DEFAULTS)
         cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
         decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
-        return DeviceRunner(decoder, kernels, settings, model_config.vocab_size)
+        return DeviceRunner(decoder, kernels, settings, model_config.vocab_size, structures)
 
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         num_tokens = config.max_num_batched_tokens or DEFAULTS.max_num_batched_tokens
         trial_bytes = (num_tokens // config.block_size + 2) * block_bytes(model_config, config.block_size, dtype)
         trial = make_runner(replace(config, max_model_len=None), trial_bytes)
-        run_largest_step(trial, trial.settings)  # what its activations take stays with torch, and is no longer free
+        run_largest_step(
+            trial, trial.settings, scores_prompt=True
+        )  # what its activations take stays with torch, and is no longer free
         del trial
         kv_cache_bytes = shard.least(_left_for_cache(kernels.device, config.gpu_memory_utilization))
     runner = make_runner(config, kv_cache_bytes)
@@ -129,7 +131,16 @@ def _with_cache(
     settings = runner.settings
     logger.info("%s: %d KV blocks of %d tokens", device.name, settings.num_kv_blocks, settings.block_size)
     name = next(name for name, known in DTYPES.items() if known == dtype)
-    return LoadedModel(runner, settings, config.model or default_model.NAME, name, device.name, model_dir)
+    return LoadedModel(
+        runner,
+        settings,
+        config.model or default_model.NAME,
+        name,
+        device.name,
+        model_dir,
+        structures,
+        scores_prompts=True,
+    )
 
 
 def _left_for_cache(device: Device, utilization: float) -> int:

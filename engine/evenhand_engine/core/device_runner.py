@@ -5,20 +5,25 @@
 
 Nothing between the copy and the event waits for the host, and no launch depends on a sampled token: what a step samples
 is the next step's input on the device, before the host has seen it. So two steps are in flight, and the device never waits.
+
+A mask of a grammar does depend on the token before. Then the host waits for that between the forward pass and the sampling,
+while the device has this forward pass to do, and not again in `collect`: once a step, as always. Drafts are guessed from
+known tokens, so with them each step is collected before the next is planned.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.core.device_adjustments import Samples
-from evenhand_engine.core.device_sampling import SamplingStep, StepSampler
-from evenhand_engine.core.device_seats import DeviceSeats
+from evenhand_engine.core.device_sampling import Planned, SamplingStep, StepSampler
+from evenhand_engine.core.device_seats import DeviceSeats, Samples
+from evenhand_engine.core.prompt_logprobs import PromptLogprobs, ScoredPart
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
+from evenhand_engine.core.structures import Mask, StructuredStep, Structures
 from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.model.decoder import Decoder, ModelInput, forward
 from evenhand_engine.scheduler.batch import Batch
@@ -34,7 +39,7 @@ PIPELINE_DEPTH = 2
 
 @dataclass(frozen=True, slots=True)
 class _RecordedStep:
-    """A graph of the decodes of up to `layout.num_requests` requests."""
+    """A graph of decodes with up to `layout.num_rows` tokens, drafts among them."""
 
     graph: Graph
     layout: StepLayout
@@ -44,7 +49,15 @@ class _RecordedStep:
 class DeviceRunner:
     """Implements `Runner`."""
 
-    def __init__(self, decoder: Decoder, kernels: CudaKernels, settings: SchedulerSettings, vocab_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kernels: CudaKernels,
+        settings: SchedulerSettings,
+        vocab_size: int,
+        structures: Structures,
+    ) -> None:
+        """`structures`: grammars of requests, told before they are scheduled."""
         self.settings = settings
         self._decoder, self._kernels = decoder, kernels
         self._device: Device = kernels.device
@@ -53,13 +66,15 @@ class DeviceRunner:
         self._seats = DeviceSeats(settings, torch_device)
         sampler = DeviceSampler(self._device, kernels.dtype, vocab_size, num_penalty_seats=settings.max_num_seqs)
         self._sampler = StepSampler(self._device, sampler, self._seats, settings)
+        self._structures, self._prompt_logprobs = structures, PromptLogprobs()
         num_rows, num_seqs = settings.max_num_batched_tokens, settings.max_num_seqs
         largest = StepLayout(
             num_rows=max(num_rows, num_seqs),
             num_requests=num_seqs,
-            num_samples=num_seqs,
+            num_samples=settings.max_num_outputs,
             num_plan_words=kernels.work.shape(num_seqs, max(num_rows, num_seqs)).words,
             num_new_blocks=num_seqs * self._seats.max_num_blocks,
+            num_scored=num_rows,
         )
         self._host = deque(
             (self._device.pinned(largest.num_words, dtype=torch.int32), self._device.record())
@@ -72,39 +87,65 @@ class DeviceRunner:
 
     @property
     def pipeline_depth(self) -> int:
-        return PIPELINE_DEPTH
+        return 1 if self.settings.num_speculative_tokens else PIPELINE_DEPTH
 
     def submit(self, batch: Batch) -> None:
         with self._device.stream(), torch.inference_mode():
             self._seats.take_in(batch)
             self._sampler.take_in(batch)
+            scored, structured = self._prompt_logprobs.begin(batch), self._structures.begin(batch)
             recorded = self._recorded(batch)
             if recorded is not None:
                 step, samples = self._copy(batch, recorded.layout, recorded.shape)
                 recorded.graph.replay()
                 logits = self._logits
             else:
-                step, samples, shape = self._copy_exactly(batch)
+                step, samples, shape = self._copy_exactly(batch, scored)
                 logits = self._forward(step, shape, batch.num_decodes)
-            self._steps.append(self._sampler.sample(samples, step, logits))
+            planned = Planned(batch, samples, scored, structured)
+            self._steps.append(self._sampler.sample(planned, step, logits, self._masks(structured)))
 
     def collect(self) -> list[Sampled]:
-        return self._steps.popleft().wait()
+        step = self._steps.popleft()
+        results = step.wait()
+        if self.settings.num_speculative_tokens:
+            self._learn(step.planned.batch, results)
+        return results
 
     def warm_up(self) -> None:
         """Run the largest step, and record the graphs of decodes, so that no user waits for what happens at first use."""
-        run_largest_step(self, self.settings)
+        run_largest_step(self, self.settings, scores_prompt=True)
         for size in graph_sizes(self.settings.max_num_seqs):
             self._record(size)
 
+    def _masks(self, structured: StructuredStep | None) -> dict[int, Mask]:
+        """By row. Those of a token can be made when the one before it has come."""
+        if structured is None:
+            return {}
+        for step in self._steps:
+            step.wait()
+        return structured.masks()
+
+    def _learn(self, batch: Batch, results: list[Sampled]) -> None:
+        """Which drafts were right is known here; what is laid out next goes on from there."""
+        items = [item for item in batch.scheduled if item.num_samples]
+        for item, result in zip(items, results, strict=True):
+            self._seats.append(item.seat, item.first_output, result.token_ids)
+        pairs = [(item.seat, token) for item, result in zip(items, results, strict=True) for token in result.token_ids]
+        with self._device.stream(), torch.inference_mode():
+            self._sampler.count([seat for seat, _ in pairs], [token for _, token in pairs])
+
     # -- laying out
 
-    def _copy_exactly(self, batch: Batch) -> tuple[DeviceStep, Samples, WorkShape]:
+    def _copy_exactly(self, batch: Batch, scored: Sequence[ScoredPart]) -> tuple[DeviceStep, Samples, WorkShape]:
         num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
         bound = self._kernels.work.shape(num_requests, num_rows)
-        layout = StepLayout(num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch))
+        num_scored = sum(len(part.rows) for part in scored)
+        layout = StepLayout(
+            num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch), num_scored
+        )
         host, memory = self._begin(layout)
-        samples = self._lay_out(batch, host)
+        samples = self._lay_out(batch, scored, host)
         shape = self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"))
         return self._send(memory, layout), samples, shape
 
@@ -112,7 +153,7 @@ class DeviceRunner:
         """Into the places where a graph reads."""
         layout = replace(padded, num_new_blocks=_num_new_blocks(batch))
         host, memory = self._begin(layout)
-        samples = self._lay_out(batch, host)
+        samples = self._lay_out(batch, (), host)
         self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"), shape)
         return self._send(memory, layout), samples
 
@@ -131,45 +172,17 @@ class DeviceRunner:
             self._seats.apply_new_blocks(step)
         return step
 
-    def _lay_out(self, batch: Batch, host: HostStep) -> Samples:
-        """Fill all parts but the plan; padding reads and writes where nobody does."""
-        items, seats = batch.scheduled, self._seats
-        num_requests = len(items)
-        seat = np.array([item.seat for item in items], np.int64)
-        start = np.array([item.num_computed_tokens for item in items], np.int64)
-        count = np.array([item.num_scheduled_tokens for item in items], np.int64)
-        num_samples = np.array([item.num_samples for item in items], np.int64)
-        assert num_samples.max(initial=0) <= 1, "drafts are not planned for a device"
-
-        end = start + count
-        cu_seqlens_q = host.part("cu_seqlens_q")
-        cu_seqlens_q[0] = 0
-        np.cumsum(count, out=cu_seqlens_q[1 : num_requests + 1])
-        num_rows = int(cu_seqlens_q[num_requests])
-        cu_seqlens_q[num_requests + 1 :] = num_rows
-        host.fill("seats", seat, padding=seats.nobody)
-        host.fill("seq_lens", end, padding=0)
-
-        row_seat, position = seat, start
-        if num_rows > num_requests:
-            owner = np.arange(num_requests).repeat(count)
-            row_seat = seat[owner]
-            position = np.arange(num_rows) + (start - cu_seqlens_q[:num_requests])[owner]
-        host.fill("row_seats", row_seat, padding=seats.nobody)
-        host.fill("positions", position, padding=0)
-        host.fill("token_ids", seats.token_ids(row_seat, position), padding=0)
-
-        sampled = num_samples.nonzero()[0]
-        samples = Samples(seat[sampled], end[sampled] - seats.num_prompt_tokens[seat[sampled]])
-        host.fill("logits_indices", cu_seqlens_q[sampled + 1] - 1, padding=0)
+    def _lay_out(self, batch: Batch, scored: Sequence[ScoredPart], host: HostStep) -> Samples:
+        """Fill all parts but the plan."""
+        samples = self._seats.lay_out(batch, scored, host)
         self._sampler.write(samples, host)
-        seats.write_new_blocks(items, host)
+        self._seats.write_new_blocks(batch.scheduled, host)
         return samples
 
     # -- computing
 
     def _forward(self, step: DeviceStep, shape: WorkShape, num_decodes: int) -> Tensor:
-        """Logits of the rows that are sampled, [the layout's num_samples, vocab_size]."""
+        """Logits of the rows that are sampled and scored, [the layout's num_samples and num_scored, vocab_size]."""
         positions, row_seats = step.part("positions"), step.part("row_seats")
         block_tables = self._seats.block_tables
         blocks = block_tables[row_seats, (positions // self._block_size).long()]
@@ -189,10 +202,11 @@ class DeviceRunner:
         return forward(self._decoder, model_input)
 
     def _recorded(self, batch: Batch) -> _RecordedStep | None:
-        """The smallest graph that the batch fits, if all of it are decodes."""
+        """The smallest graph that the batch fits, if all of it are decodes: one of so many rows takes any of no more."""
         if batch.num_decodes < len(batch.scheduled):
             return None
-        return next((self._graphs[size] for size in self._graphs if size >= len(batch.scheduled)), None)
+        num_rows = batch.num_tokens if self.settings.num_speculative_tokens else batch.num_decodes
+        return next((self._graphs[size] for size in self._graphs if size >= num_rows), None)
 
     def _record(self, size: int) -> None:
         """Record the decodes of `size` requests; while it is recorded, all of them are padding."""

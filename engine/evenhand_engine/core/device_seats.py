@@ -1,8 +1,12 @@
-"""DeviceSeats: what a device runner knows of each seat, on the host and on the device.
+"""DeviceSeats: what a device runner knows of each seat, on the host and on the device; and where a step's rows come from.
 
 On the host, where steps are laid out: the tokens that the scheduler told, and how the request is sampled. On the device, where
 they are needed before the host knows them: the last sampled token, and the block table. Both grow by what batches tell.
 """
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +14,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.core.prompt_logprobs import ScoredPart
 from evenhand_engine.core.step_layout import DeviceStep, HostStep
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 
 ON_DEVICE = -1
 """Stands for a token in a step's token ids that only the device knows."""
+
+_SEAT, _NUM_COMPUTED, _NUM_SCHEDULED, _NUM_SAMPLES = map(
+    attrgetter, ("seat", "num_computed_tokens", "num_scheduled_tokens", "num_samples")
+)
+
+
+class Samples(NamedTuple):
+    """The rows of a step's logits that are sampled.
+
+    Attributes:
+        seats, indices: int64, whose each is, and how many outputs that one has by then.
+        drafts: by row, the guessed outputs that it stands behind; nothing where there are none.
+    """
+
+    seats: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    drafts: Mapping[int, tuple[int, ...]] = {}
 
 
 class DeviceSeats:
@@ -40,7 +62,7 @@ class DeviceSeats:
         self.seeds = np.zeros(num_seats, np.uint64)
         self.num_prompt_tokens = np.zeros(num_seats, np.int64)
         self.num_logprobs = np.full(num_seats, -1, np.int64)
-        self._token_ids = np.zeros((num_seats, settings.max_model_len), np.int32)
+        self._token_ids = np.zeros((num_seats, settings.max_model_len + 1), np.int32)
         self._num_known = np.zeros(num_seats, np.int64)
         self._num_blocks = [0] * num_seats
 
@@ -56,6 +78,71 @@ class DeviceSeats:
             self.num_prompt_tokens[seat] = started.num_prompt_tokens
             self.min_p[seat] = params.min_p
             self.num_logprobs[seat] = -1 if params.num_logprobs is None else params.num_logprobs
+
+    def append(self, seat: int, position: int, token_ids: Sequence[int]) -> None:
+        """The host knows what was sampled for the seat at `position` and after it."""
+        end = position + len(token_ids)
+        self._token_ids[seat, position:end] = token_ids
+        self._num_known[seat] = end
+
+    def lay_out(self, batch: Batch, scored: Sequence[ScoredPart], step: HostStep) -> Samples:
+        """Write which rows there are and what they read; padding reads and writes where nobody does.
+
+        Logits are wanted of the samples' rows, then of those that are scored.
+        """
+        items = batch.scheduled
+        num_requests = len(items)
+        seat = np.fromiter(map(_SEAT, items), np.int64, num_requests)
+        start = np.fromiter(map(_NUM_COMPUTED, items), np.int64, num_requests)
+        count = np.fromiter(map(_NUM_SCHEDULED, items), np.int64, num_requests)
+        end = start + count
+        cu_seqlens_q = step.part("cu_seqlens_q")
+        end_row = count.cumsum()
+        num_rows = int(end_row[-1]) if num_requests else 0
+        cu_seqlens_q[0] = 0
+        cu_seqlens_q[1 : num_requests + 1] = end_row
+        cu_seqlens_q[num_requests + 1 :] = num_rows
+        step.fill("seats", seat, padding=self.nobody)
+        step.fill("seq_lens", end, padding=0)
+
+        row_seat, position = seat, start
+        if num_rows > num_requests:
+            owner = np.arange(num_requests).repeat(count)
+            row_seat = seat[owner]
+            position = np.arange(num_rows) + (end - end_row)[owner]
+        step.fill("row_seats", row_seat, padding=self.nobody)
+        step.fill("positions", position, padding=0)
+        step.fill("token_ids", self.token_ids(row_seat, position), padding=0)
+
+        if num_rows == batch.num_decodes:  # a sample of each row
+            rows, samples = np.arange(num_rows), Samples(seat, end - self.num_prompt_tokens[seat])
+        else:
+            rows, samples = self._samples(batch, seat, end, end_row, step)
+        wanted = np.concatenate([rows, *(np.array(part.rows, np.int64) for part in scored)]) if scored else rows
+        step.fill("logits_indices", wanted, padding=0)
+        return samples
+
+    def _samples(
+        self,
+        batch: Batch,
+        seat: NDArray[np.int64],
+        end: NDArray[np.int64],
+        end_row: NDArray[np.int64],
+        step: HostStep,
+    ) -> tuple[NDArray[np.int64], Samples]:
+        """Rows of tokens that are sampled, and how; writes the drafts that are among them."""
+        items = batch.scheduled
+        count = np.fromiter(map(_NUM_SAMPLES, items), np.int64, len(items))
+        owner = np.arange(len(items)).repeat(count)
+        before_end = count[owner] - (np.arange(len(owner)) - (count.cumsum() - count)[owner])
+        rows, seats = end_row[owner] - before_end, seat[owner]
+        indices = end[owner] - before_end + 1 - self.num_prompt_tokens[seats]
+        if len(owner) == np.count_nonzero(count):
+            return rows, Samples(seats, indices)
+        number = count[owner] - before_end  # of the drafts that a row stands behind; the last of them is its token
+        behind = {row: items[owner[row]].draft_token_ids[: number[row]] for row in number.nonzero()[0].tolist()}
+        step.part("token_ids")[rows[list(behind)]] = [drafts[-1] for drafts in behind.values()]
+        return rows, Samples(seats, indices, behind)
 
     def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32: the tokens at these places, ON_DEVICE for those that were sampled and are on their way."""

@@ -1,19 +1,23 @@
 """ModelRunner: computes batches with a model on the CPU, or one by one with the reference kernels on a GPU."""
 
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
-from evenhand_engine.core.prompt_logprobs import PromptLogprobs
-from evenhand_engine.core.sampler import Seats, accept, sample
+from evenhand_engine.core.prompt_logprobs import PromptLogprobs, ScoredPart
+from evenhand_engine.core.sampler import Seats, accept, sample, token_logprobs
 from evenhand_engine.core.staging import Staging
-from evenhand_engine.core.structures import Structures
+from evenhand_engine.core.structures import Structures, forbidden
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
-from evenhand_engine.scheduler.request import FinishReason, Sampled
+from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
 
 
 class ModelRunner:
@@ -27,8 +31,9 @@ class ModelRunner:
         self._decoder = decoder
         self._structures = structures
         self._staging = Staging(settings, decoder.kernels)
-        self._prompt_logprobs = PromptLogprobs(self._staging.token_ids)
+        self._prompt_logprobs = PromptLogprobs()
         self._seats = Seats(self._staging.token_ids)
+        self._thread = ThreadPoolExecutor(1, "masks")  # that are computed while the step runs
         self._results: deque[list[Sampled]] = deque()
 
     @property
@@ -37,27 +42,39 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> None:
-        prompt_rows = self._prompt_logprobs.rows(batch)
+        parts = self._prompt_logprobs.begin(batch)
+        prompt_rows = [row for part in parts for row in part.rows]
         model_input = self._staging.fill(batch, prompt_rows)
         rows = self._seats.prepare(batch)
-        masks = self._structures.begin(batch)
+        structured = self._structures.begin(batch)
+        masks = None if structured is None else self._thread.submit(structured.masks)
         logits = forward(self._decoder, model_input).cpu()
         places = np.searchsorted(model_input.logits_indices.cpu().numpy(), prompt_rows)
-        of_prompts = self._prompt_logprobs.take(batch, logits, places)
+        of_prompts = _score(parts, logits, places)
         if prompt_rows:
             logits = logits[np.delete(np.arange(len(logits)), places)]
-        forbidden = {} if masks is None else masks.result()
-        results = accept(batch, sample(logits, rows, self._decoder.kernels, forbidden))
-        self._structures.advance(batch, results)
-        for number, item in enumerate(item for item in batch.scheduled if item.num_samples):
-            result = results[number]
-            if not result.token_ids and self._structures.has_failed(item.seat):
-                result = results[number] = Sampled((), failure=FinishReason.GRAMMAR)
-            if item.seat in of_prompts:
-                results[number] = msgspec.structs.replace(result, prompt_logprobs=of_prompts[item.seat])
-            first = item.num_computed_tokens + item.num_scheduled_tokens - item.num_samples + 1
-            self._staging.append(item.seat, first, result.token_ids)
+        found = {} if masks is None else masks.result()
+        not_allowed = {row: forbidden(mask, logits.shape[1]) for row, mask in found.items()}
+        results = accept(batch, sample(logits, rows, self._decoder.kernels, not_allowed))
+        if structured is not None:
+            structured.advance(results)
+        for number, told in of_prompts.items():
+            results[number] = msgspec.structs.replace(results[number], prompt_logprobs=told)
+        for item, result in zip((item for item in batch.scheduled if item.num_samples), results, strict=True):
+            self._staging.append(item.seat, item.first_output, result.token_ids)
         self._results.append(results)
 
     def collect(self) -> list[Sampled]:
         return self._results.popleft()
+
+
+def _score(
+    parts: Sequence[ScoredPart], logits: Tensor, places: NDArray[np.intp]
+) -> dict[int, tuple[TokenLogprobs, ...]]:
+    """By item with samples, what is told of the prompts that end. `places`: of the parts' rows among those of `logits`."""
+    ended, rows = {}, iter(places.tolist())
+    for part in parts:
+        told = part.tell(token_logprobs(logits[next(rows)], token_id, part.num_top) for token_id in part.token_ids)
+        if part.number is not None:
+            ended[part.number] = told
+    return ended

@@ -1,77 +1,72 @@
 """PromptLogprobs: log probabilities of prompts, collected chunk by chunk and told with the first output."""
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from evenhand_engine.core.sampler import token_logprobs
-from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.request import TokenLogprobs
 
 
 @dataclass(slots=True)
 class _Asked:
     num_top: int
-    num_prompt_tokens: int
+    prompt: "array[int]"
     told: list[TokenLogprobs] = field(default_factory=list)
 
 
-class PromptLogprobs:
-    """By seat. A row of a prompt tells how likely the prompt's next token is.
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """The part of a prompt that a batch scores, whoever has its seat later.
 
-    Args:
-        token_ids: the tokens of a seat that come before a position.
+    Attributes:
+        rows: of the batch's tokens; each tells how likely the next token of the prompt is.
+        token_ids: these next tokens.
+        num_top: of how many of the likeliest tokens to tell beside each.
+        number: the item's among the batch's with samples, if it ends the prompt; else None.
     """
 
-    def __init__(self, token_ids: Callable[[int, int], NDArray[np.int32]]) -> None:
-        self._token_ids = token_ids
+    rows: range
+    token_ids: list[int]
+    num_top: int
+    number: int | None
+    _asked: _Asked
+
+    def tell(self, logprobs: Iterable[TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+        """Those of its rows; returns the whole prompt's, but for its first token's. All parts before it have told theirs."""
+        self._asked.told += logprobs
+        return tuple(self._asked.told) if self.number is not None else ()
+
+
+class PromptLogprobs:
+    """By seat."""
+
+    def __init__(self) -> None:
         self._asked: dict[int, _Asked] = {}
 
-    def rows(self, batch: Batch) -> list[int]:
-        """Take in who sits where; rows of the batch's tokens whose logits `take` wants."""
+    def begin(self, batch: Batch) -> list[ScoredPart]:
+        """Take in who sits where; the parts of prompts that the batch scores."""
         for started in batch.started:
             num_top = started.sampling_params.num_prompt_logprobs
             self._asked.pop(started.seat, None)
             if num_top is not None and len(started.token_ids) == started.num_prompt_tokens:  # else told before
-                self._asked[started.seat] = _Asked(num_top, started.num_prompt_tokens)
+                self._asked[started.seat] = _Asked(num_top, started.token_ids)
+        parts: list[ScoredPart] = []
         if not self._asked:
-            return []
-        rows: list[int] = []
-        end = 0
+            return parts
+        end = number = 0
         for item in batch.scheduled:
-            end += item.num_scheduled_tokens
             if (asked := self._asked.get(item.seat)) is not None:
-                first = end - item.num_scheduled_tokens
-                rows += range(first, first + _num_rows(asked, item.num_computed_tokens, item.num_scheduled_tokens))
-        return rows
-
-    def take(self, batch: Batch, logits: Tensor, places: NDArray[np.intp]) -> dict[int, tuple[TokenLogprobs, ...]]:
-        """By seat, what is told of prompts that the batch ends.
-
-        Args:
-            logits: float32 [num_rows, vocab_size].
-            places: [len(rows)], which of these are those of `rows`.
-        """
-        ended, row = {}, 0
-        for item in batch.scheduled if self._asked else ():
-            if (asked := self._asked.get(item.seat)) is None:
-                continue
-            start = item.num_computed_tokens
-            count = _num_rows(asked, start, item.num_scheduled_tokens)
-            following = self._token_ids(item.seat, start + count + 1)[start + 1 :].tolist()
-            asked.told += (
-                token_logprobs(logits[places[row + number]], token_id, asked.num_top)
-                for number, token_id in enumerate(following)
-            )
-            row += count
-            if item.num_samples:
-                ended[item.seat] = tuple(self._asked.pop(item.seat).told)
-        return ended
+                parts.append(_part(item, asked, end, number))
+                if item.num_samples:
+                    del self._asked[item.seat]
+            end += item.num_scheduled_tokens
+            number += item.num_samples > 0
+        return parts
 
 
-def _num_rows(asked: _Asked, start: int, count: int) -> int:
-    """Of the tokens [start, start + count), how many are followed by one of the prompt."""
-    return max(0, min(start + count, asked.num_prompt_tokens - 1) - start)
+def _part(item: ScheduledRequest, asked: _Asked, first_row: int, number: int) -> ScoredPart:
+    start = item.num_computed_tokens
+    followers = asked.prompt[start + 1 : start + 1 + item.num_scheduled_tokens].tolist()  # the last token has none
+    rows = range(first_row, first_row + len(followers))
+    return ScoredPart(rows, followers, asked.num_top, number if item.num_samples else None, asked)

@@ -27,7 +27,8 @@ class StepLayout:
     Attributes:
         num_rows: tokens, padding included.
         num_requests: requests, padding included.
-        num_samples: rows of logits.
+        num_samples: rows of logits that are sampled.
+        num_scored: rows of logits behind these, of prompts.
         num_plan_words: int32 words of the attention's plan.
         num_new_blocks: entries of block tables that this step adds.
     """
@@ -37,6 +38,7 @@ class StepLayout:
     num_samples: int
     num_plan_words: int
     num_new_blocks: int = 0
+    num_scored: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -49,7 +51,7 @@ class StepLayout:
             "seats": requests,
             "seq_lens": requests,
             "cu_seqlens_q": requests + 1,
-            "logits_indices": samples,
+            "logits_indices": samples + self.num_scored,
             "sample_seats": samples,
             "temperature": samples,
             "top_p": samples,

@@ -5,10 +5,12 @@ from evenhand_engine.scheduler.batch import BatchPlan, Runner
 from evenhand_engine.scheduler.request import Request, SamplingParams
 
 
-def run_largest_step(runner: Runner, settings: SchedulerSettings) -> None:
-    """As many tokens as a step may have, and a token after them."""
+def run_largest_step(runner: Runner, settings: SchedulerSettings, *, scores_prompt: bool = False) -> None:
+    """As many tokens as a step may have, and a token after them; `scores_prompt`: with the logits of all of them."""
     num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
-    request = Request("", "", [0] * num_tokens, SamplingParams(max_tokens=2, temperature=0), arrival_time=0.0)
+    num_prompt_logprobs = 0 if scores_prompt else None
+    params = SamplingParams(max_tokens=2, temperature=0, num_prompt_logprobs=num_prompt_logprobs)
+    request = Request("", "", [0] * num_tokens, params, arrival_time=0.0)
     request.seat, request.block_table = 0, list(range(num_tokens // settings.block_size + 1))
     for step_id in range(2):
         plan = BatchPlan()

@@ -89,7 +89,6 @@ def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
     ("changed", "message"),
     [
         ({"dtype": "float32"}, "dtype float32 is not supported on a GPU; choose auto, bfloat16 or float16"),
-        ({"speculative": "ngram"}, "speculative ngram is for the CPU"),
         ({"quantization": "int8", "dtype": "float16"}, "quantization int8 and dtype float16 exclude each other"),
         ({"device": "tpu"}, "device tpu is not supported; choose auto, cpu or cuda"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "KV cache dtype bfloat16 is not supported on a GPU"),

@@ -79,6 +79,7 @@ class Model:
     device: CountingDevice
     on_device: Runner
     on_cpu: Runner
+    structures: dict[Runner, Structures]
 
     @classmethod
     def make(cls, directory: Path, config_class: type[PreTrainedConfig], **fields: Any) -> Self:
@@ -86,23 +87,26 @@ class Model:
         return cls.load(directory)
 
     @classmethod
-    def load(cls, directory: Path, precision: Precision = SIXTEEN_BITS) -> Self:
+    def load(cls, directory: Path, precision: Precision = SIXTEEN_BITS, settings: SchedulerSettings = SETTINGS) -> Self:
         """`precision` of the weights on the device; on the CPU they are the same numbers, rounded to 16 bits."""
         config = load_model_config(directory)
 
         def decoder(kernels: Kernels, precision: Precision, dtype: torch.dtype) -> Decoder:
             weights = load_weights(directory, config, precision, kernels)
-            cache = KvCacheShape(SETTINGS.num_kv_blocks, SETTINGS.block_size, dtype)
-            return build_decoder(config, weights, kernels, cache, SETTINGS.max_model_len)
+            cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
+            return build_decoder(config, weights, kernels, cache, settings.max_model_len)
 
         device = CountingDevice()
         kernels = CudaKernels(device, torch.float16)
-        on_device = DeviceRunner(decoder(kernels, precision, torch.float16), kernels, SETTINGS, config.vocab_size)
+        of_device, of_cpu = Structures(config.vocab_size), Structures(config.vocab_size)
+        on_device = DeviceRunner(
+            decoder(kernels, precision, torch.float16), kernels, settings, config.vocab_size, of_device
+        )
         on_device.warm_up()
         with torch.inference_mode():
             reference = decoder(ReferenceKernels(), SIXTEEN_BITS, torch.float32)
-            on_cpu = ModelRunner(reference, SETTINGS, Structures(config.vocab_size))
-        return cls(device, on_device, on_cpu)
+            on_cpu = ModelRunner(reference, settings, of_cpu)
+        return cls(device, on_device, on_cpu, {on_device: of_device, on_cpu: of_cpu})
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,8 @@ class Engine:
     def __init__(self, runner: Runner, settings: SchedulerSettings) -> None:
         self.scheduler = Scheduler(settings, SchedulerConfig())
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
-        self._runner = runner
+        self.prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        self.runner = runner
         self._num_in_flight = 0
         self._now = 0.0
 
@@ -141,12 +146,14 @@ class Engine:
         self._now += 1
         batch = self.scheduler.step(self._now)
         if batch is not None:
-            self._runner.submit(batch)
+            self.runner.submit(batch)
             self._num_in_flight += 1
-        if self._num_in_flight and (batch is None or self._num_in_flight >= self._runner.pipeline_depth):
-            for output in self.scheduler.update(self._runner.collect(), self._now):
+        if self._num_in_flight and (batch is None or self._num_in_flight >= self.runner.pipeline_depth):
+            for output in self.scheduler.update(self.runner.collect(), self._now):
                 if output.logprobs:
                     self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+                if output.prompt_logprobs:
+                    self.prompt_logprobs[output.request_id] = output.prompt_logprobs
             self._num_in_flight -= 1
         return batch is not None or self._num_in_flight > 0
 
@@ -344,6 +351,28 @@ def test_logits_that_are_not_finite_end_their_request_alone(model: Model, alone:
     poisoned, good = engine.add("poisoned", [5, POISON, 7]), engine.add("good", PROMPTS[1])
     engine.run()
     assert poisoned.finish_reason is FinishReason.ERROR and not outputs(poisoned)
+    assert outputs(good) == alone[1]
+
+
+def test_a_step_without_memory_ends_its_requests_alone(
+    model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often: nothing of it stays."""
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = Engine(model.on_device, SETTINGS)
+    for number in range(5):
+        request = engine.add(f"large{number}", PROMPTS[1])
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceRunner, "_forward", exhausted)
+            with pytest.raises(torch.OutOfMemoryError):
+                engine.step()
+        engine.scheduler.fail(0.0)
+        assert request.finish_reason is FinishReason.ERROR
+    good = engine.add("good", PROMPTS[1])
+    engine.run()
     assert outputs(good) == alone[1]
 
 
