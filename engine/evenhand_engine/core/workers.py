@@ -73,7 +73,7 @@ class Workers:
         """Something failed in this process, which the workers wait for in vain; or since one of them is gone."""
         if wait([worker.connection for worker in self._workers], _EXPLAIN_SECONDS):
             self._watch.join()  # who watches says so
-        self._end(f"a step failed on rank 0 of {len(self._workers) + 1}, and all wait for it: {describe(error)}")
+        self._end(f"step failed on rank 0 of {len(self._workers) + 1}, and all wait for it: {describe(error)}")
 
     def close(self) -> None:
         """End them all, whatever they do."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import msgspec
 import pytest
@@ -20,7 +20,7 @@ from evenhand_engine.backends.engine_client import spawn_core
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import LoadedModel, load_model
 from evenhand_engine.core.tensor_parallel import ParallelRunner
-from evenhand_engine.core.workers import _how_it_ended, describe
+from evenhand_engine.core.workers import Workers, _how_it_ended, describe
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import AddRequest, EngineFailed, EngineReady, FromCore, StartupFailed, StepOutputs
 from evenhand_engine.model.config import load_model_config
@@ -193,6 +193,61 @@ def test_what_stops_a_part_from_loading_is_said(config: EngineConfig) -> None:
         assert "a KV cache of 0 MiB holds only 0 tokens of this model" in message
         core.process.join(SECONDS)
         assert not core.process.is_alive()
+
+
+PART = """
+import sys, time
+from multiprocessing.connection import Connection
+
+connection = Connection(int(sys.argv[1]))
+if connection.recv().rank == {rank}:
+    connection.send("no memory")
+    sys.exit(1)
+time.sleep(600)  # deaf, as in a sum that never comes
+"""
+
+
+@pytest.fixture
+def make_workers(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], tuple[Workers, list[str]]]]:
+    """Workers of three ranks, of which one says why it ends, and what they tell; a lost one ends a thread here."""
+    made: list[Workers] = []
+
+    def make(rank: int) -> tuple[Workers, list[str]]:
+        told: list[str] = []
+
+        def lose(message: str) -> NoReturn:
+            told.append(message)
+            raise SystemExit
+
+        (tmp_path / "part.py").write_text(PART.format(rank=rank))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        made.append(Workers(replace(config, tensor_parallel_size=4), "part", tmp_path, lose))
+        return made[-1], told
+
+    yield make
+    for workers in made:
+        workers.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_that_ends_says_why_and_takes_all_others_along(
+    make_workers: Callable[[int], tuple[Workers, list[str]]],
+) -> None:
+    workers, told = make_workers(2)
+    workers._watch.join(SECONDS)
+    assert told == ["tensor parallel rank 2 of 4 is gone: no memory"]
+    assert [worker.process.wait(SECONDS) for worker in workers._workers if worker.rank != 2] == [-9, -9]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_step_that_fails_here_ends_all(make_workers: Callable[[int], tuple[Workers, list[str]]]) -> None:
+    workers, told = make_workers(0)
+    with pytest.raises(SystemExit):
+        workers.fail(ValueError("no\nsum"))
+    assert told[:1] == ["tensor parallel step failed on rank 0 of 4, and all wait for it: ValueError: no sum"]
+    assert [worker.process.wait(SECONDS) for worker in workers._workers] == [-9] * 3
 
 
 def test_an_end_is_described_in_one_line() -> None:
