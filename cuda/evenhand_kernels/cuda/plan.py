@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 WORDS = 8
 """Of an item and of a merge: the structures in attention.cuh and merge.cu, field by field."""
@@ -31,7 +32,8 @@ HEADER_WORDS = 8
 DECODE_ROWS = 16
 """Units of so few rows let the warps share the tokens instead of the rows: decode.cuh."""
 
-TILE = 64
+TILE_BITS = 6
+TILE = 1 << TILE_BITS
 """Tokens; costs are counted in tiles, and parts of a split begin at tiles."""
 
 LEAST_TILES = 4
@@ -47,7 +49,6 @@ WAVES = 4
 """Where the longest unit is this much shorter than what each place has to do, the order alone evens out the ends."""
 
 _NO_MERGES = np.empty((0, WORDS), np.int32)
-_NONE = np.empty(0, np.int64)
 
 
 class Capacity(NamedTuple):
@@ -129,44 +130,46 @@ class Planner:
         """
         units = self._units(seq_lens, cu_seqlens_q, window)
         tokens = units[:, END] - units[:, BEGIN]
-        tiles = (tokens + (TILE - 1)) // TILE
+        tiles = (tokens + (TILE - 1)) >> TILE_BITS
         if tiles.size and (longest := int(tiles.max())) * WAVES * self._slots > (total := int(tiles.sum())):
-            split, parts = self._parts(tiles, units[:, NUM_ROWS], longest, total)
+            split, lengths, parts = self._parts(tiles, units[:, NUM_ROWS], longest, total)
             if len(split):
-                return self._split(units, split, tiles.take(split), parts)
+                return self._split(units, split, lengths, parts)
         return Work(units.take((-tokens).argsort(), axis=0), _NO_MERGES, 0)
 
-    def _parts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Longs]:
-        """Which units are best cut, and each into how many parts. All into parts of about one length, which is tried out:
-        that of the longest unit in so many parts."""
+    def _parts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Floats, Floats]:
+        """Which units are best cut, their tiles, and each into how many parts.
+
+        All into parts of about one length, which is tried out: that of the longest unit in so many parts.
+        """
         slots, share = self._slots, longest * self._slots // total
         tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
-        counts = sorted(count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES))
-        if len(counts) == 1:
-            return _NONE, _NONE
-        long = (tiles * (2 * counts[-1]) > longest).nonzero()[0]  # others are whole, and shorter than half of any part
-        lengths, rows = tiles.take(long).astype(np.float32), num_rows.take(long).astype(np.float32)
-        # Exact below 2^24, and floats divide several times as fast as integers.
-        parts = np.ceil(lengths * np.array(counts, np.float32)[:, None] / longest)
+        counts = sorted([count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES)])
+        long = (tiles > longest // (2 * counts[-1])).nonzero()[0]  # others are whole, and shorter than half of any part
+        lengths = tiles.take(long).astype(np.float32)  # exact, and divides several times as fast as an integer
         longest_parts = [-(-longest // count) for count in counts]
-        half = np.array(longest_parts, np.float32)[:, None] / 2
-        fill_no_gap = np.ceil(lengths / parts) > half  # two of them, one after the other
-        split = parts * (parts > 1)
-        ends = []
-        for longest_part, num_long, num_split, num_split_rows in zip(
-            longest_parts,
-            (parts * fill_no_gap).sum(axis=1).tolist(),
-            split.sum(axis=1).tolist(),
-            (split @ rows).tolist(),
-            strict=True,
-        ):
-            end = max(-(-num_long // slots) * longest_part, total / slots)
-            fits = num_split <= MAX_PARTS * slots and num_split_rows <= self._head_rows
-            ends.append(end if fits else math.inf)
-        bound = min(ends) * (1 + TOLERANCE)
-        best = next(index for index, end in enumerate(ends) if end <= bound)
-        is_cut = split[best].nonzero()[0]
-        return long.take(is_cut), split[best].take(is_cut).astype(np.int64)
+        count, longest_part = np.array(counts + longest_parts, np.float32).reshape(2, -1, 1)
+        parts = np.ceil(lengths * count / longest)
+        fill_no_gap = np.ceil(lengths / parts) * 2 > longest_part  # two of them, one after the other
+        num_long = (parts * fill_no_gap).sum(axis=1).tolist()
+        least = total / slots
+        ends = [max(-(-num // slots) * length, least) for num, length in zip(num_long, longest_parts, strict=True)]
+        while True:
+            bound = min(ends) * (1 + TOLERANCE)
+            best = next(index for index, end in enumerate(ends) if end <= bound)
+            num_parts = parts[best]
+            cut = (num_parts > 1).nonzero()[0]
+            split, num_parts = long.take(cut), num_parts.take(cut)
+            if self._fit(num_parts, num_rows, split):
+                return split, lengths.take(cut), num_parts
+            ends[best] = math.inf
+
+    def _fit(self, num_parts: Floats, num_rows: Ints, split: Longs) -> bool:
+        """Whether there is memory for so many parts of these units."""
+        total = num_parts.sum()
+        if total <= MAX_PART_UNITS * self._slots:  # whatever their rows
+            return True
+        return bool(total <= MAX_PARTS * self._slots and num_parts @ num_rows.take(split) <= self._head_rows)
 
     def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
         """Whole units as items, in the order of requests."""
@@ -194,27 +197,29 @@ class Planner:
         units[:, IS_PROMPT] = units[:, NUM_ROWS] > DECODE_ROWS
         return units
 
-    def _split(self, units: Ints, split: Longs, tiles: Ints, parts: Longs) -> Work:
+    def _split(self, units: Ints, split: Longs, tiles: Floats, parts: Floats) -> Work:
         """These units, of so many tiles, in parts of equal length, which begin at tiles; those at the end that this leaves
-        empty are no parts. The first part stays where the unit was. (`take` copies rows several times as fast as an index.)"""
-        length = (tiles + parts - 1) // parts
-        parts, size = (tiles + length - 1) // length, length * TILE
-        merges = units.take(split, axis=0)
-        num_rows, begins, unit_ends = merges[:, NUM_ROWS], merges[:, BEGIN], merges[:, END].copy()
-        merges[:, HEAD_ROWS] = parts * num_rows
-        ends = merges[:, HEAD_ROWS].cumsum() * self.num_kv_heads
-        merges[:, PARTIAL_ROW] = ends - merges[:, HEAD_ROWS] * self.num_kv_heads
-        merges[:, END] = np.minimum(begins + size, unit_ends)
-        units[split] = merges
+        empty are no parts.
 
-        more = parts - 1
+        The last part stays where the unit was. `take` copies rows several times as fast as an index does.
+        """
+        length = np.ceil(tiles / parts)
+        num_parts, size = np.ceil(tiles / length).astype(np.int32), (length * TILE).astype(np.int32)
+        more = num_parts - 1  # parts before the last
+        merges = units.take(split, axis=0)
+        num_rows = merges[:, NUM_ROWS]
+        rows = num_parts * num_rows
+        ends = rows.cumsum() * self.num_kv_heads
+        merges[:, HEAD_ROWS] = rows
+        merges[0, PARTIAL_ROW], merges[1:, PARTIAL_ROW] = 0, ends[:-1]
+
+        step = np.zeros((len(split), WORDS), np.int32)  # from a part to the next
+        step[:, BEGIN], step[:, PARTIAL_ROW] = size, num_rows
+        units[split] = merges + step * more[:, None]
         unit = np.arange(len(more)).repeat(more)
-        part, size = np.arange(1, len(unit) + 1) - (more.cumsum() - more).take(unit), size.take(unit)
-        others = merges.take(unit, axis=0)
-        begin = others[:, BEGIN] + part * size
-        others[:, BEGIN], others[:, END] = begin, np.minimum(begin + size, unit_ends.take(unit))
-        others[:, PARTIAL_ROW] += part * others[:, NUM_ROWS]
-        merges[:, END] = unit_ends
-        merges[:, NUM_PARTS] = parts
+        part = np.arange(len(unit), dtype=np.int32) - (more.cumsum(dtype=np.int32) - more).take(unit)
+        others = merges.take(unit, axis=0) + step.take(unit, axis=0) * part[:, None]
+        others[:, END] = others[:, BEGIN] + size.take(unit)
+        merges[:, NUM_PARTS] = num_parts
         items = np.concatenate((units, others))
         return Work(items.take((items[:, BEGIN] - items[:, END]).argsort(), axis=0), merges, int(ends[-1]))
