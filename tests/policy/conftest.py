@@ -39,3 +39,21 @@ def secret() -> Callable[..., Object]:
         return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": string_data}
 
     return build
+
+
+@pytest.fixture
+def guest(policy: Callable[..., Object]) -> Callable[..., Object]:
+    def build(name: str = "web", *, namespace: str = "guest", **spec: Any) -> Object:
+        return policy(name, namespace=namespace, **{"poolRef": {"namespace": "inference"}} | spec)
+
+    return build
+
+
+@pytest.fixture
+def admitting(pool: Callable[..., Object]) -> Callable[..., Object]:
+    """A pool that admits every namespace, with these grants."""
+
+    def build(*grants: Object, **spec: Any) -> Object:
+        return pool(**{"allowedNamespaces": {"from": "All"}, "grants": list(grants)} | spec)
+
+    return build

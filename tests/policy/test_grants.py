@@ -1,63 +1,14 @@
-"""What a guest of a pool may claim: what a grant says, and without one very little."""
+"""Grants: what a guest of a pool may have, and the defaults of its limits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from evenhand_policy.compile import Compilation, compile_policies
-from evenhand_policy.decode import decode
-from evenhand_policy.pool import EnginePool
-from evenhand_policy.spec import TenantPolicy
-
-Build = Callable[..., dict[str, Any]]
-
-LABELS = {"guest": {"team": "gold"}, "other": {"team": "tin"}}
-EVERY = {"namespaces": {}}
-
-
-@pytest.fixture
-def guest(policy: Build) -> Build:
-    def build(name: str = "web", *, namespace: str = "guest", **spec: Any) -> dict[str, Any]:
-        return policy(name, namespace=namespace, **{"poolRef": {"namespace": "inference"}} | spec)
-
-    return build
-
-
-@pytest.fixture
-def admitting(pool: Build) -> Callable[..., dict[str, Any]]:
-    """A pool that admits every namespace, with these grants."""
-
-    def build(*grants: dict[str, Any], **spec: Any) -> dict[str, Any]:
-        return pool(**{"allowedNamespaces": {"from": "All"}, "grants": list(grants)} | spec)
-
-    return build
-
-
-def compiled(policies: list[Any], pool: Any, labels: Any = LABELS) -> Compilation:
-    decoded = [decode(each, TenantPolicy) for each in policies]
-    return compile_policies(decoded, decode(pool, EnginePool), {}, namespace_labels=labels)
-
-
-def refusals(result: Compilation) -> list[tuple[str, str, str]]:
-    return [(each.resource.name, each.reason.value, each.path) for each in result.problems]
-
-
-def tenants(result: Compilation) -> dict[str, int]:
-    return {tenant.tenant_id: tenant.weight for tenant in result.config.tenants}
-
-
-def header(value: str) -> dict[str, Any]:
-    return {"name": "gw", "type": "Header", "header": {"value": value}}
-
-
-ACCOUNT = {"name": "web", "type": "ServiceAccount", "serviceAccount": {"name": "web"}}
-NAMESPACE = {"name": "all", "type": "ServiceAccountNamespace", "serviceAccountNamespace": {}}
+from .build import Build, header, refusals
+from .guests import ACCOUNT, EVERY, NAMESPACE, compiled, tenants
 
 
 # ---- without a grant
-
-
 def test_guest_without_a_grant_is_one_tenant_of_weight_1_under_its_own_name(guest: Build, admitting: Build) -> None:
     result = compiled([guest(latencyClass="Batch", identities=[ACCOUNT])], admitting())
     assert not result.problems
@@ -131,8 +82,6 @@ def test_own_namespace_of_the_pool_is_unrestricted(policy: Build, pool: Build) -
 
 
 # ---- with one
-
-
 def test_grant_widens_every_bound_up_to_its_limit(guest: Build, admitting: Build) -> None:
     grant = {
         "namespaces": {"matchLabels": {"team": "gold"}},
@@ -223,77 +172,7 @@ def test_total_is_counted_for_each_namespace_and_of_accepted_policies_only(guest
     assert refusals(result) == [("b", "ExceedsGrant", "spec.weight")]
 
 
-# ---- what is not known
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        {"key": "quarantined", "operator": "DoesNotExist"},
-        {"key": "quarantined", "operator": "NotIn", "values": ["true"]},
-        {"key": "team", "operator": "Exists"},
-    ],
-)
-def test_namespace_whose_labels_are_not_known_is_not_admitted(guest: Build, pool: Build, expression: Any) -> None:
-    selecting = pool(allowedNamespaces={"from": "Selector", "selector": {"matchExpressions": [expression]}})
-    result = compiled([guest()], selecting, labels={})
-    assert refusals(result) == [("web", "NamespaceUnknown", "spec.poolRef")]
-    assert "select by kubernetes.io/metadata.name instead" in result.problems[0].message
-    assert not compiled([guest()], selecting, labels={"guest": {"team": "gold"}}).problems
-
-
-def test_grant_that_depends_on_unknown_labels_holds_back_what_a_later_one_would_give(
-    guest: Build, admitting: Build
-) -> None:
-    grants = [
-        {"namespaces": {"matchLabels": {"restricted": "true"}}},
-        {"namespaces": {}, "maxWeight": 1000},
-    ]
-    result = compiled([guest(weight=1000)], admitting(*grants), labels={})
-    assert refusals(result) == [("web", "NamespaceUnknown", "spec.poolRef")]
-    assert "by which spec.grants of EnginePool inference/default decides" in result.problems[0].message
-
-
-def test_namespace_is_known_by_its_name_without_its_labels(guest: Build, pool: Build) -> None:
-    name = {"matchLabels": {"kubernetes.io/metadata.name": "guest"}}
-    also = {**name, "matchExpressions": [{"key": "x", "operator": "Exists"}]}
-    other = {"matchLabels": {"kubernetes.io/metadata.name": "other", "team": "tin"}}
-    selecting = {"from": "Selector", "selector": name}
-    grants = [{"namespaces": other, "maxWeight": 1}, {"namespaces": name, "maxWeight": 5}, {"namespaces": also}]
-    result = compiled([guest(weight=5)], pool(allowedNamespaces=selecting, grants=grants), labels={})
-    assert tenants(result) == {"guest/web": 5}
-
-
-def test_label_that_pretends_to_be_the_name_does_not_count(guest: Build, pool: Build) -> None:
-    selecting = {"from": "Selector", "selector": {"matchLabels": {"kubernetes.io/metadata.name": "trusted"}}}
-    labels = {"guest": {"kubernetes.io/metadata.name": "trusted"}}
-    assert refusals(compiled([guest()], pool(allowedNamespaces=selecting), labels)) == [
-        ("web", "NotAllowed", "spec.poolRef")
-    ]
-
-
-# ---- every account of a namespace
-
-
-def test_guest_claims_the_accounts_of_its_own_namespace_only(guest: Build, admitting: Build) -> None:
-    grant = EVERY | {"identityTypes": ["ServiceAccountNamespace"]}
-    foreign = {**NAMESPACE, "serviceAccountNamespace": {"namespace": "other"}}
-    result = compiled([guest("a", identities=[NAMESPACE])], admitting(grant))
-    assert result.config.tenants[0].service_accounts == ("system:serviceaccounts:guest",)
-    result = compiled([guest("a", identities=[foreign])], admitting(grant))
-    assert refusals(result) == [("a", "NotAllowed", "spec.identities[0].serviceAccountNamespace.namespace")]
-
-
-def test_namespace_of_accounts_has_one_claimant(policy: Build) -> None:
-    twice = [policy("a", age=2, identities=[NAMESPACE]), policy("b", age=1, identities=[NAMESPACE])]
-    assert compile_policies([decode(each, TenantPolicy) for each in twice], None, {}).problems[0].reason == (
-        "IdentityConflicted"
-    )
-
-
 # ---- defaults of the pool
-
-
 def test_default_limits_hold_one_by_one_where_the_policy_has_none(policy: Build, pool: Build) -> None:
     defaults = {"limits": {"requestsPerMinute": 60, "maxOutputTokens": 100, "queueTimeout": "1m"}}
     policies = [policy("a"), policy("b", limits={"requestsPerMinute": 6})]
