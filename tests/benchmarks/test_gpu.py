@@ -11,6 +11,15 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("cases", "parity", "kernels", "engine-1b", "incident")
+NOT_THERE = ("click", "jwt", "kopf", "llguidance", "prometheus_client", "tenacity", "watchfiles")
+"""Of the project's packages: neither on a machine that has torch, CuPy and transformers, nor among `make gpu-wheels`."""
+
+
+def hiding(directory: Path, *packages: str) -> str:
+    """A PYTHONPATH with which these cannot be imported."""
+    for package in packages:
+        (directory / f"{package}.py").write_text(f"raise ImportError('no {package} here')")
+    return f"{directory}:{os.environ.get('PYTHONPATH', '')}"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -20,8 +29,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.timeout(900)  # where nothing is compiled yet, much is
 def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
+    """With the packages of such a machine alone."""
     only = [word for part in PARTS for word in ("--only", part)]
-    done = run("--device", "emulated", "--out", str(tmp_path), *only)
+    done = run("--device", "emulated", "--out", str(tmp_path), *only, PYTHONPATH=hiding(tmp_path, *NOT_THERE))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "emulated.json").read_text())
     assert figures == json.loads(done.stdout.splitlines()[-1])
@@ -55,8 +65,7 @@ def test_idle_is_what_no_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("hidden", ["cupy", "msgspec"])
 def test_a_machine_that_lacks_something_is_told_what(tmp_path: Path, hidden: str) -> None:
-    (tmp_path / f"{hidden}.py").write_text(f"raise ImportError('no {hidden} here')")
-    done = run(PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    done = run(PYTHONPATH=hiding(tmp_path, hidden))
     assert done.returncode == 1
     assert done.stderr.startswith("make gpu: ") and f"no {hidden} here" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -6,15 +6,17 @@ Who computes steps ahead begins the next one before the last has advanced, and a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.request import FinishReason, Sampled
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher  # whoever adds grammars has it; an engine without any needs no package for them
 
 Mask = NDArray[np.int32]
 """[ceil(vocab_size / 32)], of one row of logits: bit t % 32 of word t // 32 allows token t."""
@@ -28,7 +30,7 @@ class Structures:
         self._compiled: dict[str, LLMatcher] = {}
         self._seated: dict[int, _Follower] = {}
 
-    def add(self, request_id: str, compiled: LLMatcher) -> None:
+    def add(self, request_id: str, compiled: "LLMatcher") -> None:
         """The request's output must follow this grammar; told before it is scheduled."""
         self._compiled[request_id] = compiled
 
@@ -57,7 +59,7 @@ class Structures:
 class _Follower:
     """Where one request is in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
         self.has_ended = False  # then whoever ignores the end may write what it likes
