@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
+.PHONY: help install serve demo check crds dashboards cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -42,7 +42,10 @@ crds: install  ## write crds/ and the field reference in docs/policies.md from e
 	PYTHONPATH=tools .venv/bin/python -m schema.crd crds
 	PYTHONPATH=tools .venv/bin/python -m schema.reference docs/policies.md
 
-cluster:  ## build the control plane for tests into the cache: 10 minutes, once
+dashboards: install  ## write Grafana's dashboards in manifests/components/monitoring from tools/dashboards
+	PYTHONPATH=tools .venv/bin/python -m dashboards.grafana manifests/components/monitoring/dashboards
+
+cluster:  ## build the control plane for tests into the cache: 16 minutes, once
 	$(PYTHON) e2e/cluster/build.py
 
 images:  ## build the container images that the manifests name, with Docker

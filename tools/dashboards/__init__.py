@@ -1,0 +1,1 @@
+"""Grafana's dashboards as a list of panels."""
