@@ -44,7 +44,8 @@ def test_engines_call_nobody_unless_they_fetch_a_model(tmp_path: Path, overlay: 
 
 def test_operator_reaches_every_usual_api_server_and_dns_and_no_more(tmp_path: Path) -> None:
     engines, api_server, names = spec(render(tmp_path), "evenhand-operator")["egress"]
-    assert engines["to"][0]["podSelector"] == {"matchLabels": {"app": "evenhand-engine"}}
+    of_a_pool = {"matchExpressions": [{"key": "evenhand.dev/pool", "operator": "Exists"}]}
+    assert engines["to"][0]["podSelector"] == of_a_pool, "whether engines or sidecars before others"
     assert {each["port"] for each in api_server["ports"]} == API_SERVERS
     assert peers(names) == {"kube-system", "openshift-dns", "169.254.20.10/32"}
     ports = {(each["port"], each["protocol"]) for each in names["ports"]}

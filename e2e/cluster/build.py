@@ -1,7 +1,7 @@
-"""Builds the programs of the test control plane, once, into a folder of the user's cache.
+"""Builds the programs of the test control plane, once, into folders of the user's cache.
 
-Run as a program (`make cluster`) it builds what is missing; imported, it only tells where the programs are. The folder's
-name is a digest of everything that the programs are built from. A program that KUBEBUILDER_ASSETS has is used from
+Run as a program (`make cluster`) it builds what is missing; imported, it only tells where the programs are. A folder's
+name is a digest of everything that the programs of one Go module are built from. A program that KUBEBUILDER_ASSETS has is used from
 there and not built. Needs nothing but the standard library, so that it runs before anything is installed.
 """
 
@@ -29,6 +29,7 @@ PROGRAMS = {
     "kube-controller-manager": (SOURCES, "k8s.io/kubernetes/cmd/kube-controller-manager"),
     "kubectl": (SOURCES, "k8s.io/kubernetes/cmd/kubectl"),
     "kstatus": (SOURCES / "kstatus", "."),
+    "helm": (SOURCES / "helm", "helm.sh/helm/v4/cmd/helm"),
 }
 
 # no C compiler needed, and the programs run on any libc; no other toolchain downloaded behind our back
@@ -46,11 +47,12 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 def programs(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
     """Where each program is, or will be once it is built."""
-    built = cache_folder(environment) / f"cluster-{content_key()}"
     assets = environment.get("KUBEBUILDER_ASSETS")
     return {
-        name: Path(assets, name) if assets and os.access(Path(assets, name), os.X_OK) else built / name
-        for name in PROGRAMS
+        name: Path(assets, name)
+        if assets and os.access(Path(assets, name), os.X_OK)
+        else cache_folder(environment) / f"cluster-{content_key(module)}" / name
+        for name, (module, _) in PROGRAMS.items()
     }
 
 
@@ -59,10 +61,10 @@ def missing_programs(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [name for name, path in programs(environment).items() if not os.access(path, os.X_OK)]
 
 
-def content_key() -> str:
-    """Digest of everything that decides what the programs are."""
+def content_key(module: Path) -> str:
+    """Digest of everything that decides what the programs of a Go module are."""
     digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {build_flags()} {BUILD_ENVIRONMENT}".encode())
-    for path in sorted([*SOURCES.glob("go.*"), *(SOURCES / "kstatus").glob("*")]):
+    for path in sorted([*module.glob("go.*"), *module.glob("*.go")]):
         digest.update(f"\0{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -79,7 +81,7 @@ def build_missing() -> None:
         if not missing:
             return
         environment = go_environment()
-        say(f"building {', '.join(missing)}: about 10 minutes on 2 cores the first time")
+        say(f"building {', '.join(missing)}: about 16 minutes on 2 cores the first time")
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="cluster-building-") as scratch:
             for name in missing:
                 build(*PROGRAMS[name], Path(scratch, name), environment)
