@@ -129,7 +129,7 @@ class Planner:
             window: tokens that a query sees, itself included; None: all.
         """
         units = self._units(seq_lens, cu_seqlens_q, window)
-        tokens = units[:, END] - units[:, BEGIN]
+        tokens = units[:, END] if window is None else units[:, END] - units[:, BEGIN]
         tiles = (tokens + (TILE - 1)) >> TILE_BITS
         if tiles.size and (longest := int(tiles.max())) * WAVES * self._slots > (total := int(tiles.sum())):
             split, lengths, parts = self._parts(tiles, units[:, NUM_ROWS], longest, total)
@@ -148,15 +148,17 @@ class Planner:
         long = (tiles > longest // (2 * counts[-1])).nonzero()[0]  # others are whole, and shorter than half of any part
         lengths = tiles.take(long).astype(np.float32)  # exact, and divides several times as fast as an integer
         longest_parts = [-(-longest // count) for count in counts]
-        count, longest_part = np.array(counts + longest_parts, np.float32).reshape(2, -1, 1)
+        halves = [length // 2 for length in longest_parts]
+        count, half = np.array(counts + halves, np.float32).reshape(2, -1, 1)
         parts = np.ceil(lengths * count / longest)
-        fill_no_gap = np.ceil(lengths / parts) * 2 > longest_part  # two of them, one after the other
-        num_long = (parts * fill_no_gap).sum(axis=1).tolist()
+        are_long = lengths > parts * half  # longer than half of the longest: two of them do not fit a gap
+        num_long = (parts * are_long).sum(axis=1).tolist()
         least = total / slots
         ends = [max(-(-num // slots) * length, least) for num, length in zip(num_long, longest_parts, strict=True)]
         while True:
-            bound = min(ends) * (1 + TOLERANCE)
-            best = next(index for index, end in enumerate(ends) if end <= bound)
+            bound, best = min(ends) * (1 + TOLERANCE), 0
+            while ends[best] > bound:
+                best += 1
             num_parts = parts[best]
             cut = (num_parts > 1).nonzero()[0]
             split, num_parts = long.take(cut), num_parts.take(cut)
@@ -166,7 +168,7 @@ class Planner:
 
     def _fit(self, num_parts: Floats, num_rows: Ints, split: Longs) -> bool:
         """Whether there is memory for so many parts of these units."""
-        total = num_parts.sum()
+        total = sum(num_parts.tolist())
         if total <= MAX_PART_UNITS * self._slots:  # whatever their rows
             return True
         return bool(total <= MAX_PARTS * self._slots and num_parts @ num_rows.take(split) <= self._head_rows)
@@ -175,10 +177,9 @@ class Planner:
         """Whole units as items, in the order of requests."""
         lens = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
         past, rows = seq_lens - lens, lens * self.group
-        if rows.size and rows.min() > 0 and rows.max() <= self.prompt_rows:  # one unit for each request
-            units = np.zeros((len(rows), WORDS), np.int32)
-            units[:, REQUEST] = np.arange(len(rows))
-            units[:, NUM_ROWS] = rows
+        if rows.size and lens.min() > 0 and (cu_seqlens_q[-1] == len(lens) or rows.max() <= self.prompt_rows):
+            units = np.zeros((len(rows), WORDS), np.int32)  # one for each request
+            units[:, REQUEST] = np.arange(len(rows), dtype=np.int32)
             units[:, END] = seq_lens
         else:
             count = -(-rows // self.prompt_rows)
@@ -188,13 +189,14 @@ class Planner:
             units = np.zeros((len(request), WORDS), np.int32)
             units[:, REQUEST] = request
             units[:, FIRST_ROW] = first_row
-            units[:, NUM_ROWS] = np.minimum(rows[request] - first_row, self.prompt_rows)
-            units[:, END] = past + (first_row + units[:, NUM_ROWS] - 1) // self.group + 1
+            rows = np.minimum(rows[request] - first_row, self.prompt_rows)
+            units[:, END] = past + (first_row + rows - 1) // self.group + 1
+        units[:, NUM_ROWS] = rows
+        units[:, IS_PROMPT] = rows > DECODE_ROWS
+        units[:, PARTIAL_ROW] = -1
         if window is not None:
             first_token = past + units[:, FIRST_ROW] // self.group - (window - 1)
             units[:, BEGIN] = np.maximum(first_token, 0) // 16 * 16
-        units[:, PARTIAL_ROW] = -1
-        units[:, IS_PROMPT] = units[:, NUM_ROWS] > DECODE_ROWS
         return units
 
     def _split(self, units: Ints, split: Longs, tiles: Floats, parts: Floats) -> Work:
@@ -209,7 +211,7 @@ class Planner:
         merges = units.take(split, axis=0)
         num_rows = merges[:, NUM_ROWS]
         rows = num_parts * num_rows
-        ends = rows.cumsum() * self.num_kv_heads
+        ends = rows.cumsum(dtype=np.int32) * self.num_kv_heads
         merges[:, HEAD_ROWS] = rows
         merges[0, PARTIAL_ROW], merges[1:, PARTIAL_ROW] = 0, ends[:-1]
 
