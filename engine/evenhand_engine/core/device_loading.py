@@ -72,7 +72,8 @@ def _load(
     if needed > free:
         raise StartupError(
             f"too little memory on {device.name}: the weights need {_gib(needed)}, {_gib(free)} of {_gib(total)} are "
-            "free: stop what else runs there, or choose a smaller model"
+            "free: stop what else runs there, share the model between GPUs (--tensor-parallel-size), hold its weights in less "
+            "(--quantization int8), or choose a smaller one"
         )
     kernels = CudaKernels(device, dtype)
     weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
