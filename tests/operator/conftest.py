@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import json
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +18,13 @@ from jwt.algorithms import OKPAlgorithm
 from evenhand_engine.frontend.config_in_force import ConfigInForce
 from evenhand_engine.frontend.config_store import ConfigDocument, LastGoodFile
 from evenhand_engine.frontend.push_receiver import PushReceiver, PushSettings
+from evenhand_operator.cache import Cache
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import KubeClient
 from evenhand_operator.objects import EnginePod
 from evenhand_operator.offer import Offer
 from evenhand_operator.pod_prover import PodProver
+from evenhand_operator.pusher import Pusher
 from evenhand_policy.bootstrap import KEYS_FILE
 from evenhand_policy.compact import Members
 from evenhand_policy.config import PoolReference, SchedulerConfig, ServiceAccountIssuer, TenantConfig
@@ -32,6 +32,9 @@ from evenhand_policy.push_document import encode_document
 from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE, ConfigSource
 from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Version
+from harness.builders import Notices
+from harness.fake_api_server import ApiServer
+from harness.term_api import TermApi
 from harness.virtual_time import VirtualTime
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"operator" * 4)
@@ -231,69 +234,6 @@ def changes() -> Changes:
     return Changes()
 
 
-class ApiServer:
-    """Answers lists from `objects` by kind and, where it is in the path, namespace, two objects to a page.
-
-    Attributes:
-        objects: by the end of the path, such as `pods` or `n/pods`.
-        version: of lists.
-        events: what watches tell, by kind; after that a watch is silent.
-        watch_lines: what any watch sends instead, in these pieces; then it ends.
-        refusals: status, body and headers of the next answers.
-        refused: status of requests, by the end of the path.
-        forbidden: namespaces of which nothing is told.
-    """
-
-    def __init__(self) -> None:
-        self.version = 50
-        self.objects: dict[str, list[dict[str, Any]]] = {}
-        self.events: dict[str, asyncio.Queue[dict[str, Any]]] = defaultdict(asyncio.Queue)
-        self.watch_lines: list[bytes] = []
-        self.refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = []
-        self.refused: dict[str, int] = {}
-        self.forbidden: set[str] = set()
-        self.requests: list[web.Request] = []
-        self.token = "first"
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Any request."""
-        self.requests.append(request)
-        if request.headers.get("Authorization") != f"Bearer {self.token}":
-            return web.json_response({"message": "Unauthorized"}, status=401)
-        if self.refusals:
-            status, body, headers = self.refusals.pop(0)
-            return web.json_response(body, status=status, headers=headers)
-        for end, status in self.refused.items():
-            if request.path.endswith(end):
-                return web.json_response({"message": f"not {end}"}, status=status)
-        if any(f"/namespaces/{each}/" in request.path for each in self.forbidden):
-            return web.json_response({"message": "forbidden"}, status=403)
-        if request.method != "GET":
-            return web.json_response(json.loads(await request.text()))
-        if "watch" in request.query:
-            return await self._watch(request)
-        kind = request.path.rpartition("/")[2]
-        of_namespace = "/".join(request.path.split("/")[-2:])
-        found = self.objects.get(of_namespace, self.objects.get(kind, []))
-        start = int(request.query.get("continue", "0"))
-        metadata = {"resourceVersion": str(self.version)}
-        if start + 2 < len(found):
-            metadata["continue"] = str(start + 2)
-        return web.json_response({"metadata": metadata, "items": found[start : start + 2]})
-
-    async def _watch(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for piece in self.watch_lines:
-            await response.write(piece)
-        while not self.watch_lines:
-            event = await self.events[request.path.rpartition("/")[2]].get()
-            if event["type"] == "CUT":
-                break
-            await response.write(json.dumps(event).encode() + b"\n")
-        return response
-
-
 @pytest.fixture
 def api() -> ApiServer:
     """An API server of one test."""
@@ -308,3 +248,42 @@ async def kube(api: ApiServer, serve: Callable[[Handle], Awaitable[str]]) -> Asy
     client = KubeClient(lambda: kopf.ConnectionInfo(server=server, token=next(tokens)))
     yield client
     await client.close()
+
+
+@pytest.fixture
+def deleted() -> set[str]:
+    """Uids of pods that there are no more."""
+    return set()
+
+
+@pytest.fixture
+async def pusher(
+    client: EngineClient, changes: Changes, deleted: set[str], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Pusher]:
+    """Of one pool; it has short patience with the first pod and with one that refuses."""
+    monkeypatch.setattr("evenhand_operator.pod_link.TRIAL_SECONDS", 0.01)
+    monkeypatch.setattr("evenhand_operator.pod_link.FIRST_BACKOFF_SECONDS", 0.01)
+    async with asyncio.TaskGroup() as tasks:
+        pusher = Pusher(client, tasks, changes.notify, lambda uid: uid not in deleted)
+        yield pusher
+        pusher.drop((POOL.namespace, POOL.name))
+
+
+@pytest.fixture
+def notices() -> Notices:
+    """What the cache of one test tells."""
+    return Notices()
+
+
+@pytest.fixture
+def cache(notices: Notices) -> Cache:
+    """An empty one."""
+    return Cache(notices)
+
+
+@pytest.fixture
+async def term_api(changes: Changes) -> TermApi:
+    """What the terms of one test work with: a pool, and nothing else yet."""
+    api = TermApi(changes, KEY)
+    api.store("EnginePool", "default", selector={"matchLabels": {"app": "engine"}})
+    return api

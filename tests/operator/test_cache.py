@@ -7,22 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenhand_operator.cache import Cache
-from evenhand_operator.objects import read_meta, read_pod
+from evenhand_operator.objects import read_meta
 from evenhand_operator.tombstones import Tombstones
-from evenhand_policy.secret import API_KEYS_TYPE
-from harness.builders import Notices, make_namespace, make_pod, make_policy, make_pool, make_secret
+from harness.builders import Notices, make_namespace, make_pod, make_policy, make_pool
 
 Json = dict[str, Any]
-
-
-@pytest.fixture
-def notices() -> Notices:
-    return Notices()
-
-
-@pytest.fixture
-def cache(notices: Notices) -> Cache:
-    return Cache(notices)
 
 
 def policy(name: str = "a", version: int = 1, *, weight: int = 1, **meta: Any) -> Json:
@@ -175,170 +164,17 @@ def test_list_after_any_loss_of_events_is_the_truth(happened: list[tuple[str, bo
     assert weights(cache) == {name: obj["spec"]["weight"] for name, obj in truth.items()}, "nothing comes back"
 
 
-# ---- Secrets
-
-
-def secret(name: str, version: int, value: str = "v", **more: Any) -> Json:
-    return make_secret(name, value, **{"namespace": "n", "version": version} | more)
-
-
-def values(cache: Cache) -> dict[str, str]:
-    return {key[1]: each.values["k0"].decode() for key, each in cache.secrets.found.items()}
-
-
-OURS = {"type": API_KEYS_TYPE}
-
-
-def test_secret_of_another_type_that_nobody_names_is_not_kept(cache: Cache, notices: Notices) -> None:
-    cache.secrets.observe("ADDED", secret("other", 1))
-    assert cache.secrets.want([("n", "keys")]) == {("n", "keys")}
-    assert values(cache) == {}
-    assert notices.take() == []
-
-
-def test_secret_of_our_type_is_known_before_anybody_names_it(cache: Cache, notices: Notices) -> None:
-    cache.secrets.observe("ADDED", secret("keys", 1, **OURS))
-    assert notices.take() == [], "that decides about no document"
-    assert cache.secrets.want([("n", "keys")]) == set()
-    assert cache.secrets.namespaces_of_others() == set()
-    cache.secrets.want([])
-    assert values(cache) == {"keys": "v"}
-
-
-def test_where_other_secrets_are_looked_for(cache: Cache) -> None:
-    cache.secrets.take(secret("ours", 1, **OURS))
-    cache.secrets.want([("n", "ours"), ("m", "missing"), ("o", "opaque")])
-    cache.secrets.take(secret("opaque", 2, namespace="o"))
-    assert cache.secrets.namespaces_of_others() == {"m", "o"}
-
-
-@pytest.mark.parametrize("kind", [{}, OURS], ids=["opaque", "ours"])
-def test_named_secret_is_followed(cache: Cache, notices: Notices, kind: Json) -> None:
-    cache.secrets.want([("n", "keys")])
-    cache.secrets.observe("ADDED", secret("keys", 1, "one", **kind))
-    cache.secrets.observe("MODIFIED", secret("keys", 2, "two", **kind))
-    cache.secrets.observe("MODIFIED", secret("keys", 3, "two", labels={"x": "y"}, **kind))
-    assert values(cache) == {"keys": "two"}
-    assert notices.take() == ["documents", "documents"]
-    cache.secrets.observe("DELETED", secret("keys", 4, **kind))
-    assert values(cache) == {}
-    assert notices.take() == ["documents"]
-    assert cache.secrets.want([("n", "keys")]) == set(), "that it is not there is known"
-
-
-@pytest.mark.parametrize("kind", [{}, OURS], ids=["opaque", "ours"])
-def test_secret_that_is_being_deleted_is_gone_and_stays_so(cache: Cache, notices: Notices, kind: Json) -> None:
-    """A revoked key that a list or a late event brought back would work again."""
-    cache.secrets.want([("n", "keys")])
-    cache.secrets.take(secret("keys", 1, **kind))
-    notices.take()
-    cache.secrets.take(secret("keys", 3, deleted=True, **kind))
-    assert (values(cache), notices.take()) == ({}, ["documents"])
-    cache.secrets.take(secret("keys", 3, deleted=True, **kind))
-    cache.secrets.observe("MODIFIED", secret("keys", 4, deleted=True, **kind))
-    cache.secrets.take(secret("keys", 2, **kind))
-    cache.secrets.observe("ADDED", secret("keys", 1, **kind))
-    assert (values(cache), notices.take()) == ({}, [])
-    assert cache.secrets.want([("n", "keys")]) == set()
-    cache.secrets.take(secret("keys", 5, "new", uid="uid-of-another", **kind))
-    assert values(cache) == {"keys": "new"}
-
-
-def test_secret_that_is_made_again_of_our_type_is_that_of_our_type(cache: Cache) -> None:
-    """Each type has a watch of its own, so the deletion of the old one may come late."""
-    cache.secrets.want([("n", "keys")])
-    cache.secrets.take(secret("keys", 1, "old"))
-    cache.secrets.observe("ADDED", secret("keys", 3, "new", **OURS))
-    cache.secrets.observe("DELETED", secret("keys", 2, "old"))
-    cache.secrets.keep_only([], 9, "n", ours=False)
-    assert values(cache) == {"keys": "new"}
-
-
-def test_secret_that_is_no_longer_named_is_forgotten(cache: Cache) -> None:
-    cache.secrets.want([("n", "keys")])
-    cache.secrets.take(secret("keys", 1))
-    cache.secrets.want([])
-    assert values(cache) == {}
-    assert cache.secrets.want([("n", "keys")]) == {("n", "keys")}
-
-
-def test_late_events_of_a_secret_change_nothing(cache: Cache) -> None:
-    cache.secrets.want([("n", "keys"), ("n", "missing"), ("m", "elsewhere")])
-    cache.secrets.take(secret("keys", 5, "new"))
-    cache.secrets.observe("MODIFIED", secret("keys", 4, "old"))
-    cache.secrets.observe("DELETED", secret("keys", 3))
-    cache.secrets.keep_only([], 4, "n", ours=False)
-    assert values(cache) == {"keys": "new"}
-    assert cache.secrets.want([("n", "keys"), ("n", "missing"), ("m", "elsewhere")]) == {("m", "elsewhere")}
-    cache.secrets.keep_only([], 6, "m", ours=False)
-    cache.secrets.keep_only([], 6, "n", ours=True)
-    assert values(cache) == {"keys": "new"}, "neither list was of such Secrets"
-    cache.secrets.keep_only([], 6, "n", ours=False)
-    assert values(cache) == {}
-
-
-# ---- pods
-
-
-def pod(version: int = 1, **more: Any) -> Json:
-    return make_pod("p", version=version, **more)
-
-
-def test_pod_is_read() -> None:
-    read = read_pod(pod())
-    assert (read.name, read.url, read.ready_since) == ("p", "http://127.1.2.3:9100", 1767225609.0)
-    assert read.started_at == 1767225600.0
-
-
-def test_instance_is_that_of_the_engine_container() -> None:
-    assert read_pod(pod()).instance == read_pod(pod(2, ready=False)).instance
-    assert read_pod(pod()).instance != read_pod(pod(restarts=1)).instance
-    assert read_pod(pod()).instance != read_pod(pod(uid="other")).instance
-
-
-def test_a_native_sidecar_is_the_engine_container_where_it_has_the_admin_port() -> None:
-    """It stands among the init containers; its restarts are those of an engine process, and its container's port counts."""
-
-    def beside(restarts: int, others: int) -> Json:
-        obj = pod(restarts=restarts)
-        spec, status = obj["spec"], obj["status"]
-        vllm, evenhand = {"name": "vllm", "ports": []}, spec["containers"][1] | {"restartPolicy": "Always"}
-        states = {each["name"]: each for each in status["containerStatuses"]}
-        engine_status = {"name": "vllm", "restartCount": others, "state": {}}
-        return obj | {
-            "spec": {"initContainers": [{"name": "fetch"}, evenhand], "containers": [vllm]},
-            "status": status | {"containerStatuses": [engine_status], "initContainerStatuses": [states["engine"]]},
-        }
-
-    assert read_pod(beside(0, 0)).url == "http://127.1.2.3:9100"
-    assert read_pod(beside(0, 0)).instance == read_pod(beside(0, 3)).instance
-    assert read_pod(beside(0, 0)).instance != read_pod(beside(1, 0)).instance
-    assert read_pod(beside(0, 0)).started_at == 1767225600.0
-
-
-@pytest.mark.parametrize("obj", [pod(ready=False), pod(deleted=True), pod() | {"status": {}}])
-def test_pod_that_cannot_be_pushed_to_is_not_ready(obj: Json) -> None:
-    assert read_pod(obj).ready_since is None
-
-
-def test_pod_with_an_address_of_ipv6_and_no_named_port() -> None:
-    obj = pod()
-    obj["status"]["podIP"] = "fd00::1"
-    obj["spec"] = {"containers": [{"name": "engine"}]}
-    assert read_pod(obj).url == "http://[fd00::1]:9000"
+# ---- pods and namespaces
 
 
 def test_heartbeats_of_pods_are_not_changes(cache: Cache, notices: Notices) -> None:
-    cache.pods.observe("ADDED", pod(1))
-    beat = pod(2)
+    cache.pods.observe("ADDED", make_pod("p", version=1))
+    beat = make_pod("p", version=2)
     beat["status"]["conditions"][0]["lastProbeTime"] = "2026-01-01T00:01:00Z"
     cache.pods.observe("MODIFIED", beat)
     assert notices.take() == ["pods"]
-    cache.pods.observe("MODIFIED", pod(3, ready=False))
+    cache.pods.observe("MODIFIED", make_pod("p", version=3, ready=False))
     assert notices.take() == ["pods"]
-
-
-# ---- namespaces
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from evenhand_operator.events import EventRecorder, Transition
+from evenhand_operator.events import EventRecorder, Transition, transitions
 from evenhand_operator.kube import ApiError
 from evenhand_operator.observed import ObservedPolicy
-from evenhand_policy.status import TenantPolicyStatus
+from evenhand_policy.status import Condition, ConditionStatus, TenantPolicyStatus
 
 POLICY = ObservedPolicy(
     key=("team", "chat"), uid="u1", generation=1, problem=None, policy=None, status=TenantPolicyStatus()
@@ -58,3 +58,35 @@ async def test_event_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     await record(Api(status=403), 1)
     assert "an event was not written" in caplog.text
+
+
+def condition(kind: str, status: str, reason: str) -> Condition:
+    return Condition(
+        type=kind,
+        status=ConditionStatus(status),
+        observed_generation=1,
+        last_transition_time="2026-01-01T00:00:00Z",
+        reason=reason,
+        message=f"{kind} is {status}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (("Unknown", "Pending"), ("True", "Accepted"), None),
+        (("Unknown", "Pending"), ("False", "Invalid"), (True, "Invalid")),
+        (("True", "Accepted"), ("True", "Accepted"), None),
+        (("True", "Accepted"), ("False", "Conflicted"), (True, "Conflicted")),
+        (("False", "Conflicted"), ("False", "Conflicted"), None),
+        (("False", "Conflicted"), ("False", "Invalid"), (True, "Invalid")),
+        (("False", "Conflicted"), ("True", "Accepted"), (False, "Accepted")),
+        (("True", "Programmed"), ("False", "Pending"), None),
+        (("False", "Pending"), ("True", "Programmed"), None),
+    ],
+)
+def test_events_tell_transitions_only(
+    before: tuple[str, str], after: tuple[str, str], expected: tuple[bool, str] | None
+) -> None:
+    found = transitions([condition("Accepted", *before)], [condition("Accepted", *after)])
+    assert [(each.is_warning, each.reason) for each in found] == ([] if expected is None else [expected])

@@ -1,7 +1,6 @@
 """Kopf as a watcher: it is fed from, started anew where it ends, and told to look elsewhere where namespaces change."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import kopf
@@ -29,8 +28,7 @@ class Kopf:
             if (error := self.ends.pop(0)) is not None:
                 raise error
             return
-        while not given["stop_flag"].is_set():
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(given["stop_flag"].wait)
 
 
 @pytest.fixture
@@ -42,12 +40,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Kopf:
     return stand_in
 
 
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
-
-
 async def cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task], timeout=10)
@@ -57,50 +49,56 @@ async def cancel(task: asyncio.Task[None]) -> None:
 @pytest.mark.parametrize(
     "error", [kopf.TemporaryError("410 Gone: the provided continue parameter is too old"), RuntimeError("403"), None]
 )
-async def test_kopf_that_ends_is_started_anew(started: Kopf, error: Exception | None) -> None:
+async def test_kopf_that_ends_is_started_anew(started: Kopf, changes: Any, error: Exception | None) -> None:
     """A list whose pages expired ends it, and so does a namespace that was deleted; the process goes on."""
     started.ends = [error, error]
     task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: CREDENTIALS))
-    await until(lambda: len(started.starts) == 3)
+    await changes.until(lambda: len(started.starts) == 3)
     assert not task.done()
     assert {each["clusterwide"] for each in started.starts} == {True}
     await cancel(task)
     assert started.starts[-1]["stop_flag"].is_set(), "its thread ends with us"
 
 
-async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(started: Kopf) -> None:
+async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(started: Kopf, changes: Any) -> None:
     readable: tuple[str, ...] = ("a", "b")
-    task = asyncio.create_task(
-        watch(Cache(Notices()), Settings(namespaces=("a", "b")), lambda: readable, lambda: CREDENTIALS)
-    )
-    await until(lambda: len(started.starts) == 1)
+    looks = 0
+
+    def look() -> tuple[str, ...]:
+        nonlocal looks
+        looks += 1
+        return readable
+
+    task = asyncio.create_task(watch(Cache(Notices()), Settings(namespaces=("a", "b")), look, lambda: CREDENTIALS))
+    await changes.until(lambda: len(started.starts) == 1)
     readable = ("a",)
-    await until(lambda: len(started.starts) == 2)
+    await changes.until(lambda: len(started.starts) == 2)
     assert [each["namespaces"] for each in started.starts] == [("a", "b"), ("a",)]
     assert not any(each["clusterwide"] for each in started.starts)
     readable = ()
-    await until(lambda: started.starts[-1]["stop_flag"].is_set())
-    await asyncio.sleep(0.05)
+    await changes.until(lambda: started.starts[-1]["stop_flag"].is_set())
+    looked = looks
+    await changes.until(lambda: looks > looked + 2)
     assert len(started.starts) == 2, "without namespaces it would watch all of them"
     readable = ("b",)
-    await until(lambda: len(started.starts) == 3)
+    await changes.until(lambda: len(started.starts) == 3)
     await cancel(task)
 
 
-async def test_it_asks_with_credentials_that_were_read_again(started: Kopf) -> None:
+async def test_it_asks_with_credentials_that_were_read_again(started: Kopf, changes: Any) -> None:
     """Even where they look the same: a file that they name may hold another authority."""
     known = CREDENTIALS
     task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: known))
-    await until(lambda: len(started.starts) == 1)
+    await changes.until(lambda: len(started.starts) == 1)
     known = kopf.ConnectionInfo(server="https://127.0.0.1")
-    await until(lambda: len(started.starts) == 2)
+    await changes.until(lambda: len(started.starts) == 2)
     assert started.starts[0]["stop_flag"].is_set()
     await cancel(task)
 
 
-async def test_only_policies_and_pools_are_watched_and_nothing_is_written(started: Kopf) -> None:
+async def test_only_policies_and_pools_are_watched_and_nothing_is_written(started: Kopf, changes: Any) -> None:
     task = asyncio.create_task(watch(Cache(Notices()), Settings(), lambda: (), lambda: CREDENTIALS))
-    await until(lambda: len(started.starts) == 1)
+    await changes.until(lambda: len(started.starts) == 1)
     given = started.starts[0]
     watched = [
         handler.selector.any_name or handler.selector.plural for handler in given["registry"]._watching._handlers

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from evenhand_operator import issuer as issuer_module
 from evenhand_operator.issuer import IssuerWatch, read_issuer
 from evenhand_operator.kube import ApiError
+from harness.virtual_time import VirtualTime
 
 Json = dict[str, Any]
 
@@ -80,27 +80,31 @@ async def test_issuer_that_is_not_told_leaves_what_is_known(member: str, answer:
     assert (issuer.issuer, told) == (known, [1])
 
 
-async def test_api_server_that_is_away_is_asked_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(issuer_module, "_RETRY_SECONDS", 0.001)
-    api = Api(ONE)
-    api.key_set = ApiError(0, "away")
-    issuer, told = watch(api)
-    reading = asyncio.create_task(issuer.read())
-    await asyncio.sleep(0.02)
-    assert not reading.done()
-    api.key_set = {"keys": [ONE]}
-    await asyncio.wait_for(reading, 5)
-    assert told == [1]
+def test_api_server_that_is_away_is_asked_until_it_answers(virtual_time: VirtualTime) -> None:
+    async def scenario() -> list[int]:
+        api = Api(ONE)
+        api.key_set = ApiError(0, "away")
+        issuer, told = watch(api)
+        reading = asyncio.create_task(issuer.read())
+        await asyncio.sleep(100)
+        assert not reading.done()
+        api.key_set = {"keys": [ONE]}
+        await reading
+        return told
+
+    assert virtual_time.run(scenario()) == [1]
 
 
-async def test_keys_are_read_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = Api(ONE)
-    issuer, told = watch(api)
-    running = asyncio.create_task(issuer.run(refresh_seconds=0.001))
-    async with asyncio.timeout(5):
-        while told != [1]:
-            await asyncio.sleep(0.001)
+def test_keys_are_read_again_and_again(virtual_time: VirtualTime) -> None:
+    async def scenario() -> None:
+        api = Api(ONE)
+        issuer, told = watch(api)
+        running = asyncio.create_task(issuer.run(refresh_seconds=300))
+        await asyncio.sleep(301)
+        assert told == [1]
         api.key_set = {"keys": [ONE, TWO]}
-        while told != [1, 2]:
-            await asyncio.sleep(0.001)
-    running.cancel()
+        await asyncio.sleep(300)
+        assert told == [1, 2]
+        running.cancel()
+
+    virtual_time.run(scenario())

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +11,13 @@ import pytest
 from evenhand_operator import lister as lister_module
 from evenhand_operator import reflector as reflector_module
 from evenhand_operator.cache import Cache
-from evenhand_operator.kube import PODS, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.lister import Lister
-from evenhand_operator.reflector import Reflector, Scope
 from evenhand_operator.settings import Settings
 from evenhand_policy.secret import API_KEYS_TYPE
-from harness.builders import Notices, make_namespace, make_pod, make_policy, make_pool, make_secret
+from harness.builders import Notices, make_namespace, make_policy, make_pool, make_secret
 
 Json = dict[str, Any]
-
-
-@pytest.fixture
-def notices() -> Notices:
-    return Notices()
-
-
-@pytest.fixture
-def cache(notices: Notices) -> Cache:
-    return Cache(notices)
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +43,6 @@ async def running(lister: Lister) -> AsyncIterator[asyncio.TaskGroup]:
             pass
 
 
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
-
-
 def policy(name: str, version: int, namespace: str = "n") -> Json:
     return make_policy(name, meta={"namespace": namespace, "version": version})
 
@@ -68,83 +51,12 @@ def names(cache: Cache) -> set[str]:
     return {each.key[1] for each in cache.policies}
 
 
-# ---- reflectors
-
-
 async def test_every_page_is_read_and_what_no_page_has_is_dropped(api: Any, kube: KubeClient, cache: Cache) -> None:
     cache.policies.observe("ADDED", policy("gone", 3))
     cache.policies.observe("ADDED", policy("newer-than-the-list", 51))
     api.objects["tenantpolicies"] = [policy(f"p{index}", 10 + index) for index in range(5)]
     async with running(Lister(kube, cache, Settings())):
         assert names(cache) == {f"p{index}" for index in range(5)} | {"newer-than-the-list"}
-
-
-def pods(kube: KubeClient, cache: Cache, **more: Any) -> Reflector:
-    return Reflector(kube, Scope(PODS, "n", {}), cache.pods, **more)
-
-
-def pod(version: int, **more: Any) -> Json:
-    return make_pod(namespace="n", version=version, **more)
-
-
-def pod_versions(cache: Cache) -> list[float | None]:
-    return [each.ready_since for each in cache.pods]
-
-
-async def test_watch_goes_on_where_the_last_one_ended(api: Any, kube: KubeClient, cache: Cache) -> None:
-    api.objects["pods"] = [pod(7)]
-    task = asyncio.create_task(pods(kube, cache).run())
-    events = api.events["pods"]
-    await until(lambda: len(api.requests) == 2)
-    events.put_nowait({"type": "MODIFIED", "object": pod(60, ready=False)})
-    await until(lambda: pod_versions(cache) == [None])
-    events.put_nowait({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "75"}}})
-    events.put_nowait({"type": "CUT"})
-    await until(lambda: len(api.requests) == 3)
-    assert api.requests[-1].query["resourceVersion"] == "75"
-    events.put_nowait({"type": "DELETED", "object": pod(80)})
-    await until(lambda: not list(cache.pods))
-    task.cancel()
-    assert ["watch" in each.query for each in api.requests] == [False, True, True], "it is listed once"
-
-
-async def test_forgotten_version_is_listed_anew(api: Any, kube: KubeClient, cache: Cache) -> None:
-    """Deletions that nobody told of are seen by the list."""
-    api.objects["pods"] = [pod(7)]
-    task = asyncio.create_task(pods(kube, cache).run())
-    await until(lambda: len(api.requests) == 2)
-    api.objects["pods"], api.version = [], 90
-    api.events["pods"].put_nowait({"type": "ERROR", "object": {"code": 410, "message": "too old resource version"}})
-    await until(lambda: not list(cache.pods))
-    task.cancel()
-
-
-async def test_expired_page_is_no_end(api: Any, kube: KubeClient, cache: Cache) -> None:
-    api.objects["pods"] = [pod(7)]
-    api.refusals = [(410, {"message": "the provided continue parameter is too old"}, {}), (500, {}, {})]
-    assert await pods(kube, cache).list() == 50
-    assert len(list(cache.pods)) == 1
-
-
-async def test_missing_kind_says_what_to_do_and_is_waited_for(
-    api: Any, kube: KubeClient, cache: Cache, caplog: pytest.LogCaptureFixture
-) -> None:
-    api.refusals = [(404, {"message": "the server could not find the requested resource"}, {})]
-    await pods(kube, cache).list()
-    assert "kubectl apply -f crds/" in caplog.text
-
-
-async def test_namespace_is_forbidden_only_after_a_while(api: Any, kube: KubeClient, cache: Cache) -> None:
-    """An API server that has just started forbids too much."""
-    times, told = iter([0.0, 5.0, 9.9, 10.0]), list[str]()
-    reflector = pods(kube, cache, access_changed=lambda: told.append("changed"), clock=lambda: next(times))
-    api.forbidden = {"n"}
-    assert await reflector.list() is None
-    assert (reflector.is_forbidden, reflector.known.is_set(), told) == (True, True, ["changed"])
-    assert len(api.requests) == 4, "of which the last was at 10 s"
-    api.forbidden = set()
-    assert await reflector.list() == 50
-    assert (reflector.is_forbidden, told) == (False, ["changed", "changed"])
 
 
 # ---- namespaces
@@ -161,7 +73,7 @@ async def test_served_namespaces_are_listed_one_by_one(api: Any, kube: KubeClien
 
 
 async def test_namespace_that_cannot_be_read_holds_up_no_other(
-    api: Any, kube: KubeClient, cache: Cache, notices: Notices, monkeypatch: pytest.MonkeyPatch
+    api: Any, kube: KubeClient, cache: Cache, notices: Notices, changes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its RoleBinding went first when it was deleted."""
     monkeypatch.setattr(reflector_module, "_FORBIDDEN_SECONDS", 0.05)
@@ -175,7 +87,7 @@ async def test_namespace_that_cannot_be_read_holds_up_no_other(
         await asyncio.wait_for(lister.list_resources(), 5)
         notices.take()
         api.forbidden = set()
-        await until(lambda: not cache.unreadable)
+        await changes.until(lambda: not cache.unreadable)
         assert {each.key for each in cache.readable_policies()} == {("x", "a"), ("y", "b")}
         assert "documents" in notices.take()
 
@@ -194,25 +106,29 @@ async def test_half_a_namespace_is_none(
         assert cache.readable_pools() == ()
 
 
-async def test_labels_of_namespaces_are_watched_where_all_are_served(api: Any, kube: KubeClient, cache: Cache) -> None:
+async def test_labels_of_namespaces_are_watched_where_all_are_served(
+    api: Any, kube: KubeClient, cache: Cache, changes: Any
+) -> None:
     api.objects["namespaces"] = [make_namespace("team", team="gold")]
     async with running(Lister(kube, cache, Settings())):
         assert cache.namespace_labels()["team"]["team"] == "gold"
         api.events["namespaces"].put_nowait({"type": "MODIFIED", "object": make_namespace("team", 60)})
-        await until(lambda: "team" not in cache.namespace_labels()["team"])
+        await changes.until(lambda: "team" not in cache.namespace_labels()["team"])
 
 
 # ---- policies and pools, which Kopf watches
 
 
-async def test_change_is_seen_while_kopf_is_still_listing(api: Any, kube: KubeClient, cache: Cache) -> None:
+async def test_change_is_seen_while_kopf_is_still_listing(
+    api: Any, kube: KubeClient, cache: Cache, changes: Any
+) -> None:
     async with running(Lister(kube, cache, Settings())):
         api.events["tenantpolicies"].put_nowait({"type": "ADDED", "object": policy("new", 60)})
-        await until(lambda: names(cache) == {"new"})
+        await changes.until(lambda: names(cache) == {"new"})
 
 
 async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
-    api: Any, kube: KubeClient, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    api: Any, kube: KubeClient, cache: Cache, changes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lister_module, "_GAP_QUIET_SECONDS", 0.01)
     api.objects["tenantpolicies"] = [policy("kept", 1), policy("deleted-since", 2)]
@@ -224,10 +140,8 @@ async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
         lister.gap_seen()  # Kopf tells what it has found
         await asyncio.wait_for(lister.caught_up.wait(), 5)
         assert names(cache) == {"kept"}
-        num_requests = len(api.requests)
-        api.events["tenantpolicies"].put_nowait({"type": "ADDED", "object": policy("for-kopf", 60)})
-        await asyncio.sleep(0.05)
-        assert (names(cache), len(api.requests)) == ({"kept"}, num_requests), "now Kopf watches, and nobody else"
+        await changes.until(lambda: not api.watched["tenantpolicies"])  # now Kopf does, and nobody else
+        assert api.watched["namespaces"] == 1
 
 
 async def test_a_while_after_every_gap_it_is_listed_once_more(
@@ -277,7 +191,7 @@ async def test_secrets_of_our_type_are_listed_and_no_others(api: Any, kube: Kube
 
 
 async def test_other_secrets_are_watched_in_the_namespaces_that_name_them(
-    api: Any, kube: KubeClient, cache: Cache, notices: Notices
+    api: Any, kube: KubeClient, cache: Cache, notices: Notices, changes: Any
 ) -> None:
     api.objects |= {"secrets": [], "n/secrets": [secret("keys", 4), secret("unrelated", 5)]}
     lister = Lister(kube, cache, Settings())
@@ -288,10 +202,10 @@ async def test_other_secrets_are_watched_in_the_namespaces_that_name_them(
         assert listed.startswith("/api/v1/namespaces/n/secrets?type!=helm.sh/release.v1,")
         assert cache.secrets.want([("n", "keys"), ("n", "missing")]) == set(), "that one is missing is known"
         notices.take()
-        await until(lambda: "n" in lister._secrets)
+        await changes.until(lambda: "n" in lister._secrets)
         api.events["secrets"].put_nowait({"type": "ADDED", "object": secret("missing", 60)})
         api.events["secrets"].put_nowait({"type": "ADDED", "object": secret("missing", 60)})
-        await until(lambda: ("n", "missing") in cache.secrets.found)
+        await changes.until(lambda: ("n", "missing") in cache.secrets.found)
         assert notices.take() == ["documents"]
         [(_, task)] = lister._secrets.values()
         await lister.provide_secrets([])
