@@ -32,7 +32,8 @@ class Format(Protocol):
         ...
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice that a stream begins with; None for none."""
+        """The choice that a stream begins with, just before its first token: whoever takes the time to that takes the time
+        to the first event. None for none."""
         ...
 
     def choice(
@@ -135,15 +136,19 @@ class _Events:
         self._form = form
         self._envelope = form.envelope(streamed=True)
         self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
+        self._has_opened = False
 
     async def write(self, events: EventStream, first: First) -> None:
-        await events.write(self._opening())
         await events.write(self._render(*await first))
         await events.hand_on(self._deltas, self._render)
         if self._body.includes_usage:
             await events.write(data_event({**self._envelope, "choices": [], "usage": usage(self._generations)}))
 
     def _opening(self) -> bytes:
+        """Nothing, once it was sent."""
+        if self._has_opened:
+            return b""
+        self._has_opened = True
         more, events = self._form.additions(()), b""
         for index in range(len(self._generations)):
             if (choice := self._form.opening(index)) is not None:
@@ -154,11 +159,13 @@ class _Events:
     def _render(self, index: int, delta: Delta) -> bytes:
         if not delta.pieces and delta.finish_reason is None:
             return b""
+        opening = self._opening()
         choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
         if choice["finish_reason"] is None or "tool_calls" not in choice.get("delta", ()):
-            return self._event(choice)
+            return opening + self._event(choice)
         end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
-        return self._event({**choice, "finish_reason": None}) + self._event(end)  # OpenAI's sees no end beside a call
+        call = self._event({**choice, "finish_reason": None})  # OpenAI's client sees no end beside one
+        return opening + call + self._event(end)
 
     def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
         """With one choice; `more`: other fields of it."""
