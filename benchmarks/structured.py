@@ -66,7 +66,7 @@ async def _measure(server: serving.Server, num_rounds: int, max_tokens: int) -> 
 
 def main() -> None:
     args = common.arguments(__doc__).parse_args()
-    num_rounds, max_tokens = (2, 32) if args.quick else (7, 192)
+    num_rounds, max_tokens = (2, 32) if args.quick else (15, 192)
     with serving.serve() as server:
         found = asyncio.run(_measure(server, num_rounds, max_tokens))
     free = found["free text"]

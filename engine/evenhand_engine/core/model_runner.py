@@ -1,7 +1,7 @@
 """ModelRunner: computes batches with a model on the CPU, or one by one with the reference kernels on a GPU."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.prompt_logprobs import PromptLogprobs, ScoredPart
-from evenhand_engine.core.sampler import Seats, accept, sample, token_logprobs
+from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
 from evenhand_engine.core.structures import Structures, forbidden
+from evenhand_engine.core.token_logprobs import describe
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
+
+_ROWS = 16  # of prompts at a time: of a whole step, copies would take hundreds of megabytes
 
 
 class ModelRunner:
@@ -72,9 +75,18 @@ def _score(
     parts: Sequence[ScoredPart], logits: Tensor, places: NDArray[np.intp]
 ) -> dict[int, tuple[TokenLogprobs, ...]]:
     """By item with samples, what is told of the prompts that end. `places`: of the parts' rows among those of `logits`."""
-    ended, rows = {}, iter(places.tolist())
+    ended, first = {}, 0
     for part in parts:
-        told = part.tell(token_logprobs(logits[next(rows)], token_id, part.num_top) for token_id in part.token_ids)
+        wanted = places[first : first + len(part.token_ids)]
+        first += len(part.token_ids)
+        told = part.tell(_described(part, logits, wanted))
         if part.number is not None:
             ended[part.number] = told
     return ended
+
+
+def _described(part: ScoredPart, logits: Tensor, places: NDArray[np.intp]) -> Iterator[TokenLogprobs]:
+    for start in range(0, len(places), _ROWS):
+        token_ids = part.token_ids[start : start + _ROWS]
+        logprobs = torch.log_softmax(logits[places[start : start + _ROWS]], dim=-1)
+        yield from describe(logprobs, token_ids, [part.num_top] * len(token_ids))

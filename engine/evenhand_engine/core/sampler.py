@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.core.adjustments import MIN_TEMPERATURE, Adjustments
+from evenhand_engine.core.token_logprobs import describe
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, SamplingParams, TokenLogprobs
 from evenhand_kernels.kernels import Draw, Kernels
@@ -112,45 +113,34 @@ def sample(
 
     None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
     """
-    told = {
-        number: torch.log_softmax(logits[number], dim=-1).numpy()
-        for number, row in enumerate(rows)
-        if row.params.num_logprobs is not None
-    }
+    asked = [number for number, row in enumerate(rows) if row.params.num_logprobs is not None]
+    logprobs = torch.log_softmax(logits[asked], dim=-1) if asked else None
     for number, tokens in forbidden.items():
         logits[number].numpy()[tokens] = -np.inf
     for number, row in enumerate(rows):
         if row.adjustments is not None:
             row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)
     token_ids = kernels.draw(logits, [_draw(row) for row in rows])
+    told = {} if logprobs is None else _told(logprobs, asked, token_ids, rows)
     return [
-        None if token_id is None else Token(token_id, _told(told.get(number), token_id, row.params.num_logprobs))
-        for number, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
+        None if token_id is None else Token(token_id, told.get(number)) for number, token_id in enumerate(token_ids)
     ]
+
+
+def _told(
+    logprobs: Tensor, asked: Sequence[int], token_ids: Sequence[int | None], rows: Sequence[SamplingRow]
+) -> dict[int, TokenLogprobs]:
+    """By row; `logprobs`: of those that asked. None where nothing was drawn."""
+    drawn = [(place, number, i) for place, number in enumerate(asked) if (i := token_ids[number]) is not None]
+    found = describe(
+        logprobs[[place for place, _, _ in drawn]],
+        [token_id for _, _, token_id in drawn],
+        [rows[number].params.num_logprobs or 0 for _, number, _ in drawn],
+    )
+    return {number: one for (_, number, _), one in zip(drawn, found, strict=True)}
 
 
 def _draw(row: SamplingRow) -> Draw:
     params = row.params
     temperature = 0.0 if params.temperature < MIN_TEMPERATURE else params.temperature
     return Draw(temperature, params.top_p, params.top_k, params.seed % 2**64, row.index)
-
-
-def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Of a token by its row of logits, [vocab_size], with the `num_top` likeliest."""
-    return _describe(torch.log_softmax(logits, dim=-1).numpy(), token_id, num_top)
-
-
-def _told(logprobs: NDArray[np.float32] | None, token_id: int, num_top: int | None) -> TokenLogprobs | None:
-    return None if logprobs is None else _describe(logprobs, token_id, num_top or 0)
-
-
-def _describe(logprobs: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
-    num_top = min(num_top, len(logprobs))
-    top = np.argpartition(-logprobs, num_top - 1)[:num_top] if num_top else np.empty(0, np.intp)
-    top = top[np.lexsort((top, -logprobs[top]))]
-    return TokenLogprobs(
-        logprob=float(logprobs[token_id]),
-        rank=int((logprobs > logprobs[token_id]).sum()) + 1,
-        top_token_ids=tuple(top.tolist()),
-        top_logprobs=tuple(logprobs[top].tolist()),
-    )
