@@ -13,8 +13,11 @@ from evenhand_engine.openai.schema import Positive, UserName
 _MAX_ITEMS = 4096
 _MAX_ECHOED_BYTES = 65_536  # of what the answer repeats: tools, text, metadata
 _REFUSED: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "background": (False,),
+    "context_management": ([],),
     "conversation": (),
+    "image": (),
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),
@@ -73,8 +76,12 @@ class ResponseRequest(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: Annotated[Raw, holds(ResponseReasoning)] | UnsetType = UNSET
     metadata: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     user: UserName | None = None
+    include: Annotated[Raw, holds(list[str])] | UnsetType = UNSET
+    access_programs: Raw | UnsetType = UNSET
     background: Raw | UnsetType = UNSET
+    context_management: Raw | UnsetType = UNSET
     conversation: Raw | UnsetType = UNSET
+    image: Raw | UnsetType = UNSET
     max_tool_calls: Raw | UnsetType = UNSET
     previous_response_id: Raw | UnsetType = UNSET
     prompt: Raw | UnsetType = UNSET
@@ -85,6 +92,7 @@ class ResponseRequest(msgspec.Struct, frozen=True, kw_only=True):
 def as_chat(body: ResponseRequest) -> bytes:
     """The chat body; raises Refusal 400 that names the field."""
     refuse_fields(body, _REFUSED)
+    _check_include(body)
     chat: dict[str, Any] = {
         "model": body.model,
         "messages": _messages(body),
@@ -103,6 +111,14 @@ def as_chat(body: ResponseRequest) -> bytes:
     if (reasoning := given(body.reasoning)) is not None:
         chat["reasoning_effort"] = decode_raw(reasoning, ResponseReasoning, "reasoning").effort
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
+
+
+def _check_include(body: ResponseRequest) -> None:
+    """Most of what it may name comes of tools that there are none of here."""
+    asked = given(body.include)
+    if asked is not None and "message.output_text.logprobs" in decode_raw(asked, list[str], "include"):
+        message = "`include` cannot have log probabilities here: leave them out, or ask /v1/chat/completions."
+        raise Refusal(400, "unsupported_parameter", message, param="include")
 
 
 def echoed(body: ResponseRequest) -> dict[str, Any]:

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from anthropic.types import message_count_tokens_params as count
+from anthropic.types import message_create_params as message
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
+from openai.types.responses import response_create_params as response
 
+from evenhand_engine.anthropic.bodies import MessageRequest
+from evenhand_engine.openai.response_bodies import ResponseRequest
 from evenhand_engine.openai.schema import UNSUPPORTED, ChatCompletionRequest, CompletionRequest
 
 DOCUMENT = (Path(__file__).parents[3] / "docs/api.md").read_text()
@@ -86,6 +91,32 @@ def test_every_field_is_where_it_belongs(kind: Kind, fields: set[str]) -> None:
     assert fields & own <= TABLE
     assert (fields & set(UNSUPPORTED)) - own <= paragraph("Refused")
     assert fields - own - set(UNSUPPORTED) <= paragraph("Ignored")
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "fields", "more"),
+    [
+        ("Responses.", ResponseRequest, {*response.ResponseCreateParamsBase.__annotations__, "stream"}, {"moderation"}),
+        (
+            "Messages.",
+            MessageRequest,
+            {
+                *message.MessageCreateParamsBase.__annotations__,
+                *count.MessageCountTokensParams.__annotations__,
+                "stream",
+            },
+            set(),
+        ),
+    ],
+)
+def test_the_fields_of_the_other_forms(word: str, kind: Kind, fields: set[str], more: set[str]) -> None:
+    """`more`: refused in every body."""
+    said = SECTION.partition(f"\n**{word}**")[2].partition("\n\n")[0]
+    assert fields <= names(said)
+    ignored = names(said.partition("Ignored:")[2].partition(". ")[0])
+    own = set(kind.__struct_fields__)
+    assert ignored == fields - own - more - {"store"} and more <= set(UNSUPPORTED)
+    assert own <= names(said)
 
 
 def test_nothing_else_is_said() -> None:

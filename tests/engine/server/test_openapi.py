@@ -73,7 +73,7 @@ def test_the_server_publishes_it(server: Server) -> None:
 def test_it_says_what_every_member_holds_that_is_not_refused(body: type[msgspec.Struct]) -> None:
     described = document()["components"]["schemas"][body.__name__]["properties"]
     refused = {"background", "conversation", "max_tool_calls", "previous_response_id", "prompt", "top_logprobs"}
-    refused |= {"truncation", "container", "mcp_servers"}
+    refused |= {"truncation", "container", "mcp_servers", "access_programs", "context_management", "image"}
     hints = typing.get_type_hints(body)
     raw = {name for name in body.__struct_fields__ if Raw in (hints[name], *typing.get_args(hints[name]))}
     assert {name for name in raw if "anyOf" not in described[name]} <= refused
