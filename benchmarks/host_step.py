@@ -59,7 +59,7 @@ class IdleDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         return _Nothing()
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object], rounds: int) -> float:
         return 1.0
 
     def memory(self) -> tuple[int, int]:

@@ -98,8 +98,8 @@ class Device(Protocol):
         """Record what `work` asks for. It must have run once before, allocate nothing, and read nothing back."""
         ...
 
-    def seconds(self, work: Callable[[], None]) -> float:
-        """How long the device takes for what `work` asks for, once it has done so before; waits for it."""
+    def seconds(self, work: Callable[[], object], rounds: int) -> float:
+        """How long the device takes for what `work` asks for, so many times, once it has done so before; waits for it."""
         ...
 
     def memory(self) -> tuple[int, int]:

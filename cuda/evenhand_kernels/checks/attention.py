@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evenhand_kernels.checks.case import Case, assert_close, exact
 from evenhand_kernels.cuda.kernels import CudaKernels
-from evenhand_kernels.cuda.variants import has_bulk_copies
+from evenhand_kernels.cuda.variants import WGMMA_TILES, AttentionChoice, has_bulk_copies, has_wgmma
 from evenhand_kernels.cuda.work import CudaPlan
 from evenhand_kernels.device import Device
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
@@ -39,6 +39,7 @@ class AttentionCase:
     rotated: bool = False
     padding: int = 0
     bulk_copy: bool = False
+    wgmma: bool = False
     seed: int = 0
     tolerance: float = field(init=False)
 
@@ -50,9 +51,13 @@ class AttentionCase:
         lens = [total for _, total in self.requests]
         heads = self.num_kv_heads * (self.group + 2)
         layer = self._layer(rng, device, max(lens))
-        kernels = CudaKernels(device, self.dtype, bulk_copy=self.bulk_copy and has_bulk_copies(device.architecture))
-        table, num_blocks = self._block_table(rng)
         cache_dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
+        choice = AttentionChoice(
+            bulk_copy=self.bulk_copy and has_bulk_copies(device.architecture),
+            wgmma=self.wgmma and has_wgmma(device.architecture, self.dtype, cache_dtype, self.head_dim),
+        )
+        kernels = CudaKernels(device, self.dtype, choice=choice)
+        table, num_blocks = self._block_table(rng)
         attend = kernels.attention(layer, KvCacheShape(num_blocks, self.block_size, cache_dtype))
         for memory in (attend.keys, attend.values):
             memory.fill_(0xFF)  # NaN in every format: what lies in a block beyond the request must not matter
@@ -220,6 +225,34 @@ def _cases() -> dict[str, AttentionCase]:
         cases[f"bulk copies, {name}"] = replace(cases[name], bulk_copy=True)
     for head_dim in (16, 80, 128, 256):
         cases[f"bulk copies, head size {head_dim}"] = replace(cases[f"head size {head_dim}"], bulk_copy=True)
+    prompts = {
+        "chunks at block borders": CHUNKS,
+        "several tiles": [(70, 330), (200, 200), (17, 64), (33, 400)],
+        "the last tile of every length": [(20, 64 + tokens) for tokens in (0, 1, 15, 16, 17, 48, 63)],
+    }
+    prompts["the end of the block table"] = [(length, length) for length in (64, 128)]
+    for name, requests in prompts.items():
+        cases[f"wgmma, {name}"] = AttentionCase(requests=requests, wgmma=True)
+    for name in (
+        "decodes beside chunks and an empty request",
+        "window, chunks",
+        "window of one",
+        "soft cap",
+        "blocks of 32",
+        "split",
+        "group of 3",
+        "group of 20",
+    ):
+        cases[f"wgmma, {name}"] = replace(cases[name], wgmma=True)
+    cases["wgmma, window, several tiles"] = AttentionCase(requests=[(8, 400), (40, 300)], window=150, wgmma=True)
+    for head_dim in WGMMA_TILES:
+        for dtype in (torch.bfloat16, torch.float16):
+            cases[f"wgmma, head size {head_dim}, {dtype}"] = AttentionCase(
+                requests=[(40, 50), (30, 300), (1, 20)], group=3, head_dim=head_dim, dtype=dtype, wgmma=True
+            )
+    cases["wgmma, bulk copies"] = replace(
+        cases["decodes beside chunks and an empty request"], wgmma=True, bulk_copy=True
+    )
     for head_dim in (64, 96, 128, 256):
         for dtype in (torch.bfloat16, torch.float16):
             cases[f"fp8, head size {head_dim}, {dtype}"] = AttentionCase(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import torch
 from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.device import first_error
 from evenhand_kernels.cuda.source import Variant
-from evenhand_kernels.cuda.variants import RESERVED_BYTES, SHARED_KIB
+from evenhand_kernels.cuda.variants import RESERVED_BYTES, SHARED_KIB, AttentionChoice
 from evenhand_kernels.device import CompileError
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -49,6 +50,9 @@ class Compiled:
             compiler leaves some of them generic.
         bulk_copies: instructions that copy a whole slice (UBLKCP).
         products: instructions of tensor cores (HMMA, HGMMA).
+        group_products: those of them of a warpgroup (HGMMA).
+        serialized: whether the compiler waits for each of those before it starts the next.
+        covered_waits: waits for them before which a softmax is computed: what the source says, and compilers may reorder.
         hot_loops: loops with products of tensor cores in them.
         bare_loops: those of them with no 16-byte load of what they multiply.
         local_accesses: of local memory.
@@ -64,6 +68,9 @@ class Compiled:
     wide_stores: int
     bulk_copies: int
     products: int
+    group_products: int
+    serialized: bool
+    covered_waits: int
     hot_loops: int
     bare_loops: int
     local_accesses: int
@@ -81,6 +88,8 @@ def shipped(architecture: str) -> Iterator[Variant]:
         yield variants.write_kv(dtype, kv_dtype, head_dim, 16)
         yield variants.merge(dtype, kv_dtype, head_dim, 16)
     yield variants.attention(BF16, BF16, 128, 16, architecture, soft_cap=True)
+    if variants.has_wgmma(architecture, BF16, BF16, 128):
+        yield variants.attention(BF16, BF16, 128, 16, architecture, soft_cap=True, choice=AttentionChoice(wgmma=True))
     yield from _small()
 
 
@@ -96,9 +105,10 @@ def quick(architecture: str) -> Iterator[Variant]:
 
 def _attention(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, architecture: str) -> Iterator[Variant]:
     """All that a device measures when it chooses."""
-    yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture)
-    if variants.has_bulk_copies(architecture):
-        yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture, bulk_copy=True)
+    bulk_copy = (False, True) if variants.has_bulk_copies(architecture) else (False,)
+    wgmma = (False, True) if variants.has_wgmma(architecture, dtype, kv_dtype, head_dim) else (False,)
+    for choice in map(variants.AttentionChoice._make, product(bulk_copy, wgmma)):
+        yield variants.attention(dtype, kv_dtype, head_dim, 16, architecture, choice=choice)
 
 
 def _small() -> Iterator[Variant]:
@@ -156,6 +166,12 @@ def faults(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.wide_loads} loads and {compiled.wide_stores} stores of 16 bytes")
     if ("BULK_COPY", None) in variant.constants and not compiled.bulk_copies:
         found.append("no bulk copies")
+    if ("WGMMA", None) in variant.constants:
+        parts = dict(variant.constants)["PROMPT_M"]
+        if compiled.serialized or not compiled.group_products:
+            found.append(f"{compiled.group_products} products of a warpgroup, serialized: {compiled.serialized}")
+        if parts == 2 and compiled.covered_waits < parts:
+            found.append(f"{compiled.covered_waits} waits for products are covered by a softmax")
     loops = _HOT_LOOPS.get(variant.kernel, 0)
     if compiled.hot_loops < loops or compiled.bare_loops:
         found.append(
@@ -224,6 +240,9 @@ def _examine(variant: Variant, architecture: str, log: str, code: str) -> Compil
         wide_stores=sum(bool(re.search(r"\bSTG?\.E\S*\.128", line)) for line in lines),
         bulk_copies=sum(bulk_copies),
         products=sum(products),
+        group_products=sum(bool(re.search(r"\bHGMMA\b", line)) for line in lines),
+        serialized="serialized" in log,
+        covered_waits=_covered_waits(lines),
         hot_loops=len(hot),
         bare_loops=sum(not any(loads[begin:end]) for begin, end in hot),
         local_accesses=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines),
@@ -240,6 +259,20 @@ def _loops(lines: list[str]) -> list[tuple[int, int]]:
         if begin < number and not any("EXIT" in inside for inside in lines[begin:number]):
             loops.append((begin, number))
     return loops
+
+
+def _covered_waits(lines: list[str]) -> int:
+    """Waits for products of a warpgroup with at least half of a tile's exponentials since the last product was started."""
+    covered = exponentials = 0
+    for line in lines:
+        if re.search(r"\bHGMMA\b", line):
+            exponentials = 0
+        elif "MUFU.EX2" in line:
+            exponentials += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            covered += exponentials >= 16
+            exponentials = 0
+    return covered
 
 
 @cache

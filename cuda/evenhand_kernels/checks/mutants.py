@@ -70,6 +70,9 @@ MIXED = ("attention: decodes beside",)
 PADDING = ("attention: a graph",)
 FP8 = ("attention: fp8, head size 64, torch.bf",)
 BULK = ("attention: bulk copies, decodes", "attention: bulk copies, split")
+WGMMA = ("attention: wgmma, chunks", "attention: wgmma, several", "attention: wgmma, the last")
+WGMMA_ENDS = ("attention: wgmma, the end of",)
+WIDE = ("attention: wgmma, head size 128, torch.bf",)
 QUANTIZED = ("quantized_linear", "dequantize")
 SAMPLE = ("sample: ties", "sample: vocabulary of 7", "sample: vocabulary of 1000")
 ADJUST = ("adjust",)
@@ -97,10 +100,10 @@ MUTANTS = [
     Mutant("decode.cuh", "__syncwarp();  // all lanes are done with the stage that is filled now", "", BULK),
     Mutant("slices_bulk.cuh", "mbarrier_wait(barrier, slice / NUM_WARPS / DECODE_STAGES & 1);", "", BULK),
     Mutant("slices_bulk.cuh", "slice / NUM_WARPS / DECODE_STAGES & 1", "0", BULK),
-    Mutant("slices_bulk.cuh", "store_16B(rows + i * 16, {0, 0, 0, 0});", "", BULK),
+    Mutant("slices_bulk.cuh", "store_16B(rows + KvRows::offset(i / CHUNKS, i % CHUNKS), {0, 0, 0, 0});", "", BULK),
     Mutant("slices_bulk.cuh", "      __syncwarp();\n    }\n    return rows", "    }\n    return rows", BULK),
-    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || rows <= 0)", "if (rows <= 0)", BULK),
-    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || rows <= 0)", "if (lane_index() != 0)", BULK),
+    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || num_rows", "if (num_rows", BULK),
+    Mutant("slices_bulk.cuh", "if (lane_index() != 0 || num_rows(slice) <= 0)", "if (lane_index() != 0)", BULK),
     Mutant("decode.cuh", "__syncthreads();  // the parts lie where the slices were", "", DECODE),
     Mutant(
         "decode.cuh",
@@ -124,6 +127,33 @@ MUTANTS = [
         CHUNKS,
     ),
     Mutant("prompt.cuh", "__syncthreads();  // the values are there, and nobody needs the keys", "", CHUNKS),
+    Mutant("prompt_wgmma.cuh", "fence_async();\n  __syncthreads();  // the q", "__syncthreads();  // the q", WGMMA),
+    Mutant("prompt_wgmma.cuh", "__syncthreads();  // the queries are there", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "__syncthreads();  // the barriers are made", "", WGMMA),
+    Mutant(
+        "prompt_wgmma.cuh",
+        "__syncthreads();  // all warps are done with this tile's keys, and with the values of the one before",
+        "",
+        WGMMA,
+    ),
+    Mutant("prompt_wgmma.cuh", "fence_async();\n    __syncthreads();", "__syncthreads();", WGMMA),
+    Mutant("prompt_wgmma.cuh", "fence_async();\n    __syncthreads();", "fence_async();", WGMMA),
+    Mutant("prompt_wgmma.cuh", "mbarrier_wait(&shared.copied[stage], step / STAGES & 1);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "step / STAGES & 1", "0", WGMMA),
+    Mutant("prompt_wgmma.cuh", "tiles.start(tile + STAGES);", "tiles.start(tile + STAGES + 1);", WGMMA),
+    Mutant("prompt_wgmma.cuh", "if (!is_last) wgmma_wait<1>(scores[0]);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_wait<1>(scores[0]);", "wgmma_wait<2>(scores[0]);", WGMMA),
+    Mutant("prompt_wgmma.cuh", "  wgmma_wait<0>(scores[0]);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "if (PARTS > 1) wgmma_wait<0>(a[other].output[0], weights);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "if (PARTS == 1) wgmma_wait<0>(a[0].output[0], weights);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_wait<0>(a[PARTS - 1].output[0], weights);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_fence(a[part].output[0], weights);", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_fence(a[part].output[0], weights);", "wgmma_fence(weights);", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_fence(a[part].output[0], weights);", "wgmma_fence(a[part].output[0]);", WGMMA),
+    Mutant("prompt_wgmma.cuh", "  wgmma_fence();\n", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_commit();", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_commit();", "", WGMMA, index=1),
+    Mutant("prompt_wgmma.cuh", "if (part == 0) tiles.await(tile + 1);", "", WGMMA),
     Mutant("rms_norm.cu", "  __syncthreads();\n", "", NORM),
     Mutant(
         "vocabulary.cuh",
@@ -138,7 +168,7 @@ MUTANTS = [
     Mutant("count_tokens.cu", "  __syncthreads();\n", "", ADJUST),
     Mutant("adjust.cu", "  __syncthreads();\n", "", ADJUST),
     # bounds
-    Mutant("attention.cuh", "chunk / CHUNKS < num_rows", "true", DECODE),
+    Mutant("attention.cuh", "KvRows::row_of(chunk) < num_rows", "true", DECODE),
     Mutant(
         "attention.cuh",
         "const bool exists = row < item.num_rows;",
@@ -170,16 +200,43 @@ MUTANTS = [
     Mutant("merge.cu", "part * merge.num_rows", "part", SPLIT, index=1),
     Mutant("decode.cuh", "slice += NUM_WARPS)", "slice += NUM_WARPS + 1)", DECODE),
     Mutant(
-        "write_kv.cu", "% arguments.num_kv_heads, row_in_block", "% arguments.num_kv_heads * 0, row_in_block", DECODE
+        "write_kv.cu",
+        "% arguments.num_kv_heads, token_in_block",
+        "% arguments.num_kv_heads * 0, token_in_block",
+        DECODE,
     ),
     Mutant("write_kv.cu", "arguments.positions[token]", "arguments.positions[0]", MIXED),
     Mutant("write_kv.cu", "second * cos.x[i] + first * sin.x[i]", "second * cos.x[i] - first * sin.x[i]", MIXED),
     Mutant("write_kv.cu", "is_value ? nullptr : arguments.k_norm", "arguments.k_norm", MIXED),
+    Mutant("prompt_wgmma.cuh", "clear_rows(shared.values[stage], kv_end - first_token(step - 1));", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "clear_rows(shared.keys[stage], kv_end - first_token(step));", "", WGMMA),
+    Mutant("prompt_wgmma.cuh", "slice_token(tile) < kv_end ?", "slice_token(tile) <= kv_end ?", WGMMA + WGMMA_ENDS),
+    Mutant("prompt_wgmma.cuh", "place.rows, part * PART_ROWS + warp_row);\n  }", "place.rows, warp_row);\n  }", WGMMA),
+    Mutant("prompt_wgmma.cuh", "behind(part * PART_ROWS * QueryRows::BYTES)", "behind(0)", WGMMA),
+    Mutant("prompt_wgmma.cuh", "item.num_rows <= PART_ROWS", "item.num_rows <= PROMPT_ROWS", WGMMA),
+    Mutant("prompt_wgmma.cuh", "block_of(step - 1))", "key_block)", WGMMA),
+    Mutant("prompt_wgmma.cuh", "tile % STAGES * sizeof(shared.keys[0])", "0", WGMMA),
+    Mutant("prompt_wgmma.cuh", "(tile + 1) % STAGES", "tile % STAGES", WGMMA),
+    Mutant("prompt_wgmma.cuh", "part == PARTS - 1 ? tile + 1 : tile", "tile", WGMMA),
     # arithmetic
-    Mutant("attention_tile.cuh", "a.sum[m][half] *= factor;", "", DECODE),
-    Mutant("attention_tile.cuh", "maximum[half] == NEGATIVE_INFINITY ? 0.f : maximum[half]", "maximum[half]", WINDOW),
+    Mutant("prompt_wgmma.cuh", "tile >= first_whole && tile < end_whole", "tile >= first_whole", WGMMA),
+    Mutant(
+        "prompt_wgmma.cuh", "tile >= first_whole && tile < end_whole", "tile < end_whole", ("attention: wgmma, window",)
+    ),
+    Mutant("prompt_wgmma.cuh", "factor[0] != 1.f || factor[1] != 1.f", "factor[0] != 1.f", WGMMA),
+    Mutant("prompt_wgmma.cuh", "wgmma_keys<false>", "wgmma_keys<true>", WGMMA),
+    Mutant("prompt_wgmma.cuh", "[n % 2 * 2 + 1] = pack(scores[n][2]", "[n % 2 * 2 + 1] = pack(scores[n][0]", WGMMA),
+    Mutant("wgmma.cuh", "STRIDE = Rows::EIGHT_BYTES / 16", "STRIDE = Rows::ATOM_BYTES / 16", WIDE),
+    Mutant("wgmma.cuh", "LEADING = Rows::ATOM_BYTES / 16", "LEADING = Rows::EIGHT_BYTES / 16", WIDE),
+    Mutant("wgmma.cuh", "Rows::WIDTH == 128 ? 1", "Rows::WIDTH == 128 ? 2", WGMMA),
+    Mutant("wgmma.cuh", "k * 32 / Rows::WIDTH * Rows::ATOM_BYTES + ", "", WIDE),
+    Mutant("wgmma.cuh", "k * 2 * Rows::EIGHT_BYTES", "k * Rows::EIGHT_BYTES", WGMMA),
+    Mutant("tiled.cuh", "c / ATOM_CHUNKS * ATOM_BYTES", "c / ATOM_CHUNKS * WIDTH", WIDE),
+    Mutant("tiled.cuh", "row * ATOM_CHUNKS / 8 ^ odd", "odd", WGMMA),
+    Mutant("attention_tile.cuh", "a.sum[m][half] *= shift.factor[m][half];", "", DECODE),
+    Mutant("attention_tile.cuh", "maximum == NEGATIVE_INFINITY ? 0.f : maximum;", "maximum;", WINDOW),
     Mutant("attention_tile.cuh", "a.sum[m][half] += __shfl_xor_sync(ALL_LANES, a.sum[m][half], 2);", "", DECODE),
-    Mutant("attention_tile.cuh", "soft_cap * LOG2_E * tanh_approx", "soft_cap * tanh_approx", ("attention: soft",)),
+    Mutant("attention_tile.cuh", "scale = soft_cap * LOG2_E;", "scale = soft_cap;", ("attention: soft",)),
     Mutant("attention_tile.cuh", "d * 16 + t * 4 + pair * 2", "d * 16 + pair * 8 + t * 2", FP8),
     Mutant("attention.cuh", "arguments.scale * arguments.key_scales[item.kv_head]", "arguments.scale", FP8),
     Mutant("fp8.cuh", "magnitude += 0x7ffff + (magnitude >> 20 & 1);", "", FP8),

@@ -3,7 +3,11 @@
 // A block is one KV head (blockIdx.x) of one item (blockIdx.y) of the work list that plan.py makes, longest first. Long items
 // are split along the tokens; then merge.cu puts their parts together.
 #include "decode.cuh"
+#ifdef WGMMA
+#include "prompt_wgmma.cuh"
+#else
 #include "prompt.cuh"
+#endif
 
 union Shared {
   DecodeShared decode;

@@ -70,7 +70,7 @@ DEVICE void copy_queries(Element* to, const Arguments& arguments, const Item& it
     const int token = exists ? packed / arguments.group : 0, head = exists ? packed % arguments.group : 0;
     const Element* from = arguments.query + static_cast<int64_t>(rows.first_token + token) * arguments.query_stride +
                           (item.kv_head * arguments.group + head) * HEAD_DIM + chunk * 8;
-    cp_async_16B(to + row * HEAD_DIM + swizzled<QUERY_CHUNKS>(row, chunk) * 8, from, exists);
+    cp_async_16B(reinterpret_cast<uint8_t*>(to) + QueryRows::offset(row, chunk), from, exists);
   }
 }
 
@@ -82,7 +82,7 @@ DEVICE void copy_rows(uint8_t* to, const uint8_t* from, int num_rows) {
 #pragma unroll
   for (int i = 0; i < ROWS * CHUNKS / 32; i++) {
     const int chunk = i * 32 + lane_index();
-    cp_async_16B(to + chunk * 16, from + chunk * 16, chunk / CHUNKS < num_rows);
+    cp_async_16B(to + chunk * 16, from + chunk * 16, KvRows::row_of(chunk) < num_rows);
   }
 }
 
@@ -139,4 +139,24 @@ DEVICE void write_pair(const Arguments& arguments, const Item& item, const Rows&
 DEVICE void write_state(const Arguments& arguments, const Item& item, int row, float maximum, float sum) {
   store_8B(arguments.partial_state + static_cast<int64_t>(item.partial_row + row) * 2,
            {__float_as_uint(maximum), __float_as_uint(sum)});
+}
+
+// The warp's rows from `first_row` of the item on, finished.
+template <int M>
+DEVICE void write_rows(const Accumulator<M>& a, const Arguments& arguments, const Item& item, const Rows& rows, int first_row) {
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    const int row0 = first_row + m * 16;
+    for_each_pair(a, m, [&](int row, int dimension, float low, float high) {
+      const float sum = row < 8 ? a.sum[m][0] : a.sum[m][1];
+      if (row0 + row < item.num_rows) write_pair(arguments, item, rows, row0 + row, dimension, low, high, sum);
+    });
+    if (item.partial_row >= 0 && lane_index() % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = row0 + half * 8 + lane_index() / 4;
+        if (row < item.num_rows) write_state(arguments, item, row, a.maximum[m][half], a.sum[m][half]);
+      }
+    }
+  }
 }

@@ -20,7 +20,8 @@ class PagedAttention:
     """Implements `Attention` for one layer.
 
     Attributes:
-        keys, values: uint8 [num_blocks, num_kv_heads, block_size, bytes of a row], the paged cache: kv_layout.cuh draws it.
+        keys, values: uint8 [num_blocks, num_kv_heads, block_size, bytes of a row], the paged cache. Within eight tokens rows lie
+            in atoms, not one after the other: kv_layout.cuh draws it.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class PagedAttention:
         cache: KvCacheShape,
         work: AttentionWork,
         *,
-        bulk_copy: bool = False,
+        choice: variants.AttentionChoice = variants.PORTABLE,
     ) -> None:
         """`cache.dtype` is the activations' `dtype` or float8_e4m3fn. Adds itself to `work`. Raises ValueError."""
         heads = layer.num_kv_heads
@@ -41,9 +42,7 @@ class PagedAttention:
                 f"block_size {cache.block_size} a multiple of 16"
             )
         key = (dtype, cache.dtype, layer.head_dim, cache.block_size)
-        variant = variants.attention(
-            *key, device.architecture, soft_cap=layer.soft_cap is not None, bulk_copy=bulk_copy
-        )
+        variant = variants.attention(*key, device.architecture, soft_cap=layer.soft_cap is not None, choice=choice)
         self._group = layer.num_heads // heads
         planner = Planner(
             num_kv_heads=heads,

@@ -9,6 +9,7 @@
 #include "kv_layout.cuh"
 
 constexpr int QUERY_CHUNKS = HEAD_DIM / 8;
+using QueryRows = Tiled<HEAD_DIM * 2>;
 constexpr float LOG2_E = 1.4426950408889634f;
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 
@@ -40,22 +41,17 @@ struct Visible {
 DEVICE uint4 query_fragment(const Element* query, int k) {
   const int lane = fresh(lane_index());
 #ifdef KV_FP8
-  const int t = lane % 4, chunk = 2 * k + t / 2;
+  const int t = lane % 4;
   uint2 words[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = lane / 4 + half * 8;
-    words[half] = load_8B(query + row * HEAD_DIM + swizzled<QUERY_CHUNKS>(row, chunk) * 8 + t % 2 * 4);
+    words[half] = load_8B(reinterpret_cast<const uint8_t*>(query) + QueryRows::offset(row, 2 * k, t / 2) + t % 2 * 8);
   }
   return {words[0].x, words[1].x, words[0].y, words[1].y};
 #else
-  const int row = lane % 16, chunk = 2 * k + lane / 16;
-  return ldmatrix_x4(query + row * HEAD_DIM + swizzled<QUERY_CHUNKS>(row, chunk) * 8);
+  return ldmatrix_x4(reinterpret_cast<const uint8_t*>(query) + QueryRows::offset(lane % 16, 2 * k, lane / 16));
 #endif
-}
-
-DEVICE const uint8_t* chunk_address(const uint8_t* rows, int row, int chunk) {
-  return rows + row * ROW_BYTES + swizzled<CHUNKS>(row, chunk) * 16;
 }
 
 // scores = queries keys^T. `fragment(m, k)` gives the left operand.
@@ -74,7 +70,7 @@ DEVICE void multiply_keys(float (&scores)[M][TOKENS / 8][4], Fragment fragment, 
     for (int m = 0; m < M; m++) a[m][0] = fragment(m, k), a[m][1] = fragment(m, k + 1);
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; n += 2) {
-      const uint4 w = ldmatrix_x4(chunk_address(keys, n * 8 + lane % 16, k + lane / 16));
+      const uint4 w = ldmatrix_x4(keys + n * KvRows::EIGHT_BYTES + KvRows::offset(lane % 16, k, lane / 16));
       const uint32_t words[2][2] = {{w.x, w.y}, {w.z, w.w}};
 #pragma unroll
       for (int step = 0; step < 2; step++)
@@ -94,7 +90,7 @@ DEVICE void multiply_keys(float (&scores)[M][TOKENS / 8][4], Fragment fragment, 
     for (int m = 0; m < M; m++) a[m] = fragment(m, k);
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; n += 2) {
-      const uint4 b = ldmatrix_x4(chunk_address(keys, n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+      const uint4 b = ldmatrix_x4(keys + n * KvRows::EIGHT_BYTES + KvRows::offset(lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < M; m++) {
         mma_m16n8k16(scores[m][n], a[m], b.x, b.y);
@@ -105,47 +101,84 @@ DEVICE void multiply_keys(float (&scores)[M][TOKENS / 8][4], Fragment fragment, 
 #endif
 }
 
-// Scores to weights, in place; `scale` includes log2(e) unless there is a soft cap. Rescales the accumulator.
+// What the rows may not see gets no weight.
 template <int M, int TOKENS>
-DEVICE void softmax(float (&scores)[M][TOKENS / 8][4], Accumulator<M>& a, const Visible<M>& visible, int first_token,
-                    bool masked, float scale, float soft_cap) {
+DEVICE void mask(float (&scores)[M][TOKENS / 8][4], const Visible<M>& visible, int first_token) {
   const int column = lane_index() % 4 * 2;
 #pragma unroll
-  for (int m = 0; m < M; m++) {
-    float maximum[2] = {a.maximum[m][0], a.maximum[m][1]};
+  for (int m = 0; m < M; m++)
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        float score = scores[m][n][j] * scale;
-#ifdef SOFT_CAP
-        score = soft_cap * LOG2_E * tanh_approx(score / soft_cap);
-#endif
         const int behind = visible.last[m][j / 2] - (first_token + n * 8 + column + j % 2);
-        if (masked && (behind < 0 || behind >= visible.window)) score = NEGATIVE_INFINITY;
-        scores[m][n][j] = score;
-        maximum[j / 2] = max(maximum[j / 2], score);
+        if (behind < 0 || behind >= visible.window) scores[m][n][j] = NEGATIVE_INFINITY;
       }
+}
+
+// What a tile's softmax does to what was before: the output is to be rescaled by `factor`.
+template <int M>
+struct Shift {
+  float base[M][2], factor[M][2];
+  float scale;  // of the scores, which are powers of two then
+};
+
+// The maxima with this tile's scores; `scale` includes log2(e) unless there is a soft cap. `hide()` masks the scores where that is needed.
+template <int M, int TOKENS, class Hide>
+DEVICE Shift<M> raise_maxima(float (&scores)[M][TOKENS / 8][4], Accumulator<M>& a, float scale, float soft_cap, Hide hide) {
+#ifdef SOFT_CAP
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) scores[m][n][j] = tanh_approx(scores[m][n][j] * scale / soft_cap);
+  scale = soft_cap * LOG2_E;
+#endif
+  hide();
+  Shift<M> shift;
+  shift.scale = scale;
+#pragma unroll
+  for (int m = 0; m < M; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      maximum[half] = max(maximum[half], __shfl_xor_sync(ALL_LANES, maximum[half], 1));
-      maximum[half] = max(maximum[half], __shfl_xor_sync(ALL_LANES, maximum[half], 2));
-      const float base = maximum[half] == NEGATIVE_INFINITY ? 0.f : maximum[half];  // a row that has seen nothing yet
-      const float factor = exp2_approx(a.maximum[m][half] - base);
-      a.maximum[m][half] = maximum[half];
-      maximum[half] = base;
-      a.sum[m][half] *= factor;
+      float maximum = NEGATIVE_INFINITY;
 #pragma unroll
-      for (int n = 0; n < HEAD_DIM / 8; n++) a.output[m][n][half * 2] *= factor, a.output[m][n][half * 2 + 1] *= factor;
+      for (int n = 0; n < TOKENS / 8; n++) maximum = max(maximum, max(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
+      maximum = max(maximum, __shfl_xor_sync(ALL_LANES, maximum, 1));
+      maximum = max(maximum, __shfl_xor_sync(ALL_LANES, maximum, 2));
+      maximum = max(a.maximum[m][half], maximum * scale);
+      const float base = maximum == NEGATIVE_INFINITY ? 0.f : maximum;  // a row that has seen nothing yet
+      shift.base[m][half] = base;
+      shift.factor[m][half] = exp2_approx(a.maximum[m][half] - base);
+      a.maximum[m][half] = maximum;
+      a.sum[m][half] *= shift.factor[m][half];
     }
+  return shift;
+}
+
+template <int M>
+DEVICE void rescale(Accumulator<M>& a, const Shift<M>& shift) {
 #pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++)
+  for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        scores[m][n][j] = exp2_approx(scores[m][n][j] - maximum[j / 2]);
-        a.sum[m][j / 2] += scores[m][n][j];
-      }
-  }
+    for (int n = 0; n < HEAD_DIM / 8; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) a.output[m][n][j] *= shift.factor[m][j / 2];
+}
+
+// Scores to weights, in place.
+template <int M, int TOKENS>
+DEVICE void weigh(float (&scores)[M][TOKENS / 8][4], Accumulator<M>& a, const Shift<M>& shift) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) scores[m][n][j] = exp2_approx(scores[m][n][j] * shift.scale - shift.base[m][j / 2]);
+      a.sum[m][0] += scores[m][n][0] + scores[m][n][1];
+      a.sum[m][1] += scores[m][n][2] + scores[m][n][3];
+    }
 }
 
 // output += weights values.
@@ -162,7 +195,7 @@ DEVICE void multiply_values(Accumulator<M>& a, const float (&weights)[M][TOKENS 
 #ifdef KV_FP8
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += 2) {
-      const uint4 w = ldmatrix_x4_trans(chunk_address(values, n * 8 + lane % 16, chunk + lane / 16));
+      const uint4 w = ldmatrix_x4_trans(values + n * KvRows::EIGHT_BYTES + KvRows::offset(lane % 16, chunk, lane / 16));
       const uint32_t words[2][2] = {{w.x, w.y}, {w.z, w.w}};
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -179,7 +212,7 @@ DEVICE void multiply_values(Accumulator<M>& a, const float (&weights)[M][TOKENS 
 #else
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 16; d++) {
-      const uint4 b = ldmatrix_x4_trans(chunk_address(values, n * 8 + lane % 16, d * 2 + lane / 16));
+      const uint4 b = ldmatrix_x4_trans(values + n * KvRows::EIGHT_BYTES + KvRows::offset(lane % 16, d * 2, lane / 16));
 #pragma unroll
       for (int m = 0; m < M; m++) {
         mma_m16n8k16(a.output[m][d * 2], left[m], b.x, b.y);

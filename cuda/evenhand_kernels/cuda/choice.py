@@ -3,50 +3,67 @@
 import torch
 
 from evenhand_kernels.cuda.attention import PagedAttention
-from evenhand_kernels.cuda.variants import has_bulk_copies
+from evenhand_kernels.cuda.variants import PORTABLE, AttentionChoice, has_bulk_copies, has_wgmma
 from evenhand_kernels.cuda.work import AttentionWork
 from evenhand_kernels.device import Device
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
 
-NUM_TOKENS = 1024
+DECODE_TOKENS = 1024
+"""Of each of the decodes, one for each four multiprocessors: more keys and values than an L2 cache holds, on large devices."""
+
+PROMPT_TOKENS = 32
+"""Of the prompt, for each multiprocessor: 4,224 on an H100, several waves of blocks."""
+
 ROUNDS = 20
 
 
-def bulk_copies_are_faster(device: Device, dtype: torch.dtype, layer: AttentionLayer, cache: KvCacheShape) -> bool:
-    """Decodes of one request for each four multiprocessors: more keys and values than an L2 cache holds, on large devices."""
-    if not has_bulk_copies(device.architecture):
-        return False
-    num_requests = -(-device.num_multiprocessors // 4)
-    shape = KvCacheShape(num_requests * -(-NUM_TOKENS // cache.block_size), cache.block_size, cache.dtype)
-    seconds = {bulk_copy: _seconds(device, dtype, layer, shape, num_requests, bulk_copy) for bulk_copy in (False, True)}
-    return seconds[True] < seconds[False]
+def fastest_attention(
+    device: Device, dtype: torch.dtype, layer: AttentionLayer, cache: KvCacheShape
+) -> AttentionChoice:
+    """What decodes and what prompts are best made of, of what this device can run; the other part does not matter to either."""
+    choice = PORTABLE
+    if has_bulk_copies(device.architecture):
+        count = -(-device.num_multiprocessors // 4)
+        decodes = [(1, DECODE_TOKENS)] * count
+        choices = (choice, choice._replace(bulk_copy=True))
+        choice = min(choices, key=lambda one: _seconds(device, dtype, layer, cache, decodes, one))
+    if has_wgmma(device.architecture, dtype, cache.dtype, layer.head_dim):
+        num_tokens = PROMPT_TOKENS * device.num_multiprocessors
+        choices = (choice, choice._replace(wgmma=True))
+        choice = min(choices, key=lambda one: _seconds(device, dtype, layer, cache, [(num_tokens, num_tokens)], one))
+    return choice
 
 
 def _seconds(
-    device: Device, dtype: torch.dtype, layer: AttentionLayer, cache: KvCacheShape, num_requests: int, bulk_copy: bool
+    device: Device,
+    dtype: torch.dtype,
+    layer: AttentionLayer,
+    cache: KvCacheShape,
+    requests: list[tuple[int, int]],
+    choice: AttentionChoice,
 ) -> float:
+    """Of `requests`, as (tokens of this step, tokens in all), the same for each."""
+    (num_new, num_tokens), count = requests[0], len(requests)
+    blocks_of_each = -(-num_tokens // cache.block_size)
     work = AttentionWork(device.torch_device)
-    attention = PagedAttention(device, dtype, layer, cache, work, bulk_copy=bulk_copy)
+    shape = KvCacheShape(count * blocks_of_each, cache.block_size, cache.dtype)
+    attention = PagedAttention(device, dtype, layer, shape, work, choice=choice)
 
     def tensor(values: torch.Tensor) -> torch.Tensor:
         return values.to(device.torch_device, torch.int32)
 
-    blocks = torch.arange(cache.num_blocks).view(num_requests, -1)
+    table = torch.arange(count * blocks_of_each).view(count, -1)
+    positions = torch.arange(num_tokens - num_new, num_tokens)
+    slots = table[:, positions // cache.block_size] * cache.block_size + positions % cache.block_size
     plan = work.plan(
         AttentionBatch(
-            positions=tensor(torch.full((num_requests,), NUM_TOKENS - 1)),
-            slot_mapping=tensor(blocks[:, -1] * cache.block_size + (NUM_TOKENS - 1) % cache.block_size),
-            block_table=tensor(blocks),
-            seq_lens=tensor(torch.full((num_requests,), NUM_TOKENS)),
-            cu_seqlens_q=tensor(torch.arange(num_requests + 1)),
-            num_decodes=num_requests,
+            positions=tensor(positions.repeat(count)),
+            slot_mapping=tensor(slots.flatten()),
+            block_table=tensor(table),
+            seq_lens=tensor(torch.full((count,), num_tokens)),
+            cu_seqlens_q=tensor(torch.arange(count + 1) * num_new),
         )
     )
     columns = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
-    qkv = torch.zeros(num_requests, columns, dtype=dtype, device=device.torch_device)
-
-    def several() -> None:
-        for _ in range(ROUNDS):
-            attention.attend(qkv, plan)
-
-    return device.seconds(several)
+    qkv = torch.zeros(count * num_new, columns, dtype=dtype, device=device.torch_device)
+    return device.seconds(lambda: attention.attend(qkv, plan), ROUNDS)

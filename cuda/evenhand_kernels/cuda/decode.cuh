@@ -101,7 +101,11 @@ DEVICE void attend_decode(DecodeShared& shared, const Arguments& arguments, cons
     multiply_keys<1, SLICE>(scores, fragment, keys);
     const int first = slices.first_token(slice);
     const bool masked = first + SLICE - 1 > first_position || first <= last_position - arguments.window;
-    softmax<1, SLICE>(scores, a, visible, first, masked, scale, arguments.soft_cap);
+    const auto shift = raise_maxima<1, SLICE>(scores, a, scale, arguments.soft_cap, [&] {
+      if (masked) mask<1, SLICE>(scores, visible, first);
+    });
+    rescale(a, shift);
+    weigh<1, SLICE>(scores, a, shift);
     const uint8_t* values = slices.await_values(stage, slice);
     multiply_values<1, SLICE>(a, scores, values);
     stage = stage + 1 == DECODE_STAGES ? 0 : stage + 1;

@@ -67,12 +67,13 @@ class CudaDevice:
             work()
         return graph
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object], rounds: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         stream = torch.cuda.current_stream()
         work()
         begin.record(stream)
-        work()
+        for _ in range(rounds):
+            work()
         end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.attention import PagedAttention
-from evenhand_kernels.cuda.choice import bulk_copies_are_faster
+from evenhand_kernels.cuda.choice import fastest_attention
 from evenhand_kernels.cuda.quantized import QuantizedLinears
 from evenhand_kernels.cuda.work import AttentionWork, CudaPlan
 from evenhand_kernels.device import Device, Launch
@@ -32,10 +32,10 @@ class CudaKernels:
 
     name = "cuda"
 
-    def __init__(self, device: Device, dtype: torch.dtype, *, bulk_copy: bool | None = None) -> None:
-        """`dtype` of activations and weights: bfloat16 or float16. `bulk_copy`: of decodes; None: if that is faster here."""
+    def __init__(self, device: Device, dtype: torch.dtype, *, choice: variants.AttentionChoice | None = None) -> None:
+        """`dtype` of activations and weights: bfloat16 or float16. `choice` of attention; None: the fastest here."""
         self.device, self.dtype = device, dtype
-        self._bulk_copy = bulk_copy
+        self._choice = choice
         self.work = AttentionWork(device.torch_device)
         self._quantized = QuantizedLinears(device, dtype)
         self._silu_mul = device.load(variants.silu_mul(dtype))
@@ -90,9 +90,9 @@ class CudaKernels:
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> PagedAttention:
         """As `Kernels` says; `cache.dtype` is the activations' or float8_e4m3fn. All layers have the same heads."""
-        if self._bulk_copy is None:
-            self._bulk_copy = bulk_copies_are_faster(self.device, self.dtype, layer, cache)
-        return PagedAttention(self.device, self.dtype, layer, cache, self.work, bulk_copy=self._bulk_copy)
+        if self._choice is None:
+            self._choice = fastest_attention(self.device, self.dtype, layer, cache)
+        return PagedAttention(self.device, self.dtype, layer, cache, self.work, choice=self._choice)
 
     def plan(self, batch: AttentionBatch) -> CudaPlan:
         return self.work.plan(batch)

@@ -57,24 +57,13 @@ DEVICE void attend_prompt(PromptShared& shared, const Arguments& arguments, cons
     if (first + TILE < item.kv_end) copy_tile(shared.keys, arguments.keys, arguments, item, first + TILE);
     if (!seen) continue;
     const bool masked = first + TILE - 1 > first_position || first <= last_position - arguments.window;
-    softmax<PROMPT_M, TILE>(scores, a, visible, first, masked, scale, arguments.soft_cap);
+    const auto shift = raise_maxima<PROMPT_M, TILE>(scores, a, scale, arguments.soft_cap, [&] {
+      if (masked) mask<PROMPT_M, TILE>(scores, visible, first);
+    });
+    rescale(a, shift);
+    weigh<PROMPT_M, TILE>(scores, a, shift);
     multiply_values<PROMPT_M, TILE>(a, scores, shared.values);
   }
   finish(a);
-
-#pragma unroll
-  for (int m = 0; m < PROMPT_M; m++) {
-    const int row0 = first_row + m * 16;
-    for_each_pair(a, m, [&](int row, int dimension, float low, float high) {
-      const float sum = row < 8 ? a.sum[m][0] : a.sum[m][1];
-      if (row0 + row < item.num_rows) write_pair(arguments, item, rows, row0 + row, dimension, low, high, sum);
-    });
-    if (item.partial_row >= 0 && lane_index() % 4 == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = row0 + half * 8 + lane_index() / 4;
-        if (row < item.num_rows) write_state(arguments, item, row, a.maximum[m][half], a.sum[m][half]);
-      }
-    }
-  }
+  write_rows(a, arguments, item, rows, first_row);
 }

@@ -1,5 +1,7 @@
 """Which variant of a kernel runs where: its constants, threads, shared memory, and how many blocks share a multiprocessor."""
 
+from typing import NamedTuple
+
 import torch
 
 from evenhand_kernels.cuda.source import Variant
@@ -13,7 +15,26 @@ RESERVED_BYTES = 1024
 NUM_WARPS = 4
 DECODE_ROWS = 16
 MAX_STAGES = 4
+WGMMA_TILES = {64: (64, 4), 96: (64, 2), 128: (64, 2), 256: (32, 2)}
+"""By head size: tokens of a tile, and how many tiles of keys and of values there is room for: prompt_wgmma.cuh."""
+
 DTYPES = {torch.bfloat16: (("BF16", None),), torch.float16: ()}
+
+
+class AttentionChoice(NamedTuple):
+    """Which of those that do the same thing an attention kernel is made of.
+
+    Attributes:
+        bulk_copy: decodes copy whole slices, where architectures `has_bulk_copies`.
+        wgmma: prompts multiply by wgmma, where there `has_wgmma`.
+    """
+
+    bulk_copy: bool = False
+    wgmma: bool = False
+
+
+PORTABLE = AttentionChoice()
+"""Runs everywhere."""
 
 
 def supported_architectures() -> list[str]:
@@ -23,6 +44,11 @@ def supported_architectures() -> list[str]:
 def has_bulk_copies(architecture: str) -> bool:
     """Whether it has cp.async.bulk and mbarriers that count its bytes: sm_90 and later."""
     return int(architecture.rstrip("af").removeprefix("sm_")) >= 90
+
+
+def has_wgmma(architecture: str, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether prompts can be multiplied by wgmma: on sm_90, keys and values of the queries' own dtype, at these head sizes."""
+    return architecture == "sm_90" and kv_dtype == dtype and head_dim in WGMMA_TILES
 
 
 def element_constants(dtype: torch.dtype) -> tuple[tuple[str, int | None], ...]:
@@ -64,44 +90,47 @@ def attention(
     architecture: str,
     *,
     soft_cap: bool = False,
-    bulk_copy: bool = False,
+    choice: AttentionChoice = PORTABLE,
     max_stages: int = MAX_STAGES,
 ) -> Variant:
-    """The deepest pipeline of which two blocks fit a multiprocessor; where that is none, the deepest that fits once.
-
-    `bulk_copy`: decodes copy whole slices, which architectures with `has_bulk_copies` can.
-    """
+    """The deepest pipeline of which two blocks fit a multiprocessor; where that is none, the deepest that fits once."""
     available = SHARED_KIB[architecture.rstrip("af")] * 1024
     row_bytes = head_dim * kv_dtype.itemsize
     blocks, stages = next(
         (blocks, stages)
         for blocks in (2, 1)
         for stages in range(max_stages, 0, -1)
-        if blocks * (_attention_bytes(head_dim, row_bytes, stages, bulk_copy) + RESERVED_BYTES) <= available
+        if blocks * (_attention_bytes(head_dim, row_bytes, stages, choice) + RESERVED_BYTES) <= available
     )
     constants = (
         *kv_constants(dtype, kv_dtype, head_dim, block_size),
         *((("SOFT_CAP", None),) if soft_cap else ()),
-        *((("BULK_COPY", None),) if bulk_copy else ()),
+        *((("BULK_COPY", None),) if choice.bulk_copy else ()),
+        *((("WGMMA", None),) if choice.wgmma else ()),
         ("DECODE_STAGES", stages),
         ("PROMPT_M", _prompt_m(head_dim)),
     )
-    shared = _attention_bytes(head_dim, row_bytes, stages, bulk_copy)
-    return Variant("attention", constants, shared_bytes=shared, blocks_per_sm=blocks)
+    shared = _attention_bytes(head_dim, row_bytes, stages, choice)
+    specific = f"{architecture}a" if choice.wgmma else None
+    return Variant("attention", constants, shared_bytes=shared, blocks_per_sm=blocks, architecture=specific)
 
 
 def _prompt_m(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def _attention_bytes(head_dim: int, row_bytes: int, stages: int, bulk_copy: bool) -> int:
+def _attention_bytes(head_dim: int, row_bytes: int, stages: int, choice: AttentionChoice) -> int:
     """`Shared` in attention.cu."""
-    barriers = 2 * NUM_WARPS * stages * 8 if bulk_copy else 0
+    barriers = 2 * NUM_WARPS * stages * 8 if choice.bulk_copy else 0
     slices = 2 * NUM_WARPS * stages * 16 * row_bytes
     parts = NUM_WARPS * DECODE_ROWS * (head_dim + 4 + 2) * 4
     decode = barriers + DECODE_ROWS * head_dim * 2 + max(slices, parts)
-    prompt = prompt_rows(head_dim) * head_dim * 2 + 2 * (64 if head_dim <= 96 else 32) * row_bytes
-    return max(decode, prompt)
+    if choice.wgmma:
+        tile, tiles = WGMMA_TILES[head_dim]
+        tile_bytes = tiles * (2 * tile * row_bytes + 8)
+    else:
+        tile_bytes = 2 * (64 if head_dim <= 96 else 32) * row_bytes
+    return max(decode, prompt_rows(head_dim) * head_dim * 2 + tile_bytes)
 
 
 def rms_norm(dtype: torch.dtype, size: int) -> Variant:

@@ -60,15 +60,15 @@ DEVICE void rotate(Eight (&x)[2], const float* cos_sin, int lane) {
   }
 }
 
-// Eight elements from number `element` of a row on.
-DEVICE void store_kv(uint8_t* row, int token_in_block, int element, const Eight& x, float scale) {
+// Eight elements from number `element` of a token's row on, in its block of one head.
+DEVICE void store_kv(uint8_t* block, int token_in_block, int element, const Eight& x, float scale) {
 #ifdef KV_FP8
   uint32_t words[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 8; i++) words[i / 4] |= to_e4m3(x.x[i] / scale) << i % 4 * 8;
-  store_8B(row + swizzled<CHUNKS>(token_in_block, element / 16) * 16 + element % 16, {words[0], words[1]});
+  store_8B(block + KvRows::offset(token_in_block, element / 16) + element % 16, {words[0], words[1]});
 #else
-  store_16B(row + swizzled<CHUNKS>(token_in_block, element / 8) * 16, pack_eight(x));
+  store_16B(block + KvRows::offset(token_in_block, element / 8), pack_eight(x));
 #endif
 }
 
@@ -99,13 +99,14 @@ KERNEL(write_kv) {
   }
   const int slot = arguments.slot_mapping[token];
   if (slot < 0) return;
-  const int kv_head = (head - arguments.num_heads) % arguments.num_kv_heads, row_in_block = slot % BLOCK_SIZE;
-  uint8_t* row = (is_value ? arguments.values : arguments.keys) +
-                 row_offset(slot / BLOCK_SIZE, kv_head, arguments.num_kv_heads, row_in_block);
+  const int kv_head = (head - arguments.num_heads) % arguments.num_kv_heads, token_in_block = slot % BLOCK_SIZE;
+  uint8_t* block = (is_value ? arguments.values : arguments.keys) +
+                   row_offset(slot / BLOCK_SIZE, kv_head, arguments.num_kv_heads, 0);
   float scale = 1.f;
 #ifdef KV_FP8
   scale = (is_value ? arguments.value_scales : arguments.key_scales)[kv_head];
 #endif
 #pragma unroll
-  for (int half = 0; half < 2; half++) store_kv(row, row_in_block, half * HEAD_DIM / 2 + lane * 8, x[half], scale);
+  for (int half = 0; half < 2; half++)
+    store_kv(block, token_in_block, half * HEAD_DIM / 2 + lane * 8, x[half], scale);
 }

@@ -2,8 +2,8 @@
 //
 // Order between threads is kept as in a race detector with vector clocks (FastTrack, PLDI 2009): every thread has a clock
 // that rises when it releases something (at barriers), and `seen`, the clocks of all others that it is ordered after. An
-// access by thread t at clock c is ordered before what thread u does now if c <= u.seen[t]. One more clock, of the
-// number `num_threads`, is that of the asynchronous engines: bulk copies and warpgroup multiplications.
+// access by thread t at clock c is ordered before what thread u does now if c <= u.seen[t]. Asynchronous engines have
+// clocks too, after those of the threads: number `num_threads` is that of bulk copies, then one for each warp's part of products.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -30,17 +30,22 @@ struct Copy {  // cp.async
   unsigned bytes, zeros;
 };
 
-// Threads that meet: the lanes of a warp, or the warps of a warpgroup. The last to come does the work for all.
+// Lanes of a warp that meet. The last to come does the work for all.
 struct Meeting {
   const char* what = nullptr;
-  unsigned expected = 0, arrived = 0, mask = 0;
-  void* argument[WARPGROUP] = {};
+  unsigned arrived = 0, mask = 0;
+  void* argument[WARP] = {};
 };
 
 struct Warp {
   unsigned alive = 0;
   Meeting meeting;
   Clocks seen;  // of all its lanes after a __syncwarp of the whole warp
+};
+
+struct Registers {  // as they were at a wgmma.fence
+  const void* begin;
+  std::vector<uint32_t> words;
 };
 
 struct Fiber {
@@ -52,13 +57,15 @@ struct Fiber {
   const void* site;  // where in the kernel's code it called the emulation last
   Warp* warp;
   Clock clock;
-  Clock fenced;  // its clock at its last fence.proxy.async
+  std::vector<Clock> fences;  // its clocks at each fence.proxy.async
   const Clock* seen;
   Clocks own_seen;
   const void* barrier;  // the mbarrier that it waits for
   std::vector<Copy> copies;      // in order of issue
   std::vector<unsigned> groups;  // how many of them had been issued at each commit
-  unsigned committed_products, open_products;
+  std::vector<Registers> fenced;  // by its last wgmma.fence
+  bool has_fenced;                // since it last waited for products
+  unsigned committed_groups, awaited_groups;  // of products
 };
 
 // Who touched four bytes of shared memory last.
@@ -84,11 +91,13 @@ struct Mbarrier {
   std::vector<BulkCopy> copies;
 };
 
-struct Product;  // of a warpgroup: async.cpp
+struct Product;  // of a warpgroup: wgmma.cpp
 
 struct Warpgroup {
-  Meeting meeting;
-  std::vector<std::shared_ptr<Product>> products;  // in order of issue
+  unsigned arrived = 0;
+  void* argument[WARPGROUP] = {};
+  unsigned num_groups = 0;                         // that some thread has committed
+  std::vector<std::shared_ptr<Product>> products;  // in flight, in order of issue
 };
 
 struct Shadow;  // of four bytes of global memory: memory.cpp
@@ -101,7 +110,7 @@ struct Block {
   unsigned arguments_bytes;
   unsigned index[3];
   unsigned number;
-  unsigned num_threads, alive, at_barrier;
+  unsigned num_threads, num_clocks, alive, at_barrier;
   int votes[3], results[3];
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -130,7 +139,17 @@ void wait_for(const char* what);  // let others run until somebody makes this fi
 void let_others_run();            // in random order: perhaps another fiber first
 void run_block(Block& block, unsigned number);
 
-inline bool ordered(unsigned thread, Clock clock) { return thread == fiber->id || clock <= fiber->seen[thread]; }
+// Who reads for a warpgroup's products, as a cell remembers it.
+inline unsigned product_reader(unsigned warpgroup) { return block->num_threads + 1 + warpgroup; }
+inline unsigned product_clock(unsigned warp) { return block->num_threads + 1 + warp; }
+
+inline bool ordered(unsigned thread, Clock clock) {
+  if (thread <= block->num_threads) return thread == fiber->id || clock <= fiber->seen[thread];
+  const Clock* warps = fiber->seen + product_clock((thread - block->num_threads - 1) * (WARPGROUP / WARP));
+  for (unsigned warp = 0; warp < WARPGROUP / WARP; warp++)  // who has waited knows of its own warp's part
+    if (clock > warps[warp]) return false;
+  return true;
+}
 
 // Waits for all threads of `mask`; the last runs `work`, whose result all may then read through their arguments.
 template <class Work>
@@ -163,6 +182,7 @@ uint32_t shared_offset(const void* address, unsigned bytes, const char* what);  
 void access_shared(uint32_t offset, unsigned bytes, Access kind);
 void mark_written(uint32_t offset, unsigned bytes, unsigned thread, Clock clock, bool pending);
 void mark_read(uint32_t offset, unsigned bytes, unsigned thread, Clock clock);
+bool touched(Clock clock);  // by this block
 using Shadows = std::vector<Shadow*>;
 Shadows open_shadows(const Launch& launch);
 void close_shadows(const Launch& launch, const Shadows& shadows);

@@ -14,7 +14,7 @@ from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import CompileError
 
 SOURCE_DIR = Path(__file__).parent
-SOURCES = ("scheduler.cpp", "memory.cpp", "synchronization.cpp", "matrix.cpp")
+SOURCES = ("scheduler.cpp", "memory.cpp", "synchronization.cpp", "matrix.cpp", "wgmma.cpp")
 RUNTIME_FLAGS = ("-std=c++20", "-O3", "-march=native", "-g1", "-fPIC", "-shared", "-pthread")
 KERNEL_FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-DEMULATION", "-Wno-unknown-pragmas", "-x", "c++")
 CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")

@@ -19,6 +19,7 @@ unsigned emu_thread_index() __attribute__((const));
 unsigned emu_block_index(int axis) __attribute__((const));
 unsigned emu_grid_size(int axis) __attribute__((const));
 void* emu_shared(unsigned bytes);
+uint32_t emu_shared_address(const void* address);
 void emu_trap();
 void emu_access(const void* address, unsigned bytes, int kind);
 void emu_syncthreads(int vote, int* results);
@@ -102,6 +103,7 @@ template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 
 // ---- wrappers of PTX
+inline uint32_t shared_address(const void* p) { return emu_shared_address(p); }
 inline uint4 load_16B(const void* from) { emu_access(from, 16, 0); uint4 words; __builtin_memcpy(&words, from, 16); return words; }
 inline uint2 load_8B(const void* from) { emu_access(from, 8, 0); uint2 words; __builtin_memcpy(&words, from, 8); return words; }
 inline void store_16B(void* to, uint4 words) { emu_access(to, 16, 1); __builtin_memcpy(to, &words, 16); }

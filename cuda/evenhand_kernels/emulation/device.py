@@ -71,8 +71,8 @@ class EmulatedDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         return _Repeat(work)
 
-    def seconds(self, work: Callable[[], None]) -> float:
-        """Always the same: how fast the emulation is tells nothing."""
+    def seconds(self, work: Callable[[], object], rounds: int) -> float:
+        """Always the same, after one round: how fast the emulation is tells nothing."""
         work()
         return 1.0
 

@@ -139,6 +139,10 @@ extern "C" void* emu_shared(unsigned bytes) {
     fail("lays out %u bytes of shared memory, launched with %u", bytes, block->launch->shared_bytes);
   return block->shared;
 }
+extern "C" uint32_t emu_shared_address(const void* address) {
+  EMU_SITE();
+  return shared_offset(address, 0, "takes the address of");
+}
 extern "C" void emu_trap() {
   EMU_SITE();
   fail("__trap()");

@@ -29,6 +29,7 @@ const char* name(Access kind) {
 }
 
 std::string thread_name(unsigned thread) {
+  if (thread > block->num_threads) return "a product of warpgroup " + std::to_string(thread - block->num_threads - 1);
   return thread == block->num_threads ? "an asynchronous operation" : "thread " + std::to_string(thread);
 }
 
@@ -106,8 +107,6 @@ void watch_global(const Buffer& buffer, Shadow* cells, const char* address, unsi
 
 // ---------------------------------------------------------------------------------------------- shared memory
 
-bool touched(Clock clock) { return clock >= block->first; }
-
 void watch_shared(uint32_t offset, unsigned bytes, Access kind) {
   for (uint32_t index = offset / 4; index <= (offset + bytes - 1) / 4; index++) {
     Cell& cell = block->cells[index];
@@ -140,6 +139,8 @@ void check_alignment(const void* address, unsigned bytes, Access kind) {
 }
 
 }  // namespace
+
+bool touched(Clock clock) { return clock >= block->first; }
 
 void mark_written(uint32_t offset, unsigned bytes, unsigned thread, Clock clock, bool pending) {
   for (uint32_t index = offset / 4; index < (offset + bytes + 3) / 4; index++) {

@@ -74,12 +74,12 @@ void run_fiber() {
 
 void release_barrier() {
   Clock* seen = block->seen.data();
-  Clock async = 0;
-  for (Fiber& one : block->fibers) {
-    seen[one.id] = one.clock;
-    if (one.seen[block->num_threads] > async) async = one.seen[block->num_threads];
+  for (unsigned engine = block->num_threads; engine < block->num_clocks; engine++) {
+    Clock latest = 0;
+    for (Fiber& one : block->fibers) latest = std::max(latest, one.seen[engine]);
+    seen[engine] = latest;
   }
-  seen[block->num_threads] = async;
+  for (Fiber& one : block->fibers) seen[one.id] = one.clock;
   for (Fiber& one : block->fibers) {
     if (one.state == State::done) continue;
     one.seen = seen;
@@ -114,6 +114,7 @@ void start(Block& block, unsigned number) {
   Clock last = block.first;  // so that what earlier blocks left in `cells` is older than all of this one
   for (Fiber& one : block.fibers) last = std::max(last, one.clock);
   last = std::max(last, block.async_clock);
+  for (Warpgroup& group : block.warpgroups) last = std::max(last, block.first + group.num_groups);
   if (last >= LAST_CLOCK) {
     memset(block.cells, 0, (SHARED_BYTES + GUARD_BYTES) / 4 * sizeof(Cell));
     last = 0;
@@ -125,18 +126,19 @@ void start(Block& block, unsigned number) {
   block.index[1] = number / launch.grid[0] % launch.grid[1];
   block.index[2] = number / launch.grid[0] / launch.grid[1];
   block.num_threads = block.alive = count;
+  block.num_clocks = count + 1 + static_cast<unsigned>(block.warpgroups.size()) * (WARPGROUP / WARP);
   block.at_barrier = 0;
   block.votes[0] = 0, block.votes[1] = 1, block.votes[2] = 0;
   block.random = launch.seed ? launch.seed * 2654435761u + number + 1 : 0;
   block.last_buffer = 0;
   block.mbarriers.clear();
-  block.seen.assign(count + 1, block.first - 1);
+  block.seen.assign(block.num_clocks, block.first - 1);
   memset(block.shared, 0xFF, launch.shared_bytes);  // NaN in every floating-point format
   for (unsigned index = 0; index < block.warps.size(); index++) {
     unsigned lanes = std::min(WARP, count - index * WARP);
     block.warps[index].alive = lanes == WARP ? ~0u : (1u << lanes) - 1;
     block.warps[index].meeting = Meeting();
-    block.warps[index].seen.resize(count + 1);
+    block.warps[index].seen.resize(block.num_clocks);
   }
   for (Warpgroup& group : block.warpgroups) group = Warpgroup();
   for (unsigned id = 0; id < count; id++) {
@@ -146,11 +148,13 @@ void start(Block& block, unsigned number) {
     one.warp = &block.warps[id / WARP];
     one.state = State::ready;
     one.clock = block.first;
-    one.fenced = block.first - 1;
+    one.fences.clear();
     one.seen = block.seen.data();
     one.copies.clear();
     one.groups.clear();
-    one.committed_products = one.open_products = 0;
+    one.fenced.clear();
+    one.has_fenced = false;
+    one.committed_groups = one.awaited_groups = 0;
     one.site = nullptr;
     one.stack = block.stacks + id * STACK_BYTES;
     prepare(one.context, one.stack, STACK_BYTES, run_fiber);

@@ -8,22 +8,22 @@ namespace emu {
 
 Clock* own_clocks(Fiber& one) {
   Clocks& own = one.own_seen;
-  if (own.size() != block->num_threads + 1 || one.seen != own.data()) {
-    own.assign(one.seen, one.seen + block->num_threads + 1);
+  if (own.size() != block->num_clocks || one.seen != own.data()) {
+    own.assign(one.seen, one.seen + block->num_clocks);
     one.seen = own.data();
   }
   return own.data();
 }
 
 void merge(Clock* into, const Clock* other) {
-  for (unsigned index = 0; index <= block->num_threads; index++) into[index] = std::max(into[index], other[index]);
+  for (unsigned index = 0; index < block->num_clocks; index++) into[index] = std::max(into[index], other[index]);
 }
 
 namespace {
 
 void join_lanes(unsigned mask) {
   Fiber* lanes = &block->fibers[fiber->id - fiber->lane];
-  Clocks joined(lanes[__builtin_ctz(mask)].seen, lanes[__builtin_ctz(mask)].seen + block->num_threads + 1);
+  Clocks joined(lanes[__builtin_ctz(mask)].seen, lanes[__builtin_ctz(mask)].seen + block->num_clocks);
   const Clock* merged = lanes[__builtin_ctz(mask)].seen;
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     Fiber& lane = lanes[__builtin_ctz(rest)];
@@ -161,7 +161,7 @@ extern "C" void emu_mbarrier_init(void* address, unsigned count) {
   uint32_t offset = shared_offset(address, 8, "initialises an mbarrier of");
   if (offset % 8) fail("misaligned: an mbarrier at byte %u of shared memory", offset);
   access_shared(offset, 8, Access::write);
-  block->mbarriers[offset] = Mbarrier{count, count, 0, 0, Clocks(block->num_threads + 1, block->first - 1), {}};
+  block->mbarriers[offset] = Mbarrier{count, count, 0, 0, Clocks(block->num_clocks, block->first - 1), {}};
 }
 
 extern "C" void emu_mbarrier_arrive(void* address, unsigned expected_bytes) {
@@ -202,7 +202,7 @@ extern "C" void emu_bulk_copy(void* to, const void* from, unsigned bytes, void* 
 
 extern "C" void emu_fence_async() {
   EMU_SITE();
-  fiber->fenced = fiber->clock++;
+  fiber->fences.push_back(fiber->clock++);
 }
 
 }  // namespace emu

@@ -50,10 +50,16 @@ def test_every_kernel_is_compiled() -> None:
 
 def test_faults_are_found() -> None:
     variant = Variant("attention", blocks_per_sm=2)
-    sound = Compiled("attention", "sm_90", 200, 0, 2, 0, 8, 8, 0, 64, 2, 0, 0)
+    sound = Compiled("attention", "sm_90", 200, 0, 2, 0, 8, 8, 0, 64, 0, False, 0, 2, 0, 0)
     assert faults(variant, sound) == []
     assert faults(replace(variant, constants=(("BULK_COPY", None),)), sound) == ["no bulk copies"]
-    wrong = Compiled("attention", "sm_90", 255, 0, 1, 8, 0, 0, 0, 64, 2, 1, 3)
+    by_wgmma = replace(variant, constants=(("WGMMA", None), ("PROMPT_M", 2)))
+    products = replace(sound, group_products=16, covered_waits=2)
+    assert faults(by_wgmma, products) == []
+    assert faults(by_wgmma, replace(products, group_products=0)) == ["0 products of a warpgroup, serialized: False"]
+    assert faults(by_wgmma, replace(products, serialized=True)) == ["16 products of a warpgroup, serialized: True"]
+    assert faults(by_wgmma, replace(products, covered_waits=1)) == ["1 waits for products are covered by a softmax"]
+    wrong = Compiled("attention", "sm_90", 255, 0, 1, 8, 0, 0, 0, 64, 0, False, 0, 2, 1, 3)
     assert len(faults(variant, wrong)) == 3
 
 
