@@ -77,7 +77,8 @@ class EngineConfig:
         load_format: "auto", or "dummy" for random weights of the model's config.
         dtype: of the weights: "auto" (as the checkpoint stores them, quantised ones included), "float32", "bfloat16" or
             "float16".
-        kv_cache_dtype: "auto" (that of the weights, float16 where they are quantised) or one of these three.
+        kv_cache_dtype: "auto" (that of the weights, float16 where they are quantised), one of these three, or on a GPU "fp8":
+            e4m3, with the scales that the checkpoint names for each layer, or 1.
         quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.

@@ -27,7 +27,10 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 @click.option("--served-model-name", multiple=True, help="Name that clients ask for; may be repeated.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the weights; auto: as they come.")
 @click.option(
-    "--kv-cache-dtype", type=click.Choice(_DTYPES), default="auto", help="auto: as the weights; float16 if quantised."
+    "--kv-cache-dtype",
+    type=click.Choice([*_DTYPES, "fp8"]),
+    default="auto",
+    help="auto: as the weights; float16 if quantised. fp8: e4m3, on a GPU.",
 )
 @click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."

@@ -23,7 +23,7 @@ from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.decoder import build_decoder
-from evenhand_engine.model.precision import DTYPES, Precision, resolve_precision
+from evenhand_engine.model.precision import DTYPES, Precision, name_of, resolve_device_kv_dtype, resolve_precision
 from evenhand_engine.model.sharding import WHOLE, Shard
 from evenhand_engine.model.weights import Weights
 from evenhand_kernels.cuda.device import CudaDevice
@@ -43,11 +43,12 @@ def load_on_device(
 ) -> LoadedModel:
     """`model_config` is that of the shard. Raises StartupError: no such device, kernels that do not compile, or too little memory."""
     dtype = _dtype(config, model_config)
+    kv_dtype = resolve_device_kv_dtype(config.kv_cache_dtype, dtype, model_config)
     precision = resolve_precision(config.dtype, config.quantization)
     try:
         device = _device(config, shard)
         with device.stream():  # that the runner uses: no other is in order with it
-            return _load(config, model_dir, model_config, dtype, precision, device, shard)
+            return _load(config, model_dir, model_config, dtype, kv_dtype, precision, device, shard)
     except (DeviceError, CompileError) as error:
         raise StartupError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -62,11 +63,12 @@ def _load(
     model_dir: Path,
     model_config: ModelConfig,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     precision: Precision,
     device: Device,
     shard: Shard,
 ) -> LoadedModel:
-    """`dtype` of activations, KV cache and all weights that `precision` leaves unquantised."""
+    """`dtype` of activations and all weights that `precision` leaves unquantised."""
     free, total = device.memory()
     needed = min(weight_bytes(config, model_dir, model_config, precision), model_config.num_parameters * dtype.itemsize)
     if needed > free:
@@ -77,7 +79,7 @@ def _load(
         )
     kernels = CudaKernels(device, dtype)
     weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
-    return _with_cache(config, model_dir, model_config, dtype, kernels, weights, shard)
+    return _with_cache(config, model_dir, model_config, kv_dtype, kernels, weights, shard)
 
 
 def _device(config: EngineConfig, shard: Shard) -> Device:
@@ -87,15 +89,13 @@ def _device(config: EngineConfig, shard: Shard) -> Device:
 
 
 def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
-    """Of weights, activations and KV cache: tensor cores compute in 16 bits."""
+    """Of weights and activations: tensor cores compute in 16 bits."""
     if config.dtype == "auto":
         dtype = DTYPES[model_config.dtype]
         return dtype if dtype in SIXTEEN_BITS else torch.bfloat16
     dtype = DTYPES.get(config.dtype, torch.float32)
     if dtype not in SIXTEEN_BITS:
         raise StartupError(f"dtype {config.dtype} is not supported on a GPU; choose auto, bfloat16 or float16")
-    if config.kv_cache_dtype not in ("auto", config.dtype):
-        raise StartupError(f"KV cache dtype {config.kv_cache_dtype} is not supported on a GPU; choose auto")
     return dtype
 
 
@@ -103,7 +103,7 @@ def _with_cache(
     config: EngineConfig,
     model_dir: Path,
     model_config: ModelConfig,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     kernels: CudaKernels,
     weights: Weights,
     shard: Shard,
@@ -111,15 +111,15 @@ def _with_cache(
     structures = Structures(model_config.vocab_size)
 
     def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
-        settings = resolve_settings(config, model_config, dtype, kv_cache_bytes, DEFAULTS)
-        cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
+        settings = resolve_settings(config, model_config, kv_dtype, kv_cache_bytes, DEFAULTS)
+        cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
         decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
         return DeviceRunner(decoder, kernels, settings, model_config.vocab_size, structures)
 
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         num_tokens = config.max_num_batched_tokens or DEFAULTS.max_num_batched_tokens
-        trial_bytes = (num_tokens // config.block_size + 2) * block_bytes(model_config, config.block_size, dtype)
+        trial_bytes = (num_tokens // config.block_size + 2) * block_bytes(model_config, config.block_size, kv_dtype)
         trial = make_runner(replace(config, max_model_len=None), trial_bytes)
         run_largest_step(
             trial, trial.settings, scores_prompt=True
@@ -131,12 +131,11 @@ def _with_cache(
     device = kernels.device
     settings = runner.settings
     logger.info("%s: %d KV blocks of %d tokens", device.name, settings.num_kv_blocks, settings.block_size)
-    name = next(name for name, known in DTYPES.items() if known == dtype)
     return LoadedModel(
         runner,
         settings,
         config.model or default_model.NAME,
-        name,
+        name_of(kernels.dtype),
         device.name,
         model_dir,
         structures,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from evenhand_engine.model.config import ModelConfig
@@ -48,6 +49,10 @@ def build_decoder(
 ) -> Decoder:
     """Add to the weights what is constant for each layer's attention, and allocate the KV cache."""
     cos_sin = cos_sin_table(config.rope, config.head_dim, max_model_len).to(kernels.torch_device)
+
+    def scales(scale: float | None) -> Tensor | None:
+        return None if scale is None else torch.full((config.num_kv_heads,), scale, device=kernels.torch_device)
+
     layers = (
         AttentionLayer(
             num_heads=config.num_heads,
@@ -58,6 +63,8 @@ def build_decoder(
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             sliding_window=window,
+            key_scales=scales(layer.key_scale),
+            value_scales=scales(layer.value_scale),
         )
         for layer, window, rotates in zip(weights.layers, config.sliding_windows, config.rope_layers, strict=True)
     )

@@ -11,6 +11,8 @@ from evenhand_kernels.quantized import INT8_GROUP, Weight, quantized_to_int8, wi
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "int8")
+FP8 = "fp8"
+"""Of a KV cache on a GPU: e4m3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,34 @@ def resolve_precision(dtype: str, quantization: str) -> Precision:
 
 
 def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: str, config: ModelConfig) -> torch.dtype:
-    """`--kv-cache-dtype`; auto: that of the weights, or what the checkpoint's config names. Raises StartupError."""
+    """`--kv-cache-dtype` on the CPU; auto: that of the weights, or what the checkpoint's config names. Raises StartupError."""
     name = kv_cache_dtype
+    if name == FP8:
+        raise StartupError(
+            f"KV cache dtype fp8 is for the kernels of a GPU; on the CPU choose auto, {', '.join(DTYPES)}"
+        )
     if name == "auto":
         name = config.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
         raise StartupError(f"KV cache dtype {kv_cache_dtype} is not supported; choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def resolve_device_kv_dtype(kv_cache_dtype: str, dtype: torch.dtype, config: ModelConfig) -> torch.dtype:
+    """`--kv-cache-dtype` on a GPU that computes in `dtype`. Raises StartupError."""
+    if kv_cache_dtype == FP8:
+        if config.head_dim % 32:
+            raise StartupError(
+                f"KV cache dtype fp8 needs heads of a multiple of 32, and this model's have {config.head_dim}; choose auto"
+            )
+        return torch.float8_e4m3fn
+    if kv_cache_dtype != "auto" and DTYPES.get(kv_cache_dtype) != dtype:
+        raise StartupError(
+            f"KV cache dtype {kv_cache_dtype} is not supported on a GPU that computes in {name_of(dtype)}; choose auto or fp8"
+        )
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As the options name it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -25,6 +25,10 @@ class TensorSource(Protocol):
         """The tensor of that name and shape, for the only time. Only matrices may be quantised."""
         ...
 
+    def take_scale(self, name: str) -> float | None:
+        """The only number of a tensor that need not be there; None: it is not."""
+        ...
+
 
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUTS = ("o_proj", "down_proj")
@@ -97,6 +101,9 @@ class ShardedSource:
         if module in BY_INPUTS and self._shard.rank > 0 and isinstance(taken, Tensor):
             return torch.zeros_like(taken)
         return taken
+
+    def take_scale(self, name: str) -> float | None:
+        return self._source.take_scale(name)
 
     def _rows(self, whole: Weight, size: int) -> Weight:
         rows = slice(self._shard.rank * size, (self._shard.rank + 1) * size)

@@ -32,7 +32,10 @@ CODES, SCALES, MINIMA = ".codes", ".scales", ".minima"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. `qkv` gives query heads, key heads, value heads; `gate_up` gives silu(gate) * up."""
+    """One layer. `qkv` gives query heads, key heads, value heads; `gate_up` gives silu(gate) * up.
+
+    `key_scale` and `value_scale` are for an fp8 KV cache: what its numbers are multiplied with; None: the checkpoint names none.
+    """
 
     input_norm: Tensor
     qkv: Linear
@@ -42,6 +45,8 @@ class LayerWeights:
     post_attention_norm: Tensor
     gate_up: Linear
     down: Linear
+    key_scale: float | None
+    value_scale: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,15 @@ class Checkpoint:
                 f"{self._model_dir}: tensor {name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
             )
         return weight
+
+    def take_scale(self, name: str) -> float | None:
+        """Raises StartupError if the tensor has more than one number, or one that nothing can be divided by."""
+        if name not in self._untaken:
+            return None
+        scale = self._read(name)
+        if scale.numel() != 1 or not 0 < scale.item() < math.inf:
+            raise StartupError(f"{self._model_dir}: tensor {name} should be one positive number, and is not")
+        return float(scale.item())
 
     def _read(self, name: str) -> Tensor:
         file = self._untaken.pop(name, None)
@@ -151,6 +165,9 @@ class RandomTensors:
         if size > self.LONGEST:
             values = values.repeat(-(-size // self.LONGEST))[:size]
         return values.view(shape)
+
+    def take_scale(self, name: str) -> None:
+        """There is none."""
 
 
 def load_weights(
@@ -221,6 +238,8 @@ def _layer(
         post_attention_norm=norm("post_attention_layernorm", hidden),
         gate_up=projection("mlp.gate_proj mlp.up_proj", hidden, (inner, inner), config.mlp_bias, kernels.gated_linear),
         down=projection("mlp.down_proj", inner, (hidden,), config.mlp_bias, add_up),
+        key_scale=source.take_scale(f"{prefix}.self_attn.k_scale"),
+        value_scale=source.take_scale(f"{prefix}.self_attn.v_scale"),
     )
 
 

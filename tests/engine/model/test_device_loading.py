@@ -1,6 +1,7 @@
 """A model is loaded onto the device that the settings name, or the start says in one line what is in the way."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def test_the_cache_is_as_large_as_asked_for(config: EngineConfig) -> None:
     model = load_model(config)
     assert (model.device, model.dtype, model.settings.num_kv_blocks) == ("emulated", "bfloat16", 20)
     assert model.runner.pipeline_depth == 2
+
+
+def test_an_fp8_cache_holds_twice_as_much(config: EngineConfig) -> None:
+    assert load_model(replace(config, kv_cache_dtype="fp8")).settings.num_kv_blocks == 40
 
 
 def test_weights_are_quantised_where_asked(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +98,28 @@ def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
         ({"dtype": "float32"}, "dtype float32 is not supported on a GPU; choose auto, bfloat16 or float16"),
         ({"quantization": "int8", "dtype": "float16"}, "quantization int8 and dtype float16 exclude each other"),
         ({"device": "tpu"}, "device tpu is not supported; choose auto, cpu or cuda"),
-        ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "KV cache dtype bfloat16 is not supported on a GPU"),
+        (
+            {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
+            "KV cache dtype bfloat16 is not supported on a GPU that computes in float16; choose auto or fp8",
+        ),
+        ({"kv_cache_dtype": "float16"}, "KV cache dtype float16 is not supported on a GPU that computes in bfloat16"),
+        (
+            {"kernels": "reference", "kv_cache_dtype": "fp8"},
+            "KV cache dtype fp8 is for the kernels of a GPU",
+        ),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(config: EngineConfig, changed: dict[str, str], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         load_model(replace(config, **changed))
+
+
+def test_heads_that_an_fp8_cache_cannot_hold_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, LlamaConfig, head_dim=48)
+    with pytest.raises(
+        StartupError, match="KV cache dtype fp8 needs heads of a multiple of 32, and this model's have 48"
+    ):
+        load_model(EngineConfig(model=str(tmp_path), device="emulated", kv_cache_dtype="fp8"))
 
 
 def test_the_reference_takes_the_place_of_the_devices_kernels(config: EngineConfig) -> None:

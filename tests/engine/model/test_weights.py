@@ -14,6 +14,10 @@ from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import load_model
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import memory, weights
+from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.precision import Precision
+from evenhand_engine.model.weights import load_weights
+from evenhand_kernels.reference import ReferenceKernels
 
 Checkpoint = Callable[..., tuple[Path, PreTrainedModel]]
 Edit = Callable[[dict[str, Tensor]], object]
@@ -78,11 +82,24 @@ def test_what_old_checkpoints_hold_beside_the_weights_is_ignored(checkpoint: Che
     load(model_dir)
 
 
+@pytest.mark.parametrize("numbers", [[0.5, 0.5], [0.0], [-1.0], [float("nan")], [float("inf")]])
+def test_a_scale_of_a_kv_cache_that_is_none(model_dir: Path, numbers: list[float]) -> None:
+    scale = {"model.layers.1.self_attn.v_scale": torch.tensor(numbers)}
+    edit(model_dir, lambda tensors: tensors.update(scale))
+    assert_refused(model_dir, r"tensor model\.layers\.1\.self_attn\.v_scale should be one positive number, and is not")
+
+
 @pytest.mark.parametrize("num_bytes", [0, 7, 1000, -100])
 def test_a_truncated_file(model_dir: Path, num_bytes: int) -> None:
     path = model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:num_bytes])
     assert_refused(model_dir, r"model\.safetensors: not a complete safetensors file")
+
+
+def test_scales_of_a_kv_cache_are_read(model_dir: Path) -> None:
+    edit(model_dir, lambda tensors: tensors.update({"model.layers.1.self_attn.v_scale": torch.tensor(0.25)}))
+    layers = load_weights(model_dir, load_model_config(model_dir), Precision(), ReferenceKernels()).layers
+    assert [(layer.key_scale, layer.value_scale) for layer in layers[:2]] == [(None, None), (None, 0.25)]
 
 
 def test_no_weights_at_all(model_dir: Path) -> None:
@@ -164,6 +181,10 @@ def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ({"dtype": "float8"}, "dtype float8 is not supported; choose auto, float32, bfloat16, float16"),
         ({"kv_cache_dtype": "int4"}, "KV cache dtype int4 is not supported; choose auto, float32, bfloat16, float16"),
+        (
+            {"kv_cache_dtype": "fp8"},
+            "KV cache dtype fp8 is for the kernels of a GPU; on the CPU choose auto, float32, bfloat16",
+        ),
         ({"quantization": "fp4"}, "quantization fp4 is not supported; choose none, int8"),
         ({"quantization": "int8", "dtype": "float32"}, "quantization int8 and dtype float32 exclude each other"),
         ({"load_format": "pickle"}, "load format pickle is not supported"),
