@@ -1,4 +1,4 @@
-"""Perplexity of the default model, or another, by the form of its weights and of its KV cache.
+"""Perplexity of the default model, or another, by the form of its weights, of its KV cache and of activations.
 
 The text is the project's own licence. float32 weights are those of the checkpoint, widened: what a row differs from that
 row by is what its form costs.
@@ -22,6 +22,7 @@ from evenhand_kernels.kernels import AttentionBatch, KvCacheShape
 
 TEXT = common.DATA.parents[1] / "LICENSE"
 MAX_TOKENS, CHUNK, BLOCK_SIZE = 2048, 256, 16
+ACTIVATIONS = ("float32", "bfloat16")
 FORMS = {
     "float32": Precision(torch.float32),
     "as it comes": Precision(),
@@ -39,21 +40,22 @@ def main() -> None:
     config = load_model_config(model_dir)
     tokens = Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(TEXT.read_text()).ids
     token_ids = torch.tensor(tokens[: 512 if options.quick else MAX_TOKENS], dtype=torch.int32)
-    kernels = CpuKernels(cache_dir() / "kernels")
     torch.set_num_threads(1)
-    results: dict[str, dict[str, float]] = {}
+    rows = []
     for form, precision in FORMS.items():
-        weights = load_weights(model_dir, config, precision, kernels)
-        for kv_dtype in DTYPES if form == "float32" else ("float32",):
-            cache = KvCacheShape(-(-len(token_ids) // BLOCK_SIZE), BLOCK_SIZE, DTYPES[kv_dtype])
-            decoder = build_decoder(config, weights, kernels, cache, len(token_ids))
-            results.setdefault(form, {})[kv_dtype] = _perplexity(decoder, token_ids)
+        for activations in ACTIVATIONS:
+            kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=DTYPES[activations])
+            weights = load_weights(model_dir, config, precision, kernels)
+            for kv_dtype in DTYPES if (form, activations) == ("float32", "float32") else ("float32",):
+                cache = KvCacheShape(-(-len(token_ids) // BLOCK_SIZE), BLOCK_SIZE, DTYPES[kv_dtype])
+                decoder = build_decoder(config, weights, kernels, cache, len(token_ids))
+                rows.append((form, kv_dtype, activations, _perplexity(decoder, token_ids)))
     common.print_table(
         f"perplexity over {len(token_ids)} tokens of LICENSE",
-        ["weights", "KV cache", "perplexity"],
-        [[form, kv_dtype, f"{value:.4f}"] for form, row in results.items() for kv_dtype, value in row.items()],
+        ["weights", "KV cache", "activations", "perplexity"],
+        [[*names, f"{value:.4f}"] for *names, value in rows],
     )
-    common.finish("perplexity", results)
+    common.finish("perplexity", {" ".join(names): value for *names, value in rows})
 
 
 def _perplexity(decoder: Decoder, token_ids: Tensor) -> float:

@@ -1,127 +1,19 @@
 """The C++ kernels against the same operations in float64, at sizes that fit no tile."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
-from evenhand_kernels.quantized import QuantizedTensor
 from evenhand_kernels.reference import ReferenceKernels
+from harness.tensors import assert_close, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFERENCE = ReferenceKernels()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
-    """Finite, and nowhere further off than `relative` times the typical size of the expected values."""
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    error = (actual.double() - expected).abs().max() / expected.square().mean().sqrt()
-    assert error < relative, f"relative error {error:.2e}"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 256), (17, 257), (95, 33), (120, 576)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
-    weight, bias = randn(outputs, inputs).to(dtype), randn(outputs, seed=1) if with_bias else None
-    linear = cpu_kernels.linear(weight, bias)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 48, 255, 256, 257, 600):
-        x = randn(rows, inputs, seed=2)
-        expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        assert_close(linear(x), expected, 1e-5)
-    assert linear(torch.empty(0, inputs)).shape == (0, outputs)
-
-
-QUANTIZED = [
-    pytest.param(bits, group, scales, minima, id=f"{bits}-bit-{group}-{str(scales)[6:]}{'-minima' * minima}")
-    for bits, group, scales, minima in itertools.product(
-        (4, 8), (16, 32, 128), (torch.float16, torch.float32), (False, True)
-    )
-    if bits == 8 or minima
-]
-
-
-def quantized(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, with_minima: bool) -> QuantizedTensor:
-    generator = torch.Generator().manual_seed(rows)
-    if bits == 4:
-        codes = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
-    else:
-        codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    scales, minima = (randn(rows, columns // group, seed=seed).to(dtype) for seed in (1, 2))
-    return QuantizedTensor(codes, scales, minima if with_minima else None)
-
-
-@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
-@pytest.mark.parametrize("outputs, inputs", [(1, 128), (120, 640)])
-def test_linear_of_a_quantized_weight(
-    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool, outputs: int, inputs: int
-) -> None:
-    weight, bias = quantized(outputs, inputs, bits, group, scales, minima), randn(outputs, seed=3)
-    linear = cpu_kernels.linear(weight, bias)
-    for rows in (1, 2, 3, 4, 5, 13, 257):
-        x = randn(rows, inputs, seed=4)
-        assert_close(linear(x), functional.linear(x.double(), weight.dequantized().double(), bias.double()), 1e-5)
-
-
-@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
-def test_gated_linear_of_a_quantized_weight(
-    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool
-) -> None:
-    weight = quantized(2 * 31, 384, bits, group, scales, minima)
-    linear = cpu_kernels.gated_linear(weight, None)
-    for rows in (1, 7):
-        x = randn(rows, 384, seed=4) / 300
-        gate, up = functional.linear(x.double(), weight.dequantized().double()).chunk(2, dim=-1)
-        assert_close(linear(x), functional.silu(gate) * up, 3e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [8, 257, 576])
-def test_embedding(cpu_kernels: CpuKernels, dtype: torch.dtype, columns: int) -> None:
-    weight, ids = randn(61, columns).to(dtype), torch.tensor([60, 0, 17, 60], dtype=torch.int32)
-    embedding, linear = cpu_kernels.tied_embedding(weight)
-    assert embedding(ids).equal(weight[ids].float())
-    assert cpu_kernels.embedding(weight)(ids).equal(weight[ids].float())
-    x = randn(3, columns, seed=1)
-    assert_close(linear(x), functional.linear(x.double(), weight.double()), 1e-5)
-
-
-@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
-def test_embedding_of_a_quantized_weight(
-    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool
-) -> None:
-    weight, ids = quantized(61, 384, bits, group, scales, minima), torch.tensor([60, 0, 17], dtype=torch.int32)
-    torch.testing.assert_close(cpu_kernels.embedding(weight)(ids), weight.dequantized()[ids])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outputs, inputs", [(1, 1), (8, 64), (9, 65), (31, 300)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_gated_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
-    weight, bias = randn(2 * outputs, inputs).to(dtype), randn(2 * outputs, seed=1) if with_bias else None
-    linear = cpu_kernels.gated_linear(weight, bias)
-    for rows in (1, 7, 97):
-        x = randn(rows, inputs, seed=2)
-        both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        gate, up = both.chunk(2, dim=-1)
-        assert_close(linear(x), functional.silu(gate) * up, 1e-5)
-
-
-def test_the_gate_saturates_without_overflow(cpu_kernels: CpuKernels) -> None:
-    linear = cpu_kernels.gated_linear(torch.tensor([[1.0], [1.0]]), None)
-    x = torch.tensor([[-1e15], [-200.0], [-89.0], [0.0], [89.0], [200.0]])
-    torch.testing.assert_close(linear(x), functional.silu(x) * x)
 
 
 @pytest.mark.parametrize("size", [1, 8, 33, 576])

@@ -23,6 +23,15 @@ void evenhand_prefer_huge_pages(void* memory, long bytes) {
 #endif
 }
 
+// Whether the processor that this was compiled for multiplies pairs of bfloat16 itself.
+int evenhand_has_bfloat16_products() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 long evenhand_packed_bytes(const Weight* weight) {
   long result = 0;
   dispatch_format(weight->format, [&](auto format) {

@@ -49,22 +49,36 @@ class CpuKernels:
     name = "cpu"
     torch_device = torch.device("cpu")
 
-    def __init__(self, cache_dir: Path, num_threads: int | None = None) -> None:
-        """Compiles the kernels into `cache_dir` if they are not there. None: a thread for each core. Raises CompileError."""
+    def __init__(
+        self, cache_dir: Path, num_threads: int | None = None, activation_dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Compiles the kernels into `cache_dir` if they are not there. Raises CompileError.
+
+        Args:
+            num_threads: None: one for each core.
+            activation_dtype: float32; or bfloat16, to which what enters a linear layer is rounded, and its weights too
+                where many rows pass over them. Sums, and all else, are float32.
+        """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
+        self._in_bfloat16 = activation_dtype == torch.bfloat16
+
+    @property
+    def has_bfloat16_products(self) -> bool:
+        """Whether the processor multiplies bfloat16 numbers itself; else that takes longer than float32."""
+        return bool(self._native.library.evenhand_has_bfloat16_products())
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        return _Linear(self._native, _packed(self._native, weight, bias))
+        return _Linear(self._native, self._packed(weight, bias))
 
     def gated_linear(self, weight: Weight, bias: Tensor | None) -> Linear:
-        return _Linear(self._native, _packed(self._native, weight, bias, gated=True))
+        return _Linear(self._native, self._packed(weight, bias, gated=True))
 
     def embedding(self, weight: Weight) -> Embedding:
-        return _Embedding(self._native, _packed(self._native, weight))
+        return _Embedding(self._native, self._packed(weight))
 
     def tied_embedding(self, weight: Weight) -> tuple[Embedding, Linear]:
-        packed = _packed(self._native, weight)
+        packed = self._packed(weight)
         return _Embedding(self._native, packed), _Linear(self._native, packed)
 
     def fused(self, operations: DecoderOperations) -> Forward:
@@ -97,6 +111,11 @@ class CpuKernels:
         structures = (DrawStructure * len(draws))(*(DrawStructure(*draw) for draw in draws))
         self._native.library.evenhand_draw(self._native.pool, logits.data_ptr(), *logits.shape, structures, token_ids)
         return [None if token_id < 0 else token_id for token_id in token_ids]
+
+    def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
+        packed = _packed(self._native, weight, bias, gated=gated)
+        packed.structure.in_bfloat16 = self._in_bfloat16
+        return packed
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)

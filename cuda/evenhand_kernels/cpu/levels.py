@@ -5,12 +5,22 @@ from pathlib import Path
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 
 LEVELS = {
+    "x86-64-v4+avx512bf16": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
     "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "x86-64-v3": _V3,
 }
-"""The compiler's names, best first, and the features of /proc/cpuinfo that each asks for."""
+"""The compiler's names, each with what it has beyond one of them, best first, and the features of /proc/cpuinfo that it asks for."""
+
+NATIVE = "native"
+"""The level of the processor that compiles."""
 
 CPUINFO = Path("/proc/cpuinfo")
+
+
+def compiler_flags(level: str) -> list[str]:
+    """For code of that level."""
+    processor, *extensions = level.split("+")
+    return [f"-march={processor}", *(f"-m{extension}" for extension in extensions)]
 
 
 def usable_levels(cpuinfo: Path = CPUINFO) -> list[str]:

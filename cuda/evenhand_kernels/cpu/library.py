@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evenhand_kernels.cpu.levels import LEVELS, usable_levels
+from evenhand_kernels.cpu.levels import LEVELS, NATIVE, compiler_flags, usable_levels
 
 SOURCE_DIR = Path(__file__).parent
 SOURCE = SOURCE_DIR / "kernels.cpp"
@@ -50,7 +50,7 @@ def load_library(cache_dir: Path, shipped_dir: Path = SHIPPED_DIR) -> ctypes.CDL
         compiler = _compiler()
         library = cache_dir / f"cpu-{_key(compiler)}.so"
         if not library.exists():
-            _compile(compiler, "native", library)
+            _compile(compiler, NATIVE, library)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -96,13 +96,13 @@ def _processor_features() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _compile(compiler: list[str], processor: str, library: Path) -> None:
+def _compile(compiler: list[str], level: str, library: Path) -> None:
     """Compile into a temporary file that takes its name in one step, so that two processes may do it at once."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             result = Path(directory) / library.name
-            _output([*compiler, *FLAGS, f"-march={processor}", str(SOURCE), "-o", str(result)])
+            _output([*compiler, *FLAGS, *compiler_flags(level), str(SOURCE), "-o", str(result)])
             result.rename(library)
     except OSError as error:
         raise CompileError(f"cannot write to {library.parent}: {error}") from error

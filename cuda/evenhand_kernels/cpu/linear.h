@@ -3,6 +3,9 @@
 // Threads share out the panels. Few rows take every weight from memory into registers, once. With more, a panel's block of
 // inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
 // two dozen rows on the arithmetic hides the memory traffic.
+//
+// With activations of bfloat16, rows are rounded to it first, and the weights that many rows pass over are too: two inputs are
+// multiplied at once where the processor can (vdpbf16ps). Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +15,14 @@
 #include "weight.h"
 
 constexpr int FEW_ROWS = 4;
-constexpr int MAX_DEPTH = 320;       // inputs of a block: with PANEL floats each it leaves room in a first-level cache of 32 KB
+constexpr int MAX_DEPTH = 320;       // rows of a block: with PANEL floats or pairs each it leaves room in a first-level cache of 32 KB
 constexpr int MAX_BLOCK_ROWS = 256;  // rows that pass over a panel together
 constexpr long PREFETCH_BYTES = 2048;  // how far few rows ask for weights ahead
 
 struct Weight {
   int64_t outputs, inputs;
   int32_t format, group, gated;  // format: see dispatch_format; group: inputs that share a scale, 1 for plain numbers
+  int32_t in_bfloat16;           // whether activations are rounded to it
   char* packed;
   const float* bias;  // packed like a plain weight of one input; null: none
 };
@@ -133,31 +137,59 @@ static void multiply_few(int rows, const float* x, const float* sums, const char
   }
 }
 
-// c[rows][PANEL] += x[rows][inputs] * panel, in blocks of `step` inputs.
-template <typename F>
-static void multiply_many(int rows, const float* x, const char* panel, long inputs, int group, long step, float* c) {
-  alignas(64) float block[F::WIDE ? 1 : (MAX_DEPTH + MAX_GROUP) * PANEL];
+// Inputs that an element of a block or of a row stands for.
+template <typename T>
+constexpr long INPUTS = std::is_same_v<T, BFloat16Pair> ? 2 : 1;
+
+// c[rows][PANEL] += x[rows][inputs] * panel, in blocks of about MAX_DEPTH rows. T: float or BFloat16Pair, which x consists of.
+template <typename F, typename T>
+static void multiply_many(int rows, const T* x, const char* panel, long inputs, int group, float* c) {
+  constexpr bool AS_IT_LIES = F::WIDE && std::is_same_v<T, float>;
+  const long most = MAX_DEPTH * INPUTS<T>, num_blocks = (inputs + most - 1) / most, unit = std::max(8, group);
+  const long step = ((inputs + num_blocks - 1) / num_blocks + unit - 1) / unit * unit, ldx = (inputs + INPUTS<T> - 1) / INPUTS<T>;
+  alignas(64) T block[AS_IT_LIES ? 1 : (MAX_DEPTH + MAX_GROUP) * PANEL];
   for (long k = 0; k < inputs; k += step) {
-    const int depth = static_cast<int>(std::min(step, inputs - k));
-    const float* b;
-    if constexpr (F::WIDE) {
-      b = reinterpret_cast<const float*>(panel) + k * PANEL;
-    } else {
-      F::widen(panel, k, depth, group, block);
-      b = block;
-    }
-    const long bytes = F::panel_bytes(k + depth, group) - F::panel_bytes(k, group);
-    const Prefetch next_block = {panel + F::panel_bytes(k + depth, group), bytes / depth / num_row_tiles(rows)};
-    multiply<2>(rows, x + k, inputs, RightSide<float>{&b, depth, PANEL}, depth, c, PANEL, next_block);
+    const long end = std::min(k + step, inputs);
+    const int depth = static_cast<int>((end - k + INPUTS<T> - 1) / INPUTS<T>);
+    const T* b = block;
+    if constexpr (AS_IT_LIES)
+      b = reinterpret_cast<const T*>(panel) + k * PANEL;
+    else
+      F::widen(panel, k, static_cast<int>(end - k), group, Block<T>{block});
+    const long bytes = F::panel_bytes(end, group) - F::panel_bytes(k, group);
+    const Prefetch next_block = {panel + F::panel_bytes(end, group), bytes / depth / num_row_tiles(rows)};
+    multiply<2>(rows, x + k / INPUTS<T>, ldx, RightSide<T>{&b, depth, PANEL}, depth, c, PANEL, next_block);
   }
+}
+
+// Rows of x rounded to bfloat16, each filled up to whole pairs.
+static inline std::vector<BFloat16Pair> narrowed(Pool& pool, const float* x, long rows, long inputs) {
+  const long num_pairs = (inputs + 1) / 2;
+  std::vector<BFloat16Pair> result(rows * num_pairs);
+  pool.run(rows, [&](long row) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(result.data() + row * num_pairs);
+    long k = 0;
+    for (; k + LANES <= inputs; k += LANES) narrow(load(x + row * inputs + k), to + k);
+    for (; k < inputs; k++) narrow(x[row * inputs + k], to + k);
+  });
+  return result;
 }
 
 template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
   const long inputs = weight.inputs, group = weight.group;
   const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
-  const long num_blocks = (inputs + MAX_DEPTH - 1) / MAX_DEPTH, unit = std::max(8L, group);
-  const long step = ((inputs + num_blocks - 1) / num_blocks + unit - 1) / unit * unit;
+  std::vector<BFloat16Pair> pairs;
+  std::vector<float> rounded_x;
+  if (weight.in_bfloat16) pairs = narrowed(pool, x, rows, inputs);
+  if (weight.in_bfloat16 && rows <= FEW_ROWS) {
+    rounded_x.resize(rows * inputs);
+    for (long row = 0; row < rows; row++) {
+      const BFloat16* from = reinterpret_cast<const BFloat16*>(pairs.data() + row * ((inputs + 1) / 2));
+      for (long k = 0; k < inputs; k++) rounded_x[row * inputs + k] = widened(from[k]);
+    }
+    x = rounded_x.data();
+  }
   std::vector<float> sums;
   if constexpr (F::GROUPED)
     if (F::HAS_MINIMA && rows <= FEW_ROWS) {
@@ -173,8 +205,10 @@ static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y
       const char* panel = weight.packed + p * F::panel_bytes(inputs, group);
       if (rows <= FEW_ROWS)
         multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
+      else if (weight.in_bfloat16)
+        multiply_many<F>(block_rows, pairs.data() + row * ((inputs + 1) / 2), panel, inputs, group, c);
       else
-        multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, step, c);
+        multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, c);
       (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
                                                      y + row * ldy + p * width, ldy);
     });
@@ -190,7 +224,7 @@ static void embedding_in(Pool& pool, const Weight& weight, const int32_t* ids, f
     alignas(64) float block[MAX_GROUP * PANEL];
     for (long k = 0; k < inputs; k += MAX_GROUP) {
       const int depth = static_cast<int>(std::min<long>(MAX_GROUP, inputs - k));
-      F::widen(panel, k, depth, group, block);
+      F::widen(panel, k, depth, group, Block<float>{block});
       for (int i = 0; i < depth; i++) y[row * inputs + k + i] = block[i * PANEL + ids[row] % PANEL];
     }
   });

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -16,6 +17,7 @@ constexpr int MAX_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast of 1
 #endif
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t UnsignedVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
@@ -26,9 +28,15 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Two inputs of a product, the first in the lower half: one operand lane of vdpbf16ps.
+struct BFloat16Pair {
+  uint32_t bits;
+};
 
 static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec splat(BFloat16Pair x) { return (Vec)(static_cast<int32_t>(x.bits) - IntVec{}); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+static inline void store(BFloat16Pair* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
 #if defined(__AVX512F__)
 static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -72,6 +80,56 @@ static inline Vec widened(ByteVec v) {
 #else
   return __builtin_convertvector(v, Vec);
 #endif
+}
+
+static inline Vec load(const BFloat16Pair* p) { return *reinterpret_cast<const Vec*>(p); }
+
+// The upper 16 bits of each lane, rounded to nearest even. Numbers that are not finite stay so.
+static inline UnsignedVec rounded(Vec v) {
+  const UnsignedVec bits = (UnsignedVec)v, nan = UnsignedVec{} + 0x7fc0;
+  return v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : nan;
+}
+
+static inline void narrow(Vec v, BFloat16* to) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  *reinterpret_cast<HalfVec*>(to) = __builtin_convertvector(rounded(v), HalfVec);
+#endif
+}
+
+// Pairs of the lanes of two vectors, rounded as above.
+static inline Vec pairs(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  static constexpr uint16_t ORDER[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (Vec)_mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), halves);
+#else
+  return (Vec)(rounded(first) | rounded(second) << 16);
+#endif
+}
+
+// total + left * right, of pairs the sum of both products.
+template <typename T>
+static inline Vec multiply_add(Vec total, Vec left, Vec right, const T*) {
+  return total + left * right;
+}
+
+static inline Vec multiply_add(Vec total, Vec left, Vec right, const BFloat16Pair*) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)left, (__m512bh)right);
+#else
+  const IntVec upper = IntVec{} + static_cast<int>(0xffff0000), a = (IntVec)left, b = (IntVec)right;
+  return total + (Vec)(a << 16) * (Vec)(b << 16) + (Vec)(a & upper) * (Vec)(b & upper);
+#endif
+}
+
+static inline float widened(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
 }
 
 static inline float sum(Vec v) {
@@ -144,9 +202,10 @@ struct Prefetch {
 };
 
 // The right side of a product: rows of NV * LANES numbers in groups of `group` rows, `stride` numbers apart, at groups[0],
-// groups[1], ... Numbers of 16 bits are widened by each row tile anew.
+// groups[1], ... Numbers of 16 bits are widened by each row tile anew. Of pairs a row is two rows, and so it is with the left side.
 template <typename T>
 struct RightSide {
+  using Left = std::conditional_t<std::is_same_v<T, BFloat16Pair>, BFloat16Pair, float>;
   const T* const* groups;
   int group;
   long stride;
@@ -155,11 +214,11 @@ struct RightSide {
 // The register tile of all matrix products here: c[m][...] += sum over k < depth of a[m * lda + k] * b[k][...].
 // FRESH: c counts as zero.
 template <int ROWS, int NV, bool FRESH, typename T>
-static inline void multiply_tile(const float* __restrict a, long lda, RightSide<T> b, int depth, float* __restrict c, long ldc,
+static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a, long lda, RightSide<T> b, int depth, float* __restrict c, long ldc,
                                  Prefetch& prefetch) {
   // A third of the rows each, so that three pointers and one stride address all of them without further arithmetic.
   constexpr int THIRD = (ROWS + 2) / 3;
-  const float *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
+  const auto *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
   const char* next = prefetch.next;
   Vec acc[ROWS][NV];
   for (int m = 0; m < ROWS; m++)
@@ -175,10 +234,10 @@ static inline void multiply_tile(const float* __restrict a, long lda, RightSide<
 #endif
 #pragma GCC unroll 12
       for (int m = 0; m < ROWS; m++) {
-        const float* row = m < THIRD ? a : m < 2 * THIRD ? a1 : a2;
+        const auto* row = m < THIRD ? a : m < 2 * THIRD ? a1 : a2;
         const Vec left = splat(row[m % THIRD * lda]);
-        acc[m][0] += left * right0;
-        if constexpr (NV == 2) acc[m][1] += left * right1;
+        acc[m][0] = multiply_add(acc[m][0], left, right0, row_of_b);
+        if constexpr (NV == 2) acc[m][1] = multiply_add(acc[m][1], left, right1, row_of_b);
       }
     }
   }
@@ -188,7 +247,7 @@ static inline void multiply_tile(const float* __restrict a, long lda, RightSide<
 }
 
 template <int ROWS, int NV, bool FRESH, typename T>
-static void multiply_tiles(int num_tiles, const float* a, long lda, RightSide<T> b, int depth, float* c, long ldc,
+static void multiply_tiles(int num_tiles, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc,
                            Prefetch& prefetch) {
   for (; num_tiles > 0; num_tiles--, a += ROWS * lda, c += ROWS * ldc)
     multiply_tile<ROWS, NV, FRESH>(a, lda, b, depth, c, ldc, prefetch);
@@ -198,7 +257,7 @@ static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_R
 
 // The product for any number of rows: num_row_tiles(rows) tiles, as even as they can be, each of which prefetches.
 template <int NV, bool FRESH = false, typename T>
-static void multiply(int rows, const float* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
+static void multiply(int rows, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
   const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
   const auto run = [&](int size, int num_tiles) {
     switch (size) {

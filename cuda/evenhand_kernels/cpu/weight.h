@@ -25,6 +25,27 @@ static inline Pair load_pair(const T* p) {
   return {load(p), load(p + LANES)};
 }
 
+// A block of inputs, widened from a panel to float32 [depth][PANEL] ...
+template <typename T>
+struct Block {
+  T* to;
+
+  void add(long k, Pair first, Pair second) const { add(k, first), add(k + 1, second); }
+  void add(long k, Pair row) const { store(to + k * PANEL, row.low), store(to + k * PANEL + LANES, row.high); }
+};
+
+// ... or to pairs of bfloat16 [depth / 2, rounded up][PANEL].
+template <>
+struct Block<BFloat16Pair> {
+  BFloat16Pair* to;
+
+  void add(long k, Pair first, Pair second) const {
+    store(to + k / 2 * PANEL, pairs(first.low, second.low));
+    store(to + k / 2 * PANEL + LANES, pairs(first.high, second.high));
+  }
+  void add(long k, Pair last) const { add(k, last, {Vec{}, Vec{}}); }
+};
+
 // Plain numbers.
 template <typename T>
 struct Plain {
@@ -42,10 +63,13 @@ struct Plain {
         to[k * PANEL + lane] = rows[lane] < 0 ? T{} : static_cast<const T*>(weight)[rows[lane] * inputs + k];
   }
 
-  // Writes inputs [k, k + depth) of a panel as [depth][PANEL] float32.
-  static void widen(const char* panel, long k, int depth, int, float* to) {
+  // Widens inputs [k, k + depth) of a panel.
+  template <typename To>
+  static void widen(const char* panel, long k, int depth, int, Block<To> block) {
     const T* from = reinterpret_cast<const T*>(panel) + k * PANEL;
-    for (long i = 0; i < static_cast<long>(depth) * PANEL; i += LANES) store(to + i, load(from + i));
+    long i = 0;
+    for (; i + 2 <= depth; i += 2, from += 2 * PANEL) block.add(i, load_pair(from), load_pair(from + PANEL));
+    if (i < depth) block.add(i, load_pair(from));
   }
 };
 
@@ -113,16 +137,22 @@ struct Grouped {
 
   static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }
 
-  static void widen(const char* panel, long k, int depth, int group, float* to) {
+  template <typename To>
+  static void widen(const char* panel, long k, int depth, int group, Block<To> block) {
     const char* at = panel + k / group * group_bytes(group);
     for (int first = 0; first < depth; first += group, at += group_bytes(group)) {
       const Pair scale = scales(at), minimum = minima(at);
       const char* unit = at + header_bytes();
-      for (int i = 0; i < group; i += UNIT, unit += unit_bytes(), to += UNIT * PANEL)
-        codes(unit, [&](int j, Pair code) {
-          store(to + j * PANEL, code.low * scale.low + minimum.low);
-          store(to + j * PANEL + LANES, code.high * scale.high + minimum.high);
+      for (int i = first; i < first + group; i += UNIT, unit += unit_bytes()) {
+        Pair even;
+        codes(unit, [&](int j, Pair code) __attribute__((always_inline)) {
+          const Pair row = {code.low * scale.low + minimum.low, code.high * scale.high + minimum.high};
+          if (j % 2 == 0)
+            even = row;
+          else
+            block.add(i + j - 1, even, row);
         });
+      }
     }
   }
 };

@@ -33,6 +33,12 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     help="auto: as the weights; float16 if quantised. fp8: e4m3, on a GPU.",
 )
 @click.option(
+    "--activation-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Of what linear layers multiply on the CPU; bfloat16: faster, less exact.",
+)
+@click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."
 )
 @click.option(
@@ -121,6 +127,7 @@ def serve(model: str | None, **options: Any) -> None:
         load_format=options["load_format"],
         dtype=options["dtype"],
         kv_cache_dtype=options["kv_cache_dtype"],
+        activation_dtype=options["activation_dtype"],
         quantization=options["quantization"],
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],

@@ -84,6 +84,8 @@ def resolve_shard(config: EngineConfig, shard: Shard) -> tuple[Path, ModelConfig
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if shard.size > 1 and device == "cpu" and config.kernels != "reference":
         raise StartupError("tensor parallelism is for GPUs: leave --tensor-parallel-size out on the CPU")
+    if config.activation_dtype != "float32" and (device != "cpu" or config.kernels == "reference"):
+        raise StartupError(f"activation dtype {config.activation_dtype} is for the CPU's own kernels: leave it out")
     return model_dir, model_config, device
 
 
@@ -93,7 +95,7 @@ def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
     if config.kernels == "reference":
         return _load_with(_reference_kernels(device, shard), config, model_dir, model_config, device, shard)
     if device == "cpu":
-        return _load_with(_cpu_kernels(), config, model_dir, model_config, device, shard)
+        return _load_with(_cpu_kernels(config), config, model_dir, model_config, device, shard)
     from evenhand_engine.core.device_loading import load_on_device
 
     return load_on_device(config, model_dir, model_config, shard)
@@ -130,12 +132,14 @@ def _reference_kernels(device: str, shard: Shard) -> Kernels:
     return ReferenceKernels(torch.device("cuda", shard.rank))
 
 
-def _cpu_kernels() -> Kernels:
+def _cpu_kernels(config: EngineConfig) -> Kernels:
     try:
-        kernels = CpuKernels(cache_dir() / "kernels")
+        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=DTYPES[config.activation_dtype])
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()
+    if config.activation_dtype == "bfloat16" and not kernels.has_bfloat16_products:
+        logger.warning("this processor has no bfloat16 products: --activation-dtype bfloat16 makes it slower")
     torch.set_num_threads(1)  # what is left to torch is small, and its idle threads would spin on the kernels' cores
     return kernels
 

@@ -107,6 +107,8 @@ def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
             {"kernels": "reference", "kv_cache_dtype": "fp8"},
             "KV cache dtype fp8 is for the kernels of a GPU",
         ),
+        ({"activation_dtype": "bfloat16"}, "activation dtype bfloat16 is for the CPU's own kernels: leave it out"),
+        ({"device": "cpu", "kernels": "reference", "activation_dtype": "bfloat16"}, "is for the CPU's own kernels"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(config: EngineConfig, changed: dict[str, str], message: str) -> None:

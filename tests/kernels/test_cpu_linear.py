@@ -1,0 +1,141 @@
+"""Linear layers and embeddings in C++ against the same in float64, at sizes that fit no tile."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+
+from evenhand_engine.model.cache import cache_dir
+from evenhand_kernels.cpu.kernels import CpuKernels
+from harness.tensors import assert_close, quantized, randn
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FEW_ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def bfloat16_kernels(cpu_kernels: CpuKernels) -> CpuKernels:
+    """Of a second set, for which there is a compiler if there is one for the first."""
+    return CpuKernels(cache_dir() / "kernels", num_threads=3, activation_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 256), (17, 257), (95, 33), (120, 576)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
+    weight, bias = randn(outputs, inputs).to(dtype), randn(outputs, seed=1) if with_bias else None
+    linear = cpu_kernels.linear(weight, bias)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 48, 255, 256, 257, 600):
+        x = randn(rows, inputs, seed=2)
+        expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close(linear(x), expected, 1e-5)
+    assert linear(torch.empty(0, inputs)).shape == (0, outputs)
+
+
+QUANTIZED = [
+    pytest.param(bits, group, scales, minima, id=f"{bits}-bit-{group}-{str(scales)[6:]}{'-minima' * minima}")
+    for bits, group, scales, minima in itertools.product(
+        (4, 8), (16, 32, 128), (torch.float16, torch.float32), (False, True)
+    )
+    if bits == 8 or minima
+]
+
+
+@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
+@pytest.mark.parametrize("outputs, inputs", [(1, 128), (120, 640)])
+def test_linear_of_a_quantized_weight(
+    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool, outputs: int, inputs: int
+) -> None:
+    weight, bias = quantized(outputs, inputs, bits, group, scales, minima), randn(outputs, seed=3)
+    linear = cpu_kernels.linear(weight, bias)
+    for rows in (1, 2, 3, 4, 5, 13, 257):
+        x = randn(rows, inputs, seed=4)
+        assert_close(linear(x), functional.linear(x.double(), weight.dequantized().double(), bias.double()), 1e-5)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (17, 257), (95, 33), (120, 1536)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_in_bfloat16(dtype: torch.dtype, outputs: int, inputs: int, bfloat16_kernels: CpuKernels) -> None:
+    """Exact products of rounded numbers; of few rows only the activations are rounded."""
+    weight, bias = randn(outputs, inputs).to(dtype), randn(outputs, seed=1)
+    linear = bfloat16_kernels.linear(weight, bias)
+    for rows in (1, 4, 5, 13, 48, 257):
+        x = randn(rows, inputs, seed=2)
+        multiplied = (weight.bfloat16() if rows > FEW_ROWS else weight).double()
+        assert_close(linear(x), functional.linear(x.bfloat16().double(), multiplied, bias.double()), 1e-5)
+
+
+@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
+def test_linear_of_a_quantized_weight_in_bfloat16(
+    bits: int, group: int, scales: torch.dtype, minima: bool, bfloat16_kernels: CpuKernels
+) -> None:
+    weight = quantized(120, 640, bits, group, scales, minima)
+    linear, widened = bfloat16_kernels.linear(weight, None), weight.dequantized()
+    for rows in (1, 4, 5, 13, 257):
+        x = randn(rows, 640, seed=4)
+        multiplied = (widened.bfloat16() if rows > FEW_ROWS else widened).double()
+        # a weight in the middle of two numbers may be rounded to either
+        assert_close(
+            linear(x), functional.linear(x.bfloat16().double(), multiplied), 1e-5 if rows <= FEW_ROWS else 1e-3
+        )
+
+
+def test_what_is_not_finite_stays_so_in_bfloat16(bfloat16_kernels: CpuKernels) -> None:
+    """And what is largest in float32 is rounded to infinity, as torch does it."""
+    x = torch.tensor(
+        [[float("inf")], [float("-inf")], [float("nan")], [3.4e38], [-3.0e38], [1e-40], [-0.0], [1.00390625]]
+    )
+    linear = bfloat16_kernels.linear(torch.ones(1, 1), None)
+    torch.testing.assert_close(linear(x)[:5], x[:5].bfloat16().float(), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(linear(x)[5:], x[5:].bfloat16().float(), rtol=0, atol=1e-38)
+
+
+@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
+def test_gated_linear_of_a_quantized_weight(
+    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool
+) -> None:
+    weight = quantized(2 * 31, 384, bits, group, scales, minima)
+    linear = cpu_kernels.gated_linear(weight, None)
+    for rows in (1, 7):
+        x = randn(rows, 384, seed=4) / 300
+        gate, up = functional.linear(x.double(), weight.dequantized().double()).chunk(2, dim=-1)
+        assert_close(linear(x), functional.silu(gate) * up, 3e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [8, 257, 576])
+def test_embedding(cpu_kernels: CpuKernels, dtype: torch.dtype, columns: int) -> None:
+    weight, ids = randn(61, columns).to(dtype), torch.tensor([60, 0, 17, 60], dtype=torch.int32)
+    embedding, linear = cpu_kernels.tied_embedding(weight)
+    assert embedding(ids).equal(weight[ids].float())
+    assert cpu_kernels.embedding(weight)(ids).equal(weight[ids].float())
+    x = randn(3, columns, seed=1)
+    assert_close(linear(x), functional.linear(x.double(), weight.double()), 1e-5)
+
+
+@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
+def test_embedding_of_a_quantized_weight(
+    cpu_kernels: CpuKernels, bits: int, group: int, scales: torch.dtype, minima: bool
+) -> None:
+    weight, ids = quantized(61, 384, bits, group, scales, minima), torch.tensor([60, 0, 17], dtype=torch.int32)
+    torch.testing.assert_close(cpu_kernels.embedding(weight)(ids), weight.dequantized()[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (8, 64), (9, 65), (31, 300)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gated_linear(cpu_kernels: CpuKernels, dtype: torch.dtype, outputs: int, inputs: int, with_bias: bool) -> None:
+    weight, bias = randn(2 * outputs, inputs).to(dtype), randn(2 * outputs, seed=1) if with_bias else None
+    linear = cpu_kernels.gated_linear(weight, bias)
+    for rows in (1, 7, 97):
+        x = randn(rows, inputs, seed=2)
+        both = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        gate, up = both.chunk(2, dim=-1)
+        assert_close(linear(x), functional.silu(gate) * up, 1e-5)
+
+
+def test_the_gate_saturates_without_overflow(cpu_kernels: CpuKernels) -> None:
+    linear = cpu_kernels.gated_linear(torch.tensor([[1.0], [1.0]]), None)
+    x = torch.tensor([[-1e15], [-200.0], [-89.0], [0.0], [89.0], [200.0]])
+    torch.testing.assert_close(linear(x), functional.silu(x) * x)
