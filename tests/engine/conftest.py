@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
 
 EOS = 256
@@ -24,3 +25,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     (directory / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
     return Tokenizer(directory)
+
+
+@pytest.fixture
+def compiler(tokenizer: Tokenizer) -> Compiler:
+    return Compiler(lambda: tokenizer)

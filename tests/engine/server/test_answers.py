@@ -12,7 +12,8 @@ from evenhand_engine.openai.answers import ChatCompletion, ChatCompletionChunk, 
 from evenhand_engine.openai.response_answers import Response
 from evenhand_engine.scheduler.request import TokenLogprobs
 
-from .conftest import AddRequest, Say, ScriptedCore, Serve, Server
+from .conftest import AddRequest, Say, Serve, Server
+from .scripted_core import ScriptedCore
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 WEATHER = {"name": "weather", "parameters": {"type": "object"}}

@@ -1,35 +1,23 @@
-"""Two processes at the public port, one owner: what tenants share is counted once, and who dies takes nothing with it."""
+"""Two processes at the public port, one owner: what tenants share is counted once."""
 
 import contextlib
-import json
-import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
-import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from evenhand_engine.config import EngineConfig
-from evenhand_engine.errors import StartupError
-from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import AbortRequest, AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_engine.server import api_servers
-from evenhand_engine.server.startup import start_server
 
-from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, connect
-
-KEY = "key-of-the-tenant-that-is-limited"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
+from .api_clients import HEADERS, Pinned, Stream, api_pids, ask, complete, metric, spoken, tenant, until, write_policy
+from .conftest import Say, Serve, Server
+from .scripted_core import WAIT_SECONDS, ScriptedCore
 
 
 @pytest.fixture
@@ -38,32 +26,6 @@ def policies(tmp_path: Path) -> Path:
     (tmp_path / "policies").mkdir()
     write_policy(tmp_path / "policies")
     return tmp_path / "policies"
-
-
-def write_policy(directory: Path, key: str = KEY, **limits: object) -> None:
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}, "stringData": {"key": key}}
-    identity = {"name": "keys", "type": "APIKey", "apiKey": {"secretRef": {"name": "keys"}}}
-    policy = {
-        "apiVersion": "evenhand.dev/v1alpha1",
-        "kind": "TenantPolicy",
-        "metadata": {"name": "chat"},
-        "spec": {"identities": [identity], "limits": limits},
-    }
-    (directory / ".new").write_text(yaml.safe_dump_all([secret, policy]))
-    os.replace(directory / ".new", directory / "chat.yaml")
-
-
-def ask(server: Server, **body: object) -> httpx2.Response:
-    """By a connection of its own, which the kernel gives to one of the processes."""
-    with httpx2.Client(base_url=server.url, headers=HEADERS, timeout=WAIT_SECONDS) as client:
-        return complete(client, **body)
-
-
-def complete(client: httpx2.Client, **body: object) -> httpx2.Response:
-    return client.post("/v1/completions", json={"prompt": "x", "max_tokens": 5} | body)
-
-
-Pinned = Callable[[Server], list[httpx2.Client]]
 
 
 @pytest.fixture
@@ -85,61 +47,6 @@ def pinned() -> Iterator[Pinned]:
         yield connect_both
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {WAIT_SECONDS} s: {what}"
-        time.sleep(0.01)
-
-
-def tenant(server: Server, tenant_id: str = "chat") -> dict[str, Any]:
-    tenants = httpx2.get(f"{server.admin_url}/v1/tenants").json()["tenants"]
-    return next(dict(found) for found in tenants if found["tenantId"] == tenant_id)
-
-
-def metric(asked: str | httpx2.Client, name: str) -> float:
-    """Its sum over all labels."""
-    answer = httpx2.get(f"{asked}/metrics") if isinstance(asked, str) else asked.get("/metrics")
-    families = text_string_to_metric_families(answer.text)
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
-
-
-def spoken(response: httpx2.Response) -> str:
-    return str(response.json()["error"]["code"] if response.status_code != 200 else "ok")
-
-
-class Stream:
-    """A client that reads a stream, on a connection of its own.
-
-    Attributes:
-        request_id: of the request in the core.
-    """
-
-    def __init__(self, server: Server) -> None:
-        self._connection = connect(server)
-        body = json.dumps({"prompt": "x", "max_tokens": 100, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
-        self._connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        self.request_id = server.core.expect(AddRequest).request_id
-        self.origin = server.core.origins[self.request_id]
-
-    def read_until(self, what: bytes) -> bool:
-        """Whether it comes before the end."""
-        seen = b""
-        while what not in seen:
-            try:
-                part = self._connection.recv(65536)
-            except ConnectionResetError:
-                part = b""
-            if not part:
-                return False
-            seen += part
-        return True
-
-    def close(self) -> None:
-        self._connection.close()
-
-
 @pytest.fixture
 def open_streams() -> Iterator[Callable[[Server], list[Stream]]]:
     """`open_streams(server)`: two streams, one in each process."""
@@ -156,10 +63,6 @@ def open_streams() -> Iterator[Callable[[Server], list[Stream]]]:
     yield open_both
     for stream in opened:
         stream.close()
-
-
-def api_pids() -> set[int]:
-    return {child.pid or 0 for child in multiprocessing.active_children() if child.name == "evenhand-api"}
 
 
 def test_a_quota_is_one_over_all_processes(serve: Serve, say: Say, policies: Path, pinned: Pinned) -> None:
@@ -288,41 +191,3 @@ def test_a_process_that_is_killed_takes_nothing_with_it(
     server.core.origins.clear()
     until(lambda: ask(server).status_code == 200 and len(set(server.core.origins.values())) == 2, "both serve again")
     assert httpx2.get(f"{server.url}/ready").status_code == httpx2.get(f"{server.admin_url}/ready").status_code == 200
-
-
-def test_processes_that_keep_dying_end_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_servers, "_RESTART_SECONDS", 0.0)
-    monkeypatch.setattr(api_servers, "_MAX_DEATHS", 2)
-    server = serve(api_server_count=2)
-    for pid in api_pids():
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: server.running.failure is not None, "they are given up")
-    assert "died" in str(server.running.failure)
-
-
-def test_one_that_cannot_be_started_anew_ends_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("no more processes")
-
-    monkeypatch.setattr(api_servers, "_RESTART_SECONDS", 0.0)
-    server = serve(api_server_count=2)
-    monkeypatch.setattr(api_servers.ApiServers, "_spawn", refuse)
-    os.kill(min(api_pids()), signal.SIGKILL)
-    until(lambda: server.running.failure is not None, "it is given up")
-    assert "no more processes" in str(server.running.failure)
-
-
-async def test_one_that_cannot_start_says_why(model_dir: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(model_dir, tmp_path / "model")
-    (broken / "tokenizer.json").write_text("no tokenizer")
-    settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, api_server_count=2)
-    with pytest.raises(StartupError, match="tokenizer"):
-        async with start_server(settings, EngineConfig(model=str(broken)), spawn=ScriptedCore().spawn):
-            pass
-
-
-def test_a_port_in_use_is_found_although_processes_share_one(serve: Serve) -> None:
-    server = serve(api_server_count=2)
-    port = int(server.url.rpartition(":")[2])
-    with pytest.raises(StartupError, match=f"port {port}"):
-        serve(api_server_count=2, port=port)

@@ -14,7 +14,8 @@ from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput, TokenLogprobs
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, ScriptedCore, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import ScriptedCore, token_ids
 
 TEXT = "Paris: 東京 👩‍🚀."  # every code point beyond ASCII is several tokens
 MESSAGES: Any = [{"role": "user", "content": "Where?"}]

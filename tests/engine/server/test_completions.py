@@ -1,4 +1,4 @@
-"""The OpenAI API, driven by the official client against a scripted engine core."""
+"""Completions and chats, whole and streamed, by OpenAI's own client."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from evenhand_engine.messages import AbortRequest, AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import token_ids
 
 PARIS = "The capital of France is Paris."
 UNICODE = "Käse 3 €, 東京 👩‍🚀🪐!"
@@ -292,12 +293,3 @@ def test_models(paris: Server) -> None:
     assert paris.client().models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         paris.client().models.retrieve("gpt-4")
-
-
-def test_served_model_names(serve: Serve, say: Say) -> None:
-    client = serve(say(PARIS), served_model_names=("a", "b/c")).client()
-    assert [model.id for model in client.models.list().data] == ["a", "b/c"]
-    assert client.completions.create(model="b/c", prompt="x").model == "b/c"
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(model="tiny", prompt="x")
-    assert caught.value.code == "model_not_found"

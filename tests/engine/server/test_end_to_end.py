@@ -1,105 +1,26 @@
-"""`evenhand serve` as a process of its own, with the real engine core: the default model, and a tiny one for faults."""
+"""The real engine with the default model, in processes of its own."""
 
 import contextlib
 import json
 import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
-import psutil
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from evenhand_engine.commands.options import quantity
-from evenhand_engine.commands.serve import serve
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.text.tokenizer import Tokenizer
 
-START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
-STOP_SECONDS = 60.0
+from .processes import STOP_SECONDS, ServeProcess, Start, serving, tiny_servers
+
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@dataclass
-class ServeProcess:
-    """A running `evenhand serve`."""
-
-    process: "subprocess.Popen[str]"
-    url: str
-    admin_url: str
-    log: list[str]
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options)
-
-    @property
-    def core(self) -> psutil.Process:
-        """The engine core: the child that has torch in memory."""
-        return max(psutil.Process(self.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
-
-    def wait(self) -> int:
-        return self.process.wait(STOP_SECONDS)
-
-
-Command = Callable[..., "subprocess.Popen[str]"]
-Start = Callable[..., ServeProcess]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(*args: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [str(Path(sys.executable).with_name("evenhand")), "serve", *args]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        family = [psutil.Process(process.pid)]
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family += family[0].children(recursive=True)
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-
-
-@contextlib.contextmanager
-def serving(*args: str) -> Iterator[ServeProcess]:
-    admin_port = free_port()
-    with running("--host", "127.0.0.1", "--port", "0", "--admin-port", str(admin_port), *args) as process:
-        log: list[str] = []
-        found = threading.Event()
-
-        def read() -> None:
-            assert process.stderr is not None
-            for line in process.stderr:
-                log.append(line)
-                if "Evenhand serves" in line:
-                    found.set()
-            found.set()
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert found.wait(START_SECONDS), log
-        urls = [url for line in log if (url := re.search(r"at (http\S+)/v1", line))]
-        assert urls, log
-        yield ServeProcess(process, urls[0][1], f"http://127.0.0.1:{admin_port}", log)
-    reader.join(STOP_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +35,8 @@ def default_model() -> Iterator[ServeProcess]:
 
 @pytest.fixture
 def tiny(model_dir: Path) -> Iterator[Start]:
-    with contextlib.ExitStack() as stack:
-        yield lambda *args: stack.enter_context(serving(str(model_dir), "--load-format", "dummy", *args))
+    with tiny_servers(model_dir) as start:
+        yield start
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:
@@ -275,135 +196,3 @@ def test_policies_reach_the_engine(tiny: Start, tmp_path: Path) -> None:
                 break
             assert time.monotonic() < deadline, state
             time.sleep(0.1)
-
-
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_drain_lets_running_streams_finish(tiny: Start, count: str) -> None:
-    server = tiny("--drain-timeout", "300", "--api-server-count", count)
-    core = server.core
-    with server.client() as client:
-        model = client.models.list().data[0].id
-        options: dict[str, Any] = {"model": model, "prompt": "x", "max_tokens": 1500, "stream": True}
-        stream = client.completions.create(**options, extra_body={"ignore_eos": True, "skip_special_tokens": False})
-        next(stream)
-        server.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while (ready := httpx2.get(f"{server.url}/ready")).status_code == 200:
-            assert time.monotonic() < deadline
-        assert ready.json()["error"]["code"] == "draining"
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.completions.create(model=model, prompt="x")
-        assert caught.value.code == "draining"
-        assert int(caught.value.response.headers["Retry-After"]) >= 1
-        *_, last = stream
-        assert last.choices[0].finish_reason == "length"
-    assert server.wait() == 0
-    core.wait(STOP_SECONDS)
-    draining = next(number for number, line in enumerate(server.log) if " draining " in line)
-    rest = [line for line in server.log[draining + 1 :] if " evenhand.access " not in line]
-    assert rest == [], "a clean end says nothing more, neither of its own nor of a library's"
-
-
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_drain_timeout_ends_streams_with_a_reason(tiny: Start, count: str) -> None:
-    server = tiny("--drain-timeout", "0", "--api-server-count", count)
-    with server.client() as client:
-        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
-        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
-        next(stream)
-        server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError) as caught:
-            for _ in stream:
-                pass
-        assert caught.value.code == "draining"
-    assert server.wait() == 0
-
-
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_death_of_the_core_ends_the_process(tiny: Start, count: str) -> None:
-    server = tiny("--api-server-count", count)
-    with server.client() as client:
-        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
-        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
-        next(stream)
-        server.core.kill()
-        with pytest.raises(openai.APIError) as caught:
-            for _ in stream:
-                pass
-        assert caught.value.code == "engine_dead"
-    assert server.wait() == 1
-
-
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_a_killed_server_takes_its_other_processes_along(tiny: Start, count: str) -> None:
-    server = tiny("--api-server-count", count)
-    others = psutil.Process(server.process.pid).children(recursive=True)
-    server.process.kill()
-    server.wait()
-    psutil.wait_procs(others, timeout=STOP_SECONDS)
-    assert not any(process.is_running() for process in others)
-
-
-@pytest.mark.parametrize("count", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_start_up(model_dir: Path, number: signal.Signals, count: str) -> None:
-    ports = ("--port", "0", "--admin-port", "0", "--api-server-count", count)
-    with running(str(model_dir), "--load-format", "dummy", *ports) as process:
-        parent = psutil.Process(process.pid)
-        deadline = time.monotonic() + START_SECONDS
-        while not (children := parent.children(recursive=True)):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(STOP_SECONDS) == 0
-        assert process.stderr is not None and process.stderr.read() == ""
-        psutil.wait_procs(children, timeout=STOP_SECONDS)
-        assert not any(child.is_running() for child in children)
-
-
-def failure(*args: str) -> str:
-    """What `evenhand serve` says when it cannot start."""
-    with running(*args) as process:
-        _, message = process.communicate(timeout=START_SECONDS)
-        assert process.returncode == 1, message
-    assert "Traceback" not in message
-    assert message.startswith("evenhand: ")
-    return message
-
-
-def test_start_up_errors(model_dir: Path, tmp_path: Path) -> None:
-    ports = ("--port", "0", "--admin-port", "0")
-    assert "no such directory" in failure("/nowhere/model", *ports)
-    assert "model.safetensors" in failure(str(model_dir), *ports), "without weights"
-    assert "too little memory" in failure(
-        str(model_dir), *ports, "--load-format", "dummy", "--kv-cache-memory-bytes", "9000G"
-    )
-    (tmp_path / "bad.yaml").write_text("kind: Nonsense")
-    assert "bad.yaml" in failure(str(model_dir), *ports, "--policies", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert f"port {port}" in failure("--host", "127.0.0.1", "--port", port, "--admin-port", "0")
-
-
-@pytest.mark.parametrize("arguments", [[], ["--api-key", ""]])
-def test_an_empty_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    """As a Secret's empty value would, in a Pod's environment."""
-    monkeypatch.setenv("EVENHAND_API_KEY", "" if not arguments else "a-key")
-    outcome = CliRunner().invoke(serve, ["/nowhere/model", "--port", "0", "--admin-port", "0", *arguments])
-    assert outcome.exit_code == 2
-    assert "EVENHAND_API_KEY is empty" in outcome.output
-
-
-@pytest.mark.parametrize(
-    ("value", "number"), [("7", 7), ("2k", 2000), ("2K", 2048), ("1m", 10**6), ("1M", 2**20), ("1.5k", 1500)]
-)
-def test_quantities(value: str, number: int) -> None:
-    assert quantity(value) == number
-
-
-@pytest.mark.parametrize("args", [["--max-num-seqs", "0"], ["--max-model-len", "2x"], ["--port", "70000"], ["--what"]])
-def test_bad_flags(args: list[str]) -> None:
-    with running(*args) as process:
-        _, message = process.communicate(timeout=START_SECONDS)
-        assert process.returncode == 2
-        assert args[0] in message

@@ -6,7 +6,7 @@ from evenhand_engine.backends.inbox import Arrival, Inbox
 from evenhand_engine.messages import EngineFailed, StepOutputs
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, TokenLogprobs
 
-from .conftest import idle_stats
+from .scripted_core import idle_stats
 
 
 def step(*outputs: RequestOutput, **more: Any) -> StepOutputs:

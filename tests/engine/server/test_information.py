@@ -10,7 +10,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-from .conftest import Say, Serve, Server, connect, token_ids
+from .conftest import Say, Serve, Server, connect
+from .scripted_core import token_ids
 from .test_faults import post
 
 MESSAGES = [{"role": "user", "content": "Where?"}]

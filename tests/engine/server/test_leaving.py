@@ -8,7 +8,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput
 
-from .conftest import WAIT_SECONDS, Serve, connect
+from .conftest import Serve, connect
+from .scripted_core import WAIT_SECONDS
 from .test_faults import post
 
 

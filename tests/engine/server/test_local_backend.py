@@ -1,118 +1,22 @@
 """The engine core as a backend: a scripted core at the other end of a real pipe."""
 
 import asyncio
-import contextlib
-import threading
-import time
 import tracemalloc
-from array import array
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterable
 
-import msgspec
 import pytest
 
-from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
-from evenhand_engine.backends.local import LocalBackend
-from evenhand_engine.config import EngineConfig
-from evenhand_engine.errors import EngineDeadError, StartupError
+from evenhand_engine.backends.backend import Delta, Ending
 from evenhand_engine.messages import (
     AbortRequest,
     AddRequest,
-    EngineFailed,
-    EngineStats,
     Reconfigure,
-    StartupFailed,
-    StepOutputs,
 )
-from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams
-from evenhand_engine.text.detokenizer import text_of
-from evenhand_engine.text.text_decoder import TextDecoder, WindowDecoder
-from evenhand_engine.text.tokenizer import Tokenizer
-from evenhand_policy.config import SchedulerConfig, TenantConfig
+from evenhand_engine.scheduler.request import FinishReason, RequestOutput
+from evenhand_policy.config import SchedulerConfig
 
-from .conftest import WAIT_SECONDS, ScriptedCore, idle_stats
-
-
-def ask(
-    request_id: str, prompt: Iterable[int] = (1, 2, 3), *, max_tokens: int = 5, **options: Any
-) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=request_id,
-        tenant_id="t",
-        prompt_token_ids=array("I", prompt),
-        sampling_params=SamplingParams(max_tokens=max_tokens),
-        arrival_time=0.0,
-        **options,
-    )
-
-
-@dataclass
-class Notes:
-    """An Observer that writes down what it is told."""
-
-    started_with: int | None = None
-    num_tokens: int = 0
-    endings: list[Ending] = field(default_factory=list)
-    has_ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def started(self, num_cached_tokens: int, now: float) -> None:
-        assert self.started_with is None and not self.endings
-        self.started_with = num_cached_tokens
-
-    def generated(self, num_tokens: int, now: float) -> None:
-        assert self.started_with is not None and not self.endings
-        self.num_tokens += num_tokens
-
-    def ended(self, ending: Ending, now: float) -> None:
-        self.endings.append(ending)
-        self.has_ended.set()
-
-
-def output(request_id: str, *token_ids: int, finish: FinishReason | None = None) -> RequestOutput:
-    return RequestOutput(request_id=request_id, token_ids=token_ids, finish_reason=finish)
-
-
-def stats(step_id: int) -> EngineStats:
-    return msgspec.structs.replace(idle_stats(""), step_id=step_id)
-
-
-class Letters:
-    """A tokenizer whose token ids are code points."""
-
-    def text_decoder(self, context: Sequence[int], skip_special_tokens: bool) -> TextDecoder:
-        return WindowDecoder(lambda token_ids: "".join(map(chr, token_ids)), context)
-
-
-async def read(stream: Stream) -> AsyncIterator[Delta]:
-    """Each delta as soon as there is one, until the last."""
-    news, delta = asyncio.Event(), None
-    stream.listen(news.set)
-    while delta is None or delta.finish_reason is None:
-        if (delta := stream.take()) is not None:
-            yield delta
-        else:
-            news.clear()
-            await news.wait()
-
-
-@contextlib.asynccontextmanager
-async def connected(core: ScriptedCore) -> AsyncIterator[LocalBackend]:
-    backend = LocalBackend(*core.spawn(EngineConfig()))
-    backend.tokenizer = cast(Tokenizer, Letters())
-    try:
-        yield backend
-    finally:
-        await backend.close()
-
-
-async def collect(backend: LocalBackend, request_id: str) -> list[Delta]:
-    return [delta async for delta in read(backend.generate(ask(request_id), Notes()))]
-
-
-def text(deltas: Iterable[Delta]) -> str:
-    return "".join(text_of(delta.pieces) for delta in deltas)
+from .local_backend import Notes, ask, collect, connected, output, read, text
+from .scripted_core import WAIT_SECONDS, ScriptedCore
 
 
 async def test_each_stream_gets_its_own_outputs_in_order() -> None:
@@ -244,112 +148,3 @@ async def test_a_text_that_cannot_be_read_ends_its_own_request_only(caplog: pyte
         assert (a[-1].finish_reason, text(b)) == (FinishReason.ERROR, "B")
         assert (await asyncio.to_thread(core.expect, AbortRequest)).reason is FinishReason.ERROR
     assert "cannot be read" in caplog.text
-
-
-async def test_config_arrives_whole() -> None:
-    core = ScriptedCore()
-    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="a", weight=3),))
-    async with connected(core) as backend:
-        backend.reconfigure(config)
-        assert (await asyncio.to_thread(core.expect, Reconfigure)).config == config
-
-
-@pytest.mark.parametrize("says_why", [False, True])
-async def test_death_ends_every_stream(says_why: bool) -> None:
-    core = ScriptedCore()
-    async with connected(core) as backend:
-        tasks = [asyncio.create_task(collect(backend, name)) for name in "abc"]
-        for _ in tasks:
-            await asyncio.to_thread(core.expect, AddRequest)
-        if says_why:
-            core.send(EngineFailed(message="out of luck"))
-        core.die()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(result, EngineDeadError) for result in results)
-        assert backend.died.is_set()
-        assert backend.failure is not None
-        assert ("out of luck" in backend.failure) == says_why
-        with pytest.raises(EngineDeadError):
-            await collect(backend, "d")
-
-
-async def test_start_up_failure_carries_the_message() -> None:
-    class Failing(ScriptedCore):
-        def start(self) -> None:
-            self.send(StartupFailed(message="no such model"))
-
-    async with connected(Failing()) as backend:
-        with pytest.raises(StartupError, match="no such model"):
-            await backend.start()
-
-
-async def test_death_during_start_up() -> None:
-    class Dying(ScriptedCore):
-        def start(self) -> None:
-            self.die()
-
-    async with connected(Dying()) as backend:
-        with pytest.raises(StartupError, match="ended unexpectedly"):
-            await backend.start()
-
-
-async def test_a_core_that_loads_a_model_is_not_waited_for() -> None:
-    """It would answer once it is done; here that is never."""
-
-    class Loading(ScriptedCore):
-        def start(self) -> None: ...
-
-        def die(self) -> None: ...
-
-    core, killed = Loading(), threading.Event()
-    process, connection = core.spawn(EngineConfig())
-    process.kill = lambda: (killed.set(), ScriptedCore.die(core))  # type: ignore[assignment, method-assign]
-    async with asyncio.timeout(WAIT_SECONDS):
-        await LocalBackend(process, connection).close(timeout=10 * WAIT_SECONDS)
-    assert killed.is_set()
-
-
-async def test_garbage_from_the_core_is_its_death() -> None:
-    core = ScriptedCore()
-    async with connected(core) as backend:
-        await backend.start()
-        core.send_bytes(b"\xc1")
-        await asyncio.wait_for(backend.died.wait(), 10)
-        assert backend.failure is not None and "unreadable" in backend.failure
-
-
-async def test_progress_is_steps_not_messages() -> None:
-    core = ScriptedCore()
-    async with connected(core) as backend:
-        await backend.start()
-        assert backend.seconds_without_progress(time.monotonic() + 1000) == 0, "idle"
-        reading = asyncio.create_task(collect(backend, "a"))
-        await asyncio.to_thread(core.expect, AddRequest)
-        arrived = asyncio.Event()
-        backend.on_stats(lambda _: arrived.set())
-        core.send(StepOutputs(outputs=(), stats=stats(1)))
-        await asyncio.wait_for(arrived.wait(), 10)
-        before = backend.seconds_without_progress(1e9)
-        for step_id, is_progress in ((1, False), (2, True)):
-            arrived.clear()
-            core.send(StepOutputs(outputs=(), stats=stats(step_id)))
-            await asyncio.wait_for(arrived.wait(), 10)
-            assert (backend.seconds_without_progress(1e9) < before) == is_progress
-        reading.cancel()
-
-
-async def test_a_core_that_does_not_read_does_not_block_the_loop() -> None:
-    class Deaf(ScriptedCore):
-        def _run(self, connection: object) -> None:
-            return None
-
-    core = Deaf()
-    async with connected(core) as backend:
-        readers = [asyncio.create_task(collect(backend, str(number))) for number in range(50)]
-        blocked = asyncio.ensure_future(anext(read(backend.generate(ask("huge", range(300_000)), Notes()))))
-        async with asyncio.timeout(10):
-            for _ in range(100):
-                await asyncio.sleep(0)
-        for task in [*readers, blocked]:
-            task.cancel()
-        core.die()

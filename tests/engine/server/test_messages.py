@@ -11,7 +11,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import WAIT_SECONDS, ScriptedCore, token_ids
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 SCHEMA = {

@@ -17,7 +17,8 @@ from schemathesis.checks import CHECKS, load_all_checks
 from evenhand_engine.server.openapi import document
 from evenhand_engine.server.routes import ROUTES
 
-from .conftest import WAIT_SECONDS, Say, ScriptedCore, Serve, Server
+from .conftest import Say, Serve, Server
+from .scripted_core import WAIT_SECONDS, ScriptedCore
 
 KEY = "the-key"
 NUM_EXAMPLES = 20  # of each operation, as the document says and otherwise

@@ -21,7 +21,8 @@ from evenhand_policy.push_protocol import CONFIG_PATH, make_request, sign_reques
 from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Assignment, Version
 
-from .conftest import WAIT_SECONDS, Say, Serve, Server
+from .conftest import Say, Serve, Server
+from .scripted_core import WAIT_SECONDS
 
 POOL = PoolReference(namespace="inference", name="default")
 KEY = Ed25519PrivateKey.from_private_bytes(b"operator" * 4)

@@ -10,7 +10,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-from .conftest import Say, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import token_ids
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 SCHEMA = {

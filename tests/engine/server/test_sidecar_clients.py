@@ -12,7 +12,8 @@ from evenhand_engine.scheduler.request import RequestOutput
 from evenhand_engine.server.startup import start_sidecar
 from evenhand_engine.sidecar.service import SidecarService
 
-from .conftest import WAIT_SECONDS, Say, Serve, Server
+from .conftest import Say, Serve, Server
+from .scripted_core import WAIT_SECONDS
 
 TEXT = "abcabc"
 

@@ -13,7 +13,8 @@ from evenhand_engine.messages import AddRequest
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured.compiler import Compiler
 
-from .conftest import Say, ScriptedCore, Serve, Server
+from .conftest import Say, Serve, Server
+from .scripted_core import ScriptedCore
 
 SCHEMA = {
     "type": "object",

@@ -11,7 +11,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.text.tokenizer import Tokenizer
 
-from .conftest import Say, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import token_ids
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
 

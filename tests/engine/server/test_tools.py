@@ -14,7 +14,8 @@ from evenhand_engine.structured.tools import Function, calls
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_engine.text.tool_calls import FORMATS
 
-from .conftest import Say, Serve, Server, token_ids
+from .conftest import Say, Serve, Server
+from .scripted_core import token_ids
 
 MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
 SCHEMA = {

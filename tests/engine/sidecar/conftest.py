@@ -20,6 +20,7 @@ from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
 
 WAIT_SECONDS = 20.0
+TEAM_KEY = "a-key-of-the-team-0123456789"
 Script = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -186,3 +187,12 @@ async def start() -> AsyncIterator[Start]:
 @pytest.fixture
 async def sidecar(upstream: ScriptedUpstream, start: Start) -> Sidecar:
     return await start(upstream.url)
+
+
+async def say_three(request: web.Request) -> web.StreamResponse:
+    response = await open_stream(request)
+    for _ in range(3):
+        await response.write(event())
+    await response.write(usage_event(prompt=11, output=3, cached=4))
+    await response.write(DONE)
+    return response
