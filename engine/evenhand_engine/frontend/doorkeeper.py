@@ -12,35 +12,11 @@ from typing import Any
 import msgspec
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend import door_messages
 from evenhand_engine.frontend.body_memory import Held
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import OwnClaim, reserve
 from evenhand_engine.frontend.door import hold, rate_limits
-from evenhand_engine.frontend.door_messages import (
-    Answer,
-    AnyCall,
-    AskHealth,
-    AskLoad,
-    AskMetrics,
-    AskQueueDelay,
-    AskRateLimits,
-    Call,
-    Check,
-    ClientStalled,
-    CountRequest,
-    Ended,
-    Enforce,
-    Enforces,
-    Exhausted,
-    Hold,
-    Progress,
-    RefusalCounted,
-    Refused,
-    Release,
-    Reserve,
-    Resize,
-    ToOwner,
-)
 from evenhand_engine.frontend.service import Service
 from evenhand_policy.config import SchedulerConfig
 
@@ -57,7 +33,9 @@ class Doorkeeper:
         is_current: whether the API server enforces the config that it was sent last.
     """
 
-    def __init__(self, service: Service, channel: Channel[ToOwner], count_in_flight: Callable[[int], None]) -> None:
+    def __init__(
+        self, service: Service, channel: Channel[door_messages.ToOwner], count_in_flight: Callable[[int], None]
+    ) -> None:
         self.is_current = False
         self._service = service
         self._channel = channel
@@ -70,7 +48,7 @@ class Doorkeeper:
         """Have it enforce `config`; not `is_configured`: serve nobody yet."""
         self._number += 1
         self.is_current = False
-        self._channel.send(Enforce(self._number, config, is_configured))
+        self._channel.send(door_messages.Enforce(self._number, config, is_configured))
 
     def close(self) -> int:
         """Give back everything; returns how many requests ended by that."""
@@ -83,28 +61,28 @@ class Doorkeeper:
         self._claims, self._bodies = {}, {}
         return len(claims)
 
-    def receive(self, message: ToOwner) -> None:
+    def receive(self, message: door_messages.ToOwner) -> None:
         """Take in one message of the API server."""
         match message:
-            case Call():
+            case door_messages.Call():
                 self._answer(message)
-            case Progress():
+            case door_messages.Progress():
                 self._take_progress(message)
-            case Ended():
+            case door_messages.Ended():
                 self._end(message)
-            case Resize():
+            case door_messages.Resize():
                 self._bodies[message.body].resize(message.num_bytes)
-            case Release():
+            case door_messages.Release():
                 if (body := self._bodies.pop(message.body, None)) is not None:  # None: refused, while its client left
                     body.release()
-            case RefusalCounted():
+            case door_messages.RefusalCounted():
                 self._service.metrics.count_refusal(message.tenant_id, message.code)
-            case ClientStalled():
+            case door_messages.ClientStalled():
                 self._service.metrics.count_stalled(message.tenant_id)
-            case Enforces():
+            case door_messages.Enforces():
                 self.is_current = message.number == self._number
 
-    def _answer(self, call: AnyCall) -> None:
+    def _answer(self, call: door_messages.AnyCall) -> None:
         try:
             result = self._result(call)
         except Refusal as refusal:
@@ -113,51 +91,53 @@ class Doorkeeper:
             log.exception("a call of an API server failed")
             self._refuse(call, Refusal(500, "internal_error", "The server failed to answer.", retry_after=1))
         else:
-            self._channel.send(Answer(call.call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
+            self._channel.send(door_messages.Answer(call.call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
 
-    def _refuse(self, call: AnyCall, refusal: Refusal) -> None:
+    def _refuse(self, call: door_messages.AnyCall, refusal: Refusal) -> None:
         self._channel.send(
-            Refused(call.call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after)
+            door_messages.Refused(
+                call.call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after
+            )
         )
 
-    def _result(self, call: AnyCall) -> Any:
+    def _result(self, call: door_messages.AnyCall) -> Any:
         service, now = self._service, time.monotonic()
         match call:
-            case Check():
+            case door_messages.Check():
                 return service.admission.check(call.tenant_id, now)
-            case CountRequest():
+            case door_messages.CountRequest():
                 return service.admission.count_request(call.tenant_id, now)
-            case Reserve():
+            case door_messages.Reserve():
                 return self._reserve(call, now)
-            case Hold():
+            case door_messages.Hold():
                 self._bodies[call.body] = hold(service, call.tenant_id, call.num_bytes)
                 return None
-            case AskRateLimits():
+            case door_messages.AskRateLimits():
                 return rate_limits(service, call.tenant_id)
-            case AskQueueDelay():
+            case door_messages.AskQueueDelay():
                 return service.admission.queue_delay(call.tenant_id, now)
-            case AskHealth():
+            case door_messages.AskHealth():
                 return service.health(now)
-            case AskMetrics():
+            case door_messages.AskMetrics():
                 return service.metrics.public_text()
-            case AskLoad():
+            case door_messages.AskLoad():
                 return service.backend.num_in_flight
 
-    def _reserve(self, call: Reserve, now: float) -> list[int]:
+    def _reserve(self, call: door_messages.Reserve, now: float) -> list[int]:
         claims = reserve(self._service.admission, self._service.metrics, call.tenant_id, call.demand, now)
         for number, claim in enumerate(claims, call.first_claim):
             self._claims[number] = claim
-            claim.exhausted = functools.partial(self._channel.send, Exhausted(number))
+            claim.exhausted = functools.partial(self._channel.send, door_messages.Exhausted(number))
         self._count_in_flight(len(claims))
         return [claim.max_tokens for claim in claims]
 
-    def _take_progress(self, progress: Progress) -> None:
+    def _take_progress(self, progress: door_messages.Progress) -> None:
         for number, num_cached_tokens in progress.started:
             self._claims[number].started(num_cached_tokens, progress.now)
         for number, num_tokens in progress.generated:
             self._claims[number].generated(num_tokens, progress.now)
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: door_messages.Ended) -> None:
         claim = self._claims.pop(ended.claim, None)
         if claim is None:
             return  # refused, while its client left

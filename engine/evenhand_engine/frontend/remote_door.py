@@ -15,36 +15,12 @@ from typing import TypeVar
 import msgspec
 
 from evenhand_engine.errors import EngineDeadError, Refusal
+from evenhand_engine.frontend import door_messages
 from evenhand_engine.frontend.auth import Authenticator
 from evenhand_engine.frontend.body_memory import Held
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import Claim, Demand
 from evenhand_engine.frontend.door import RateLimit
-from evenhand_engine.frontend.door_messages import (
-    Answer,
-    AskHealth,
-    AskLoad,
-    AskMetrics,
-    AskQueueDelay,
-    AskRateLimits,
-    Call,
-    Check,
-    ClientStalled,
-    CountRequest,
-    Drain,
-    Ended,
-    Enforce,
-    Enforces,
-    Exhausted,
-    Hold,
-    Progress,
-    RefusalCounted,
-    Refused,
-    Release,
-    Reserve,
-    Resize,
-    ToApiServer,
-)
 from evenhand_engine.frontend.service import ActiveRequests, make_authenticator
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_policy.config import SchedulerConfig
@@ -76,7 +52,7 @@ class RemoteDoor:
         self.configured = asyncio.Event()
         self.told_to_stop = asyncio.Event()
         self.left_alone = asyncio.Event()
-        self.channel: Channel[ToApiServer] = Channel(ToApiServer, self._receive, self._lose)
+        self.channel: Channel[door_messages.ToApiServer] = Channel(door_messages.ToApiServer, self._receive, self._lose)
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
@@ -85,15 +61,15 @@ class RemoteDoor:
         self._watch: asyncio.TimerHandle | None = None  # while there are calls
         self._claims: dict[int, _RemoteClaim] = {}
         self._limited = frozenset[str]()  # tenants with a quota
-        self._progress: list[Progress] = []  # yet to be told
+        self._progress: list[door_messages.Progress] = []  # yet to be told
 
     # -- asked
 
     async def check(self, tenant_id: str) -> int:
-        return await self._call(Check(call_id=self._number(), tenant_id=tenant_id), int)
+        return await self._call(door_messages.Check(call_id=self._number(), tenant_id=tenant_id), int)
 
     async def count_request(self, tenant_id: str) -> None:
-        await self._call(CountRequest(call_id=self._number(), tenant_id=tenant_id), object)
+        await self._call(door_messages.CountRequest(call_id=self._number(), tenant_id=tenant_id), object)
 
     async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
         claims = [_RemoteClaim(self, self._number()) for _ in range(demand.num_claims)]
@@ -101,7 +77,7 @@ class RemoteDoor:
         call_id, first = self._number(), claims[0].number
         try:
             limits = await self._call(
-                Reserve(call_id=call_id, tenant_id=tenant_id, demand=demand, first_claim=first), list[int]
+                door_messages.Reserve(call_id=call_id, tenant_id=tenant_id, demand=demand, first_claim=first), list[int]
             )
         except BaseException as error:
             for claim in claims:  # of one that was refused, the owner knows nothing; of a client that left, it may
@@ -118,7 +94,8 @@ class RemoteDoor:
         held = _RemoteHeld(self.channel, self._number())
         try:
             await self._call(
-                Hold(call_id=self._number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes), object
+                door_messages.Hold(call_id=self._number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes),
+                object,
             )
         except asyncio.CancelledError:
             held.release()
@@ -128,38 +105,40 @@ class RemoteDoor:
     async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
         if tenant_id not in self._limited:
             return ()
-        return await self._call(AskRateLimits(call_id=self._number(), tenant_id=tenant_id), list[RateLimit])
+        return await self._call(
+            door_messages.AskRateLimits(call_id=self._number(), tenant_id=tenant_id), list[RateLimit]
+        )
 
     async def queue_delay(self, tenant_id: str) -> float:
-        return await self._call(AskQueueDelay(call_id=self._number(), tenant_id=tenant_id), float)
+        return await self._call(door_messages.AskQueueDelay(call_id=self._number(), tenant_id=tenant_id), float)
 
     async def health(self) -> str | None:
-        problem = await self._call(AskHealth(call_id=self._number()), object)
+        problem = await self._call(door_messages.AskHealth(call_id=self._number()), object)
         return None if problem is None else str(problem)
 
     async def metrics_text(self) -> bytes:
-        return await self._call(AskMetrics(call_id=self._number()), bytes)
+        return await self._call(door_messages.AskMetrics(call_id=self._number()), bytes)
 
     async def load(self) -> int:
-        return await self._call(AskLoad(call_id=self._number()), int)
+        return await self._call(door_messages.AskLoad(call_id=self._number()), int)
 
     # -- told
 
     def count_refusal(self, tenant_id: str, code: str) -> None:
-        self.channel.send(RefusalCounted(tenant_id, code))
+        self.channel.send(door_messages.RefusalCounted(tenant_id, code))
 
     def count_stalled(self, tenant_id: str) -> None:
-        self.channel.send(ClientStalled(tenant_id))
+        self.channel.send(door_messages.ClientStalled(tenant_id))
 
-    def progress(self, now: float) -> Progress:
+    def progress(self, now: float) -> door_messages.Progress:
         """Where to write down what came at `now`, which is told soon."""
         if not self._progress:
             self._loop.call_soon(self._tell_progress)
         if not self._progress or self._progress[-1].now != now:
-            self._progress.append(Progress(now, [], []))
+            self._progress.append(door_messages.Progress(now, [], []))
         return self._progress[-1]
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: door_messages.Ended) -> None:
         """Nothing more is told of the claim."""
         del self._claims[ended.claim]
         self._tell_progress()
@@ -175,7 +154,7 @@ class RemoteDoor:
     def _number(self) -> int:
         return next(self._numbers)
 
-    async def _call(self, call: Call, kind: type[T]) -> T:
+    async def _call(self, call: door_messages.Call, kind: type[T]) -> T:
         """Raises Refusal, or EngineDeadError if the owner is gone or given up."""
         if self.channel.is_closed:
             raise EngineDeadError("the process that owns quotas is gone")
@@ -198,12 +177,12 @@ class RemoteDoor:
         elif self._calls:
             self._watch = self._loop.call_later(_SILENCE_SECONDS, self._note_silence)
 
-    def _receive(self, message: ToApiServer) -> None:
+    def _receive(self, message: door_messages.ToApiServer) -> None:
         self._num_silences = 0
         match message:
-            case Answer():
+            case door_messages.Answer():
                 self._resolve(message.call_id, lambda answer: answer.set_result(message.result))
-            case Refused():
+            case door_messages.Refused():
                 refusal = Refusal(
                     message.status,
                     message.code,
@@ -212,13 +191,13 @@ class RemoteDoor:
                     retry_after=message.retry_after,
                 )
                 self._resolve(message.call_id, lambda answer: answer.set_exception(refusal))
-            case Enforce():
+            case door_messages.Enforce():
                 self._enforce(message.config, message.is_configured)
-                self.channel.send(Enforces(message.number))
-            case Exhausted():
+                self.channel.send(door_messages.Enforces(message.number))
+            case door_messages.Exhausted():
                 if (claim := self._claims.get(message.claim)) is not None:
                     claim.exhausted()
-            case Drain():
+            case door_messages.Drain():
                 self.draining = True
                 self.told_to_stop.set()
 
@@ -267,21 +246,21 @@ class _RemoteClaim:
     def ended(self, outcome: str, reason: str, num_output_tokens: int, num_preemptions: int, now: float) -> None:
         if self._is_open:
             self._is_open = False
-            self._door.end(Ended(self.number, outcome, reason, num_output_tokens, num_preemptions, now))
+            self._door.end(door_messages.Ended(self.number, outcome, reason, num_output_tokens, num_preemptions, now))
 
 
 class _RemoteHeld:
     """See `Held`."""
 
-    def __init__(self, channel: Channel[ToApiServer], number: int) -> None:
+    def __init__(self, channel: Channel[door_messages.ToApiServer], number: int) -> None:
         self.number = number
         self._channel = channel
 
     def resize(self, size: int) -> None:
-        self._channel.send(Resize(self.number, size))
+        self._channel.send(door_messages.Resize(self.number, size))
 
     def release(self) -> None:
-        self._channel.send(Release(self.number))
+        self._channel.send(door_messages.Release(self.number))
 
 
 def _ignore() -> None: ...

@@ -28,7 +28,7 @@ class Results:
             result = next(results) if item.num_samples else None
             if request.finish_reason is not None:
                 if result is not None and request.finish_reason in _FROM_RESULTS:
-                    self._settle(request, item.first_output, 0)
+                    self.correct(request, item.first_output + 1, item.first_output)
                 continue
             end = item.num_computed_tokens + item.num_scheduled_tokens
             if result is not None and len(result.token_ids) < item.num_samples:
@@ -46,18 +46,12 @@ class Results:
                 request.num_in_flight_tokens -= item.num_samples
                 self._request_table.finish(request, FinishReason.ERROR)
             if item.num_samples:
-                self._settle(request, item.first_output, 0)
+                self.correct(request, item.first_output + 1, item.first_output)
 
-    def give_back(self, request: Request, start: int, count: int) -> None:
-        """The outputs at the positions [start, start + count) were charged, and are no outputs."""
-        if count:
-            self._ledger.correct_outputs(self._request_table.tenant(request.tenant_id), request, start + count, start)
-
-    def _settle(self, request: Request, first: int, count: int) -> None:
-        """A step was planned, and charged, to give one output at the position `first`; it gave `count`."""
-        if count != 1:
-            tenant = self._request_table.tenant(request.tenant_id)
-            self._ledger.correct_outputs(tenant, request, first + 1, first + count)
+    def correct(self, request: Request, charged: int, end: int) -> None:
+        """Outputs were charged up to the position `charged`, and there are some up to `end`. A step charges one when it is planned."""
+        if charged != end:
+            self._ledger.correct_outputs(self._request_table.tenant(request.tenant_id), request, charged, end)
 
     def _append(self, request: Request, result: Sampled) -> None:
         """Append what was sampled, up to the token that ends the request. Of every stream in every step."""
@@ -82,7 +76,7 @@ class Results:
                 break
         num_taken = len(tokens) - first
         if num_taken != 1:
-            self._settle(request, first, num_taken)
+            self.correct(request, first + 1, first + num_taken)
         if num_taken < len(token_ids):
             token_ids, logprobs = token_ids[:num_taken], logprobs[:num_taken]
         if request.guess or num_taken > 1:

@@ -116,7 +116,7 @@ class Scheduler:
             return
         if num_output_tokens is not None:
             surplus = min(max(0, request.num_output_tokens - num_output_tokens), self.settings.max_refunded_tokens)
-            self._results.give_back(request, len(request.token_ids) - surplus, surplus)
+            self._results.correct(request, len(request.token_ids), len(request.token_ids) - surplus)
         self.request_table.finish(request, reason)
 
     def reconfigure(self, config: SchedulerConfig, *, num_replicas: int = 1) -> None:

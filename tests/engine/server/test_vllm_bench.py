@@ -10,7 +10,8 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput
 
-from .conftest import WAIT_SECONDS, Say, Serve, Server, connect
+from .conftest import Say, Serve, Server, connect
+from .scripted_core import WAIT_SECONDS
 from .test_faults import post
 
 TEXT = "Paris, 東京."
