@@ -21,13 +21,9 @@ from harness.stage import Stage, conditions, until
 TAKEOVER_SECONDS = 15.0
 
 
-def apply(stage: Stage, name: str, **spec: object) -> None:
-    stage.cluster.apply(policy(stage.namespace, name, **spec))
-
-
 def enforce(stage: Stage, name: str, **spec: object) -> None:
     """Apply a policy, and return when it is in force."""
-    apply(stage, name, **spec)
+    stage.apply(name, **spec)
     stage.wait_ready(name)
 
 
@@ -184,7 +180,7 @@ def test_engines_that_know_a_newer_epoch_are_overtaken_not_obeyed(
     stage.kubectl("delete", "secret", *secrets, "--ignore-not-found")
     for replica in replicas:
         replica.start()
-    apply(stage, "restored", weight=7)
+    stage.apply("restored", weight=7)
     until(lambda: stage.enforced("restored", "weight") == [7, 7])
     assert min(epochs(stage)) > before
     stage.wait_ready("restored")
@@ -202,8 +198,8 @@ def test_deletions_and_changes_while_the_api_server_was_away(stage: Stage, repli
         os.kill(replica.program.pid, signal.SIGSTOP)
     try:
         stage.kubectl("delete", "tpol", *names[:3])
-        apply(stage, names[3], weight=8)
-        apply(stage, "born-in-the-gap")
+        stage.apply(names[3], weight=8)
+        stage.apply("born-in-the-gap")
         stage.cluster.restart_api_server(grace=0)
     finally:
         for replica in replicas:
@@ -237,7 +233,7 @@ def test_engines_enforce_what_they_have_while_the_api_server_is_away(
 def test_watch_that_is_cut_again_and_again_misses_nothing(stage: Stage, replicas: list[OperatorProcess]) -> None:
     for weight in (10, 11):
         stage.cluster.restart_api_server(grace=0)
-        apply(stage, "cut", weight=weight)
+        stage.apply("cut", weight=weight)
         until(lambda weight=weight: stage.enforced("cut", "weight") == [weight] * 2)
     stage.wait_ready("cut")
 
@@ -276,7 +272,7 @@ def test_what_another_version_has_written_is_tolerated(
     until(lambda: stage.pool()["status"]["applied"] == "2/2")
     leader, _ = by_role(replicas)
     before = leader.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status")
-    apply(stage, "other")
+    stage.apply("other")
     stage.wait_ready("other")
     assert leader.metric("evenhand_operator_api_writes_total", resource="tenantpolicies/status") - before == 1
 

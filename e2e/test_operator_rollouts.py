@@ -34,17 +34,13 @@ def operator(operators: Operators, stage: Stage) -> OperatorProcess:
 def name(stage: Stage, operator: OperatorProcess) -> Iterator[str]:
     """Of a policy of one test, which finds all engines well, and a policy `resident` of weight 1 in force."""
     change_pool(stage)
-    apply(stage, "resident", weight=1)
+    stage.apply("resident", weight=1)
     stage.kubectl("scale", "deployment", "engines", f"--replicas={NUM_ENGINES}")
     stage.wait_serving(NUM_ENGINES)
     stage.wait_ready("resident")
     name = f"own-{secrets.token_hex(3)}"
     yield name
     stage.kubectl("delete", "tpol", name, "--ignore-not-found")
-
-
-def apply(stage: Stage, name: str, **spec: object) -> None:
-    stage.cluster.apply(policy(stage.namespace, name, **spec))
 
 
 def change_pool(stage: Stage, **spec: object) -> None:
@@ -65,7 +61,7 @@ def restarts(stage: Stage) -> dict[str, int]:
 
 def test_pod_that_dies_of_a_document_stops_its_rollout(stage: Stage, operator: OperatorProcess, name: str) -> None:
     before = restarts(stage)
-    apply(stage, name, tenant=POISON, weight=5)
+    stage.apply(name, tenant=POISON, weight=5)
     until(lambda: stage.conditions(name)["Programmed"] == ("False", "RolloutStopped"))
     until(lambda: conditions(stage.pool())["Ready"] == ("False", "RolloutStopped"))
     [died] = [pod for pod, count in restarts(stage).items() if count > before[pod]]
@@ -75,7 +71,7 @@ def test_pod_that_dies_of_a_document_stops_its_rollout(stage: Stage, operator: O
     assert stage.conditions("resident")["Ready"] == ("True", "Ready"), "what was in force is in force"
     until(lambda: len(stage.ready_pods()) == NUM_ENGINES)
     assert stage.enforced(POISON, "weight") == [None] * NUM_ENGINES, "nor did it start with it"
-    apply(stage, "resident", weight=2)  # another document, with the poison still in it
+    stage.apply("resident", weight=2)  # another document, with the poison still in it
     until(lambda: sum(restarts(stage).values()) == sum(before.values()) + 2)
     until(lambda: stage.conditions("resident")["Programmed"] == ("False", "RolloutStopped"))
     stage.kubectl("delete", "tpol", name)
@@ -85,7 +81,7 @@ def test_pod_that_dies_of_a_document_stops_its_rollout(stage: Stage, operator: O
 
 
 def test_document_that_pods_refuse_is_not_sent_to_all(stage: Stage, operator: OperatorProcess, name: str) -> None:
-    apply(stage, name, tenant=UNWANTED)
+    stage.apply(name, tenant=UNWANTED)
     until(lambda: stage.conditions(name)["Programmed"] == ("False", "RolloutStopped"))
     until(lambda: conditions(stage.pool())["Programmed"] == ("False", "RolloutStopped"))
     assert f"does not take the document: tenants: cannot enforce {UNWANTED} (status 422)" in message(
@@ -123,7 +119,7 @@ def test_bootstrap_secret_that_somebody_deleted_is_restored(stage: Stage, operat
 
 def test_paused_pool_keeps_its_document_until_it_goes_on(stage: Stage, operator: OperatorProcess, name: str) -> None:
     change_pool(stage, paused=True)
-    apply(stage, name, weight=7)
+    stage.apply(name, weight=7)
     until(lambda: stage.conditions(name)["Programmed"] == ("False", "Paused"))
     assert conditions(stage.pool())["Ready"] == ("False", "Paused")
     stage.kubectl("scale", "deployment", "engines", f"--replicas={NUM_ENGINES + 1}")
@@ -145,7 +141,7 @@ def test_document_that_is_too_large_is_not_rolled_out(stage: Stage, operator: Op
         change_many(stage, "POST", large)
         until(lambda: conditions(stage.pool())["Programmed"] == ("False", "DocumentTooLarge"), timeout=120)
         assert "MiB can be stored; what is in force stays" in message(stage.pool(), "Programmed")
-        apply(stage, name, weight=3)
+        stage.apply(name, weight=3)
         until(lambda: stage.conditions(name)["Programmed"] == ("False", "DocumentTooLarge"), timeout=120)
         assert stage.enforced(name, "weight") == [None] * NUM_ENGINES
     finally:
@@ -193,12 +189,12 @@ def test_oldest_pod_of_a_pool_decides_what_is_in_the_document(
     stage.cluster.apply(light_engines(stage.namespace, 1, f"--lacks={NEWER_MEMBER}", name="old"))
     try:
         stage.wait_serving(NUM_ENGINES + 1)
-        apply(stage, name, weight=4, fairness="PerUser")
+        stage.apply(name, weight=4, fairness="PerUser")
         until(lambda: stage.conditions(name)["Programmed"] == ("False", "NotUnderstood"))
         until(lambda: stage.enforced(name, "weight") == [4] * (NUM_ENGINES + 1))
         assert set(stage.enforced(name, "fairness")) == {"FIFO"}, "as all of them understand it"
         until(lambda: message(stage.pool(), "Programmed").endswith(f"do not understand it: {NEWER_MEMBER}"))
-        apply(stage, "resident", weight=5)
+        stage.apply("resident", weight=5)
         stage.wait_ready("resident")
     finally:
         stage.kubectl("delete", "deployment", "old")
@@ -235,13 +231,13 @@ def test_pod_that_claims_an_epoch_that_nobody_made_is_not_believed(
     stage.cluster.apply(light_engines(stage.namespace, 1, f"--claims-epoch={2**63 - 1025}", name="liar"))
     try:
         until(lambda: [row["state"] for pod, row in stage.rows().items() if pod.startswith("liar")] == ["Rejected"])
-        apply(stage, name, weight=6)
+        stage.apply(name, weight=6)
         until(lambda: [each for each in stage.enforced(name, "weight") if each] == [6] * NUM_ENGINES)
         assert "is not believed" in operator.log.read_text()
         assert epoch() == before
         operator.stop()
         operator.start()  # what the pool's status tells of the pod is no reason to go on above it
-        apply(stage, name, weight=8)
+        stage.apply(name, weight=8)
         until(lambda: [each for each in stage.enforced(name, "weight") if each] == [8] * NUM_ENGINES)
         assert epoch() == before + 1
         assert stage.pool()["status"]["epoch"] == before + 1
@@ -258,7 +254,7 @@ def test_deleted_pool_leaves_its_engines_as_it_says(
     stage: Stage, operator: OperatorProcess, name: str, on_deletion: str, left: int | None
 ) -> None:
     change_pool(stage, onDeletion=on_deletion)
-    apply(stage, name, weight=5)
+    stage.apply(name, weight=5)
     stage.wait_ready(name)
     stage.kubectl("delete", "epool", "default")
     stage.wait("Accepted=false", name)

@@ -10,7 +10,7 @@ import yaml
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import CRDS
 from harness.fixtures import Operators
-from harness.objects import Object, policy
+from harness.objects import Object
 from harness.operator_process import OperatorProcess
 from harness.stage import Stage, until
 
@@ -43,10 +43,6 @@ def versioned(cluster: ControlPlane, crd: Object) -> Object:
     return crd | {"metadata": crd["metadata"] | {"resourceVersion": stored["metadata"]["resourceVersion"]}}
 
 
-def apply(stage: Stage, name: str, **spec: object) -> None:
-    stage.cluster.apply(policy(stage.namespace, name, **spec))
-
-
 def accepted_message(obj: Object) -> str:
     return next(each["message"] for each in obj["status"]["conditions"] if each["type"] == "Accepted")
 
@@ -54,7 +50,7 @@ def accepted_message(obj: Object) -> str:
 def test_newer_crd_stops_nobody_and_what_is_ignored_is_told(
     stage: Stage, operator: OperatorProcess, change_crds: Callable[..., None]
 ) -> None:
-    apply(stage, "chat", weight=4)
+    stage.apply("chat", weight=4)
     stage.wait_ready("chat")
 
     def add_field(schema: Object) -> None:
@@ -64,7 +60,7 @@ def test_newer_crd_stops_nobody_and_what_is_ignored_is_told(
     until(lambda: stage.policy("chat")["spec"].get("colour") == "blue")
     operator.stop()
     operator.start()  # everything is read anew
-    apply(stage, "research", weight=7, colour="red")
+    stage.apply("research", weight=7, colour="red")
     stage.wait_ready("research")
     assert stage.enforced("chat", "weight") == [4, 4]
     assert stage.enforced("research", "weight") == [7, 7]
@@ -86,7 +82,7 @@ def test_value_that_only_a_newer_version_knows_stops_no_key(
             properties["latencyClass"]["enum"].append("Realtime")
 
     change_crds(add_value)
-    until(lambda: apply(stage, "modern", weight=3, latencyClass="Realtime") is None)  # the new schema is in force soon
+    until(lambda: stage.apply("modern", weight=3, latencyClass="Realtime") is None)  # the new schema is in force soon
     stage.wait_ready("modern")
     assert stage.enforced("modern", "weight") == [3, 3]
     assert stage.enforced("modern", "latencyClass") == ["Standard"] * 2
@@ -108,7 +104,7 @@ def test_older_crd_loses_what_it_does_not_know_and_is_not_written_to_for_ever(
             schema["status"]["properties"].pop(name, None)
 
     change_crds(drop_fields)
-    apply(stage, "chat", weight=5)
+    stage.apply("chat", weight=5)
     until(lambda: stage.enforced("chat", "weight") == [5, 5])
     stage.wait_ready("chat")
     assert "fairness" not in stage.policy("chat")["spec"]

@@ -110,11 +110,17 @@ def new_served_namespace(cluster: ControlPlane) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def stage(cluster: ControlPlane, served_namespace: str) -> Iterator[Stage]:
+def pods(cluster: ControlPlane, served_namespace: str) -> Iterator[PodRunner]:
+    """Runs the Pods of the served namespace."""
+    with PodRunner(cluster, served_namespace) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def stage(cluster: ControlPlane, served_namespace: str, pods: PodRunner) -> Stage:
     """Two light engines and their pool; the operator, without which they are not ready, is for the test to start."""
-    with PodRunner(cluster, served_namespace):
-        cluster.apply(pool(served_namespace), light_engines(served_namespace, 2))
-        yield Stage(cluster, served_namespace)
+    cluster.apply(pool(served_namespace), light_engines(served_namespace, 2))
+    return Stage(cluster, served_namespace)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.control_plane import ControlPlane, KubectlError
 from evenhand_policy.bootstrap import BootstrapError
-from harness.objects import ADMIN_PORT, ENGINE_LABELS
+from harness.objects import ADMIN_PORT, ENGINE_LABELS, policy
 from harness.operator_process import read_json
 
 Object = dict[str, Any]
@@ -26,6 +26,14 @@ class Stage:
     def kubectl(self, *arguments: str, **options: Any) -> str:
         """kubectl in the namespace."""
         return self.cluster.kubectl(*arguments, "-n", self.namespace, **options)
+
+    def apply(self, name: str, **spec: object) -> None:
+        """`kubectl apply` of a TenantPolicy."""
+        self.cluster.apply(policy(self.namespace, name, **spec))
+
+    def kstatus(self, obj: Object) -> str:
+        """What Flux would say of an object."""
+        return str(self.cluster.kstatus([obj])[0]["status"])
 
     def policy(self, name: str) -> Object:
         """A TenantPolicy as it is stored."""
