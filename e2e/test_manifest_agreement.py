@@ -17,6 +17,7 @@ from cluster import build
 from evenhand_engine.commands.cli import main as engine_main
 from evenhand_operator.cli import main as operator_main
 from evenhand_policy.bootstrap import MAX_PARTS, secret_name
+from evenhand_policy.push_document import MAX_DOCUMENT_BYTES
 from evenhand_policy.push_protocol import POD_TOKEN_AUDIENCE
 from harness.installation import PORT, REPOSITORY, Installation
 from harness.objects import ADMIN_PORT
@@ -141,7 +142,10 @@ def test_pods_mount_what_the_operator_writes_where_the_engine_reads(rendered: li
     [token] = mounted[str(told["pod_token"].parent)]["projected"]["sources"]
     assert token["serviceAccountToken"]["audience"] == POD_TOKEN_AUDIENCE
     assert token["serviceAccountToken"]["path"] == told["pod_token"].name
-    assert "emptyDir" in mounted[str(told["last_good"].parent)]
+    limit = re.fullmatch(r"(\d+)Mi", mounted[str(told["last_good"].parent)]["emptyDir"]["sizeLimit"])
+    assert limit and int(limit[1]) * 2**20 > 2 * MAX_DOCUMENT_BYTES + 2**20, (
+        "the old file, and the one that replaces it"
+    )
     assert pool["spec"]["selector"]["matchLabels"].items() <= {"app": "evenhand-engine"}.items()
 
 

@@ -146,7 +146,8 @@ def policy_programmed(
         advice = f"Some engine of {where} does not understand {', '.join(paths)}: upgrade the engines"
         return Verdict(ConditionStatus.FALSE, "NotUnderstood", advice)
     if not pool.has_counted and (not pool.num_ready or observed.is_programmed):
-        return Verdict(ConditionStatus.TRUE, "NoPods", f"{where} has no ready pod; new ones will enforce it")
+        what = "ready pods have just started, and not answered yet" if pool.num_ready else "no ready pod"
+        return Verdict(ConditionStatus.TRUE, "NoPods", f"{where}: {what}; new ones will enforce it")
     if pool.is_everywhere(first):
         return Verdict(ConditionStatus.TRUE, "Programmed", "Every ready engine pod enforces this generation")
     if pool.stopped:

@@ -36,11 +36,6 @@ class PoolOffer(NamedTuple):
     hold: Hold | None
     left_out: Mapping[str, tuple[str, ...]]
 
-    @property
-    def num_ready(self) -> int:
-        """Pods that serve."""
-        return sum(pod.ready_since is not None for pod in self.pods)
-
 
 class Documents:
     """One leader's documents. What was compiled is seen with the offers that are made of it, and not before.

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _BURST, _PER_SECOND = 50.0, 5.0
 _MAX_MESSAGE_CHARACTERS = 1000
+_PREFIX_CHARACTERS = 200
 _TOLD = (ConditionType.ACCEPTED, ConditionType.PROGRAMMED)
 _PASSING = frozenset({"Pending", "NotAccepted", "NoPods"})
 
@@ -75,8 +76,9 @@ class EventRecorder:
 def _event(observed: Observed, transition: Transition, at: float) -> Json:
     namespace, name = observed.key
     now = write_time(at)
+    prefix = name[:_PREFIX_CHARACTERS].rstrip("-.")  # each part of a name has to end with a letter or digit
     return {
-        "metadata": {"name": f"{name[:200]}.{secrets.token_hex(8)}", "namespace": namespace},
+        "metadata": {"name": f"{prefix}.{secrets.token_hex(8)}", "namespace": namespace},
         "involvedObject": {
             "apiVersion": TENANT_POLICIES.api_version,
             "kind": observed.kind,

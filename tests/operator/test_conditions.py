@@ -45,6 +45,8 @@ def test_programmed_policy_does_not_flap_when_the_first_pods_come() -> None:
     programmed = policy("a", status=status_of("True", "True"))
     verdict = policy_programmed(programmed, (), Version(2, 4), pool_state([report("p", PENDING, None, ready_for=1)]))
     assert (verdict.status, verdict.reason) == ("True", "NoPods")
+    assert "have just started" in verdict.message, "that there is none would be untrue"
+    assert "no ready pod" in policy_programmed(programmed, (), Version(2, 4), pool_state([])).message
 
 
 def judge(observed: ObservedPolicy, made: Plan, state: PoolState | None, first: Version | None) -> TenantPolicyStatus:
@@ -120,3 +122,12 @@ def test_object_without_a_status_is_read() -> None:
     read = read_policy(obj)
     assert read is not None
     assert read.status == TenantPolicyStatus()
+
+
+def test_messages_have_a_bound() -> None:
+    """The API server would refuse the whole status."""
+    state = pool_state([report("p", PENDING, Version(2, 3))], stopped="y" * 40_000)
+    assert len(policy_programmed(policy("a"), (), Version(2, 5), state).message) == 4096
+    newer = policy("a", spec={f"field{index}": index for index in range(1000)})
+    accepted = policy_status(newer, (), None, policy_programmed(newer, (), None, None), NOW).conditions[0]
+    assert (accepted.status, len(accepted.message)) == (ConditionStatus.TRUE, 4096)

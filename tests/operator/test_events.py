@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from evenhand_operator.events import EventRecorder, Transition, transitions
@@ -46,6 +47,19 @@ async def test_event_is_about_the_object() -> None:
         ("Normal", "for the 1th time"),
     ]
     assert first["metadata"]["name"] != second["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", ["a" * 199 + "-" + "b" * 9, "a" * 199 + ".b", "a" * 253, "a"])
+async def test_name_of_an_event_is_one_that_an_object_may_have(name: str) -> None:
+    api = Api()
+    async with asyncio.TaskGroup() as tasks:
+        recorder = EventRecorder(api, tasks)  # type: ignore[arg-type]
+        recorder.record(msgspec.structs.replace(POLICY, key=("team", name)), Transition(True, "Conflicted", "why"))
+    [event] = api.events
+    given = event["metadata"]["name"]
+    assert len(given) <= 253
+    assert all(part[-1].isalnum() for part in given.split("."))
+    assert given.startswith(name[:199])
 
 
 async def test_flood_of_transitions_is_no_flood_of_events() -> None:

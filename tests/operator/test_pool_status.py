@@ -117,6 +117,8 @@ def test_rows_and_messages_have_a_bound() -> None:
     assert status.applied == f"{MAX_POD_ROWS + 50}/{MAX_POD_ROWS + 50}"
     assert max(len(condition.message) for condition in status.conditions) <= 4096
     msgspec.convert(msgspec.to_builtins(status), EnginePoolStatus)
+    stopped = pool_status(pool(), (), 0, pool_state([report("p", PENDING, None)], stopped="y" * 40_000), NOW)
+    assert {len(each.message) for each in stopped.conditions if each.reason == "RolloutStopped"} == {4096}
     problems = tuple(
         PolicyProblem(resource=pool().reference, path="p", reason=Reason.INVALID, message="z" * 900) for _ in range(9)
     )
