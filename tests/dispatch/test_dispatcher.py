@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 import pytest
 
@@ -58,7 +59,7 @@ def serve(dispatcher: Dispatcher, num_requests: int, now: float = 0.0) -> list[E
     return order
 
 
-def simulate(trace: Sequence[TraceRequest], config: SchedulerConfig, until: float, **faults: float) -> Run:
+def simulate(trace: Sequence[TraceRequest], config: SchedulerConfig, until: float, **faults: float | None) -> Run:
     sidecar = SidecarInFront(SETTINGS, config, SidecarFaults(**faults))  # type: ignore[arg-type]
     return Simulation(sidecar, DEVICE, trace, max_model_len=SETTINGS.max_model_len).run(until)
 
@@ -191,6 +192,20 @@ def test_an_arrival_is_sent_when_it_comes_and_not_when_the_upstreams_step_ends()
     first, second = (record.first_token_time for record in run.records)
     assert first == pytest.approx(4 * 0.0712)
     assert second == pytest.approx(4 * 0.0712 + 0.0205 + 2e-5)
+
+
+def test_an_upstream_that_leaves_part_of_each_step_to_others_serves_a_chat_beside_a_long_prompt() -> None:
+    """Since one long prompt at a time is sent, and short ones do not wait for it."""
+    chat = [TraceRequest("chat", 1.0 + 0.7 * i, 100, 10) for i in range(25)]
+    trace = [*chat, *flood("flood", 100, prompt=6_000, output=10)]
+    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="chat"), TenantConfig(tenant_id="flood")))
+    waits = {}
+    for most in (None, 340):
+        run = simulate(trace, config, 20.0, long_prefill_tokens=most)
+        records = [record for record in run.records if record.tenant_id == "chat"]
+        waits[most] = median((record.first_token_time or 20.0) - record.arrival_time for record in records)
+    step = 0.02 + 5e-5 * SETTINGS.max_num_batched_tokens
+    assert waits[340] < 2 * step and 5 * step < waits[None] < 6.5 * step
 
 
 def test_a_restart_of_the_upstream_ends_what_it_had_and_no_more() -> None:

@@ -84,6 +84,11 @@ def _a_number(ctx: click.Context, param: click.Parameter, value: float | None) -
     multiple=True,
     help="What goes wrong around it; may be repeated.",
 )
+@click.option(
+    "--long-prefill-tokens",
+    type=click.IntRange(1),
+    help="Most tokens of one prompt in a step of the engine behind the sidecar; default: all of it.",
+)
 @click.option("--kv-tokens", type=click.IntRange(16), help="Size of the KV cache; default: the preset's.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of one request.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most requests running at once; default: the preset's.")
@@ -126,7 +131,7 @@ def simulate(**options: Any) -> None:
     _show([report_of(name, run, scenario.config) for name, run in runs.items()], options["output"])
 
 
-def _faults(names: Iterable[str]) -> "SidecarFaults":
+def _faults(names: Iterable[str], long_prefill_tokens: int | None) -> "SidecarFaults":
     from evenhand_engine.simulator.sidecar import SidecarFaults
 
     changes: dict[str, dict[str, Any]] = {
@@ -136,7 +141,8 @@ def _faults(names: Iterable[str]) -> "SidecarFaults":
         "wrong-sizes": {"kv_scale": 0.1, "prompt_scale": 0.5},
         "silent": {"is_silent": True},
     }
-    return SidecarFaults(**{key: value for name in names for key, value in changes[name].items()})
+    chosen = {key: value for name in names for key, value in changes[name].items()}
+    return SidecarFaults(long_prefill_tokens=long_prefill_tokens, **chosen)
 
 
 def _scenario(options: dict[str, Any]) -> "Scenario":
@@ -158,7 +164,7 @@ def _scenario(options: dict[str, Any]) -> "Scenario":
         scenario = Scenario.of_trace(trace, device)
     if options["policies"] is not None:
         scenario = replace(scenario, config=load_policy_directory(options["policies"]))
-    scenario = replace(scenario, faults=_faults(options["sidecar_fault"]))
+    scenario = replace(scenario, faults=_faults(options["sidecar_fault"], options["long_prefill_tokens"]))
     given = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching")
     return scenario.with_settings(**{name: options[name] for name in given if options[name] is not None})
 

@@ -99,12 +99,12 @@ class Order:
         return [iter([t for t in tenants if t.class_rank == rank]) for rank in range(len(LatencyClass))]
 
     def _oldest(self, blocked: Collection[str], *, may_start_new: bool) -> Tenant | None:
+        def has_prompt(tenant: Tenant) -> bool:
+            may_start = may_start_new and tenant.may_start and tenant.tenant_id not in blocked
+            return bool(tenant.in_progress()) or (may_start and len(tenant.waiting) > 0)
+
         tenants = (self._active if may_start_new else self._running).values()
-        return min(
-            (t for t in tenants if t.prefilling or (may_start_new and t.may_start and t.tenant_id not in blocked)),
-            key=_next_position,
-            default=None,
-        )
+        return min(filter(has_prompt, tenants), key=_next_position, default=None)
 
 
 def _next_position(tenant: Tenant) -> float:

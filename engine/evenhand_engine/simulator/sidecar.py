@@ -16,9 +16,11 @@ from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings, Errand
 from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.window import Window
-from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.batch import Batch, BatchPlan
+from evenhand_engine.scheduler.pace import StepBudget
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_engine.scheduler.tenant import Tenant
 from evenhand_policy.config import SchedulerConfig
 
 _SCRAPE_SECONDS = 1.0
@@ -36,6 +38,8 @@ class SidecarFaults:
         prompt_scale: estimate of a prompt's tokens as a multiple of the truth.
         restart_at: when the upstream loses everything in flight; infinite: never.
         is_silent: answers come as a whole.
+        long_prefill_tokens: most tokens of one prompt in a step of the upstream, so that others have the rest of it (vLLM's
+            `--long-prefill-token-threshold`); None: whoever is first may take all.
     """
 
     hop_seconds: float = 0.002
@@ -45,6 +49,29 @@ class SidecarFaults:
     prompt_scale: float = 1.0
     restart_at: float = float("inf")
     is_silent: bool = False
+    long_prefill_tokens: int | None = None
+
+
+class _Upstream(Scheduler):
+    """First come, first served, where no prompt takes more than so much of a step."""
+
+    def __init__(self, settings: SchedulerSettings, most: int | None) -> None:
+        super().__init__(replace(settings, scheduling_policy=SchedulingPolicy.FCFS), SchedulerConfig())
+        self._most = settings.max_num_batched_tokens if most is None else most
+
+    def step(self, now: float) -> Batch | None:
+        batch = super().step(now)
+        for tenant in self.request_table.running_tenants.values():
+            tenant.paused = {}
+        return batch
+
+    def _schedule_chunk(
+        self, tenant: Tenant, request: Request, num_tokens: int, budget: StepBudget, plan: BatchPlan
+    ) -> list[bytes]:
+        expected = super()._schedule_chunk(tenant, request, min(num_tokens, self._most), budget, plan)
+        if num_tokens > self._most:
+            tenant.paused[request.request_id] = request  # it has had its part of this step
+        return expected
 
 
 class SidecarInFront:
@@ -65,7 +92,7 @@ class SidecarInFront:
             config,
             DispatchSettings(slack_tokens=settings.max_num_batched_tokens, max_model_len=settings.max_model_len),
         )
-        self.upstream = Scheduler(replace(settings, scheduling_policy=SchedulingPolicy.FCFS), SchedulerConfig())
+        self.upstream = _Upstream(settings, faults.long_prefill_tokens)
         self._faults = faults
         self._requests: dict[str, Request] = {}
         self._errands: dict[str, Errand] = {}

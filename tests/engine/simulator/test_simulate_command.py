@@ -155,3 +155,14 @@ def test_a_sidecar_is_simulated_with_whatever_goes_wrong(fault: str) -> None:
     reports = {report["policy"]: report for report in json.loads(result.output)}
     assert set(reports) == {"fair", "sidecar"}
     assert reports["sidecar"]["num_served"] > 0.8 * reports["fair"]["num_served"]
+
+
+def test_an_engine_behind_the_sidecar_may_leave_part_of_each_step_to_others() -> None:
+    arguments = ["--workload", "chat_vs_flood", "--preset", "h100-8b", "--kv-tokens", "100000", "--until", "45"]
+    waits = []
+    for more in ([], ["--long-prefill-tokens", "680"]):
+        result = CliRunner().invoke(simulate, [*arguments, "--sidecar", "-o", "json", *more])
+        assert result.exit_code == 0, result.output
+        reports = {report["policy"]: report["tenants"] for report in json.loads(result.output)}
+        waits.append({tenant["tenant_id"]: tenant for tenant in reports["sidecar"]}["chat"]["ttft_p99_s"])
+    assert waits[1] < waits[0] / 3
