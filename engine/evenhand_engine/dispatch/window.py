@@ -12,9 +12,9 @@ own are within `kv_tokens`, and (3) a seat is free of those that the upstream sa
 *Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
 its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
 step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
-So it is sent when what is left of those before it is no more than a quarter of its own: early enough for the upstream never to
-lack a prompt, if the rate at which it prefills is known within a fifth. What is left is estimated: prompts are taken to be
-prefilled one after another, at the rate seen so far, and none to be done before its first chunk.
+So it is sent when what is left of those before it is no more than a tenth of its own, so that the upstream seldom lacks a prompt:
+if the next one is late it runs a step without, which is short. What is left is estimated: prompts are taken to be prefilled
+one after another, at the rate seen so far, and none to be done before its first chunk.
 
 *The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
 others leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
@@ -41,7 +41,7 @@ from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.prefill_rate import PrefillRate
 
 _MIN_UNSTARTED = 2
-_LEAD = 0.25  # of a long prompt: what is left of those before it when it is sent
+_LEAD = 0.1  # of a long prompt: what is left of those before it when it is sent
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
 _RESERVE = 1 / 32
 _GROWTH = 1.25
