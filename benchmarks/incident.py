@@ -52,13 +52,23 @@ kind: Secret
 metadata: {{name: batch-keys}}
 stringData: {{key: {BATCH_KEY}}}
 """
-CHAT_INTERVAL_SECONDS = 1.5
 NUM_BATCH_REQUESTS = 16
 BUDGETS = (64, 256, 512)
 MAX_SETTLE_SECONDS = 300.0
 SETTLED_AFTER = 4  # chat requests; the first come before the whole flood is there
 REPLAY_MARGIN = 1.3  # replayed, fcfs has smaller steps than its best, and may need longer to settle
 SWEEP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the two tenants send: tokens of prompts and outputs, and the seconds between two requests of the chat."""
+
+    chat_interval: float = 1.5
+    chat_prompt: int = 32
+    chat_output: int = 16
+    batch_prompt: int = 2000
+    batch_output: int = 32
 
 
 @dataclass
@@ -89,8 +99,9 @@ class Outcome:
 class Incident:
     """Runs the two tenants against one server after another."""
 
-    def __init__(self, seed: int, directory: Path) -> None:
+    def __init__(self, seed: int, directory: Path, traffic: Traffic = Traffic()) -> None:
         self._random = random.Random(seed)
+        self._traffic = traffic
         self._policies = directory / "policies"
         self._policies.mkdir()
         (self._policies / "policies.yaml").write_text(POLICIES)
@@ -136,7 +147,7 @@ class Incident:
     async def _until_answered(self, timings: list[serving.Timing]) -> None:
         deadline = time.monotonic() + MAX_SETTLE_SECONDS
         while time.monotonic() < deadline and not any(timing.token_times for timing in timings[SETTLED_AFTER:]):
-            await asyncio.sleep(CHAT_INTERVAL_SECONDS)
+            await asyncio.sleep(self._traffic.chat_interval)
 
     async def _chat(self, client: openai.AsyncOpenAI, timings: list[serving.Timing]) -> None:
         """An open loop: a request every interval, whatever became of the ones before."""
@@ -144,13 +155,15 @@ class Incident:
             while True:
                 timing = serving.Timing(time.monotonic())
                 timings.append(timing)
-                group.create_task(serving.stream(client, timing, self._prompt(32), 16))
-                await asyncio.sleep(max(0.0, timing.sent_at + CHAT_INTERVAL_SECONDS - time.monotonic()))
+                prompt = self._prompt(self._traffic.chat_prompt)
+                group.create_task(serving.stream(client, timing, prompt, self._traffic.chat_output))
+                await asyncio.sleep(max(0.0, timing.sent_at + self._traffic.chat_interval - time.monotonic()))
 
     async def _flood(self, client: openai.AsyncOpenAI) -> None:
         """A closed loop of one: the next prompt when the last answer is complete."""
         while True:
-            await serving.stream(client, serving.Timing(0.0), self._prompt(2000), 32)
+            prompt = self._prompt(self._traffic.batch_prompt)
+            await serving.stream(client, serving.Timing(0.0), prompt, self._traffic.batch_output)
 
     async def _tokens(self, server: serving.Server, tenant_id: str) -> int:
         tenant = await server.tenant(tenant_id)

@@ -49,19 +49,29 @@ def free_port() -> int:
 
 def serve(*flags: str) -> contextlib.AbstractContextManager[Server]:
     """Start `evenhand serve` with the flags on free loopback ports; stopped at the end, whatever happens."""
-    return _run("serve", "--served-model-name", MODEL, *flags)
+    return _run([_evenhand(), "serve"], "--served-model-name", MODEL, *flags)
+
+
+def paced(device: str, kv_tokens: int, *flags: str) -> contextlib.AbstractContextManager[Server]:
+    """The same at the pace of a device of the simulator: see paced_engine.py."""
+    script = str(Path(__file__).parent / "paced_engine.py")
+    return _run([sys.executable, script, device, str(kv_tokens)], "--served-model-name", MODEL, *flags)
 
 
 def sidecar(upstream: str, *flags: str) -> contextlib.AbstractContextManager[Server]:
     """Start `evenhand sidecar` before the upstream in the same way."""
-    return _run("sidecar", "--upstream", upstream, *flags)
+    return _run([_evenhand(), "sidecar"], "--upstream", upstream, *flags)
+
+
+def _evenhand() -> str:
+    return str(Path(sys.executable).parent / "evenhand")
 
 
 @contextlib.contextmanager
-def _run(name: str, *flags: str) -> Iterator[Server]:
+def _run(program: Sequence[str], *flags: str) -> Iterator[Server]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped even then
     port, admin_port = free_port(), free_port()
-    command = [str(Path(sys.executable).parent / "evenhand"), name, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*program, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--admin-port", str(admin_port), "--log-level", "warning", "--drain-timeout", "1", *flags]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -4,8 +4,13 @@
 sidecar; paired differences of the time to first token. Many: N streams at 20 events of 180 bytes a second each; gaps between
 events at the client beside those without a sidecar, the sidecar's processor time by event, and its memory by stream.
 
-`--part incident`. The incident of `make bench-incident`, with our engine under `fcfs`, without and with a sidecar before it; with
-`--peer llama.cpp`, llama.cpp's server in its place. Upstream, sidecar and client share this machine.
+`--part incident`. A chat beside a flood that keeps 16 long prompts in flight, before our engine under `fcfs`, without and with a
+sidecar: 640 + 10 tokens beside 16 + 16, so that without a sidecar the chat waits for less than the run measures, and in steps of 160
+tokens, a quarter of such a prompt as 2,048 are of 8,000. With `--peer llama.cpp`, llama.cpp's server in its place.
+
+`--part gpu-incident`. The same with 8,000 + 16 tokens beside 200 + 100 a second, before our engine at the pace of an H100 (paced_engine.py).
+
+Upstream, sidecar and client share this machine. Streams: where it has two cores, the sidecar has one of them to itself.
 """
 
 import asyncio
@@ -60,7 +65,15 @@ def scripted_upstream() -> Iterator[str]:
 
 
 def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) -> dict[str, float]:
-    with scripted_upstream() as direct, serving.sidecar(direct) as server:
+    with contextlib.ExitStack() as stack:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) > 1:  # children inherit it: first the sidecar's, then everybody else's
+            stack.callback(os.sched_setaffinity, 0, cores)
+            os.sched_setaffinity(0, cores[:-1])
+        direct = stack.enter_context(scripted_upstream())
+        os.sched_setaffinity(0, cores[-1:])
+        server = stack.enter_context(serving.sidecar(direct))
+        os.sched_setaffinity(0, cores[:-1] or cores)
         added = asyncio.run(paired_ttft(direct, server.url, rounds, random.Random(seed)))
         idle, memory = resident_kib(server.pid), 0
 
@@ -84,14 +97,29 @@ def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) ->
     }
 
 
-class SidecarIncident(incident.Incident):
-    """The incident, also through a sidecar before an engine that knows no tenants."""
+SCALED = incident.Traffic(chat_prompt=16, chat_output=16, batch_prompt=640, batch_output=10)
+ON_GPU = incident.Traffic(chat_interval=1.0, chat_prompt=200, chat_output=100, batch_prompt=8000, batch_output=16)
 
-    def run_through(self, seconds: float, settle: float | None) -> incident.Outcome:
-        with (
-            serving.serve("--scheduling-policy", "fcfs") as engine,
-            serving.sidecar(engine.url, "--policies", str(self._policies)) as server,
-        ):
+
+class SidecarIncident(incident.Incident):
+    """The incident before an engine that knows no tenants, without and with a sidecar; `paced`: see paced_engine.py."""
+
+    def __init__(self, seed: int, directory: Path, *, paced: bool) -> None:
+        super().__init__(seed, directory, ON_GPU if paced else SCALED)
+        self._paced = paced
+
+    def run_before(self, seconds: float, settle: float | None, *, has_sidecar: bool) -> incident.Outcome:
+        policies = ["--policies", str(self._policies)]
+        with contextlib.ExitStack() as stack:
+            if self._paced:
+                server = stack.enter_context(
+                    serving.paced("h100-8b", 400_000, "--scheduling-policy", "fcfs", *policies)
+                )
+            else:
+                budget = ["--max-num-batched-tokens", "160"]
+                server = stack.enter_context(serving.serve("--scheduling-policy", "fcfs", *budget, *policies))
+            if has_sidecar:
+                server = stack.enter_context(serving.sidecar(server.url, *policies))
             return asyncio.run(self._load(server, seconds, settle, chat=True, flood=True))
 
 
@@ -114,40 +142,42 @@ class PeerIncident(incident.Incident):
             return peers.num_tokens(await response.text())
 
 
-def measure_incident(peer: str | None, seconds: float, settle: float | None, seed: int) -> dict[str, float]:
+def measure_incident(part: str, peer: str | None, seconds: float, settle: float | None, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         if peer is None:
-            load = SidecarIncident(seed, Path(directory))
-            fcfs = load.run("fcfs", seconds=seconds, settle=settle)
-            through = load.run_through(seconds, settle)
+            load = SidecarIncident(seed, Path(directory), paced=part == "gpu-incident")
+            fcfs, through = (load.run_before(seconds, settle, has_sidecar=has) for has in (False, True))
         else:
-            on_peer = PeerIncident(seed, Path(directory))
-            fcfs = on_peer.run_on_peer(seconds, settle or seconds, has_sidecar=False)
-            through = on_peer.run_on_peer(seconds, settle or seconds, has_sidecar=True)
-    before, after = (outcome.results()["chat_ttft_p95_s"] for outcome in (fcfs, through))
-    assert before is not None and after is not None
-    return {
-        "chat_p95_fcfs_s": before,
-        "chat_p95_s": after,
-        "chat_p95_improvement": before / after,
+            on_peer = PeerIncident(seed, Path(directory), SCALED)
+            fcfs, through = (on_peer.run_on_peer(seconds, settle or seconds, has_sidecar=has) for has in (False, True))
+    results: dict[str, float] = {}
+    for name, outcome in (("_fcfs", fcfs), ("", through)):
+        waits = [wait for _, wait, _ in outcome.chat]
+        results |= {f"chat_p{p}{name}_s": serving.percentile(waits, p) for p in (50, 95)}
+        results[f"chat_unanswered{name}"] = sum(not has_token for *_, has_token in outcome.chat)
+    return results | {
+        "chat_p95_improvement": results["chat_p95_fcfs_s"] / results["chat_p95_s"],
         "tokens_per_s": through.tokens_per_s,
         "tokens_ratio": through.tokens_per_s / fcfs.tokens_per_s,
+        "num_chats": len(through.chat),
     }
 
 
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--part", choices=["streams", "incident", "all"], default="all")
+    parser.add_argument("--part", choices=["streams", "incident", "gpu-incident", "all"], default="all")
     parser.add_argument("--peer", choices=["llama.cpp"], help="the engine of the incident; default: ours")
     options = parser.parse_args()
     quick, results = options.quick, dict[str, float]()
-    if options.part != "incident":
+    if options.part in ("streams", "all"):
         rounds, streams, seconds = (20, 50, 3.0) if quick else (300, options.streams, 15.0)
         results |= measure_streams(rounds, streams, seconds, options.seed)
-    if options.part != "streams":
-        seconds, settle = (6.0, 3.0) if quick else (45.0, None)
-        results |= measure_incident(options.peer, seconds, settle, options.seed)
+    for part in ("incident", "gpu-incident"):
+        if options.part in (part, "all"):
+            seconds, settle = (6.0, 3.0) if quick else (100.0, None)
+            figures = measure_incident(part, options.peer, seconds, settle, options.seed)
+            results |= {f"{'gpu_' * (part == 'gpu-incident')}{name}": value for name, value in figures.items()}
     rows = [[name, f"{value:.2f}"] for name, value in results.items()]
     common.print_table("evenhand sidecar", ["figure", "value"], rows)
     common.finish("sidecar", results)

@@ -1,19 +1,17 @@
-"""KVWarden's two-tenant case, scaled to this machine: a flooder at 1.5 times the capacity, a quiet tenant at 3 % of it.
+"""KVWarden's two-tenant case: a flooder at 1.5 times the capacity, a quiet tenant at 3 % of it.
 
-Every request has 128 output tokens; arrivals are Poisson's, the same in each run. The engine is ours with a tiny model of random
-weights, whose step takes nearly as long for one request as for all of its seats, as on a GPU. Capacity is measured first, with
-twice as many requests in flight as seats. The quiet tenant alone; beside the flood first come first served; through a sidecar
+Every request has 128 output tokens; arrivals are Poisson's, the same in each run. The engine is ours with the pace of an H100's
+steps in place of a model (paced_engine.py): there a step takes nearly as long for one request as for all of its seats, which it
+does not on these cores, whatever the model. HTTP, scheduler, sidecar and clients are real. Capacity is measured first, with twice as
+many requests in flight as seats. The quiet tenant alone; beside the flood first come first served; through a sidecar
 before that; and with the engine's own fair scheduling. The first seconds of each run are dropped.
 """
 
 import asyncio
 import contextlib
-import json
 import random
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,15 +20,13 @@ import common
 import incident
 import serving
 
-from evenhand_engine.model.source import resolve_model_dir
-
 NUM_SEATS = 32
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 128
 FLOOD, QUIET = 1.5, 0.03  # of the capacity
 QUIET_KEY, FLOOD_KEY = incident.CHAT_KEY, incident.BATCH_KEY
 POLICIES = incident.POLICIES.replace("weight: 4", "weight: 1").replace("  slo: {interTokenLatency: 100ms}\n", "")
-_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-_TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+DEVICE, KV_TOKENS = "h100-8b", 100_000
+DROPPED_SECONDS = 10.0
 
 
 @dataclass
@@ -112,33 +108,19 @@ class Load:
         return tenants
 
 
-@contextlib.contextmanager
-def tiny_model() -> Iterator[Path]:
-    """The default model's tokenizer with a config of two small layers, for random weights."""
-    source = resolve_model_dir(None)
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        for path in source.glob("*.json"):
-            shutil.copy(path, directory)
-        config = json.loads((source / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(config | _TINY))
-        (directory / "policies").mkdir()
-        (directory / "policies" / "policies.yaml").write_text(POLICIES)
-        yield directory
-
-
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--seconds", type=float, default=45.0, help="of each run beside the flood")
+    parser.add_argument("--seconds", type=float, default=70.0, help="of each run")
     options = parser.parse_args()
     seconds = 6.0 if options.quick else options.seconds
-    dropped, load = seconds / 4, Load(options.seed)
+    dropped, load = min(DROPPED_SECONDS, seconds / 4), Load(options.seed)
     results: dict[str, float] = {}
-    with tiny_model() as model:
-        flags = [str(model), "--load-format", "dummy", "--max-num-seqs", str(NUM_SEATS), "--max-model-len", "1024"]
-        policies = ["--policies", str(model / "policies")]
-        with serving.serve(*flags, "--scheduling-policy", "fcfs") as engine:
-            capacity = asyncio.run(load.capacity(engine.url, seconds / 4))
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "policies.yaml").write_text(POLICIES)
+        flags = ["--max-num-seqs", str(NUM_SEATS), "--max-model-len", "1024"]
+        policies = ["--policies", directory]
+        with serving.paced(DEVICE, KV_TOKENS, *flags, "--scheduling-policy", "fcfs") as engine:
+            capacity = asyncio.run(load.capacity(engine.url, min(12.0, seconds)))
             alone = asyncio.run(load.run(engine.url, {QUIET_KEY: QUIET * capacity}, seconds))
         rates = {FLOOD_KEY: FLOOD * capacity, QUIET_KEY: QUIET * capacity}
         runs = {"alone": (alone, time.monotonic() - seconds)}
@@ -146,7 +128,9 @@ def main() -> None:
             with contextlib.ExitStack() as stack:
                 policy = "fair" if name == "fair" else "fcfs"
                 own = policies if name == "fair" else []
-                server = stack.enter_context(serving.serve(*flags, *own, "--scheduling-policy", policy))
+                server = stack.enter_context(
+                    serving.paced(DEVICE, KV_TOKENS, *flags, *own, "--scheduling-policy", policy)
+                )
                 if name == "sidecar":
                     seats = ["--max-num-seqs", str(NUM_SEATS)]
                     server = stack.enter_context(serving.sidecar(server.url, *policies, *seats))
@@ -155,6 +139,7 @@ def main() -> None:
     for name, (tenants, began) in runs.items():
         quiet, flood = tenants[QUIET_KEY], tenants.get(FLOOD_KEY, Tenant())
         since = began + dropped
+        results[f"{name}_quiet_p95_ms"] = 1e3 * quiet.p(95, since, began + seconds)
         results[f"{name}_quiet_p50_ms"] = 1e3 * quiet.p(50, since, began + seconds)
         results[f"{name}_quiet_p99_ms"] = 1e3 * quiet.p(99, since, began + seconds)
         results[f"{name}_flood_tokens"] = sum(at >= since for at in flood.token_times)
@@ -165,10 +150,12 @@ def main() -> None:
     results["capacity_requests_per_s"] = capacity
     results["quiet_p99_over_alone"] = results["sidecar_quiet_p99_ms"] / results["alone_quiet_p99_ms"]
     results["flood_tokens_ratio"] = results["sidecar_flood_tokens"] / results["fcfs_flood_tokens"]
+    results["fair_quiet_p99_over_alone"] = results["fair_quiet_p99_ms"] / results["alone_quiet_p99_ms"]
+    results["fair_flood_tokens_ratio"] = results["fair_flood_tokens"] / results["fcfs_flood_tokens"]
     common.finish("two_tenants", results)
 
 
-_COLUMNS = ["quiet_p50_ms", "quiet_p99_ms", "flood_tokens", "refused", "quiet_requests"]
+_COLUMNS = ["quiet_p50_ms", "quiet_p95_ms", "quiet_p99_ms", "flood_tokens", "refused", "quiet_requests"]
 
 
 if __name__ == "__main__":

@@ -27,10 +27,8 @@ def num_running(engine: PretendEngine, tenant_id: str) -> int:
 
 
 def beside_a_flood(**changes: object) -> PretendEngine:
-    """A flood has taken the seats that it may; the other tenant has been there before."""
+    """A flood has taken the seats that it may, before the other tenant has ever come."""
     engine = roomy("flood", "quiet", **changes)  # type: ignore[arg-type]
-    engine.add("quiet", 4, 1)
-    engine.run(3)
     for _ in range(2 * SEATS):
         engine.add("flood", 4, 400)
     engine.run(10)
@@ -52,7 +50,7 @@ def test_first_come_first_served_leaves_none() -> None:
 
 
 def test_nothing_is_left_where_there_is_nobody_to_leave_it_to() -> None:
-    engine = roomy("flood", "quiet")
+    engine = roomy("flood")
     for _ in range(2 * SEATS):
         engine.add("flood", 4, 400)
     engine.run(10)

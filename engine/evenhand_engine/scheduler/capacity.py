@@ -52,6 +52,7 @@ class KvCapacity:
     Attributes:
         blocks: the KV blocks.
         num_running: requests with a seat.
+        num_configured_tenants: how many the policies name, whether or not they have come yet.
     """
 
     def __init__(self, settings: SchedulerSettings, tenants: Mapping[str, Tenant]) -> None:
@@ -61,6 +62,7 @@ class KvCapacity:
         )
         self._settings = settings
         self._tenants = tenants
+        self.num_configured_tenants = 0
         is_fair = settings.scheduling_policy is SchedulingPolicy.FAIR
         self._num_reserved_seats = settings.max_num_seqs // _SEATS_PER_RESERVED if is_fair else 0
         self._free_seats = list(range(settings.max_num_seqs - 1, -1, -1))
@@ -83,7 +85,11 @@ class KvCapacity:
 
     def has_few_seats(self, tenant: Tenant) -> bool:
         """Whether the tenant may take the last seats: it has few, or there is nobody else to leave them to."""
-        return tenant.num_running * _MANY <= self.num_running or len(self._tenants) == 1
+        return tenant.num_running * _MANY <= self.num_running or self._is_only_tenant
+
+    @property
+    def _is_only_tenant(self) -> bool:
+        return len(self._tenants) <= 1 and self.num_configured_tenants <= 1
 
     def take_seat(self) -> int:
         return self._free_seats.pop()

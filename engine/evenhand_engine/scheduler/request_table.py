@@ -67,6 +67,7 @@ class RequestTable:
         self._configs.setdefault(
             DEFAULT_TENANT_ID, TenantConfig(tenant_id=DEFAULT_TENANT_ID, weight=config.unknown_tenants.weight)
         )
+        self.capacity.num_configured_tenants = len(config.tenants)
         num_blocks = self.blocks.num_blocks
         self.blocks.set_guarantees(
             {tenant.tenant_id: num_blocks * tenant.kv_cache.guaranteed_percent // 100 for tenant in config.tenants}
