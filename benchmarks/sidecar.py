@@ -146,7 +146,8 @@ def measure_incident(part: str, peer: str | None, seconds: float, settle: float 
     with tempfile.TemporaryDirectory() as directory:
         if peer is None:
             load = SidecarIncident(seed, Path(directory), paced=part == "gpu-incident")
-            fcfs, through = (load.run_before(seconds, settle, has_sidecar=has) for has in (False, True))
+            fcfs = load.run_before(seconds, settle, has_sidecar=False)
+            through = load.run_before(seconds, fcfs.settle_s, has_sidecar=True)
         else:
             on_peer = PeerIncident(seed, Path(directory), SCALED)
             fcfs, through = (on_peer.run_on_peer(seconds, settle or seconds, has_sidecar=has) for has in (False, True))
