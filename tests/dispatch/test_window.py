@@ -68,7 +68,10 @@ def test_a_long_prompt_goes_when_a_tenth_of_it_is_left_of_the_one_before() -> No
     assert window.room(4_000, 10, 60.0) is Room.NONE
     assert window.num_left_tokens(60.0) == 4_000
     window.end(second)
-    assert window.room(4_000, 10, 60.0) is Room.FREE
+    short = window.send(20, 10, 60.0)
+    assert window.room(4_000, 10, 60.0) is Room.NONE, "a short one would share a full step with it"
+    window.start(short, 60.1)
+    assert window.room(4_000, 10, 60.1) is Room.FREE
 
 
 def test_the_rate_is_learned_from_what_was_left_and_how_long_it_took() -> None:

@@ -12,8 +12,8 @@ own are within `kv_tokens`, and (3) a seat is free of those that the upstream sa
 *Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
 its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
 step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
-So it is sent when what is left of those before it is no more than a tenth of its own, so that the upstream seldom lacks a prompt:
-if the next one is late it runs a step without, which is short. What is left is estimated: prompts are taken to be prefilled
+So it is sent when no short one is unstarted, which would share a full step with it, and what is left of those before it is no
+more than a tenth of its own, so that the upstream seldom lacks a prompt: a step without a long one is short. What is left is estimated: prompts are taken to be prefilled
 one after another, at the rate seen so far, and none to be done before its first chunk.
 
 *The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
@@ -172,6 +172,8 @@ class Window:
             is_full = self._num_short_tokens + num_prompt_tokens > self.batch_tokens
             self._holds_for_batch = self._num_short >= _MIN_UNSTARTED and is_full
             return not self._holds_for_batch
+        if self._num_short:
+            return False
         num_more = self.num_left_tokens(now) - _LEAD * num_prompt_tokens
         if num_more <= _ROUNDING:
             return True
