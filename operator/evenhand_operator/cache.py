@@ -17,14 +17,14 @@ from evenhand_operator.tombstones import Tombstones
 from evenhand_policy.pool import EnginePoolSpec
 
 
-class Observed(Protocol):
+class Keyed(Protocol):
     """Anything that is cached."""
 
     @property
     def key(self) -> ObjectKey: ...
 
 
-T = TypeVar("T", bound=Observed)
+T = TypeVar("T", bound=Keyed)
 
 
 class _Row(NamedTuple, Generic[T]):
@@ -143,7 +143,7 @@ class Notices(Protocol):
         """Events may be missing."""
 
 
-class NamespaceLabels(msgspec.Struct, frozen=True):
+class ObservedNamespace(msgspec.Struct, frozen=True):
     """A namespace, of which only the labels matter."""
 
     key: ObjectKey
@@ -197,7 +197,7 @@ class Cache:
     def _pod_changed(self, before: EnginePod | None, after: EnginePod | None) -> None:
         self._notices.pods_changed()
 
-    def _namespace_changed(self, before: NamespaceLabels | None, after: NamespaceLabels | None) -> None:
+    def _namespace_changed(self, before: ObservedNamespace | None, after: ObservedNamespace | None) -> None:
         if any(pool.pool is not None and _selects_namespaces(pool.pool.spec) for pool in self.pools):
             self._notices.documents_changed()
 
@@ -206,6 +206,6 @@ def _selects_namespaces(spec: EnginePoolSpec) -> bool:
     return bool(spec.allowed_namespaces.selector or spec.grants)
 
 
-def _read_namespace(obj: Json) -> NamespaceLabels:
+def _read_namespace(obj: Json) -> ObservedNamespace:
     meta = read_meta(obj)
-    return NamespaceLabels(meta.key, meta.labels)
+    return ObservedNamespace(meta.key, meta.labels)
