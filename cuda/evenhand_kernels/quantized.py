@@ -1,4 +1,4 @@
-"""QuantizedTensor: a weight as codes of 4 or 8 bits with scales, the form in which GGUF, AWQ and GPTQ store it.
+"""QuantizedTensor: a weight as codes of 4 or 8 bits with scales, the form in which GGUF, AWQ, GPTQ and fp8 checkpoints store it.
 
 A weight is code * scale + minimum, where runs of `group` columns share a scale and a minimum. All of these formats are
 this one with other group sizes: nothing is rounded when they are brought into it.
@@ -20,9 +20,9 @@ class QuantizedTensor:
 
     Attributes:
         codes: int8 [rows, columns], or uint8 [rows, columns / 2] with two unsigned codes of 4 bits each, the even
-            column's in the low half.
+            column's in the low half; or float8_e4m3fn [rows, columns].
         scales: float16 or float32 [rows, columns / group].
-        minima: like `scales`; None: all zero, which only codes of 8 bits may have.
+        minima: like `scales`; None: all zero, which only codes of 8 bits may have, and floats must.
     """
 
     codes: Tensor
@@ -32,6 +32,11 @@ class QuantizedTensor:
     @property
     def bits(self) -> int:
         return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its codes are floats of 8 bits."""
+        return self.codes.is_floating_point()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +64,7 @@ class QuantizedTensor:
         return weights.flatten(1)
 
     def _unpacked(self) -> Tensor:
-        """The codes one by one, int8 [rows, columns]."""
+        """The codes one by one, int8 or float8_e4m3fn [rows, columns]."""
         if self.bits == 8:
             return self.codes
         return torch.stack((self.codes & 15, self.codes >> 4), dim=2).flatten(1).to(torch.int8)
@@ -93,7 +98,7 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     if not quantized:
         tensors = [weight for weight in weights if isinstance(weight, Tensor)]
         return torch.cat([weight.to(_common_dtype(tensors)) for weight in tensors])
-    if len(quantized) < len(weights):
+    if len(quantized) < len(weights) or len({weight.is_float for weight in quantized}) > 1:
         return torch.cat([widened(weight) for weight in weights])
     alike = [weight._like(quantized) for weight in quantized]
     minima = [weight.minima for weight in alike if weight.minima is not None]

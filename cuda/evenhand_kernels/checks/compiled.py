@@ -123,10 +123,10 @@ def _small() -> Iterator[Variant]:
         yield variants.adjust(dtype)
         yield variants.log_probabilities(dtype)
     yield variants.count_tokens()
-    for bits in (4, 8):
-        yield variants.dequantize(BF16, bits)
+    for bits, fp8 in ((4, False), (8, False), (8, True)):
+        yield variants.dequantize(BF16, bits, fp8=fp8)
         for rows in variants.QUANTIZED_ROWS:
-            yield variants.quantized_linear(BF16, bits, rows)
+            yield variants.quantized_linear(BF16, bits, rows, fp8=fp8)
 
 
 def available() -> str | None:

@@ -273,6 +273,8 @@ MUTANTS = [
     Mutant("quantized_linear.cu", "if (arguments.bias)", "if (false)", QUANTIZED),
     Mutant("quantized.cuh", "column / group) * 2", "column / (group + 32)) * 2", QUANTIZED),
     Mutant("quantized.cuh", " ^ 0x80808080u", "", QUANTIZED),
+    Mutant("quantized.cuh", ">> i % 2 * 16", "", QUANTIZED),
+    Mutant("quantized.cuh", "high_half(both) * factor", "high_half(both)", QUANTIZED),
     Mutant("dequantize.cu", "if (row >= arguments.rows) return;", "", ("dequantize",)),
     Mutant("dequantize.cu", "run.pair(i * 4 + 3)", "run.pair(i * 4)", ("dequantize",)),
 ]

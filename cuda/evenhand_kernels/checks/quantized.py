@@ -15,10 +15,13 @@ TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
 def random_weight(
-    rng: np.random.Generator, outputs: int, columns: int, *, bits: int, group: int, minima: bool
+    rng: np.random.Generator, outputs: int, columns: int, *, bits: int, group: int, minima: bool, fp8: bool
 ) -> QuantizedTensor:
     """Every code comes, scales differ by more than a factor of 100."""
-    if bits == 4:
+    if fp8:
+        finite = [code for code in range(256) if code & 0x7F != 0x7F]
+        codes = torch.from_numpy(rng.choice(finite, (outputs, columns)).astype(np.uint8)).view(torch.float8_e4m3fn)
+    elif bits == 4:
         codes = torch.from_numpy(rng.integers(0, 256, (outputs, columns // 2)).astype(np.uint8))
     else:
         codes = torch.from_numpy(rng.integers(-128, 128, (outputs, columns)).astype(np.int8))
@@ -38,9 +41,11 @@ def check_linear(
     bits: int,
     dtype: torch.dtype = torch.bfloat16,
     biased: bool = False,
+    fp8: bool = False,
 ) -> None:
     rng = np.random.default_rng(rows * columns + outputs)
-    weight = random_weight(rng, outputs, columns, bits=bits, group=group, minima=bits == 4 or biased)
+    minima = not fp8 and (bits == 4 or biased)
+    weight = random_weight(rng, outputs, columns, bits=bits, group=group, minima=minima, fp8=fp8)
     x = random_tensor(rng, rows, columns, dtype=dtype, device=device)
     bias = random_tensor(rng, outputs, dtype=dtype, device=device) if biased else None
     result = QuantizedLinears(device, dtype).linear(weight, bias)(x)
@@ -60,14 +65,15 @@ def _cases() -> list[Case]:
         "several blocks of rows": {"rows": 70, "outputs": 72, "columns": 160, "group": 32, "biased": True},
     }
     cases = []
-    for bits in (4, 8):
+    forms: dict[str, dict[str, Any]] = {"4 bits": {"bits": 4}, "8 bits": {"bits": 8}, "fp8": {"bits": 8, "fp8": True}}
+    for form, code in forms.items():
         for name, shape in shapes.items():
-            run = partial(check_linear, bits=bits, **shape)
-            cases.append(Case(f"quantized_linear: {name}, {bits} bits", frozenset({"quantized_linear"}), run))
-        run = partial(check_linear, bits=bits, dtype=torch.float16, **shapes["one row more, biased"])
-        cases.append(Case(f"quantized_linear: float16, {bits} bits", frozenset({"quantized_linear"}), run))
-        run = partial(check_linear, rows=MOST_ROWS + 1, outputs=24, columns=96, group=32, bits=bits, biased=True)
-        cases.append(Case(f"dequantize: {bits} bits", frozenset({"dequantize"}), run))
+            run = partial(check_linear, **code, **shape)
+            cases.append(Case(f"quantized_linear: {name}, {form}", frozenset({"quantized_linear"}), run))
+        run = partial(check_linear, **code, dtype=torch.float16, **shapes["one row more, biased"])
+        cases.append(Case(f"quantized_linear: float16, {form}", frozenset({"quantized_linear"}), run))
+        run = partial(check_linear, rows=MOST_ROWS + 1, outputs=24, columns=96, group=32, biased=True, **code)
+        cases.append(Case(f"dequantize: {form}", frozenset({"dequantize"}), run))
     return cases
 
 

@@ -159,6 +159,8 @@ class _Packed:
 
 
 def _packed(native: Native, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> _Packed:
+    if isinstance(weight, QuantizedTensor) and weight.is_float:
+        weight = weight.dequantized().bfloat16()  # these kernels have no fp8
     structure = WeightStructure(outputs=weight.shape[0], inputs=weight.shape[1], gated=gated, group=1)
     if isinstance(weight, QuantizedTensor):
         kind = 0 if weight.bits == 4 else 1 if weight.minima is None else 2

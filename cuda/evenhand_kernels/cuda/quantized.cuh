@@ -1,13 +1,15 @@
 // Weights as codes of 4 or 8 bits: 32 neighbouring columns of a row, a run, are what a thread takes at a time.
 //
-//   codes       [rows][columns] of BITS: two codes of 4 bits in a byte, the even column's low; or one signed code of 8 bits
+//   codes       [rows][columns] of BITS: two codes of 4 bits in a byte, the even column's low; or one signed code of 8 bits;
+//               or, with FP8, a float of 8 bits (fp8.cuh)
 //   factors     [rows][columns / group][2]: what brings a code, as the float below, to its weight: factor, then offset
 //
 // A code is turned into a float without a conversion, which would be slow: as the top bits of the mantissa of a number in
 // [1, 2). With code c of b bits that is 1 + c / 2^b, so a weight c scale + minimum is that times 2^b scale, plus minimum -
-// 2^b scale; signed codes have their sign bit flipped, which adds 128.
+// 2^b scale; signed codes have their sign bit flipped, which adds 128. Floats become elements, which hold all of them, two at a
+// time, and then are multiplied by the factor.
 #pragma once
-#include "device.cuh"
+#include "fp8.cuh"
 
 constexpr int RUN = 32;
 constexpr int RUN_BYTES = RUN * BITS / 8, RUN_LOADS = RUN_BYTES / 16;
@@ -18,6 +20,10 @@ struct Run {
 
   // Weights 2 i and 2 i + 1, as elements.
   DEVICE uint32_t pair(int i) const {
+#ifdef FP8
+    const uint32_t both = from_e4m3(words[i / 2] >> i % 2 * 16);
+    return pack(low_half(both) * factor, high_half(both) * factor);
+#else
 #if BITS == 4
     const uint32_t word = words[i / 4];
     const int place = i % 4 * 8;
@@ -30,6 +36,7 @@ struct Run {
     constexpr uint32_t MASK = 0x7f8000;
 #endif
     return pack(weight(low & MASK), weight(high & MASK));
+#endif
   }
   DEVICE float weight(uint32_t mantissa) const { return __uint_as_float(mantissa | 0x3f800000u) * factor + offset; }
 };

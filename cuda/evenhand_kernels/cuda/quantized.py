@@ -41,10 +41,10 @@ class QuantizedLinears:
         codes, factors = weight.codes.contiguous().to(where), factors_of(weight).to(where)
         bias = None if bias is None else bias.to(where, self._dtype)
         few = {
-            rows: self._device.load(variants.quantized_linear(self._dtype, weight.bits, rows))
+            rows: self._device.load(variants.quantized_linear(self._dtype, weight.bits, rows, fp8=weight.is_float))
             for rows in variants.QUANTIZED_ROWS
         }
-        dequantize = self._device.load(variants.dequantize(self._dtype, weight.bits))
+        dequantize = self._device.load(variants.dequantize(self._dtype, weight.bits, fp8=weight.is_float))
         if self._matrix.numel() < outputs * columns:
             self._matrix = self._matrix.new_empty(outputs * columns)
 
@@ -78,5 +78,7 @@ def factors_of(weight: QuantizedTensor) -> Tensor:
     """float32 [rows, groups, 2]: quantized.cuh."""
     scales = weight.scales.float()
     minima = torch.zeros_like(scales) if weight.minima is None else weight.minima.float()
+    if weight.is_float:
+        return torch.stack((scales, minima), dim=-1).contiguous()
     steps, zero = (16, 16) if weight.bits == 4 else (256, 256 + 128)
     return torch.stack((steps * scales, minima - zero * scales), dim=-1).contiguous()

@@ -182,14 +182,18 @@ QUANTIZED_ROWS = (16, 32, 64)
 """Rows of x that a block of quantized_linear makes, in turn: as few as hold all of them."""
 
 
-def quantized_linear(dtype: torch.dtype, bits: int, rows: int) -> Variant:
-    """`rows`: one of QUANTIZED_ROWS."""
+def quantized_linear(dtype: torch.dtype, bits: int, rows: int, *, fp8: bool = False) -> Variant:
+    """`rows`: one of QUANTIZED_ROWS; `fp8`: codes are floats, of 8 bits."""
     num_threads = 256
     shared = (num_threads // 32) * rows * (32 + 2) * 4
-    constants = (*DTYPES[dtype], ("BITS", bits), ("ROWS", rows))
+    constants = (*_codes(dtype, bits, fp8), ("ROWS", rows))
     blocks = 2 if rows * bits <= 32 * 4 else 1  # by the registers that sums and codes take
     return Variant("quantized_linear", constants, num_threads, shared_bytes=shared, blocks_per_sm=blocks)
 
 
-def dequantize(dtype: torch.dtype, bits: int) -> Variant:
-    return Variant("dequantize", (*DTYPES[dtype], ("BITS", bits)), num_threads=256, blocks_per_sm=4)
+def dequantize(dtype: torch.dtype, bits: int, *, fp8: bool = False) -> Variant:
+    return Variant("dequantize", _codes(dtype, bits, fp8), num_threads=256, blocks_per_sm=4)
+
+
+def _codes(dtype: torch.dtype, bits: int, fp8: bool) -> tuple[tuple[str, int | None], ...]:
+    return (*DTYPES[dtype], ("BITS", bits), *((("FP8", None),) if fp8 else ()))

@@ -9,7 +9,7 @@ import msgspec
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config_json import ConfigJson, listed
-from evenhand_engine.model.packed_format import PackedFormat, parse_packed_format
+from evenhand_engine.model.packed_format import QuantizedFormat, parse_quantized_format
 from evenhand_engine.model.rope_config import RopeConfig, context_length, parse_rope
 
 SUPPORTED_ARCHITECTURES = (
@@ -33,7 +33,7 @@ class ModelConfig:
         sliding_windows: for each layer, how many tokens a query sees, itself included; None: all.
         rope_layers: for each layer, whether it rotates queries and keys at all.
         dtype: in which the checkpoint is stored, "float32" if it does not say.
-        packed_format: of projections that it holds as packed integers; None: it has none.
+        quantized_format: of projections that it holds quantised; None: it has none.
     """
 
     architecture: str
@@ -55,7 +55,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     rope_layers: tuple[bool, ...]
     dtype: str
-    packed_format: PackedFormat | None
+    quantized_format: QuantizedFormat | None
 
     @property
     def num_parameters(self) -> int:
@@ -111,8 +111,8 @@ def parse_model_config(document: Any, origin: str) -> ModelConfig:
         sliding_windows=_sliding_windows(fields),
         rope_layers=_rope_layers(fields),
         dtype=(fields.dtype or fields.torch_dtype or "float32").removeprefix("torch."),
-        packed_format=(
-            None if fields.quantization_config is None else parse_packed_format(fields.quantization_config, origin)
+        quantized_format=(
+            None if fields.quantization_config is None else parse_quantized_format(fields.quantization_config, origin)
         ),
     )
     _check(fields, config, origin)

@@ -119,13 +119,13 @@ class ShardedSource:
         begin = self._shard.rank * size
         if isinstance(whole, Tensor):
             return whole[:, begin : begin + size].clone()
-        if size % whole.group:
+        if size % whole.group and whole.group % size:
             raise StartupError(
                 f"tensor {name}: groups of {whole.group} inputs cannot be dealt out to {self._shard.size} devices: choose a "
                 "smaller tensor parallel size"
             )
         codes = slice(begin * whole.bits // 8, (begin + size) * whole.bits // 8)
-        groups = slice(begin // whole.group, (begin + size) // whole.group)
+        groups = slice(begin // whole.group, -(-(begin + size) // whole.group))
         return QuantizedTensor(
             whole.codes[:, codes].clone(),
             whole.scales[:, groups].clone(),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
-from evenhand_engine.model.packed_format import PackedFormat
+from evenhand_engine.model.fp8_weights import has_fp8, read_fp8
+from evenhand_engine.model.packed_format import Fp8Format, PackedFormat, QuantizedFormat
 from evenhand_engine.model.packed_int import read_packed
 from evenhand_engine.model.precision import Precision
 from evenhand_engine.model.sharding import WHOLE, Shard, ShardedSource, TensorSource, row_parallel
@@ -65,10 +66,10 @@ class Checkpoint:
     Every error in the files is a StartupError that names the file or the tensor.
     """
 
-    def __init__(self, model_dir: Path, packed_format: PackedFormat | None = None) -> None:
-        """`packed_format`: of the projections that it holds as packed integers."""
+    def __init__(self, model_dir: Path, quantized_format: QuantizedFormat | None = None) -> None:
+        """`quantized_format`: of the projections that it holds quantised."""
         self._model_dir = model_dir
-        self._packed_format = packed_format
+        self._format = quantized_format
         self._stack = ExitStack()
         self._untaken: dict[str, Any] = {}
         for path, names in _shards(model_dir).items():
@@ -88,8 +89,11 @@ class Checkpoint:
     def take(self, name: str, *shape: int) -> Weight:
         """Raises StartupError if the tensor is missing or has another shape."""
         prefix = name.removesuffix(".weight")
-        if self._packed_format is not None and f"{prefix}.qweight" in self._untaken:
-            weight: Weight = read_packed(self._read, self._untaken.__contains__, prefix, self._packed_format)
+        has = self._untaken.__contains__
+        if isinstance(self._format, PackedFormat) and has(f"{prefix}.qweight"):
+            weight: Weight = read_packed(self._read, has, prefix, self._format)
+        elif isinstance(self._format, Fp8Format) and has_fp8(has, prefix):
+            weight = read_fp8(self._read, has, prefix, self._format)
         elif name + CODES in self._untaken:
             minima = self._read(name + MINIMA) if name + MINIMA in self._untaken else None
             weight = QuantizedTensor(self._read(name + CODES), self._read(name + SCALES), minima)
@@ -174,7 +178,7 @@ def load_weights(
     model_dir: Path, config: ModelConfig, precision: Precision, kernels: Kernels, shard: Shard = WHOLE
 ) -> Weights:
     """Read the checkpoint in `model_dir`. Raises StartupError for missing, unexpected, mis-shaped or torn tensors."""
-    with Checkpoint(model_dir, config.packed_format) as checkpoint:
+    with Checkpoint(model_dir, config.quantized_format) as checkpoint:
         weights = assemble(checkpoint, config, precision, kernels, shard)
         if config.tie_word_embeddings:
             checkpoint.discard("lm_head.weight")

@@ -14,6 +14,7 @@ from evenhand_engine.scheduler.request import FinishReason
 
 from .conftest import make_checkpoint
 from .device_engine import PROMPTS, SETTINGS, Engine, Model, make_model, outputs, served, served_alone
+from .test_fp8_weights import rewrite as rewrite_fp8
 from .test_packed_int import rewrite
 
 
@@ -52,6 +53,17 @@ def test_packed_weights_stay_packed(tmp_path: Path, method: str, bits: int) -> N
     """Their products are those of the weights that the codes say."""
     _, reference = make_checkpoint(tmp_path, LlamaConfig, intermediate_size=192)
     rewrite(tmp_path, reference, method, bits, "gptq")
+    model = Model.load(tmp_path, Precision())
+    assert "quantized_linear" in model.device.loaded
+    expected = [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]
+    assert served(model.on_device, SETTINGS, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("form", ["per block", "per tensor"])
+def test_fp8_weights_stay_fp8(tmp_path: Path, form: str) -> None:
+    """Their products are those of the weights that floats and scales say."""
+    _, reference = make_checkpoint(tmp_path, LlamaConfig, intermediate_size=192)
+    rewrite_fp8(tmp_path, reference, form)
     model = Model.load(tmp_path, Precision())
     assert "quantized_linear" in model.device.loaded
     expected = [served(model.on_cpu, SETTINGS, [prompt])[0] for prompt in PROMPTS]

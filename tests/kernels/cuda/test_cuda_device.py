@@ -44,6 +44,18 @@ def fake_cupy(kernel: Kernel) -> Any:
     )
 
 
+def test_a_variant_for_one_architecture_names_it() -> None:
+    """Beside the one that CuPy adds, which lacks what only this architecture has."""
+    chosen: list[tuple[str, ...]] = []
+    cupy = fake_cupy(Kernel())
+    make = cupy.RawModule
+    cupy.RawModule = lambda code, options: chosen.append(options) or make(code, options)
+    for wgmma in (False, True):
+        choice = variants.AttentionChoice(wgmma=wgmma)
+        CudaLaunch(cupy, variants.attention(torch.bfloat16, torch.bfloat16, 128, 16, "sm_90", choice=choice))
+    assert ["--gpu-architecture=sm_90a" in options for options in chosen] == [False, True]
+
+
 def test_a_machine_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(DeviceError, match=r"^CuPy cannot be imported \(.*\): install evenhand\[gpu\]$"):
