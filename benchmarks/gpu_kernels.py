@@ -2,8 +2,8 @@
 in the same run; attention of prompts against torch's flash attention.
 
 A figure of `decode` and of `memory` is the kernel's bytes a second over the copy's (bytes read and written). Those of
-`prefill` are TFLOP/s of the causal half, and how often as fast as torch the kernel is. Keys and values of a decode case are
-larger than the L2 cache; what the small kernels move is, too.
+`prefill` are TFLOP/s of the causal half, by what multiplies too where a device has both, and how often as fast as torch the
+kernel is. Keys and values of a decode case are larger than the L2 cache; what the small kernels move is, too.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from evenhand_kernels.cuda import variants
 from evenhand_kernels.cuda.kernels import CudaKernels
 from evenhand_kernels.cuda.sampling import DeviceSampler, SamplingRows
+from evenhand_kernels.cuda.variants import AttentionChoice, has_wgmma
 from evenhand_kernels.device import Device
 from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, KvCacheShape
 
@@ -37,11 +38,11 @@ TINY = Heads(4, 1, 64)
 
 
 class Attending:
-    """One layer's attention over requests whose keys and values are random."""
+    """One layer's attention over requests whose keys and values are random; `choice` None: what is the fastest here."""
 
-    def __init__(self, device: Device, heads: Heads, requests: Requests) -> None:
+    def __init__(self, device: Device, heads: Heads, requests: Requests, choice: AttentionChoice | None = None) -> None:
         self.device, self.heads, self.requests = device, heads, requests
-        kernels = CudaKernels(device, torch.bfloat16)
+        kernels = CudaKernels(device, torch.bfloat16, choice=choice)
         layer = AttentionLayer(heads.num_heads, heads.num_kv_heads, heads.head_dim, 1e-5)
         counts = [-(-total // BLOCK_SIZE) for _, total in requests]
         self._attend = kernels.attention(layer, KvCacheShape(sum(counts), BLOCK_SIZE, torch.bfloat16))
@@ -127,10 +128,16 @@ def prefill(options: Options, device: Device) -> None:
         expected = flash().transpose(1, 2).reshape(num_tokens, -1)
     error = (attending.attend().float() - expected.float()).abs().max().item()
     flop = 4 * heads.num_heads * heads.head_dim * num_tokens * (num_tokens + 1) / 2
+    by_variant = {}
+    if has_wgmma(device.architecture, torch.bfloat16, torch.bfloat16, heads.head_dim):
+        for wgmma in (False, True):
+            one = Attending(device, heads, [(num_tokens, num_tokens)], AttentionChoice(wgmma=wgmma))
+            by_variant["wgmma" if wgmma else "mma.sync"] = flop / seconds_of(device, one.attend, number) / 1e12
     report(
         prefill={
             "tokens": num_tokens,
             "tflops": flop / seconds / 1e12,
+            "tflops_by_variant": by_variant,
             "flash_tflops": flop / flash_seconds / 1e12,
             "of_flash": flash_seconds / seconds,
             "max_difference": error,

@@ -39,6 +39,7 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     assert figures["cases"]["cases"] > 5 and not figures["cases"]["failed"]
     assert figures["parity"]["tokens"] > 0 == figures["parity"]["wrong"]
     assert figures["prefill"]["max_difference"] < 0.05
+    assert set(figures["prefill"]["tflops_by_variant"]) == {"mma.sync", "wgmma"}
     assert figures["transformers_1b"]["finished"] == figures["throughput_1b"]["requests"]
     assert {"decode", "memory", "incident_fcfs", "batching", "long_prompt"} <= set(figures)
     assert (tmp_path / "emulated.png").stat().st_size > 10_000
