@@ -42,12 +42,21 @@ def _seconds(
     requests: list[tuple[int, int]],
     choice: AttentionChoice,
 ) -> float:
-    """Of `requests`, as (tokens of this step, tokens in all), the same for each."""
+    """Of `requests`, as (tokens of this step, tokens in all), the same for each; random ones, since how often maxima rise, and what
+    power a device takes, depend on the numbers.
+    """
     (num_new, num_tokens), count = requests[0], len(requests)
     blocks_of_each = -(-num_tokens // cache.block_size)
     work = AttentionWork(device.torch_device)
     shape = KvCacheShape(count * blocks_of_each, cache.block_size, cache.dtype)
     attention = PagedAttention(device, dtype, layer, shape, work, choice=choice)
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+
+    def random(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device.torch_device).to(dtype)
+
+    for memory in (attention.keys, attention.values):
+        memory.view(-1).copy_(random(memory.numel() // cache.dtype.itemsize, cache.dtype).view(torch.uint8))
 
     def tensor(values: torch.Tensor) -> torch.Tensor:
         return values.to(device.torch_device, torch.int32)
@@ -65,5 +74,5 @@ def _seconds(
         )
     )
     columns = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
-    qkv = torch.zeros(count * num_new, columns, dtype=dtype, device=device.torch_device)
+    qkv = random(count * num_new * columns, dtype).view(-1, columns)
     return device.seconds(lambda: attention.attend(qkv, plan), ROUNDS)
