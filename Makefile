@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check crds dashboards cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
+.PHONY: help install serve demo check clients crds dashboards cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -99,10 +99,22 @@ bench-%: install  ## run benchmarks/NAME.py (dashes for underscores)
 
 bench-operator: bench-operator-scale  # a file operator.py would hide the standard library's from all beside it
 
+CLIENTS_LOCK := tests/clients/requirements.lock
+CLIENTS := $(CACHE)/clients-$(shell sha256sum $(CLIENTS_LOCK) | cut -c1-16)
+$(CLIENTS)/installed: | $(UV)
+	test -x $(CLIENTS)/bin/python || $(UV) venv -q --python $(PYTHON) $(CLIENTS)
+	$(UV) pip sync -q --python $(CLIENTS)/bin/python --require-hashes $(CLIENTS_LOCK)
+	touch $@
+
+clients: install $(CLIENTS)/installed  ## the server as the clients of others use it, in an environment of their own
+	EVENHAND=$(CURDIR)/.venv/bin/evenhand $(CLIENTS)/bin/python -m pytest -W ignore -p no:cacheprovider --confcutdir tests/clients tests/clients $(ARGS)
+
 COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command "make lock"
 IMAGES := manifests/images/packages
-lock: | $(UV)  ## resolve pyproject.toml again into requirements.lock, and what each image has of it
+lock: | $(UV)  ## resolve pyproject.toml again into requirements.lock, what each image has of it, and what `make clients` needs
 	$(COMPILE) $(EXTRAS) pyproject.toml -o requirements.lock
+	cp requirements.lock $(CLIENTS_LOCK)
+	$(COMPILE) --extra clients pyproject.toml -o $(CLIENTS_LOCK)
 	$(COMPILE) -p 3.13 -c requirements.lock pyproject.toml --excludes $(IMAGES)/cuda.txt -o $(IMAGES)/engine.lock
 	$(COMPILE) -p 3.13 -c requirements.lock pyproject.toml --extra gpu -o $(IMAGES)/engine-cuda.lock
 	$(COMPILE) -p 3.13 -c requirements.lock $(IMAGES)/operator.in -o $(IMAGES)/operator.lock
