@@ -14,7 +14,7 @@ from torch import Tensor
 from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import Decoder, ModelInput, build_decoder, forward
-from evenhand_engine.model.precision import DTYPES, Precision
+from evenhand_engine.model.precision import ACTIVATION_DTYPES, DTYPES, Precision
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import load_weights
 from evenhand_kernels.cpu.kernels import CpuKernels
@@ -22,7 +22,6 @@ from evenhand_kernels.kernels import AttentionBatch, KvCacheShape
 
 TEXT = common.DATA.parents[1] / "LICENSE"
 MAX_TOKENS, CHUNK, BLOCK_SIZE = 2048, 256, 16
-ACTIVATIONS = ("float32", "bfloat16")
 FORMS = {
     "float32": Precision(torch.float32),
     "as it comes": Precision(),
@@ -43,8 +42,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for form, precision in FORMS.items():
-        for activations in ACTIVATIONS:
-            kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=DTYPES[activations])
+        for activations, activation_dtype in ACTIVATION_DTYPES.items():
+            kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=activation_dtype)
             weights = load_weights(model_dir, config, precision, kernels)
             for kv_dtype in DTYPES if (form, activations) == ("float32", "float32") else ("float32",):
                 cache = KvCacheShape(-(-len(token_ids) // BLOCK_SIZE), BLOCK_SIZE, DTYPES[kv_dtype])

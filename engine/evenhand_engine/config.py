@@ -80,7 +80,7 @@ class EngineConfig:
         kv_cache_dtype: "auto" (that of the weights, float16 where they are quantised), one of these three, or on a GPU "fp8":
             e4m3, with the scales that the checkpoint names for each layer, or 1.
         activation_dtype: to which what enters a linear layer is rounded: "float32", or on the CPU "bfloat16", which
-            multiplies twice as fast on processors that have it.
+            multiplies twice as fast on processors that have it, or "int8", faster still with weights in codes.
         quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.

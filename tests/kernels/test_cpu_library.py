@@ -17,7 +17,7 @@ V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
 @pytest.mark.parametrize(
     ("flags", "levels"),
     [
-        (f"fpu sse2 {V4} avx512_bf16", ["x86-64-v4+avx512bf16", "x86-64-v4", "x86-64-v3"]),
+        (f"fpu sse2 {V4} avx512_bf16 avx512_vnni avx512vbmi", [*LEVELS]),
         (f"fpu sse2 {V4} avx512_vnni", ["x86-64-v4", "x86-64-v3"]),
         (f"fpu sse2 {V3} avx512f", ["x86-64-v3"]),
         ("fpu sse2 avx avx2", []),
@@ -52,7 +52,7 @@ def test_every_level_is_compiled_ahead_and_the_best_usable_one_is_loaded(
     compile_ahead(tmp_path / "shipped")
     asked = compiler.read_text().splitlines()
     assert all(" ".join(compiler_flags(level)) in line for level, line in zip(LEVELS, asked, strict=True))
-    assert "-march=x86-64-v4 -mavx512bf16 " in asked[0] and "-mavx512bf16" not in asked[1]
+    assert "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vbmi " in asked[0] and "-mavx512bf16" not in asked[1]
     monkeypatch.setenv("CXX", "/nowhere/compiler")
     for level in LEVELS:
         monkeypatch.setattr(library, "usable_levels", lambda level=level: [level])

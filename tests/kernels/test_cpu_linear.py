@@ -1,12 +1,13 @@
 """Linear layers and embeddings in C++ against the same in float64, at sizes that fit no tile."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from evenhand_engine.model.cache import cache_dir
 from evenhand_kernels.cpu.kernels import CpuKernels
 from harness.tensors import assert_close, quantized, randn
 
@@ -15,9 +16,13 @@ FEW_ROWS = 4
 
 
 @pytest.fixture(scope="module")
-def bfloat16_kernels(cpu_kernels: CpuKernels) -> CpuKernels:
-    """Of a second set, for which there is a compiler if there is one for the first."""
-    return CpuKernels(cache_dir() / "kernels", num_threads=3, activation_dtype=torch.bfloat16)
+def bfloat16_kernels(kernels_of_level: Callable[[torch.dtype], CpuKernels]) -> CpuKernels:
+    return kernels_of_level(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def int8_kernels(kernels_of_level: Callable[[torch.dtype], CpuKernels]) -> CpuKernels:
+    return kernels_of_level(torch.int8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +84,50 @@ def test_linear_of_a_quantized_weight_in_bfloat16(
         assert_close(
             linear(x), functional.linear(x.bfloat16().double(), multiplied), 1e-5 if rows <= FEW_ROWS else 1e-3
         )
+
+
+@pytest.mark.parametrize("outputs, inputs", [(17, 257), (95, 32), (120, 1536)])
+def test_linear_in_int8(outputs: int, inputs: int, int8_kernels: CpuKernels) -> None:
+    """Plain weights are multiplied in float32."""
+    weight = randn(outputs, inputs)
+    linear = int8_kernels.linear(weight, None)
+    for rows in (1, 5, 48):
+        x = randn(rows, inputs, seed=2)
+        assert_close(linear(x), functional.linear(rounded(x, 32), weight.double()), 1e-5)
+
+
+@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
+def test_linear_of_a_quantized_weight_in_int8(
+    bits: int, group: int, scales: torch.dtype, minima: bool, int8_kernels: CpuKernels
+) -> None:
+    """Exact sums of codes, or where the processor has no instruction for them, of the same rounded numbers."""
+    weight, bias = quantized(120, 640, bits, group, scales, minima), randn(120, seed=3)
+    linear = int8_kernels.linear(weight, bias)
+    for rows in (1, 2, 4, 5, 13, 257):
+        x = randn(rows, 640, seed=4)
+        x[0, :group] = 0
+        expected = functional.linear(rounded(x, group), weight.dequantized().double(), bias.double())
+        assert_close(linear(x), expected, 1e-5)
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """Each run of `group` inputs to whole multiples of a 127th of its largest, float64."""
+    runs = []
+    for run in x.split(group, dim=1):
+        scale = (run.abs().amax(1, keepdim=True) / 127).double()
+        runs.append(torch.where(scale > 0, (run / scale).round() * scale, 0.0))
+    return torch.cat(runs, dim=1)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_seen_in_int8(value: float, int8_kernels: CpuKernels) -> None:
+    for weight in (randn(40, 64), quantized(40, 64, 8, 32, torch.float16, False)):
+        for rows in (1, 6):
+            x = randn(rows, 64)
+            x[-1, 40] = value
+            outputs = int8_kernels.linear(weight, None)(x)
+            assert not torch.isfinite(outputs[-1]).any()
+            assert torch.isfinite(outputs[:-1]).all()
 
 
 def test_what_is_not_finite_stays_so_in_bfloat16(bfloat16_kernels: CpuKernels) -> None:

@@ -23,13 +23,9 @@ void evenhand_prefer_huge_pages(void* memory, long bytes) {
 #endif
 }
 
-// Whether the processor that this was compiled for multiplies pairs of bfloat16 itself.
-int evenhand_has_bfloat16_products() {
-#if defined(__AVX512BF16__)
-  return 1;
-#else
-  return 0;
-#endif
+// Whether the processor that this was compiled for multiplies such activations itself.
+int evenhand_has_products(ActivationDtype dtype) {
+  return dtype == FLOAT32 || (dtype == BFLOAT16 && HAS_PAIR_PRODUCTS) || (dtype == INT8 && HAS_CODE_PRODUCTS);
 }
 
 long evenhand_packed_bytes(const Weight* weight) {

@@ -36,6 +36,9 @@ from evenhand_kernels.quantized import QuantizedTensor, Weight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that `kernels.cpp` dispatches on."""
 
+ACTIVATION_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""`ActivationDtype` of activations.h."""
+
 QUANTIZED = 3
 """The first of the numbers that stand for quantised formats."""
 
@@ -56,17 +59,18 @@ class CpuKernels:
 
         Args:
             num_threads: None: one for each core.
-            activation_dtype: float32; or bfloat16, to which what enters a linear layer is rounded, and its weights too
-                where many rows pass over them. Sums, and all else, are float32.
+            activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which its weights are
+                rounded too where many rows pass over them; or int8, codes with a scale for each row and group of the
+                weight, or for 32 inputs. Sums, and all else, are float32.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
-        self._in_bfloat16 = activation_dtype == torch.bfloat16
+        self._activations = ACTIVATION_DTYPES[activation_dtype]
 
     @property
-    def has_bfloat16_products(self) -> bool:
-        """Whether the processor multiplies bfloat16 numbers itself; else that takes longer than float32."""
-        return bool(self._native.library.evenhand_has_bfloat16_products())
+    def has_products(self) -> bool:
+        """Whether the processor multiplies activations of this dtype itself; else that takes longer than float32."""
+        return bool(self._native.library.evenhand_has_products(self._activations))
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         return _Linear(self._native, self._packed(weight, bias))
@@ -114,7 +118,7 @@ class CpuKernels:
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
         packed = _packed(self._native, weight, bias, gated=gated)
-        packed.structure.in_bfloat16 = self._in_bfloat16
+        packed.structure.activations = self._activations
         return packed
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

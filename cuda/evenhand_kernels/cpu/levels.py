@@ -4,9 +4,11 @@ from pathlib import Path
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
 LEVELS = {
-    "x86-64-v4+avx512bf16": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
-    "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v4+avx512bf16+avx512vnni+avx512vbmi": _V4 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
+    "x86-64-v4": _V4,
     "x86-64-v3": _V3,
 }
 """The compiler's names, each with what it has beyond one of them, best first, and the features of /proc/cpuinfo that it asks for."""

@@ -63,6 +63,11 @@ def compile_ahead(directory: Path) -> None:
         _compile(_compiler(), level, directory / _shipped_name(level))
 
 
+def is_compiled_ahead(directory: Path) -> bool:
+    """Whether that was done there, of these sources."""
+    return all((directory / _shipped_name(level)).exists() for level in LEVELS)
+
+
 def _shipped_name(level: str) -> str:
     """With a digest, so that sources never meet a library that was compiled from others."""
     return f"cpu-{level}-{_sources_digest().hexdigest()[:16]}.so"

@@ -5,12 +5,14 @@
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the weights that many rows pass over are too: two inputs are
-// multiplied at once where the processor can (vdpbf16ps). Sums are float32.
+// multiplied at once where the processor can (vdpbf16ps). With those of 8 bits, four are, and codes of weights stay as they
+// lie (vpdpbusd). Elsewhere the same rounded numbers are multiplied in float32. Sums are float32, those of a group's codes exact.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "activations.h"
 #include "pool.h"
 #include "weight.h"
 
@@ -22,7 +24,7 @@ constexpr long PREFETCH_BYTES = 2048;  // how far few rows ask for weights ahead
 struct Weight {
   int64_t outputs, inputs;
   int32_t format, group, gated;  // format: see dispatch_format; group: inputs that share a scale, 1 for plain numbers
-  int32_t in_bfloat16;           // whether activations are rounded to it
+  ActivationDtype activations;   // what they are rounded to
   char* packed;
   const float* bias;  // packed like a plain weight of one input; null: none
 };
@@ -162,37 +164,55 @@ static void multiply_many(int rows, const T* x, const char* panel, long inputs, 
   }
 }
 
-// Rows of x rounded to bfloat16, each filled up to whole pairs.
-static inline std::vector<BFloat16Pair> narrowed(Pool& pool, const float* x, long rows, long inputs) {
-  const long num_pairs = (inputs + 1) / 2;
-  std::vector<BFloat16Pair> result(rows * num_pairs);
-  pool.run(rows, [&](long row) {
-    BFloat16* to = reinterpret_cast<BFloat16*>(result.data() + row * num_pairs);
-    long k = 0;
-    for (; k + LANES <= inputs; k += LANES) narrow(load(x + row * inputs + k), to + k);
-    for (; k < inputs; k++) narrow(x[row * inputs + k], to + k);
-  });
-  return result;
+// c[ROWS][PANEL] += what codes of 8 bits say of x[ROWS][inputs] * panel: sums of a group are whole numbers.
+template <typename F, int ROWS>
+static void multiply_codes(const int8_t* x, const float* scales, const int32_t* sums, const char* panel, long inputs, int group, float* c) {
+  const long groups = inputs / group;
+  for (long g = 0; g < groups; g++, panel += F::group_bytes(group)) {
+    IntVec acc[ROWS][2];
+    for (int m = 0; m < ROWS; m++) acc[m][0] = acc[m][1] = IntVec{} - F::OFFSET * sums[m * groups + g];
+    const char* unit = panel + F::header_bytes();
+    for (int i = 0; i < group; i += F::UNIT, x += F::UNIT, unit += F::unit_bytes()) {
+      for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
+      F::unsigned_codes(unit, [&](int quad, IntVec low, IntVec high) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+        for (int m = 0; m < ROWS; m++) {
+          const IntVec left = IntVec{} + *reinterpret_cast<const Word*>(x + m * inputs + 4 * quad);
+          acc[m][0] = dot(acc[m][0], low, left);
+          acc[m][1] = dot(acc[m][1], high, left);
+        }
+      });
+    }
+    const Pair scale = F::code_scales(panel), minimum = F::code_minima(panel);
+    for (int m = 0; m < ROWS; m++) {
+      const float of_row = scales[m * groups + g], sum = of_row * static_cast<float>(sums[m * groups + g]);
+      float* to = c + m * PANEL;
+      store(to, load(to) + __builtin_convertvector(acc[m][0], Vec) * (scale.low * of_row) + minimum.low * sum);
+      store(to + LANES, load(to + LANES) + __builtin_convertvector(acc[m][1], Vec) * (scale.high * of_row) + minimum.high * sum);
+    }
+  }
 }
 
 template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
   const long inputs = weight.inputs, group = weight.group;
   const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
+  const bool is_few = rows <= FEW_ROWS, as_pairs = weight.activations == BFLOAT16 && !is_few;
+  const bool as_codes = weight.activations == INT8 && F::GROUPED && HAS_CODE_PRODUCTS && group % LANES == 0;
   std::vector<BFloat16Pair> pairs;
+  CodedRows coded;
   std::vector<float> rounded_x;
-  if (weight.in_bfloat16) pairs = narrowed(pool, x, rows, inputs);
-  if (weight.in_bfloat16 && rows <= FEW_ROWS) {
-    rounded_x.resize(rows * inputs);
-    for (long row = 0; row < rows; row++) {
-      const BFloat16* from = reinterpret_cast<const BFloat16*>(pairs.data() + row * ((inputs + 1) / 2));
-      for (long k = 0; k < inputs; k++) rounded_x[row * inputs + k] = widened(from[k]);
-    }
+  if (as_pairs) {
+    pairs = to_pairs(pool, {x, rows, inputs});
+  } else if (as_codes) {
+    if constexpr (F::GROUPED) coded = to_codes<F::EVEN_FIRST>(pool, {x, rows, inputs}, group);
+  } else if (weight.activations != FLOAT32) {
+    rounded_x = rounded(pool, {x, rows, inputs}, weight.activations, F::GROUPED ? group : CODE_GROUP);
     x = rounded_x.data();
   }
   std::vector<float> sums;
   if constexpr (F::GROUPED)
-    if (F::HAS_MINIMA && rows <= FEW_ROWS) {
+    if (F::HAS_MINIMA && is_few && !as_codes) {
       sums.resize(rows * inputs / group);
       sum_groups(x, rows * inputs, group, sums.data());
     }
@@ -203,12 +223,20 @@ static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y
       for (int m = 0; m < block_rows; m++)
         for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = weight.bias ? weight.bias[p * PANEL + j] : 0;
       const char* panel = weight.packed + p * F::panel_bytes(inputs, group);
-      if (rows <= FEW_ROWS)
+      if (as_codes) {
+        if constexpr (F::GROUPED)
+          for_each_row_tile(block_rows, [&](auto tile, int first) {
+            const long groups = inputs / group, from = row + first;
+            multiply_codes<F, decltype(tile)::value>(coded.codes.data() + from * inputs, coded.scales.data() + from * groups,
+                                                     coded.sums.data() + from * groups, panel, inputs, group, c + first * PANEL);
+          });
+      } else if (is_few) {
         multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
-      else if (weight.in_bfloat16)
-        multiply_many<F>(block_rows, pairs.data() + row * ((inputs + 1) / 2), panel, inputs, group, c);
-      else
+      } else if (as_pairs) {
+        multiply_many<F>(block_rows, pairs.data() + row * num_pairs(inputs), panel, inputs, group, c);
+      } else {
         multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, c);
+      }
       (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
                                                      y + row * ldy + p * width, ldy);
     });

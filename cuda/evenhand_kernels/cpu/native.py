@@ -22,7 +22,7 @@ class WeightStructure(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("outputs", "inputs")),
-        *((name, c_int32) for name in ("format", "group", "gated", "in_bfloat16")),
+        *((name, c_int32) for name in ("format", "group", "gated", "activations")),
         *((name, c_void_p) for name in ("packed", "bias")),
     )
 
@@ -79,7 +79,7 @@ _SIGNATURES = {
     "evenhand_new_pool": (c_void_p, [c_int]),
     "evenhand_delete_pool": (None, [c_void_p]),
     "evenhand_prefer_huge_pages": (None, [c_void_p, c_long]),
-    "evenhand_has_bfloat16_products": (c_int, []),
+    "evenhand_has_products": (c_int, [c_int32]),
     "evenhand_packed_bytes": (c_long, [POINTER(WeightStructure)]),
     "evenhand_pack": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_void_p]),
     "evenhand_linear": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_long]),

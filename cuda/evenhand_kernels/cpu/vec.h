@@ -17,9 +17,11 @@ constexpr int MAX_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast of 1
 #endif
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Word __attribute__((aligned(1), may_alias));
 typedef uint32_t UnsignedVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint8_t UnsignedByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 struct BFloat16 {
@@ -116,12 +118,37 @@ static inline Vec multiply_add(Vec total, Vec left, Vec right, const T*) {
   return total + left * right;
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIR_PRODUCTS = true;
+#else
+constexpr bool HAS_PAIR_PRODUCTS = false;
+#endif
+
 static inline Vec multiply_add(Vec total, Vec left, Vec right, const BFloat16Pair*) {
 #if defined(__AVX512BF16__)
   return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)left, (__m512bh)right);
 #else
   const IntVec upper = IntVec{} + static_cast<int>(0xffff0000), a = (IntVec)left, b = (IntVec)right;
   return total + (Vec)(a << 16) * (Vec)(b << 16) + (Vec)(a & upper) * (Vec)(b & upper);
+#endif
+}
+
+// Whether `dot` is an instruction.
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+constexpr bool HAS_CODE_PRODUCTS = true;
+#else
+constexpr bool HAS_CODE_PRODUCTS = false;
+#endif
+
+// total + the sum, in each lane, of the products of four unsigned and four signed bytes.
+static inline IntVec dot(IntVec total, IntVec unsigned_bytes, IntVec bytes) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)total, (__m512i)unsigned_bytes, (__m512i)bytes);
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)unsigned_bytes, (__m256i)bytes);
+#else
+  for (int shift = 0; shift < 32; shift += 8) total += (unsigned_bytes >> shift & 255) * (bytes << (24 - shift) >> 24);
+  return total;
 #endif
 }
 
@@ -246,30 +273,31 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
   prefetch.next = next;
 }
 
-template <int ROWS, int NV, bool FRESH, typename T>
-static void multiply_tiles(int num_tiles, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc,
-                           Prefetch& prefetch) {
-  for (; num_tiles > 0; num_tiles--, a += ROWS * lda, c += ROWS * ldc)
-    multiply_tile<ROWS, NV, FRESH>(a, lda, b, depth, c, ldc, prefetch);
-}
-
 static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
-// The product for any number of rows: num_row_tiles(rows) tiles, as even as they can be, each of which prefetches.
-template <int NV, bool FRESH = false, typename T>
-static void multiply(int rows, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
+// Calls visit(tile, first row) for num_row_tiles(rows) tiles, as even as they can be; decltype(tile)::value: their rows.
+template <typename Visit>
+static inline void for_each_row_tile(int rows, const Visit& visit) {
   const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
+  int first = 0;
   const auto run = [&](int size, int num_tiles) {
-    switch (size) {
-#define CASE(n)                                                                                                   \
-  case n:                                                                                                         \
-    if constexpr (n <= MAX_ROWS) multiply_tiles<n, NV, FRESH>(num_tiles, a, lda, b, depth, c, ldc, prefetch); \
+    for (; num_tiles > 0; num_tiles--, first += size) switch (size) {
+#define CASE(n)                                                             \
+  case n:                                                                   \
+    if constexpr (n <= MAX_ROWS) visit(std::integral_constant<int, n>{}, first); \
     break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
-    }
-    a += num_tiles * size * lda, c += num_tiles * size * ldc;
+      }
   };
   run(smaller + 1, num_larger);
   run(smaller, tiles - num_larger);
+}
+
+// The product for any number of rows, in tiles each of which prefetches.
+template <int NV, bool FRESH = false, typename T>
+static void multiply(int rows, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
+  for_each_row_tile(rows, [&](auto tile, int first) {
+    multiply_tile<decltype(tile)::value, NV, FRESH>(a + first * lda, lda, b, depth, c + first * ldc, ldc, prefetch);
+  });
 }

@@ -76,7 +76,7 @@ struct Plain {
 // Codes of BITS bits; SCALE is the type of scales and minima.
 template <int BITS, typename SCALE, bool MINIMA>
 struct Grouped {
-  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA;
+  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA, EVEN_FIRST = BITS == 4;
   static_assert(MINIMA || BITS == 8);
   static constexpr int UNIT = 8;  // inputs that `codes` visits together
 
@@ -133,6 +133,45 @@ struct Grouped {
         visit(j, Pair{widened(bytes[0]), widened(bytes[1])});
       }
     }
+  }
+
+  // Calls visit(quad, low, high) twice for the UNIT inputs whose codes begin at `at`: in the bytes of each lane codes + OFFSET of
+  // four inputs, which are not negative; of 4 bits those at even places first.
+  static constexpr int OFFSET = 1 << (BITS - 1);
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void unsigned_codes(const char* at, const Visit& visit) {
+    if constexpr (BITS == 4) {
+      const IntVec flip = IntVec{} + static_cast<int>(0x88888888), mask = IntVec{} + 0x0f0f0f0f;
+      const IntVec low = *reinterpret_cast<const IntVec*>(at) ^ flip, high = *reinterpret_cast<const IntVec*>(at + LANES * 4) ^ flip;
+      visit(0, low & mask, high & mask);
+      visit(1, low >> 4 & mask, high >> 4 & mask);
+    } else {
+      const IntVec flip = IntVec{} + static_cast<int>(0x80808080);
+      for (int quad = 0; quad < 2; quad++, at += 4 * PANEL) {
+        const auto half = [&](const char* from) __attribute__((always_inline)) {
+#if defined(__AVX512VBMI__)
+          __m512i places;
+          for (int i = 0; i < 64; i++) reinterpret_cast<uint8_t*>(&places)[i] = static_cast<uint8_t>(i % 4 * PANEL + i / 4);
+          return (IntVec)_mm512_permutex2var_epi8(_mm512_loadu_si512(from), places, _mm512_loadu_si512(from + 64)) ^ flip;
+#else
+          IntVec result = {};
+          for (int i = 0; i < 4; i++)
+            result |= __builtin_convertvector(*reinterpret_cast<const UnsignedByteVec*>(from + i * PANEL), IntVec) << 8 * i;
+          return result ^ flip;
+#endif
+        };
+        visit(quad, half(at), half(at + LANES));
+      }
+    }
+  }
+
+  // Of codes, which for `unsigned_codes` are signed ones.
+  static Pair code_scales(const char* at) { return load_pair(reinterpret_cast<const SCALE*>(at)); }
+  static Pair code_minima(const char* at) {
+    Pair result = {Vec{}, Vec{}};
+    if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
+    if constexpr (BITS == 4) result.low += 8.0f * code_scales(at).low, result.high += 8.0f * code_scales(at).high;
+    return result;
   }
 
   static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }

@@ -17,7 +17,13 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.memory import require_memory
-from evenhand_engine.model.precision import DTYPES, Precision, resolve_kv_cache_dtype, resolve_precision
+from evenhand_engine.model.precision import (
+    ACTIVATION_DTYPES,
+    DTYPES,
+    Precision,
+    resolve_kv_cache_dtype,
+    resolve_precision,
+)
 from evenhand_engine.model.sharding import WHOLE, Shard, sharded_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import RandomTensors, Weights, assemble, checkpoint_bytes, load_weights
@@ -134,12 +140,15 @@ def _reference_kernels(device: str, shard: Shard) -> Kernels:
 
 def _cpu_kernels(config: EngineConfig) -> Kernels:
     try:
-        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=DTYPES[config.activation_dtype])
+        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=ACTIVATION_DTYPES[config.activation_dtype])
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()
-    if config.activation_dtype == "bfloat16" and not kernels.has_bfloat16_products:
-        logger.warning("this processor has no bfloat16 products: --activation-dtype bfloat16 makes it slower")
+    if not kernels.has_products:
+        dtype = config.activation_dtype
+        logger.warning(
+            "this processor does not multiply %s itself: --activation-dtype %s makes it slower", dtype, dtype
+        )
     torch.set_num_threads(1)  # what is left to torch is small, and its idle threads would spin on the kernels' cores
     return kernels
 
