@@ -13,9 +13,9 @@
 #include <array>
 #include <vector>
 
+#include "multiply.h"
 #include "norm.h"
 #include "pool.h"
-#include "vec.h"
 
 constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
 constexpr int GROUP_VECS = GROUP / LANES;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "multiply.h"
 #include "pool.h"
 #include "weight.h"
 

@@ -3,17 +3,14 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;  // floats in a vector
-constexpr int MAX_ROWS = 12;  // rows of a register tile: MAX_ROWS * 2 accumulators fit into 32 registers
 #else
 constexpr int LANES = 8;
-constexpr int MAX_ROWS = 6;  // 12 accumulators, 2 operands and 1 broadcast of 16 registers
 #endif
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -219,85 +216,4 @@ static inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
-}
-
-// Memory that a later product reads, asked for along the way so that it is in the cache by then: one line at `next` with
-// every step in depth, `stride` bytes on each time. An address that is not mapped would cost a walk of the page tables.
-struct Prefetch {
-  const char* next = "";
-  long stride = 0;
-};
-
-// The right side of a product: rows of NV * LANES numbers in groups of `group` rows, `stride` numbers apart, at groups[0],
-// groups[1], ... Numbers of 16 bits are widened by each row tile anew. Of pairs a row is two rows, and so it is with the left side.
-template <typename T>
-struct RightSide {
-  using Left = std::conditional_t<std::is_same_v<T, BFloat16Pair>, BFloat16Pair, float>;
-  const T* const* groups;
-  int group;
-  long stride;
-};
-
-// The register tile of all matrix products here: c[m][...] += sum over k < depth of a[m * lda + k] * b[k][...].
-// FRESH: c counts as zero.
-template <int ROWS, int NV, bool FRESH, typename T>
-static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a, long lda, RightSide<T> b, int depth, float* __restrict c, long ldc,
-                                 Prefetch& prefetch) {
-  // A third of the rows each, so that three pointers and one stride address all of them without further arithmetic.
-  constexpr int THIRD = (ROWS + 2) / 3;
-  const auto *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
-  const char* next = prefetch.next;
-  Vec acc[ROWS][NV];
-  for (int m = 0; m < ROWS; m++)
-    for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
-  for (; depth > 0; depth -= b.group, b.groups++) {
-    const T* __restrict row_of_b = *b.groups;
-    for (int k = depth < b.group ? depth : b.group; k > 0; k--, a++, a1++, a2++, row_of_b += b.stride) {
-      __builtin_prefetch(next, 0, 2);
-      next += prefetch.stride;
-      Vec right0 = load(row_of_b), right1 = load(row_of_b + (NV - 1) * LANES);
-#if defined(__x86_64__)
-      asm("" : "+v"(right0), "+v"(right1));  // keep them in registers: GCC would load them again for every row
-#endif
-#pragma GCC unroll 12
-      for (int m = 0; m < ROWS; m++) {
-        const auto* row = m < THIRD ? a : m < 2 * THIRD ? a1 : a2;
-        const Vec left = splat(row[m % THIRD * lda]);
-        acc[m][0] = multiply_add(acc[m][0], left, right0, row_of_b);
-        if constexpr (NV == 2) acc[m][1] = multiply_add(acc[m][1], left, right1, row_of_b);
-      }
-    }
-  }
-  for (int m = 0; m < ROWS; m++)
-    for (int j = 0; j < NV; j++) store(c + m * ldc + j * LANES, acc[m][j]);
-  prefetch.next = next;
-}
-
-static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
-
-// Calls visit(tile, first row) for num_row_tiles(rows) tiles, as even as they can be; decltype(tile)::value: their rows.
-template <typename Visit>
-static inline void for_each_row_tile(int rows, const Visit& visit) {
-  const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
-  int first = 0;
-  const auto run = [&](int size, int num_tiles) {
-    for (; num_tiles > 0; num_tiles--, first += size) switch (size) {
-#define CASE(n)                                                             \
-  case n:                                                                   \
-    if constexpr (n <= MAX_ROWS) visit(std::integral_constant<int, n>{}, first); \
-    break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-      }
-  };
-  run(smaller + 1, num_larger);
-  run(smaller, tiles - num_larger);
-}
-
-// The product for any number of rows, in tiles each of which prefetches.
-template <int NV, bool FRESH = false, typename T>
-static void multiply(int rows, const typename RightSide<T>::Left* a, long lda, RightSide<T> b, int depth, float* c, long ldc, Prefetch prefetch = {}) {
-  for_each_row_tile(rows, [&](auto tile, int first) {
-    multiply_tile<decltype(tile)::value, NV, FRESH>(a + first * lda, lda, b, depth, c + first * ldc, ldc, prefetch);
-  });
 }
