@@ -1,6 +1,9 @@
 """What `kubectl apply -k` installs: accepted to the last field, run by the controllers, allowed no more than it needs."""
 
 import json
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,25 @@ def test_operator_may_lead_and_verify_and_no_more(operator_may: Callable[..., bo
     assert not operator_may("create", "pods", ENGINE_NAMESPACE, "exec")
     assert not operator_may("create", "serviceaccounts", ENGINE_NAMESPACE, "token")
     assert not operator_may("impersonate", "users")
+
+
+def test_lease_is_renewed_apart_from_all_other_requests(installed: ControlPlane) -> None:
+    """Which flow a request was counted to is told in the answer to it."""
+    token = installed.service_account_token(OPERATOR_NAMESPACE, "evenhand-operator")
+    context = ssl.create_default_context(cafile=installed.authority)
+
+    def flow(path: str) -> str:
+        request = urllib.request.Request(installed.server + path, headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+                return str(answer.headers["X-Kubernetes-PF-FlowSchema-UID"])
+        except urllib.error.HTTPError as error:  # there is no Lease yet
+            return str(error.headers["X-Kubernetes-PF-FlowSchema-UID"])
+
+    own = installed.get("flowschema", "evenhand-operator-lease")["metadata"]["uid"]
+    leases = f"/apis/coordination.k8s.io/v1/namespaces/{OPERATOR_NAMESPACE}/leases"
+    assert flow(f"{leases}/evenhand-operator") == own
+    assert flow(f"/apis/evenhand.dev/v1alpha1/namespaces/{ENGINE_NAMESPACE}/tenantpolicies") != own
 
 
 def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None:

@@ -28,6 +28,7 @@ _OF_THE_OPERATOR = {
     "RoleBinding",
     "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding",
+    "FlowSchema",
 }
 
 
