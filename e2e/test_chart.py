@@ -232,7 +232,7 @@ def test_engine_on_gpus_has_them_their_image_and_its_model(helm: Helm) -> None:
     volumes = {each["name"]: each for each in pod["volumes"]}
     assert volumes["model"]["persistentVolumeClaim"]["claimName"] == "models"
     assert {"name": "model", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
-    assert "ephemeral" in volumes["cache"]
+    assert volumes["cache"].keys() == {"name", "ephemeral"}
     assert pod["runtimeClassName"] == "nvidia"
     assert (
         pod["priorityClassName"]
@@ -246,6 +246,18 @@ def test_engine_on_gpus_has_them_their_image_and_its_model(helm: Helm) -> None:
     _, small = pod_of(objects, "small", "evenhand-engine-small")
     assert small["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/mig-1g.10gb": "1"}
     assert not any("tensor-parallel" in each for each in small["args"])
+
+
+def test_a_pools_volume_or_strategy_takes_the_place_of_the_default_one(helm: Helm) -> None:
+    """Merged, as other values are, they would be two at once, which the API server refuses."""
+    claim, image = {"persistentVolumeClaim": {"claimName": "models"}}, {"image": {"reference": "models"}}
+    defaults = {"modelVolume": claim, "strategy": {"rollingUpdate": {"maxSurge": 1}}}
+    pool = {"modelVolume": image, "strategy": {"type": "Recreate"}}
+    objects = by_name(helm.template(*setting(poolDefaults=defaults, pools__default=pool)))
+    assert objects["Deployment", "inference", "evenhand-engine"]["spec"]["strategy"] == {"type": "Recreate"}
+    spec, _ = pod_of(objects, "inference", "evenhand-engine")
+    [volume] = [each for each in spec["volumes"] if each["name"] == "model"]
+    assert volume == {"name": "model"} | image
 
 
 def test_times_fit_each_other(helm: Helm) -> None:
@@ -336,7 +348,7 @@ def test_every_value_changes_something(helm: Helm) -> None:
         inner = [names(each) for each in value.values() if isinstance(each, dict)]
         return set(value).union(*inner)
 
-    free = {"requests", "limits", "cpu", "memory", "rollingUpdate", "maxSurge", "maxUnavailable", "emptyDir"}
+    free = {"requests", "limits", "cpu", "memory"}
     free |= {"default", "grafana_dashboard"}
     assert [name for name in sorted(names(values) - free) if not re.search(rf"\.{name}\b", templates)] == []
 

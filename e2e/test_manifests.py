@@ -14,6 +14,7 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane, KubectlError
+from harness.kustomize import render
 
 REPOSITORY = build.SOURCES.parents[1]
 OPERATOR_NAMESPACE, ENGINE_NAMESPACE = "evenhand-system", "inference"
@@ -64,6 +65,60 @@ def test_pods_are_made_in_namespaces_that_enforce_restricted(installed: ControlP
     for namespace in (OPERATOR_NAMESPACE, ENGINE_NAMESPACE):
         with pytest.raises(KubectlError, match='violates PodSecurity "restricted:latest"'):
             installed.kubectl("run", "intruder", "--image=intruder", "-n", namespace)
+
+
+OF_OTHERS = {"PodMonitor", "ServiceMonitor", "PrometheusRule", "ScaledObject", "Certificate"}
+"""Kinds that somebody else's operator brings."""
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        ["hpa"],
+        ["keda", "monitoring"],
+        ["model-claim", "model-hub"],
+        ["model-host-path"],
+        ["model-image"],
+        ["node-gateways"],
+        ["priority-class"],
+        ["tls"],
+    ],
+    ids="+".join,
+)
+def test_components_are_accepted_to_the_last_field(
+    installed: ControlPlane, overlay: str, tmp_path: Path, components: list[str]
+) -> None:
+    """By the API server, and a Pod of the engines by the namespace's restricted profile."""
+    objects = render(tmp_path, *components, overlay=Path(overlay).name)
+    ours = json.dumps(
+        {"apiVersion": "v1", "kind": "List", "items": [each for each in objects if each["kind"] not in OF_OTHERS]}
+    )
+    dry = ["apply", "--server-side", "--validate=strict", "--dry-run=server", "-f", "-", "-o", "json"]
+    accepted = {
+        (each["kind"], each["metadata"]["name"]): each
+        for each in json.loads(installed.kubectl(*dry, stdin=ours))["items"]
+    }
+    template = accepted["Deployment", "evenhand-engine"]["spec"]["template"]
+    metadata = {"name": "engine", "namespace": ENGINE_NAMESPACE, "labels": template["metadata"]["labels"]}
+    spec = template["spec"] | {"priorityClassName": None}  # the class is not there yet
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    installed.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+    [asked] = [
+        each["spec"]["template"]["spec"]
+        for each in objects
+        if each["metadata"]["name"] == "evenhand-engine" and each["kind"] == "Deployment"
+    ]
+    volumes = {each["name"]: each.keys() for each in template["spec"]["volumes"]}
+    assert {each["name"]: each.keys() for each in asked["volumes"]} == volumes, (
+        "none was dropped for a gate that is off"
+    )
+
+
+def test_every_component_is_tried() -> None:
+    tried = {"sidecar", "all-namespaces"}  # in test_sidecar_component.py, and in the production overlay
+    for mark in test_components_are_accepted_to_the_last_field.pytestmark:  # type: ignore[attr-defined]
+        tried |= {name for names in mark.args[1] for name in names}
+    assert {path.name for path in Path(REPOSITORY, "manifests/components").iterdir()} == tried
 
 
 def test_pool_selects_the_engines_and_the_service_hides_their_admin_port(installed: ControlPlane, overlay: str) -> None:

@@ -21,7 +21,12 @@ annotations:
 {{/* The pools by name, each with the defaults filled in and with `engine`, from which the names of its objects follow. */}}
 {{- define "evenhand.pools" -}}
 {{- range $name, $own := .Values.pools }}
-{{- $pool := mergeOverwrite (deepCopy $.Values.poolDefaults) ($own | default dict) }}
+{{- $pool := mergeOverwrite (deepCopy $.Values.poolDefaults) $own }}
+{{- range list "cacheVolume" "modelVolume" "strategy" }}
+{{- if hasKey $own . }}
+{{- $_ := set $pool . (get $own .) }}{{/* of which two together would be none */}}
+{{- end }}
+{{- end }}
 {{- $_ := set $pool "engine" (eq $name "default" | ternary "evenhand-engine" (printf "evenhand-engine-%s" $name)) }}
 {{- if and $pool.sidecar.enabled (not $pool.sidecar.engine) }}
 {{- fail (printf "pools.%s.sidecar.engine is empty: it is the container of the engine behind the sidecar" $name) }}
