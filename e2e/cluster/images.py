@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,39 @@ def _build_missing() -> None:
         build.say(f"built the image {target} in {time.monotonic() - began:.0f} s")
     for old in sorted(_archives().iterdir(), key=os.path.getmtime)[:-KEPT]:
         shutil.rmtree(old)
+    _forget_other_layers()
+
+
+def _forget_other_layers() -> None:
+    """Removes layers of which nothing of the Dockerfile, as it is now, is made: without it the store grows with every lock file.
+
+    Stages that others only copy from have no name and no descendant: they are given one, or the next build would make them anew.
+    """
+    for stage in stages():
+        options = ["--pull-never", "--layers", "--quiet", *_options(), "--target", stage]
+        _buildah("bud", *options, "--tag", f"evenhand.dev/stage/{stage}:dev", str(REPOSITORY))
+    left = len(_output("images", "--all", "--quiet").split())
+    while True:  # what was the base of a removed one is the next to go
+        before = left
+        _buildah("rmi", "--prune")
+        left = len(_output("images", "--all", "--quiet").split())
+        if left == before:
+            break
+
+
+def stages() -> list[str]:
+    """Stages of the Dockerfile that the targets are made of, but for themselves."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    _, *parts = re.split(r"^FROM (\S+) AS (\S+)$", text, flags=re.MULTILINE)
+    sources = {
+        name: {base, *re.findall(r"COPY --from=(\S+)", body)}
+        for base, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    }
+    needed: set[str] = set()
+    wanted = {target for target in TARGETS if target in sources}
+    while wanted := {source for name in wanted for source in sources[name] & sources.keys()} - needed:
+        needed |= wanted
+    return [name for name in sources if name in needed]
 
 
 def _archives() -> Path:
