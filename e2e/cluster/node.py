@@ -26,6 +26,8 @@ POD_ADDRESSES = "10.88.0.0/24"
 PAUSE = "evenhand.dev/pause:dev"
 
 CGROUPS = Path("/sys/fs/cgroup")
+KUBELET = Path("/var/lib/kubelet")
+"""Where a kubelet has its sockets, wherever its own root is."""
 
 Object = dict[str, Any]
 
@@ -61,6 +63,10 @@ class Node:
         self.stop()
 
     def _start(self) -> None:
+        KUBELET.mkdir(exist_ok=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "tmpfs", str(KUBELET)], check=True
+        )  # not shared with another node's run
         self._containerd.start()
         self._containerd.wait_until_ready(lambda: self._ctr("version").returncode == 0)
         for name, archive in self._archives.items():
@@ -92,7 +98,7 @@ class Node:
 
     def _unmount(self) -> None:
         mounts = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
-        for mount in reversed([mount for mount in mounts if mount.is_relative_to(self._directory)]):
+        for mount in reversed([mount for mount in mounts if mount.is_relative_to(self._directory) or mount == KUBELET]):
             subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
     def _remove_control_groups(self) -> None:

@@ -6,9 +6,7 @@ only tells what is there. Needs root, Debian and Go; nothing of it needs a conta
 
 import argparse
 import fcntl
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -47,16 +45,10 @@ DEBIAN = {
 
 def programs() -> dict[str, Path]:
     """Where each program is, or will be once it is built."""
-    built = build.cache_folder() / f"node-{content_key()}"
-    return {name: built / name for name in PROGRAMS}
-
-
-def content_key() -> str:
-    """Digest of everything that decides what the programs are."""
-    digest = hashlib.sha256(f"{sys.platform} {platform.machine()} {build.build_flags()} {WITH_C}".encode())
-    for path in sorted(path for folder, _ in PROGRAMS.values() for path in folder.iterdir()):
-        digest.update(f"\0{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return {
+        name: build.cache_folder() / f"node-{build.content_key(module)}" / name
+        for name, (module, _) in PROGRAMS.items()
+    }
 
 
 def missing() -> str:
