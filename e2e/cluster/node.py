@@ -27,7 +27,8 @@ PAUSE = "evenhand.dev/pause:dev"
 
 CGROUPS = Path("/sys/fs/cgroup")
 KUBELET = Path("/var/lib/kubelet")
-"""Where a kubelet has its sockets, wherever its own root is."""
+DEVICE_PLUGINS = KUBELET / "device-plugins"
+"""Where a kubelet is told of devices, wherever its own root is."""
 
 Object = dict[str, Any]
 
@@ -80,6 +81,14 @@ class Node:
         kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s", timeout=90)
         for program in self._started:
             program.check_running()
+
+    def offer(self, resource: str, count: int) -> None:
+        """From now on the node has so many devices of a kind, none of which is there."""
+        plugin = self._program("device-plugin", DEVICE_PLUGINS, resource, str(count))
+        self._started.append(plugin)
+        plugin.start()
+        allocatable = f"jsonpath={{.status.allocatable.{resource.replace('.', chr(92) + '.')}}}={count}"
+        self._cluster.kubectl("wait", f"node/{NAME}", f"--for={allocatable}", "--timeout=60s", timeout=90)
 
     def stop(self) -> None:
         """Ends containers, then programs, the runtime last, and takes back what the kubelet mounted and its control groups."""

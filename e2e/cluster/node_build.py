@@ -27,6 +27,7 @@ PROGRAMS = {
     "containerd-shim-runc-v2": (SOURCES / "containerd", f"{CONTAINERD}/containerd-shim-runc-v2"),
     "ctr": (SOURCES / "containerd", f"{CONTAINERD}/ctr"),
     "coredns": (SOURCES / "coredns", "."),
+    "device-plugin": (SOURCES / "device_plugin", "."),
 }
 
 WITH_C = {"kubelet"}

@@ -42,7 +42,7 @@ class NodeInstallation(Stage):
         prepare_network()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.cluster)
-            stack.enter_context(Node(self.cluster, self._programs, images.archives()))
+            self.node = stack.enter_context(Node(self.cluster, self._programs, images.archives()))
             self.cluster.create_namespace(TENANTS)
             self.cluster.apply(*client())
             self._running = stack.pop_all()
