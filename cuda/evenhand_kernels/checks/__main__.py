@@ -4,6 +4,7 @@ What every variant compiles to for each architecture, every case under the emula
 hour at first and less than half of that with the compilers' results remembered.
 """
 
+import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,4 +61,6 @@ def _table(compiled: list[Compiled]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cache_dir", type=Path, help="where what was compiled is kept")
+    sys.exit(main(parser.parse_args().cache_dir))
