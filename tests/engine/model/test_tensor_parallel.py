@@ -29,6 +29,7 @@ from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.quantized import QuantizedTensor
 from evenhand_policy.config import SchedulerConfig
+from harness.tensors import quantized
 
 from .conftest import make_checkpoint
 
@@ -265,22 +266,22 @@ def test_what_cannot_be_dealt_out_is_refused(config: EngineConfig) -> None:
 
 
 def test_parts_of_a_quantised_weight_are_the_weight() -> None:
-    codes = torch.arange(4 * 32, dtype=torch.uint8).view(4, 32)  # of 64 columns
-    scales, minima = torch.rand(4, 2), torch.rand(4, 2)
-    whole = QuantizedTensor(codes, scales, minima)
+    whole = quantized(4, 64, 4, 32, torch.float16, True)
 
     class Source:
         def take(self, name: str, *shape: int) -> QuantizedTensor:
-            assert shape == (4, 64)
+            assert shape == whole.shape
             return whole
 
     def parts(name: str, *shape: int) -> list[torch.Tensor]:
         taken = [ShardedSource(Source(), Shard(rank, 2)).take(name, *shape) for rank in range(2)]
         return [part.dequantized() for part in taken if isinstance(part, QuantizedTensor)]
 
+    down_proj = "layers.0.mlp.down_proj.weight"
     assert torch.equal(torch.cat(parts("layers.0.self_attn.q_proj.weight", 2, 64)), whole.dequantized())
-    assert torch.equal(torch.cat(parts("layers.0.mlp.down_proj.weight", 4, 32), dim=1), whole.dequantized())
-    coarse = QuantizedTensor(codes, scales[:, :1], minima[:, :1])
-    whole = coarse
+    assert torch.equal(torch.cat(parts(down_proj, 4, 32), dim=1), whole.dequantized())
+    whole = quantized(4, 64, 4, 64, torch.float16, True)  # a group of both parts
+    assert torch.equal(torch.cat(parts(down_proj, 4, 32), dim=1), whole.dequantized())
+    whole = quantized(4, 192, 4, 64, torch.float16, True)
     with pytest.raises(StartupError, match=r"down_proj\.weight: groups of 64 inputs cannot be dealt out to 2 devices"):
-        parts("layers.0.mlp.down_proj.weight", 4, 32)
+        parts(down_proj, 4, 96)
