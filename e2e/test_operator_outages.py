@@ -30,8 +30,10 @@ def proxy(cluster: ControlPlane) -> Iterator[CuttingProxy]:
 
 @pytest.fixture(scope="module")
 def operator(operators: Operators, operator_kubeconfig: Path, stage: Stage, proxy: CuttingProxy) -> OperatorProcess:
-    """It reaches the API server by the proxy only."""
-    return operators.start(stage.namespace, name="by-proxy", kubeconfig=proxy.kubeconfig(operator_kubeconfig))
+    """It reaches the API server by the proxy only, and has brought the engines into service."""
+    operator = operators.start(stage.namespace, name="by-proxy", kubeconfig=proxy.kubeconfig(operator_kubeconfig))
+    stage.wait_serving(2)
+    return operator
 
 
 def report_url(pod: Object) -> str:
