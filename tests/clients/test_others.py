@@ -36,7 +36,7 @@ async def test_litellm_asynchronously(served: Served) -> None:
     import litellm
 
     fields: Any = {"model": f"openai/{MODEL}", "api_base": served.openai_url, "api_key": "none", "messages": PARIS}
-    stream = await litellm.acompletion(stream=True, max_tokens=8, **fields)
+    stream = await litellm.acompletion(stream=True, temperature=0, max_tokens=4, **fields)
     assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "length"
     told = await litellm.atext_completion(
         model=f"text-completion-openai/{MODEL}",
