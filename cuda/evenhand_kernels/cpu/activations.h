@@ -52,10 +52,6 @@ static inline float scale_of(const float* x, int size) {
 
 static inline float inverse_of(float scale) { return scale > 1e-30f ? 1.0f / scale : 0.0f; }
 
-// The nearest whole numbers, ties to even.
-template <typename T>
-static inline T nearest(T x) { return (x + 12582912.0f) - 12582912.0f; }
-
 // EVEN_FIRST: of eight inputs those at even places come first, as codes of 4 bits are taken from a word.
 template <bool EVEN_FIRST>
 static CodedRows to_codes(Pool& pool, Rows from, int group) {
@@ -89,11 +85,7 @@ static inline std::vector<float> rounded(Pool& pool, Rows from, ActivationDtype 
     for (long first = 0; first < from.inputs; first += group) {
       const long end = std::min(first + group, from.inputs);
       const float scale = dtype == INT8 ? scale_of(x + first, static_cast<int>(end - first)) : 0.0f, inverse = inverse_of(scale);
-      for (long k = first; k < end; k++) {
-        BFloat16 narrowed;
-        narrow(x[k], &narrowed);
-        to[k] = dtype == INT8 ? nearest(x[k] * inverse) * scale : widened(narrowed);
-      }
+      for (long k = first; k < end; k++) to[k] = dtype == INT8 ? nearest(x[k] * inverse) * scale : through_bfloat16(x[k]);
     }
   });
   return result;

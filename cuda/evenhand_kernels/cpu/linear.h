@@ -184,7 +184,7 @@ static void multiply_codes(const int8_t* x, const float* scales, const int32_t* 
         }
       });
     }
-    const Pair scale = F::code_scales(panel), minimum = F::code_minima(panel);
+    const Pair scale = F::code_scales(panel), minimum = F::minima(panel);
     for (int m = 0; m < ROWS; m++) {
       const float of_row = scales[m * groups + g], sum = of_row * static_cast<float>(sums[m * groups + g]);
       float* to = c + m * PANEL;

@@ -149,13 +149,6 @@ static inline IntVec dot(IntVec total, IntVec unsigned_bytes, IntVec bytes) {
 #endif
 }
 
-static inline float widened(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
 static inline float sum(Vec v) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
@@ -193,6 +186,15 @@ static inline void narrow(float x, BFloat16* to) {
   to->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
+static inline float through_bfloat16(float x) {
+  BFloat16 narrowed;
+  narrow(x, &narrowed);
+  const uint32_t bits = static_cast<uint32_t>(narrowed.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
 static inline void narrow(float x, Float16* to) {
 #if defined(__F16C__)
   to->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
@@ -202,11 +204,15 @@ static inline void narrow(float x, Float16* to) {
 #endif
 }
 
+// The nearest whole numbers, ties to even, of numbers or vectors below 2^22.
+template <typename T>
+static inline T nearest(T x) { return (x + 12582912.0f) - 12582912.0f; }
+
 // exp(x) with a relative error below 2e-7 in [-87, 88], and the value at the nearer end beyond: never 0, never infinite.
 // x = n ln 2 + r; e^r by a polynomial (Cephes expf).
 static inline Vec exp(Vec x) {
   x = min(max(x, splat(-87.0f)), splat(88.0f));
-  const Vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
+  const Vec n = nearest(x * 1.44269504f);
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;

@@ -103,17 +103,19 @@ struct Grouped {
     }
   }
 
-  // Of what `codes` gives: it leaves codes of 4 bits where it finds them in the topmost bits of a word.
-  static Pair scales(const char* at) {
-    constexpr float UNIT_SCALE = BITS == 4 ? 0x1p-28f : 1.0f;
-    const Pair scale = load_pair(reinterpret_cast<const SCALE*>(at));
-    return {scale.low * UNIT_SCALE, scale.high * UNIT_SCALE};
-  }
+  // Of codes, those of 4 bits being signed.
+  static Pair code_scales(const char* at) { return load_pair(reinterpret_cast<const SCALE*>(at)); }
   static Pair minima(const char* at) {
     Pair result = {Vec{}, Vec{}};
     if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
-    if constexpr (BITS == 4) result.low += 0x1p31f * scales(at).low, result.high += 0x1p31f * scales(at).high;
+    if constexpr (BITS == 4) result.low += 8.0f * code_scales(at).low, result.high += 8.0f * code_scales(at).high;
     return result;
+  }
+  // Of what `codes` gives: it leaves codes of 4 bits where it finds them in the topmost bits of a word.
+  static Pair scales(const char* at) {
+    constexpr float UNIT_SCALE = BITS == 4 ? 0x1p-28f : 1.0f;
+    const Pair scale = code_scales(at);
+    return {scale.low * UNIT_SCALE, scale.high * UNIT_SCALE};
   }
 
   // Calls visit(j, codes in float32) for the UNIT inputs whose codes begin at `at`.
@@ -163,15 +165,6 @@ struct Grouped {
         visit(quad, half(at), half(at + LANES));
       }
     }
-  }
-
-  // Of codes, which for `unsigned_codes` are signed ones.
-  static Pair code_scales(const char* at) { return load_pair(reinterpret_cast<const SCALE*>(at)); }
-  static Pair code_minima(const char* at) {
-    Pair result = {Vec{}, Vec{}};
-    if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
-    if constexpr (BITS == 4) result.low += 8.0f * code_scales(at).low, result.high += 8.0f * code_scales(at).high;
-    return result;
   }
 
   static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }
