@@ -3,7 +3,7 @@
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,23 @@ def test_drain_lets_running_streams_finish(tiny: Start, count: str) -> None:
     assert rest == [], "a clean end says nothing more, neither of its own nor of a library's"
 
 
+def code_of_broken_stream(client: openai.OpenAI, breaks: Callable[[], None]) -> str | None:
+    """Of the error that ends a stream, after its first token, when that is called."""
+    options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
+    stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    breaks()
+    with pytest.raises(openai.APIError) as caught:
+        for _ in stream:
+            pass
+    return caught.value.code
+
+
 @pytest.mark.parametrize("count", ["1", "2"])
 def test_drain_timeout_ends_streams_with_a_reason(tiny: Start, count: str) -> None:
     server = tiny("--drain-timeout", "0", "--api-server-count", count)
     with server.client() as client:
-        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
-        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
-        next(stream)
-        server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError) as caught:
-            for _ in stream:
-                pass
-        assert caught.value.code == "draining"
+        assert code_of_broken_stream(client, lambda: server.process.send_signal(signal.SIGTERM)) == "draining"
     assert server.wait() == 0
 
 
@@ -71,14 +76,7 @@ def test_drain_timeout_ends_streams_with_a_reason(tiny: Start, count: str) -> No
 def test_death_of_the_core_ends_the_process(tiny: Start, count: str) -> None:
     server = tiny("--api-server-count", count)
     with server.client() as client:
-        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
-        stream = client.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
-        next(stream)
-        server.core.kill()
-        with pytest.raises(openai.APIError) as caught:
-            for _ in stream:
-                pass
-        assert caught.value.code == "engine_dead"
+        assert code_of_broken_stream(client, server.core.kill) == "engine_dead"
     assert server.wait() == 1
 
 
