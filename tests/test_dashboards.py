@@ -19,8 +19,8 @@ from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.frontend.metrics import Metrics, RequestMetrics
 from evenhand_engine.frontend.metrics_collector import Snapshot
 from evenhand_engine.frontend.share_tracker import Share
-from evenhand_engine.messages import TenantStats
 from evenhand_operator import metrics as operator_metrics
+from harness.stats import make_tenant_stats
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "manifests/components/monitoring"
@@ -54,20 +54,7 @@ def labels() -> Labels:
 def exposition() -> str:
     """What an engine shows on its admin port when it has served a request."""
     info = ModelInfo(model_name="m", max_model_len=100)
-    tenant = TenantStats(
-        tenant_id="t",
-        num_running=1,
-        num_waiting=0,
-        num_kv_blocks=2,
-        service=10,
-        virtual_service=0.0,
-        ahead=0.0,
-        lag=0.0,
-        lag_bound=0.0,
-        num_preemptions=0,
-        num_prompt_tokens=0,
-        num_generation_tokens=0,
-    )
+    tenant = make_tenant_stats("t")
     shares = {"t": Share(attained=0.5, entitled=0.5)}
     snapshot = Snapshot(info, None, [tenant], shares, "sha256:x", "Push", True, {"applied": 1}, {"t": {"rate": 2}})
     metrics = Metrics("m", 100, lambda: snapshot)

@@ -15,6 +15,7 @@ from evenhand_engine.messages import (
     TenantStats,
 )
 from evenhand_engine.scheduler.request import RequestOutput
+from harness.stats import make_tenant_stats
 
 from .conftest import Say, Serve, connect
 from .policies import CHAT_KEY, admin, complete, samples, tenant, until, until_count, write_two
@@ -53,13 +54,11 @@ def stats(*tenants: TenantStats, step_id: int = 1) -> StepOutputs:
 
 
 def tenant_stats(tenant_id: str, service: int) -> TenantStats:
-    return TenantStats(
-        tenant_id=tenant_id,
-        num_running=1,
+    return make_tenant_stats(
+        tenant_id,
         num_waiting=2,
         num_kv_blocks=10,
         service=service,
-        virtual_service=0.0,
         ahead=0.5,
         lag=1.5,
         lag_bound=4000.0,

@@ -6,7 +6,7 @@ from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.frontend.metrics import Metrics, RequestMetrics
 from evenhand_engine.frontend.metrics_collector import OTHER, Snapshot, TenantLabels
 from evenhand_engine.frontend.share_tracker import Share, ShareTracker
-from evenhand_engine.messages import TenantStats
+from harness.stats import make_tenant_stats
 
 
 def test_shares_follow_service_and_weights() -> None:
@@ -48,23 +48,7 @@ def test_labels_are_bounded() -> None:
 
 def test_tenants_beyond_the_labels_are_added_up() -> None:
     info = ModelInfo(model_name="m", max_model_len=100)
-    tenants = [
-        TenantStats(
-            tenant_id=f"t{i}",
-            num_running=1,
-            num_waiting=0,
-            num_kv_blocks=2,
-            service=10,
-            virtual_service=0.0,
-            ahead=0.0,
-            lag=0.0,
-            lag_bound=0.0,
-            num_preemptions=0,
-            num_prompt_tokens=0,
-            num_generation_tokens=0,
-        )
-        for i in range(500)
-    ]
+    tenants = [make_tenant_stats(f"t{i}") for i in range(500)]
     snapshot = Snapshot(info, None, tenants, {}, "sha256:x", "files", True, {"applied": 1}, {"t1": {"rate": 2}})
     metrics = Metrics("m", 100, lambda: snapshot)
     for tenant in tenants:
