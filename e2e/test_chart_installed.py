@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster import build
 from cluster.control_plane import ControlPlane, KubectlError
+from cluster.fixtures import new_control_plane
 from harness.helm import CHART, CRDS_CHART, NAMESPACE, RELEASE, Helm, HelmError, setting
 from harness.objects import policy
 from harness.stage import until
@@ -22,9 +22,7 @@ Object = dict[str, Any]
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane of its own, since what is installed here reaches beyond one namespace."""
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("chart")) as control_plane:
+    with new_control_plane(tmp_path_factory.mktemp("chart")) as control_plane:
         yield control_plane
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane
-from cluster.fixtures import install_crds
+from cluster.fixtures import install_crds, new_control_plane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, install_operator_rights
 from harness.objects import Object, api_key, light_engines, policy, pool, secret, service_account
@@ -28,9 +28,7 @@ KEY = "a-key-that-nobody-can-guess-{}".format
 @pytest.fixture(scope="module")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """One of its own, since the operator looks at all of it."""
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("wide")) as cluster:
+    with new_control_plane(tmp_path_factory.mktemp("wide")) as cluster:
         install_crds(cluster)
         cluster.create_namespace(HOME)
         yield cluster

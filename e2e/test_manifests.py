@@ -14,6 +14,7 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane, KubectlError
+from cluster.fixtures import new_control_plane
 from harness.kustomize import render
 
 REPOSITORY = build.SOURCES.parents[1]
@@ -31,9 +32,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def installed(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane of its own, since what is installed here reaches beyond one namespace."""
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("manifests")) as cluster:
+    with new_control_plane(tmp_path_factory.mktemp("manifests")) as cluster:
         cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
         cluster.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
         cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", overlay)

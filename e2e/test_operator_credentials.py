@@ -14,9 +14,8 @@ import jwt
 import pytest
 from jwt.algorithms import RSAAlgorithm
 
-from cluster import build
 from cluster.control_plane import ControlPlane
-from cluster.fixtures import install_crds
+from cluster.fixtures import install_crds, new_control_plane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators, install_operator_rights, new_served_namespace
 from harness.objects import Object, light_engines, policy, pool
@@ -29,9 +28,7 @@ NOTICED_SECONDS = 90.0  # half a minute without an answer, and what goes before 
 
 @pytest.fixture(scope="module")
 def own_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("own-cluster")) as cluster:
+    with new_control_plane(tmp_path_factory.mktemp("own-cluster")) as cluster:
         install_crds(cluster)
         yield cluster
 
@@ -96,8 +93,7 @@ def test_operator_that_the_api_server_has_no_time_for_waits_and_goes_on(
 ) -> None:
     """429 with Retry-After to all that it asks: it asks no more often than that, and misses nothing."""
     operator = operators.start(own_stage.namespace, options=OFTEN)
-    limit(own_cluster)
-    with all_refused(own_cluster):
+    with limited(own_cluster), all_refused(own_cluster):
         own_cluster.apply(policy(own_stage.namespace, "during", weight=2))
         until(lambda: num_refused(own_cluster) > 5)
         before, began_at = num_refused(own_cluster), time.monotonic()
@@ -109,8 +105,9 @@ def test_operator_that_the_api_server_has_no_time_for_waits_and_goes_on(
     until(lambda: is_accepted(own_stage, "during"))
 
 
-def limit(cluster: ControlPlane) -> None:
-    """One request of the operator at a time from now on: the first is always let in, whatever the limit."""
+@contextlib.contextmanager
+def limited(cluster: ControlPlane) -> Iterator[None]:
+    """One request of the operator at a time: the first is always let in, whatever the limit."""
     account = {"kind": "ServiceAccount", "serviceAccount": {"name": OPERATOR, "namespace": OPERATOR_NAMESPACE}}
     everything = {"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"], "clusterScope": True, "namespaces": ["*"]}
     version = "flowcontrol.apiserver.k8s.io/v1"
@@ -133,6 +130,10 @@ def limit(cluster: ControlPlane) -> None:
             },
         },
     )
+    try:
+        yield
+    finally:
+        cluster.kubectl("delete", "flowschema,prioritylevelconfiguration", "no-time")
 
 
 @contextlib.contextmanager

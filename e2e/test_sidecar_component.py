@@ -9,6 +9,7 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane
+from cluster.fixtures import new_control_plane
 
 REPOSITORY = build.SOURCES.parents[1]
 NAMESPACE = "inference"
@@ -47,14 +48,12 @@ spec:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
     directory = tmp_path_factory.mktemp("sidecar")
     (directory / "deployment.yaml").write_text(DEPLOYMENT)
     component = os.path.relpath(REPOSITORY / "manifests/components/sidecar", directory)
     kustomization = {"resources": ["deployment.yaml"], "components": [component]}
     (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("cluster")) as plane:
+    with new_control_plane(tmp_path_factory.mktemp("cluster")) as plane:
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
         plane.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/manifests/overlays/dev")

@@ -14,12 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from cluster.api_client import ApiClient
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
 from cluster.ports import free_ports
-from cluster.programs import Program, Watchdog
+from cluster.programs import Program, Running, Watchdog
 
 ISSUER = "https://kubernetes.default.svc"
 """Issuer of the ServiceAccount tokens."""
@@ -36,7 +36,7 @@ class KubectlError(Exception):
     """kubectl ended with another status than 0; the message is what it printed."""
 
 
-class ControlPlane:
+class ControlPlane(Running):
     """Starts and stops the programs, and is the way to everything in them.
 
     `programs` tells where each program is; certificates, data and logs go below `directory`. `address` is one of this machine;
@@ -62,17 +62,6 @@ class ControlPlane:
         self.api_server = self._api_server(port, etcd_port)
         self.controller_manager = self._controller_manager(controller_port)
         self._tls = self._admin_context()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Returns when the API server is ready and the controllers work. Raises ProgramDied, TimeoutError."""

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,20 @@ CRDS = build.SOURCES.parents[1] / "crds"
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """The control plane of this test run, started when the first test asks for it."""
+    with new_control_plane(tmp_path_factory.mktemp("cluster")) as control_plane:
+        yield control_plane
+
+
+def require_control_plane() -> None:
+    """Skips the test, with the reason, where the programs of a control plane are not built."""
     if missing := build.missing_programs():
         pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
-    with ControlPlane(build.programs(), tmp_path_factory.mktemp("cluster")) as control_plane:
-        yield control_plane
+
+
+def new_control_plane(directory: Path) -> ControlPlane:
+    """One that is not started, for who cannot share the run's. Skips the test where it cannot be had."""
+    require_control_plane()
+    return ControlPlane(build.programs(), directory)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
 from cluster.control_plane import SERVICE_ADDRESSES, ControlPlane
-from cluster.programs import Program
+from cluster.programs import Program, Running
 
 NAME = "node"
 ADDRESS = "10.88.255.1"
@@ -39,7 +39,7 @@ def isolation() -> str:
     return "" if [link["ifname"] for link in links] == ["lo"] else "a node needs namespaces of its own (make e2e-node)"
 
 
-class Node:
+class Node(Running):
     """Starts and stops the programs of a node. `archives` are images that its containers may have."""
 
     def __init__(self, cluster: ControlPlane, programs: Mapping[str, Path], archives: Mapping[str, Path]) -> None:
@@ -52,18 +52,7 @@ class Node:
         self._containerd = self._program("containerd", "--config", self._containerd_config())
         self._started: list[Program] = [self._containerd]
 
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _start(self) -> None:
+    def start(self) -> None:
         KUBELET.mkdir(exist_ok=True)
         subprocess.run(
             ["mount", "-t", "tmpfs", "tmpfs", str(KUBELET)], check=True

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from cluster import watchdog
 
@@ -44,6 +46,27 @@ class Watchdog:
     def _tell(self, line: str) -> None:
         assert self._process.stdin
         os.write(self._process.stdin.fileno(), f"{line}\n".encode())  # short, so whole whichever thread writes it
+
+
+class Running(ABC):
+    """What runs while it is entered; of a start that fails, too, nothing is left."""
+
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class Program:

@@ -9,6 +9,7 @@ import yaml
 
 from cluster import build
 from cluster.control_plane import ControlPlane
+from cluster.fixtures import require_control_plane
 from cluster.pod_runner import PodRunner
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.source import resolve_model_dir
@@ -127,8 +128,7 @@ def stage(cluster: ControlPlane, served_namespace: str, pods: PodRunner) -> Stag
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """The whole of it: the operator and two engines with the default model, as the dev overlay installs them."""
-    if missing := build.missing_programs():
-        pytest.skip(f"no control plane: {', '.join(missing)} not built (make cluster)")
+    require_control_plane()
     try:
         resolve_model_dir(None)
     except StartupError as error:
