@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
+import msgspec
 import torch
 from step_floor import Floor
 from torch import Tensor
@@ -184,8 +185,9 @@ def _request(seat: int, num_computed: int, num_scheduled: int, first_block: int)
 
 def _decodes(size: int) -> Batch:
     plan, per_request = BatchPlan(), DECODE_CONTEXT // 16 + 1
-    plan.add_decodes([_request(seat, DECODE_CONTEXT - 1, 1, seat * per_request) for seat in range(size)])
-    return plan.build(0, ())
+    for seat in range(size):  # as chunks of one token, by which the runner hears of the requests too
+        plan.add_chunk(_request(seat, DECODE_CONTEXT - 1, 1, seat * per_request), 1)
+    return msgspec.structs.replace(plan.build(0, ()), num_decodes=size)
 
 
 def _chunk(size: int) -> Batch:

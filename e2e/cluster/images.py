@@ -87,7 +87,6 @@ def build_missing() -> None:
 
 
 def _build_missing() -> None:
-    _buildah("rm", "--all")  # what a build that was killed has left: it would hold its layers for ever
     if not _output("images", "--quiet", "--filter", f"reference={BASE}"):
         _build_base()
     for target in missing():

@@ -79,8 +79,9 @@ class EngineConfig:
             "float16".
         kv_cache_dtype: "auto" (that of the weights, float16 where they are quantised), one of these three, or on a GPU "fp8":
             e4m3, with the scales that the checkpoint names for each layer, or 1.
-        activation_dtype: to which what enters a linear layer is rounded: "float32", or on the CPU "bfloat16", which
-            multiplies twice as fast on processors that have it, or "int8", faster still with weights in codes.
+        activation_dtype: to which what enters a linear layer is rounded, on the CPU: "float32", "bfloat16", which
+            multiplies twice as fast on processors that have it, "int8", faster still with weights in codes, or "auto":
+            bfloat16 on such processors, but float32 beside weights of float32.
         quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
@@ -101,7 +102,7 @@ class EngineConfig:
     load_format: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
-    activation_dtype: str = "float32"
+    activation_dtype: str = "auto"
     quantization: str = "none"
     max_model_len: int | None = None
     max_num_seqs: int | None = None

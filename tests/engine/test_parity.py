@@ -36,7 +36,10 @@ PROMPTS = (
 @pytest.fixture(scope="module")
 def model() -> Iterator[LoadedModel]:
     num_threads = torch.get_num_threads()
-    yield load_model(EngineConfig(max_num_batched_tokens=512, kv_cache_bytes=256 << 20, max_model_len=1024))
+    config = EngineConfig(
+        activation_dtype="float32", max_num_batched_tokens=512, kv_cache_bytes=256 << 20, max_model_len=1024
+    )
+    yield load_model(config)
     torch.set_num_threads(num_threads)
 
 
@@ -219,7 +222,11 @@ def test_drafts_change_nothing(
 @pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"temperature": 0.0, "repetition_penalty": 1.1}])
 def test_drafts_change_nothing_that_is_drawn_or_penalized(prompts: list[list[int]], changes: dict[str, float]) -> None:
     """With keys and values in float32: in 16 bits, rounding that depends on the rows of a step may change a draw."""
-    exact = load_model(EngineConfig(kv_cache_dtype="float32", kv_cache_bytes=256 << 20, max_model_len=1024))
+    exact = load_model(
+        EngineConfig(
+            activation_dtype="float32", kv_cache_dtype="float32", kv_cache_bytes=256 << 20, max_model_len=1024
+        )
+    )
     repeated = [prompt * (120 // len(prompt) + 1) for prompt in prompts[1:7]]
     params = [SamplingParams(max_tokens=NUM_OUTPUTS, seed=n, **changes) for n in range(len(repeated))]  # type: ignore[arg-type]
     without = Generation(exact).run(repeated, params=params)
@@ -240,7 +247,9 @@ def test_bfloat16_differs_only_where_it_cannot_tell(
     prompts: list[list[int]], alone: list[list[int]], reference_logits: Callable[[list[int]], Tensor]
 ) -> None:
     """At the first difference the reference's two best logits are nearer to each other than neighbouring bfloat16 numbers."""
-    rounded = load_model(EngineConfig(dtype="bfloat16", kv_cache_bytes=64 << 20, max_model_len=1024))
+    rounded = load_model(
+        EngineConfig(dtype="bfloat16", activation_dtype="float32", kv_cache_bytes=64 << 20, max_model_len=1024)
+    )
     differences = 0
     for prompt, exact in zip(prompts, alone, strict=True):
         outputs = Generation(rounded, enable_prefix_caching=False).run([prompt])[0]

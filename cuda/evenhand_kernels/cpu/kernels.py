@@ -53,7 +53,7 @@ class CpuKernels:
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, cache_dir: Path, num_threads: int | None = None, activation_dtype: torch.dtype = torch.float32
+        self, cache_dir: Path, num_threads: int | None = None, activation_dtype: torch.dtype | None = torch.float32
     ) -> None:
         """Compiles the kernels into `cache_dir` if they are not there. Raises CompileError.
 
@@ -61,16 +61,22 @@ class CpuKernels:
             num_threads: None: one for each core.
             activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which its weights are
                 rounded too where many rows pass over them; or int8, codes with a scale for each row and group of the
-                weight, or for 32 inputs. Sums, and all else, are float32.
+                weight, or for 32 inputs. Sums, and all else, are float32. None: bfloat16 if the processor multiplies it
+                itself, else float32.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
-        self._activations = ACTIVATION_DTYPES[activation_dtype]
+        if activation_dtype is None:
+            activation_dtype = torch.bfloat16 if self._multiplies(torch.bfloat16) else torch.float32
+        self.activation_dtype = activation_dtype
 
     @property
     def has_products(self) -> bool:
         """Whether the processor multiplies activations of this dtype itself; else that takes longer than float32."""
-        return bool(self._native.library.evenhand_has_products(self._activations))
+        return self._multiplies(self.activation_dtype)
+
+    def _multiplies(self, dtype: torch.dtype) -> bool:
+        return bool(self._native.library.evenhand_has_products(ACTIVATION_DTYPES[dtype]))
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         return _Linear(self._native, self._packed(weight, bias))
@@ -118,7 +124,7 @@ class CpuKernels:
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
         packed = _packed(self._native, weight, bias, gated=gated)
-        packed.structure.activations = self._activations
+        packed.structure.activations = ACTIVATION_DTYPES[self.activation_dtype]
         return packed
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

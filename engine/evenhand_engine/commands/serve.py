@@ -34,9 +34,9 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 )
 @click.option(
     "--activation-dtype",
-    type=click.Choice(["float32", "bfloat16", "int8"]),
-    default="float32",
-    help="Of what linear layers multiply on the CPU; the fewer bits, the faster and the less exact.",
+    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    default="auto",
+    help="Of what linear layers multiply on the CPU; auto: bfloat16 if the processor does, beside weights of 16 bits or fewer.",
 )
 @click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."

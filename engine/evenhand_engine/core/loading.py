@@ -18,9 +18,9 @@ from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.memory import require_memory
 from evenhand_engine.model.precision import (
-    ACTIVATION_DTYPES,
     DTYPES,
     Precision,
+    resolve_activation_dtype,
     resolve_kv_cache_dtype,
     resolve_precision,
 )
@@ -90,7 +90,7 @@ def resolve_shard(config: EngineConfig, shard: Shard) -> tuple[Path, ModelConfig
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if shard.size > 1 and device == "cpu" and config.kernels != "reference":
         raise StartupError("tensor parallelism is for GPUs: leave --tensor-parallel-size out on the CPU")
-    if config.activation_dtype != "float32" and (device != "cpu" or config.kernels == "reference"):
+    if config.activation_dtype not in ("auto", "float32") and (device != "cpu" or config.kernels == "reference"):
         raise StartupError(f"activation dtype {config.activation_dtype} is for the CPU's own kernels: leave it out")
     return model_dir, model_config, device
 
@@ -101,7 +101,7 @@ def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
     if config.kernels == "reference":
         return _load_with(_reference_kernels(device, shard), config, model_dir, model_config, device, shard)
     if device == "cpu":
-        return _load_with(_cpu_kernels(config), config, model_dir, model_config, device, shard)
+        return _load_with(_cpu_kernels(config, model_config), config, model_dir, model_config, device, shard)
     from evenhand_engine.core.device_loading import load_on_device
 
     return load_on_device(config, model_dir, model_config, shard)
@@ -138,9 +138,11 @@ def _reference_kernels(device: str, shard: Shard) -> Kernels:
     return ReferenceKernels(torch.device("cuda", shard.rank))
 
 
-def _cpu_kernels(config: EngineConfig) -> Kernels:
+def _cpu_kernels(config: EngineConfig, model_config: ModelConfig) -> Kernels:
+    precision = resolve_precision(config.dtype, config.quantization)
+    activation_dtype = resolve_activation_dtype(config.activation_dtype, precision, model_config)
     try:
-        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=ACTIVATION_DTYPES[config.activation_dtype])
+        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=activation_dtype)
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()
