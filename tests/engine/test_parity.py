@@ -223,9 +223,7 @@ def test_drafts_change_nothing(
 def test_drafts_change_nothing_that_is_drawn_or_penalized(prompts: list[list[int]], changes: dict[str, float]) -> None:
     """With keys and values in float32: in 16 bits, rounding that depends on the rows of a step may change a draw."""
     exact = load_model(
-        EngineConfig(
-            activation_dtype="float32", kv_cache_dtype="float32", kv_cache_bytes=256 << 20, max_model_len=1024
-        )
+        EngineConfig(activation_dtype="float32", kv_cache_dtype="float32", kv_cache_bytes=256 << 20, max_model_len=1024)
     )
     repeated = [prompt * (120 // len(prompt) + 1) for prompt in prompts[1:7]]
     params = [SamplingParams(max_tokens=NUM_OUTPUTS, seed=n, **changes) for n in range(len(repeated))]  # type: ignore[arg-type]

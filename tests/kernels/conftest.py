@@ -23,7 +23,7 @@ def cpu_kernels() -> CpuKernels:
 @pytest.fixture(scope="module", params=list(LEVELS))
 def kernels_of_level(
     request: pytest.FixtureRequest, cpu_kernels: CpuKernels
-) -> Iterator[Callable[[torch.dtype], CpuKernels]]:
+) -> Iterator[Callable[[torch.dtype | None], CpuKernels]]:
     """Makes kernels, for a dtype of activations, that were compiled for one level of processor, if this one has all of it."""
     level = request.param
     if level not in usable_levels():

@@ -16,12 +16,12 @@ FEW_ROWS = 4
 
 
 @pytest.fixture(scope="module")
-def bfloat16_kernels(kernels_of_level: Callable[[torch.dtype], CpuKernels]) -> CpuKernels:
+def bfloat16_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
     return kernels_of_level(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def int8_kernels(kernels_of_level: Callable[[torch.dtype], CpuKernels]) -> CpuKernels:
+def int8_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
     return kernels_of_level(torch.int8)
 
 
@@ -84,6 +84,14 @@ def test_linear_of_a_quantized_weight_in_bfloat16(
         assert_close(
             linear(x), functional.linear(x.bfloat16().double(), multiplied), 1e-5 if rows <= FEW_ROWS else 1e-3
         )
+
+
+def test_activations_are_bfloat16_by_choice_where_the_processor_multiplies_it(
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+) -> None:
+    chosen = kernels_of_level(None)
+    assert chosen.has_products
+    assert (chosen.activation_dtype is torch.bfloat16) == kernels_of_level(torch.bfloat16).has_products
 
 
 @pytest.mark.parametrize("outputs, inputs", [(17, 257), (95, 32), (120, 1536)])
