@@ -115,6 +115,7 @@ class SidecarInFront:
                 num_prompt_tokens=max(1, int(request.num_prompt_tokens * self._faults.prompt_scale)),
                 max_output_tokens=request.sampling_params.max_tokens,
                 user=request.user,
+                priority=request.priority,
                 is_silent=self._faults.is_silent,
             )
             self._requests[request.request_id] = request

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from evenhand_engine.backends.upstream import UpstreamSettings
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings
@@ -24,7 +25,7 @@ from evenhand_engine.messages import (
     AddRequest,
 )
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_engine.server.startup import Running, start_server
+from evenhand_engine.server.startup import Running, start_server, start_sidecar
 from evenhand_engine.text.tokenizer import Tokenizer
 
 from .scripted_core import WAIT_SECONDS, Reply, ScriptedCore
@@ -117,19 +118,18 @@ def connect(server: Server) -> socket.socket:
 
 
 class _Thread:
-    """Runs `start_server` in a thread with its own event loop, until it is told to stop."""
+    """Runs a server in a thread with its own event loop, until it is told to stop."""
 
-    def __init__(self, settings: ServerSettings, config: EngineConfig, core: ScriptedCore) -> None:
-        self._args = settings, config, core
+    def __init__(self, start: Callable[[], contextlib.AbstractAsyncContextManager[Running]]) -> None:
+        self._start = start
         self._started: Future[Running] = Future()
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="server")
         self._thread.start()
 
     async def _serve(self) -> None:
-        settings, config, core = self._args
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         try:
-            async with start_server(settings, config, spawn=core.spawn) as running:
+            async with self._start() as running:
                 self._started.set_result(running)
                 await self._stopping.wait()
         except BaseException as error:
@@ -158,12 +158,35 @@ def serve(model_dir: Path) -> Iterator[Serve]:
 
         def start(reply: Reply | None = None, *, core: ScriptedCore | None = None, **settings: Any) -> Server:
             core = core or ScriptedCore(reply)
-            defaults: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
-            thread = _Thread(ServerSettings(**defaults | settings), EngineConfig(model=str(model_dir)), core)
+            config = EngineConfig(model=str(model_dir))
+            thread = _Thread(lambda: start_server(_on_free_ports(settings), config, spawn=core.spawn))
             stack.callback(thread.stop)
             return Server(thread.running(), core, stack.enter_context(contextlib.ExitStack()))
 
         yield start
+
+
+@pytest.fixture(params=["engine", "sidecar"])
+def serve_either(request: pytest.FixtureRequest, serve: Serve) -> Iterator[Serve]:
+    """The same, and again with the settings, policies among them, in a sidecar before a server that knows of none."""
+    if request.param == "engine":
+        yield serve
+        return
+    with contextlib.ExitStack() as stack:
+
+        def start(reply: Reply | None = None, *, core: ScriptedCore | None = None, **settings: Any) -> Server:
+            engine = serve(reply, core=core)
+            upstream = UpstreamSettings(url=engine.url)
+            thread = _Thread(lambda: start_sidecar(_on_free_ports(settings), upstream))
+            stack.callback(thread.stop)
+            return Server(thread.running(), engine.core, stack.enter_context(contextlib.ExitStack()))
+
+        yield start
+
+
+def _on_free_ports(settings: dict[str, Any]) -> ServerSettings:
+    defaults: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "admin_port": 0}
+    return ServerSettings(**defaults | settings)
 
 
 @pytest.fixture
