@@ -49,6 +49,7 @@ from evenhand_kernels.kernels import (
     Kernels,
     KvCacheShape,
     Linear,
+    LogProbabilities,
 )
 from evenhand_kernels.quantized import Weight
 from evenhand_kernels.reference import ReferenceKernels
@@ -103,6 +104,9 @@ class TimedKernels:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         return self.untimed.draw(logits, draws)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
+        return self.untimed.log_probabilities(logits, token_ids, num_top)
 
     def _timed(self, name: str, operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def timed(*args: object) -> Tensor:

@@ -1,6 +1,7 @@
 """CUDA kernels, their launchers, their reference implementations, and the CPU kernels that stand in for them.
 
-kernels, drawing, quantized    what a decoder needs of a device, whatever computes it; weights as codes
+kernels, quantized             what a decoder needs of a device, whatever computes it; weights as codes
+drawing, logarithms            tokens, and how likely they were, by rows of logits, in numpy and torch
 reference                      the same in plain torch: what all others are tested against
 cpu/                           in C++ for the CPU
 device                         what the GPU engine asks of a device: memory, streams, graphs, launches

@@ -6,9 +6,11 @@ the KV cache is float32, bfloat16 or float16. What a kernel can prepare once (th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_kernels.quantized import Weight
@@ -137,6 +139,33 @@ class Draw(NamedTuple):
     counter: int
 
 
+class LogProbabilities(NamedTuple):
+    """How likely a token of each row is, and which are the likeliest: natural logarithms of the row's softmax.
+
+    Attributes:
+        own: float32 [num_rows], of the rows' tokens.
+        ranks: int32 [num_rows], how many tokens are likelier, and one.
+        top_token_ids: int32 [num_rows, num_top], the likeliest, best first; of equals any, the first one first.
+        top: float32 [num_rows, num_top], theirs.
+    """
+
+    own: NDArray[np.float32]
+    ranks: NDArray[np.int32]
+    top_token_ids: NDArray[np.int32]
+    top: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, num_rows: int, num_top: int) -> Self:
+        """Memory for so many."""
+        shape = num_rows, num_top
+        return cls(
+            np.empty(num_rows, np.float32),
+            np.empty(num_rows, np.int32),
+            np.empty(shape, np.int32),
+            np.empty(shape, np.float32),
+        )
+
+
 class Kernels(Protocol):
     """Operations of one device. Inputs are contiguous; results are new tensors."""
 
@@ -183,10 +212,15 @@ class Kernels(Protocol):
         ...
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
-        """A token of each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten.
+        """A token of each row of `logits`, float32 [num_rows, vocab_size].
 
         None for a row that holds a NaN or an infinity, or allows no token.
         """
+        ...
+
+    def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
+        """Of a token in each row of `logits`, float32 [num_rows, vocab_size] on the CPU, and of the `num_top` likeliest,
+        or of all that there are. NaN in a row that holds one."""
         ...
 
 

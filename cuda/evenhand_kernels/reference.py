@@ -22,7 +22,9 @@ from evenhand_kernels.kernels import (
     Embedding,
     KvCacheShape,
     Linear,
+    LogProbabilities,
 )
+from evenhand_kernels.logarithms import log_probabilities
 from evenhand_kernels.quantized import QuantizedTensor, Weight, widened
 
 CPU = torch.device("cpu")
@@ -88,6 +90,9 @@ class ReferenceKernels:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         return draw_rows(logits.cpu(), draws)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
+        return log_probabilities(logits, token_ids, num_top)
 
 
 class _Attention:

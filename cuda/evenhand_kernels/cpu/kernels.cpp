@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "decoder.h"
 #include "linear.h"
+#include "log_probabilities.h"
 #include "norm.h"
 #include "pool.h"
 #include "sample.h"
@@ -72,7 +73,12 @@ void evenhand_forward(Pool* pool, const Decoder* decoder, const AttentionBatch* 
   forward(*pool, *decoder, *batch, input_ids, logits_indices, num_samples, memory, logits);
 }
 
-void evenhand_draw(Pool* pool, float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
+void evenhand_draw(Pool* pool, const float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
   draw_rows(*pool, logits, rows, size, draws, token_ids);
+}
+
+void evenhand_log_probabilities(Pool* pool, const float* logits, long rows, long size, const int32_t* token_ids,
+                                long num_top, float* own, int32_t* ranks, int32_t* top_token_ids, float* top) {
+  log_probabilities(*pool, logits, rows, size, token_ids, num_top, own, ranks, top_token_ids, top);
 }
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from evenhand_kernels.kernels import (
     Forward,
     KvCacheShape,
     Linear,
+    LogProbabilities,
 )
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
@@ -121,6 +123,14 @@ class CpuKernels:
         structures = (DrawStructure * len(draws))(*(DrawStructure(*draw) for draw in draws))
         self._native.library.evenhand_draw(self._native.pool, logits.data_ptr(), *logits.shape, structures, token_ids)
         return [None if token_id < 0 else token_id for token_id in token_ids]
+
+    def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
+        _check(logits)
+        num_top = min(num_top, logits.shape[1])
+        tokens, found = np.array(token_ids, np.int32), LogProbabilities.empty(len(logits), num_top)
+        memory = (tokens.ctypes.data, num_top, *(part.ctypes.data for part in found))
+        self._native.library.evenhand_log_probabilities(self._native.pool, logits.data_ptr(), *logits.shape, *memory)
+        return found
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
         packed = _packed(self._native, weight, bias, gated=gated)

@@ -90,6 +90,7 @@ _SIGNATURES = {
         [c_void_p, POINTER(AttentionStructure), POINTER(BatchStructure), c_void_p, c_void_p],
     ),
     "evenhand_draw": (None, [c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p]),
+    "evenhand_log_probabilities": (None, [c_void_p, c_void_p, c_long, c_long, c_void_p, c_long, *[c_void_p] * 4]),
     "evenhand_activation_floats": (c_long, [POINTER(DecoderStructure)]),
     "evenhand_forward": (
         None,

@@ -50,17 +50,17 @@ static inline float highest(const float* logits, long size) {
   return has_nan ? NAN : result;
 }
 
-// Logits become weights relative to the largest one's; what is below e^-87 counts as 0, as an excluded token does.
-static inline void weigh(float* logits, long size, float high, float temperature) {
+// Weights relative to the largest one's; what is below e^-87 counts as 0, as an excluded token does.
+static inline void weigh(const float* logits, float* weights, long size, float high, float temperature) {
   const float factor = 1.0f / temperature;
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
     const Vec x = (load(logits + i) - high) * factor;
-    store(logits + i, x > -87.0f ? exp(x) : Vec{});
+    store(weights + i, x > -87.0f ? exp(x) : Vec{});
   }
   for (; i < size; i++) {
     const float x = (logits[i] - high) * factor;
-    logits[i] = x > -87.0f ? std::exp(x) : 0.0f;
+    weights[i] = x > -87.0f ? std::exp(x) : 0.0f;
   }
 }
 
@@ -145,28 +145,30 @@ static float least_kept(const float* weights, long size, const Draw& draw, std::
   return least;
 }
 
-// Overwrites the logits.
-static int32_t draw_row(float* logits, long size, const Draw& draw) {
+static int32_t draw_row(const float* logits, long size, const Draw& draw) {
+  thread_local std::vector<float> scratch;  // stays in the core's cache from one row to the next
   const float high = highest(logits, size);
   if (!std::isfinite(high)) return INVALID;
   if (draw.temperature == 0) return static_cast<int32_t>(std::find(logits, logits + size, high) - logits);
-  weigh(logits, size, high, draw.temperature);
+  if (scratch.size() < static_cast<size_t>(size)) scratch.resize(size);
+  float* weights = scratch.data();
+  weigh(logits, weights, size, high, draw.temperature);
   std::vector<double> runs;
-  const float least = least_kept(logits, size, draw, runs);
-  double target = uniform(draw.seed, draw.counter) * sum_runs(logits, size, least, runs);
+  const float least = least_kept(weights, size, draw, runs);
+  double target = uniform(draw.seed, draw.counter) * sum_runs(weights, size, least, runs);
   long run = 0, last = 0;
   for (long i = 0; i < static_cast<long>(runs.size()); i++)
     if (runs[i] > 0) last = i;  // where rounding may carry the target at most
   for (; run < last && target >= runs[run]; run++) target -= runs[run];
   int32_t token = 0;
   for (long i = run * RUN; i < std::min(size, (run + 1) * RUN); i++) {
-    if (logits[i] < least) continue;
+    if (weights[i] < least) continue;
     token = static_cast<int32_t>(i);
-    if ((target -= logits[i]) < 0) break;
+    if ((target -= weights[i]) < 0) break;
   }
   return token;
 }
 
-static void draw_rows(Pool& pool, float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
+static void draw_rows(Pool& pool, const float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
   pool.run(rows, [&](long row) { token_ids[row] = draw_row(logits + row * size, size, draws[row]); });
 }

@@ -16,7 +16,16 @@ from evenhand_kernels.cuda.quantized import QuantizedLinears
 from evenhand_kernels.cuda.work import AttentionWork, CudaPlan
 from evenhand_kernels.device import Device, Launch
 from evenhand_kernels.drawing import draw_rows
-from evenhand_kernels.kernels import AttentionBatch, AttentionLayer, Draw, Embedding, KvCacheShape, Linear
+from evenhand_kernels.kernels import (
+    AttentionBatch,
+    AttentionLayer,
+    Draw,
+    Embedding,
+    KvCacheShape,
+    Linear,
+    LogProbabilities,
+)
+from evenhand_kernels.logarithms import log_probabilities
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 VALUES_PER_BLOCK = 8 * 256
@@ -99,6 +108,9 @@ class CudaKernels:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         return draw_rows(logits.float().cpu(), draws)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
+        return log_probabilities(logits, token_ids, num_top)
 
     def _norm(self, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(residual)

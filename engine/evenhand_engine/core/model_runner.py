@@ -19,6 +19,7 @@ from evenhand_engine.core.token_logprobs import describe
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
+from evenhand_kernels.kernels import Kernels
 
 _ROWS = 16  # of prompts at a time: of a whole step, copies would take hundreds of megabytes
 
@@ -53,7 +54,7 @@ class ModelRunner:
         masks = None if structured is None else self._thread.submit(structured.masks)
         logits = forward(self._decoder, model_input).cpu()
         places = np.searchsorted(model_input.logits_indices.cpu().numpy(), prompt_rows)
-        of_prompts = _score(parts, logits, places)
+        of_prompts = _score(self._decoder.kernels, parts, logits, places)
         if prompt_rows:
             logits = logits[np.delete(np.arange(len(logits)), places)]
         found = {} if masks is None else masks.result()
@@ -72,21 +73,21 @@ class ModelRunner:
 
 
 def _score(
-    parts: Sequence[ScoredPart], logits: Tensor, places: NDArray[np.intp]
+    kernels: Kernels, parts: Sequence[ScoredPart], logits: Tensor, places: NDArray[np.intp]
 ) -> dict[int, tuple[TokenLogprobs, ...]]:
     """By item with samples, what is told of the prompts that end. `places`: of the parts' rows among those of `logits`."""
     ended, first = {}, 0
     for part in parts:
         wanted = places[first : first + len(part.token_ids)]
         first += len(part.token_ids)
-        told = part.tell(_described(part, logits, wanted))
+        told = part.tell(_described(kernels, part, logits, wanted))
         if part.number is not None:
             ended[part.number] = told
     return ended
 
 
-def _described(part: ScoredPart, logits: Tensor, places: NDArray[np.intp]) -> Iterator[TokenLogprobs]:
+def _described(kernels: Kernels, part: ScoredPart, logits: Tensor, places: NDArray[np.intp]) -> Iterator[TokenLogprobs]:
     for start in range(0, len(places), _ROWS):
         token_ids = part.token_ids[start : start + _ROWS]
-        logprobs = torch.log_softmax(logits[places[start : start + _ROWS]], dim=-1)
-        yield from describe(logprobs, token_ids, [part.num_top] * len(token_ids))
+        rows = logits[places[start : start + _ROWS]]
+        yield from describe(kernels, rows, token_ids, [part.num_top] * len(token_ids))

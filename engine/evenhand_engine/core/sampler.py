@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,26 +113,39 @@ def sample(
     None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
     """
     asked = [number for number, row in enumerate(rows) if row.params.num_logprobs is not None]
-    logprobs = torch.log_softmax(logits[asked], dim=-1) if asked else None
+    own = _untouched(logits, asked, rows, forbidden)
     for number, tokens in forbidden.items():
         logits[number].numpy()[tokens] = -np.inf
     for number, row in enumerate(rows):
         if row.adjustments is not None:
             row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)
     token_ids = kernels.draw(logits, [_draw(row) for row in rows])
-    told = {} if logprobs is None else _told(logprobs, asked, token_ids, rows)
+    told = _told(kernels, own, asked, token_ids, rows) if asked else {}
     return [
         None if token_id is None else Token(token_id, told.get(number)) for number, token_id in enumerate(token_ids)
     ]
 
 
+def _untouched(
+    logits: Tensor, asked: Sequence[int], rows: Sequence[SamplingRow], forbidden: Mapping[int, NDArray[np.bool_]]
+) -> Tensor:
+    """The logits of those rows as the model gave them, whatever is done to them for the draw."""
+    is_changed = any(rows[number].adjustments is not None or number in forbidden for number in asked)
+    return logits[asked] if is_changed or len(asked) < len(rows) else logits
+
+
 def _told(
-    logprobs: Tensor, asked: Sequence[int], token_ids: Sequence[int | None], rows: Sequence[SamplingRow]
+    kernels: Kernels,
+    logits: Tensor,
+    asked: Sequence[int],
+    token_ids: Sequence[int | None],
+    rows: Sequence[SamplingRow],
 ) -> dict[int, TokenLogprobs]:
-    """By row; `logprobs`: of those that asked. None where nothing was drawn."""
+    """By row; `logits`: of those that asked. None where nothing was drawn."""
     drawn = [(place, number, i) for place, number in enumerate(asked) if (i := token_ids[number]) is not None]
     found = describe(
-        logprobs[[place for place, _, _ in drawn]],
+        kernels,
+        logits if len(drawn) == len(asked) else logits[[place for place, _, _ in drawn]],
         [token_id for _, _, token_id in drawn],
         [rows[number].params.num_logprobs or 0 for _, number, _ in drawn],
     )

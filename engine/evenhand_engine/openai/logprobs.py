@@ -5,8 +5,11 @@ and `bytes` (of chat) has what it really is. With `as_ids` it is written as `tok
 tell tokens of equal text apart.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from evenhand_engine.scheduler.request import TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
@@ -15,21 +18,62 @@ from evenhand_engine.text.tokenizer import Tokenizer
 MIN_LOGPROB = -9999.0
 """Told instead of minus infinity, which JSON does not have; as vLLM's."""
 
+_encode = msgspec.json.Encoder().encode
+
+
+class _Spelling(NamedTuple):
+    """A token's text, and as JSON its text and its bytes."""
+
+    text: str
+    token: msgspec.Raw
+    bytes: msgspec.Raw
+
+
+@functools.lru_cache(maxsize=2**15)  # a few megabytes
+def _spelling(tokenizer: Tokenizer, token_id: int) -> _Spelling:
+    data = tokenizer.token_bytes(token_id)
+    text = data.decode("utf-8", "replace")
+    return _Spelling(text, msgspec.Raw(_encode(text)), msgspec.Raw(_encode(list(data))))
+
+
+class _Likely(msgspec.Struct, frozen=True, gc=False):
+    """A token among the likeliest, of chat."""
+
+    token: msgspec.Raw | str
+    logprob: float
+    bytes: msgspec.Raw
+
+
+class _Chosen(msgspec.Struct, frozen=True, gc=False):
+    """A token of the output, of chat."""
+
+    token: msgspec.Raw | str
+    logprob: float
+    bytes: msgspec.Raw
+    top_logprobs: list[_Likely]
+
 
 def chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece], *, as_ids: bool = False) -> dict[str, Any]:
-    """The `logprobs` of a chat choice."""
+    """The `logprobs` of a chat choice, to be written as JSON."""
 
-    def described(token_id: int, logprob: float) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token_id)
-        token = _by_id(token_id) if as_ids else data.decode("utf-8", "replace")
-        return {"token": token, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
+    def likely(token_id: int, logprob: float) -> _Likely:
+        return _Likely(*_spelled(tokenizer, token_id, logprob, as_ids=as_ids))
 
     content = [
-        described(token_id, found.logprob)
-        | {"top_logprobs": [described(*top) for top in zip(found.top_token_ids, found.top_logprobs, strict=True)]}
+        _Chosen(
+            *_spelled(tokenizer, token_id, found.logprob, as_ids=as_ids),
+            [likely(*top) for top in zip(found.top_token_ids, found.top_logprobs, strict=True)],
+        )
         for token_id, found in _tokens(pieces)
     ]
     return {"content": content, "refusal": None}
+
+
+def _spelled(
+    tokenizer: Tokenizer, token_id: int, logprob: float, *, as_ids: bool
+) -> tuple[msgspec.Raw | str, float, msgspec.Raw]:
+    _, token, data = _spelling(tokenizer, token_id)
+    return _by_id(token_id) if as_ids else token, max(logprob, MIN_LOGPROB), data
 
 
 def prompt_logprobs(
@@ -38,7 +82,7 @@ def prompt_logprobs(
     """vLLM's list: for each token of the prompt but the first, what is told of it and of `num_top` likely ones, by id."""
 
     def described(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
-        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        text = _spelling(tokenizer, token_id).text
         return {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": text}
 
     listed: list[dict[str, Any] | None] = [None]
@@ -86,7 +130,7 @@ class CompletionLogprobs:
         return _by_id(token_id) if self._as_ids else self._text(token_id)
 
     def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return _spelling(self._tokenizer, token_id).text
 
 
 def _by_id(token_id: int) -> str:

@@ -66,7 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """How likely a token was, and which tokens were likelier: natural logarithms of the model's own distribution.
 
     Before temperature, penalties and masks. `top_token_ids` are the most likely ones, best first, with `top_logprobs`;
