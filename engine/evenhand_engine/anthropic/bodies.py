@@ -20,6 +20,7 @@ PARAMS = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config",
     "stop": "stop_sequences",
+    "thinking_token_budget": "thinking",
     "user": "metadata",
 }
 """Fields of the body, by those of the chat body that they became."""
@@ -113,7 +114,7 @@ def as_chat(body: CountTokensRequest, *, tells_reasoning: bool = True) -> bytes:
     if (choice := given(body.tool_choice)) is not None:
         chat |= _tool_choice(decode_raw(choice, MessageToolChoice, "tool_choice"))
     if (thinking := given(body.thinking)) is not None:
-        chat["chat_template_kwargs"] = _thinking(decode_raw(thinking, Thinking, "thinking"), tells_reasoning)
+        chat |= _thinking(decode_raw(thinking, Thinking, "thinking"), tells_reasoning)
     if (output := given(body.output_config)) is not None:
         config = decode_raw(output, OutputConfig, "output_config")
         chat["reasoning_effort"] = config.effort
@@ -123,8 +124,9 @@ def as_chat(body: CountTokensRequest, *, tells_reasoning: bool = True) -> bytes:
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
 
 
-def _thinking(asked: Thinking, tells_reasoning: bool) -> dict[str, bool] | None:
-    """The variable by which chat templates are told whether the model is to think first; adaptive: as they like."""
+def _thinking(asked: Thinking, tells_reasoning: bool) -> dict[str, Any]:
+    """The variable by which chat templates are told whether the model is to think first, and how much it may; adaptive: as
+    they like."""
     if asked.type not in ("enabled", "adaptive", "disabled"):
         raise _invalid("`thinking.type` is enabled, adaptive or disabled.", "thinking")
     if asked.type == "enabled" and not tells_reasoning:
@@ -132,7 +134,11 @@ def _thinking(asked: Thinking, tells_reasoning: bool) -> dict[str, bool] | None:
             "`thinking` cannot be told from the answer here: leave it out, or start the server with --reasoning-parser."
         )
         raise Refusal(400, "unsupported_parameter", message, param="thinking")
-    return None if asked.type == "adaptive" else {"enable_thinking": asked.type == "enabled"}
+    if asked.type == "adaptive":
+        return {}
+    is_enabled = asked.type == "enabled"
+    budget = asked.budget_tokens if is_enabled else None
+    return {"chat_template_kwargs": {"enable_thinking": is_enabled}, "thinking_token_budget": budget}
 
 
 def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_seats import Samples
+from evenhand_engine.core.followers import Mask
 from evenhand_engine.core.step_layout import HostStep
-from evenhand_engine.core.structures import Mask
 from evenhand_engine.scheduler.batch import StartedRequest
 from evenhand_engine.scheduler.request import SamplingParams
 from evenhand_kernels.cuda.sampling import Adjustments, DeviceSampler

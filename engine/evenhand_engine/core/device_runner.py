@@ -21,9 +21,10 @@ from torch import Tensor
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_sampling import Planned, SamplingStep, StepSampler
 from evenhand_engine.core.device_seats import DeviceSeats, Samples
+from evenhand_engine.core.followers import Mask
 from evenhand_engine.core.prompt_logprobs import PromptLogprobs, ScoredPart
 from evenhand_engine.core.step_layout import DeviceStep, HostStep, StepLayout
-from evenhand_engine.core.structures import Mask, StructuredStep, Structures
+from evenhand_engine.core.structures import StructuredStep, Structures
 from evenhand_engine.core.warm_up import run_largest_step
 from evenhand_engine.model.decoder import Decoder, ModelInput, forward
 from evenhand_engine.scheduler.batch import Batch
@@ -120,7 +121,7 @@ class DeviceRunner:
 
     def _masks(self, structured: StructuredStep | None) -> dict[int, Mask]:
         """By row. Those of a token can be made when the one before it has come."""
-        if structured is None:
+        if structured is None or structured.is_free:
             return {}
         for step in self._steps:
             step.wait()

@@ -11,10 +11,11 @@ from torch import Tensor
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_adjustments import DeviceAdjustments, sent
 from evenhand_engine.core.device_seats import DeviceSeats, Samples
+from evenhand_engine.core.followers import Mask
 from evenhand_engine.core.prompt_logprobs import ScoredPart
 from evenhand_engine.core.sampler import Token, accept
 from evenhand_engine.core.step_layout import DeviceStep, HostStep
-from evenhand_engine.core.structures import Mask, StructuredStep
+from evenhand_engine.core.structures import StructuredStep
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
 from evenhand_kernels.cuda.sampling import DeviceSampler, SamplingRows

@@ -1,6 +1,6 @@
-"""Structures: which tokens may come next in outputs that must follow a grammar.
+"""Structures: which tokens may come next in outputs that must follow a grammar, or end their reasoning in time.
 
-    begin a step ──▶ masks, while the step runs ──▶ the step's logits are there ──▶ masked, sampled ──▶ matchers advance
+    begin a step ──▶ masks, while the step runs ──▶ the step's logits are there ──▶ masked, sampled ──▶ followers advance
 
 Who computes steps ahead begins the next one before the last has advanced, and asks for its masks after that.
 """
@@ -12,23 +12,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
+from evenhand_engine.core.followers import Follower, Mask
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
 from evenhand_engine.scheduler.request import FinishReason, Sampled
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher  # whoever adds grammars has it; an engine without any needs no package for them
 
-Mask = NDArray[np.int32]
-"""[ceil(vocab_size / 32)], of one row of logits: bit t % 32 of word t // 32 allows token t."""
-
 
 class Structures:
-    """Matchers of requests by id, and of those that run by seat."""
+    """Matchers of requests by id, and followers of those that run by seat."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._compiled: dict[str, LLMatcher] = {}
-        self._seated: dict[int, _Follower] = {}
+        self._seated: dict[int, Follower] = {}
 
     def add(self, request_id: str, compiled: "LLMatcher") -> None:
         """The request's output must follow this grammar; told before it is scheduled."""
@@ -43,9 +41,8 @@ class Structures:
         for seat in (*batch.freed_seats, *(started.seat for started in batch.started)):
             self._seated.pop(seat, None)
         for started in batch.started:
-            if (compiled := self._compiled.get(started.request_id)) is not None:
-                follower = self._seated[started.seat] = _Follower(compiled.deep_copy(), self._vocab_size)
-                follower.advance(started.token_ids[started.num_prompt_tokens :])
+            if (follower := self._follower(started)) is not None:
+                self._seated[started.seat] = follower
         if not self._seated:
             return None
         items, row = [], 0
@@ -55,50 +52,14 @@ class Structures:
             row += item.num_samples
         return StructuredStep(items) if items else None
 
-
-class _Follower:
-    """Where one request is in its grammar."""
-
-    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
-        self._matcher = matcher
-        self._num_words = -(-vocab_size // 32)
-        self.has_ended = False  # then whoever ignores the end may write what it likes
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the grammar became too complex, so that no token may come."""
-        return self._matcher.is_error()
-
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """These have come."""
-        matcher = self._matcher
-        for token_id in token_ids:
-            if self.has_ended:
-                return
-            was_complete = matcher.is_stopped()
-            matcher.consume_token(token_id)
-            self.has_ended = not matcher.is_error() and (was_complete or matcher.stop_reason() == "EndOfSentence")
-
-    def masks(self, draft_token_ids: Sequence[int]) -> list[Mask]:
-        """Of the next token, and of those after drafts as if these were right, up to the first that cannot be."""
-        masks, num_consumed = [self._mask()], 0
-        for token_id in draft_token_ids:
-            if not self._matcher.try_consume_tokens([token_id]):
-                break
-            num_consumed += 1
-            masks.append(self._mask())
-        if num_consumed:
-            self._matcher.rollback(num_consumed)
-        return masks
-
-    def _mask(self) -> Mask:
-        """No token where the grammar became too complex: the request has no next token then, and ends."""
-        words = np.zeros(self._num_words, np.int32)
-        bits = b"" if self._matcher.is_error() else self._matcher.compute_bitmask()
-        if not self._matcher.is_error():
-            known = np.frombuffer(bits, np.int32)[: self._num_words]
-            words[: len(known)] = known
-        return words
+    def _follower(self, started: StartedRequest) -> Follower | None:
+        compiled, reasoning = self._compiled.get(started.request_id), started.sampling_params.reasoning
+        if compiled is None and reasoning is None:
+            return None
+        matcher = None if compiled is None else compiled.deep_copy()
+        follower = Follower(matcher, reasoning, started.num_prompt_tokens, self._vocab_size)
+        follower.advance(started.token_ids[started.num_prompt_tokens :])
+        return follower
 
 
 class _Item(NamedTuple):
@@ -107,21 +68,25 @@ class _Item(NamedTuple):
     number: int
     row: int
     item: ScheduledRequest
-    follower: _Follower
+    follower: Follower
 
 
 class StructuredStep:
-    """The items of one batch whose outputs follow grammars, whoever has their seats later."""
+    """The items of one batch whose outputs are followed, whoever has their seats later."""
 
     def __init__(self, items: Sequence[_Item]) -> None:
         self._items = items
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is masked, whatever the batches before it bring."""
+        return all(follower.is_free_until(item.first_output + item.num_samples) for _, _, item, follower in self._items)
 
     def masks(self) -> dict[int, Mask]:
         """By row of the batch's logits, once all batches before it have advanced. May run beside the step."""
         found: dict[int, Mask] = {}
         for _, row, item, follower in self._items:
-            if not follower.has_ended:
-                found |= enumerate(follower.masks(item.draft_token_ids), row)
+            found |= {row + place: mask for place, mask in follower.masks(item.draft_token_ids).items()}
         return found
 
     def advance(self, results: list[Sampled]) -> None:

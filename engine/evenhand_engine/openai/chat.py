@@ -19,6 +19,7 @@ from evenhand_engine.openai.logprobs import prompt_logprobs as listed_prompt_log
 from evenhand_engine.openai.messages import MessageReader
 from evenhand_engine.openai.prompts import PromptReader, max_prompt_tokens
 from evenhand_engine.openai.reading import read_request
+from evenhand_engine.openai.reasoning import check_end, read_reasoning
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
@@ -26,7 +27,7 @@ from evenhand_engine.openai.structure import Structure, check_structure, read_st
 from evenhand_engine.openai.tools import Tools, definitions, read_tools, tool_format
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
-from evenhand_engine.text.reasoning import PARSERS, ReasoningParser
+from evenhand_engine.text.reasoning import BEGIN, END, PARSERS, ReasoningParser
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -124,9 +125,14 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     prompt = reader.chat(body, definitions(body, tools))
     grammar = None if tools is None else tools.grammar(service.tokenizer)
     structure = read_structure(service, body, of_tools=grammar)
-    params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar)
-    if tools is not None and any(service.tokenizer.special_id(marker) is not None for marker in tools.form.markers):
-        body = msgspec.structs.replace(body, skip_special_tokens=False)  # or the calls could not be seen
+    reasoning = read_reasoning(service, body, is_structured=structure is not None)
+    params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar, reasoning)
+    check_end(reasoning, params)
+    markers = () if tools is None else tools.form.markers
+    if service.settings.reasoning_parser is not None:
+        markers = (*markers, BEGIN, END)
+    if any(service.tokenizer.special_id(marker) is not None for marker in markers):
+        body = msgspec.structs.replace(body, skip_special_tokens=False)  # or calls and reasoning could not be seen
     return ReadChat(without_raw(body), prompt, params, tools, structure)
 
 

@@ -10,7 +10,7 @@ from evenhand_engine.backends.backend import ModelInfo
 from evenhand_engine.errors import Refusal
 from evenhand_engine.openai.prompts import check_token_ids
 from evenhand_engine.openai.schema import SamplingFields
-from evenhand_engine.scheduler.request import SamplingParams
+from evenhand_engine.scheduler.request import Reasoning, SamplingParams
 from evenhand_engine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -31,8 +31,10 @@ def check_answerable(body: SamplingFields, info: ModelInfo) -> None:
         raise Refusal(400, "invalid_value", "`best_of` above `n` cannot be streamed.", param="best_of")
 
 
-def sampling_params(body: SamplingFields, tokenizer: Tokenizer, grammar: str | None = None) -> SamplingParams:
-    """What all choices of a body have in common; their limits are still to come. `grammar`: of the output.
+def sampling_params(
+    body: SamplingFields, tokenizer: Tokenizer, grammar: str | None = None, reasoning: Reasoning | None = None
+) -> SamplingParams:
+    """What all choices of a body have in common; their limits are still to come. `grammar`, `reasoning`: of the output.
 
     Raises Refusal 400 for token ids that are none of the model's, and where nothing could be drawn.
     """
@@ -64,6 +66,7 @@ def sampling_params(body: SamplingFields, tokenizer: Tokenizer, grammar: str | N
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
         grammar=grammar,
+        reasoning=reasoning,
     )
 
 

@@ -56,7 +56,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),  # of chat; completions have it
-    "thinking_token_budget": (),
+    "thinking_token_budget": (-1,),  # of completions; chat has it
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
@@ -219,6 +219,7 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     tool_choice: Annotated[Raw, holds(ToolChoice, NamedToolChoice)] | UnsetType = UNSET
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
 
     @property
     def num_logprobs(self) -> int | None:

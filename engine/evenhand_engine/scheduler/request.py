@@ -30,6 +30,21 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the engine failed
 
 
+class Reasoning(msgspec.Struct, frozen=True):
+    """What an output may think before it says something, between two tokens that mark it; it does so once.
+
+    Attributes:
+        begin, end: the tokens.
+        starts_inside: the prompt has ended with `begin`; else the output may have it.
+        budget: after so many tokens of reasoning only `end` may come; None: as many as it likes.
+    """
+
+    begin: int
+    end: int
+    starts_inside: bool = False
+    budget: int | None = None
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when generation ends.
 
@@ -37,7 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     batched with (the logits are so up to rounding). `stop_token_ids` holds the model's end-of-sequence ids too, unless the client asked to ignore them.
     `num_logprobs`: how many of the likeliest tokens to tell beside each output token's own; None: no log probabilities.
     `num_prompt_logprobs`: the same of the prompt's tokens, which are then all computed, cached or not. `grammar`: what the
-    output must look like, as the runner's `structured` grammars write it.
+    output must look like, as the runner's `structured` grammars write it; with `reasoning`, from its end on.
 
     The logits are changed first, in this order: only `allowed_token_ids` may come (None: all), no stop token within the first
     `min_tokens` outputs, and no last token of one of `bad_words_token_ids` whose other tokens are the last outputs;
@@ -64,6 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     grammar: str | None = None
+    reasoning: Reasoning | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):

@@ -102,7 +102,7 @@ class Tokenizer:
         model_config = _read_json(directory / "config.json")
         special_tokens = _special_tokens(directory, tokenizer_config)
         add_special_tokens(self._tokenizer, special_tokens)
-        self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._added: dict[int, tokenizers.AddedToken] = self._tokenizer.get_added_tokens_decoder()
         self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
         self._token_bytes = {skips: _TokenBytes(self._tokenizer, skips) for skips in (False, True)}
         self._eos_token = special_tokens.named.get("eos_token")
@@ -166,8 +166,11 @@ class Tokenizer:
 
     def special_id(self, text: str) -> int | None:
         """Of the special token that is spelled so; None if there is none."""
-        added: dict[int, tokenizers.AddedToken] = self._tokenizer.get_added_tokens_decoder()
-        return next((i for i, token in added.items() if token.content == text and token.special), None)
+        return next((i for i, token in self._added.items() if token.content == text and token.special), None)
+
+    def added_id(self, text: str) -> int | None:
+        """Of the token that stands for this text wherever it is found, special or not; None if there is none."""
+        return next((i for i, token in self._added.items() if token.content == text), None)
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of one token."""
@@ -176,7 +179,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which may be a part of a character."""
         spelling = self.token(token_id)
-        if token_id in self._added_ids:
+        if token_id in self._added:
             return spelling.encode()
         if self._is_byte_level:
             return bytes(_BYTES[letter] for letter in spelling if letter in _BYTES)

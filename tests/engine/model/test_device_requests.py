@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from llguidance import LLMatcher
 from transformers import LlamaConfig
 
-from evenhand_engine.scheduler.request import FinishReason, Request, TokenLogprobs
+from evenhand_engine.scheduler.request import FinishReason, Reasoning, Request, TokenLogprobs
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
@@ -132,6 +133,34 @@ def test_a_grammar_goes_with_all_else_that_changes_logits(model: Model, compiler
         assert letters[1][0] not in outputs(biased) and letters[0][0] not in outputs(biased)
         found.append([outputs(allowed), outputs(biased)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("changes", [{}, FEW_BLOCKS], ids=str)
+def test_reasoning_ends_in_time_and_a_grammar_follows(
+    model: Model, compiler: Compiler, tokenizer: Tokenizer, changes: dict[str, Any]
+) -> None:
+    """Two steps ahead too, where the host learns of a token when the next is computed."""
+    found, end, stop = [], 7, frozenset(tokenizer.eos_token_ids)
+    grammar = compiler.compile("t", grammars.choice(["abrasive", "xyz"]))
+    for engine in engines(model, **changes):
+        inside = Reasoning(begin=6, end=end, starts_inside=True, budget=5)
+        seeded: dict[str, Any] = {"temperature": 2.0, "seed": 3, "allowed_token_ids": frozenset(range(256))}
+        held = [
+            engine.add(f"held{budget}", PROMPTS[3], **seeded, max_tokens=14, reasoning=replace_budget(inside, budget))
+            for budget in (0, 1, 8)
+        ]
+        both = add_guided(model, engine, "both", PROMPTS[1], grammar, reasoning=inside, stop_token_ids=stop)
+        engine.run()
+        found.append([outputs(request) for request in (*held, both)])
+        for request, budget in zip(held, (0, 1, 8), strict=True):
+            assert end in outputs(request)[: budget + 1] and len(outputs(request)) == 14
+        thought = outputs(both).index(end)
+        assert thought <= 5 and tokenizer.decode(outputs(both)[thought + 1 :]) in ("abrasive", "xyz")
+    assert found[0] == found[1]
+
+
+def replace_budget(reasoning: Reasoning, budget: int) -> Reasoning:
+    return msgspec.structs.replace(reasoning, budget=budget)
 
 
 def tokens_of(compiler: Compiler, text: str) -> list[int]:

@@ -226,6 +226,23 @@ def tool_model(model_dir: Path) -> Iterator[Path]:
     path.write_text(before)
 
 
+@pytest.fixture(params=[False, True], ids=["added", "special"])
+def thinking_model(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The tiny model, whose vocabulary has the markers while the test runs."""
+    path = model_dir / "tokenizer.json"
+    before = path.read_text()
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    markers = [tokenizers.AddedToken(text, special=request.param) for text in ("<think>", "</think>")]
+    tokenizer.add_special_tokens(markers) if request.param else tokenizer.add_tokens(markers)
+    tokenizer.save(str(path))
+    config = model_dir / "config.json"
+    sizes = config.read_text()
+    config.write_text(json.dumps(json.loads(sizes) | {"vocab_size": tokenizer.get_vocab_size()}))
+    yield model_dir
+    path.write_text(before)
+    config.write_text(sizes)
+
+
 @pytest.fixture
 def speaking(tool_model: Path, serve: Serve, say: Say) -> Callable[..., Server]:
     """A server whose model says a text."""

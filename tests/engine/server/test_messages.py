@@ -120,22 +120,34 @@ def test_thinking_is_a_block(speaking: Callable[..., Server]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "told", "budget"),
     [
-        ({"type": "enabled", "budget_tokens": 1024}, "True"),
-        ({"type": "disabled"}, "False"),
-        ({"type": "adaptive"}, ""),
-        (None, ""),
+        ({"type": "enabled", "budget_tokens": 1024}, "True", 1024),
+        ({"type": "disabled"}, "False", None),
+        ({"type": "adaptive"}, "", None),
+        (None, "", None),
     ],
 )
-def test_whether_the_model_is_to_think(tool_model: Path, serve: Serve, say: Say, asked: Any, told: str) -> None:
+def test_whether_the_model_is_to_think_and_how_much(
+    tool_model: Path, thinking_model: Path, serve: Serve, say: Say, asked: Any, told: str, budget: int | None
+) -> None:
     path = tool_model / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["chat_template"] = "[{{ enable_thinking }}]" + config["chat_template"]
     path.write_text(json.dumps(config))
     server = serve(core=ScriptedCore(say("So."), max_model_len=2048), reasoning_parser="qwen3")
     ask(server, thinking=asked or anthropic.omit)
+    reasoning = server.core.received.queue[-1].sampling_params.reasoning
+    assert (reasoning and reasoning.budget) == budget
     assert prompt_of(server).startswith(f"[{told}]")
+
+
+def test_a_budget_of_thinking_that_cannot_be_held_is_refused(speaking: Callable[..., Server]) -> None:
+    """The vocabulary has no markers."""
+    server = speaking("So.", reasoning_parser="qwen3")
+    with pytest.raises(anthropic.BadRequestError, match="no tokens <think>") as caught:
+        ask(server, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert isinstance(caught.value.body, dict) and caught.value.body["error"]["param"] == "thinking"
 
 
 def test_a_schema(server: Server) -> None:
