@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +14,11 @@ from evenhand_kernels.cpu.native import (
     AttentionStructure,
     BatchStructure,
     DecoderStructure,
-    DrawStructure,
     LayerStructure,
     Native,
     WeightStructure,
 )
+from evenhand_kernels.cpu.sampling import draw, log_probabilities
 from evenhand_kernels.kernels import (
     Attention,
     AttentionBatch,
@@ -119,18 +118,11 @@ class CpuKernels:
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         _check(logits)
-        token_ids = (ctypes.c_int32 * len(draws))()
-        structures = (DrawStructure * len(draws))(*(DrawStructure(*draw) for draw in draws))
-        self._native.library.evenhand_draw(self._native.pool, logits.data_ptr(), *logits.shape, structures, token_ids)
-        return [None if token_id < 0 else token_id for token_id in token_ids]
+        return draw(self._native, logits, draws)
 
     def log_probabilities(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:
         _check(logits)
-        num_top = min(num_top, logits.shape[1])
-        tokens, found = np.array(token_ids, np.int32), LogProbabilities.empty(len(logits), num_top)
-        memory = (tokens.ctypes.data, num_top, *(part.ctypes.data for part in found))
-        self._native.library.evenhand_log_probabilities(self._native.pool, logits.data_ptr(), *logits.shape, *memory)
-        return found
+        return log_probabilities(self._native, logits, token_ids, num_top)
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
         packed = _packed(self._native, weight, bias, gated=gated)
