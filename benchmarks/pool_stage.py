@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from cluster import build
@@ -128,6 +129,12 @@ class PoolStage:
         async with asyncio.timeout(timeout):
             while not all(map(is_right, (await self.policies()).values())):
                 await asyncio.sleep(0.5)
+
+
+def processor_seconds(pids: Iterable[int]) -> float:
+    """That these processes have taken until now."""
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return float(sum(each.user + each.system for each in times))
 
 
 def is_right(policy: Object) -> bool:

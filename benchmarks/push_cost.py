@@ -9,8 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 import common
-import psutil
-from pool_stage import pool_stage
+from pool_stage import pool_stage, processor_seconds
 
 NUM_PROCESSES = 2
 NUM_POLICIES = 100
@@ -23,19 +22,14 @@ async def measure(num_pods: int, num_changes: int) -> float:
         stage.operator.start()
         await stage.crowd.enforced_at(f"team-{NUM_POLICIES - 1}", 1, 60)
         await stage.until_right()
-        process, took = psutil.Process(stage.operator.program.pid), []
+        operator, took = [stage.operator.program.pid], []
         for index in range(num_changes):
-            before = _seconds(process)
+            before = processor_seconds(operator)
             stored = await stage.set_weight(f"team-{index}", 2 + index)
             await stage.crowd.enforced_at(f"team-{index}", stored["metadata"]["generation"], 60)
             await stage.until_right()
-            took.append(_seconds(process) - before)
+            took.append(processor_seconds(operator) - before)
     return statistics.median(took)
-
-
-def _seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 async def run(sizes: Sequence[int], num_changes: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.control_plane import ControlPlane
 from evenhand_policy.bootstrap import mounted_keys, unpack
+from evenhand_policy.push_document import open_document
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators
 from harness.objects import Object, policy, pool
 from harness.operator_process import OperatorProcess
@@ -113,8 +114,9 @@ def test_operator_that_is_told_to_stop_has_stored_what_is_in_force(
     for weight in (11, 12, 13):  # each is later than the last Secret that was written without being told to stop
         enforce(stage, "stored", weight=weight)
     leader.stop()
-    manifest, document = unpack(bootstrap_files(stage), mounted_keys(bootstrap_files(stage)))
-    assert {tenant["tenantId"]: tenant.get("weight", 1) for tenant in json.loads(document)["tenants"]}["stored"] == 13
+    manifest, compressed = unpack(bootstrap_files(stage), mounted_keys(bootstrap_files(stage)))
+    stored = open_document(compressed, manifest.digest)
+    assert {tenant.tenant_id: tenant.weight for tenant in stored.tenants}["stored"] == 13
     enforced = [(document["epoch"], document["revision"]) for document in stage.documents()]
     assert enforced == [(manifest.epoch, manifest.revision)] * 2
     for replica in replicas:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from evenhand_policy.bootstrap import mounted_keys, unpack
+from evenhand_policy.push_document import open_document
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators
 from harness.objects import Object, light_engines, policy, pool
 from harness.operator_process import OperatorProcess
@@ -102,8 +103,9 @@ def stored_tenants(stage: Stage) -> list[str]:
         stage.cluster.get("secret", f"evenhand-bootstrap-default-{end}", stage.namespace) for end in ("manifest", "0")
     ]
     files = {name: base64.b64decode(content) for each in found for name, content in each["data"].items()}
-    _, document = unpack(files, mounted_keys(files))
-    return [name for name in ("resident", POISON, UNWANTED) if f'"{name}"'.encode() in document]
+    manifest, compressed = unpack(files, mounted_keys(files))
+    tenants = {tenant.tenant_id for tenant in open_document(compressed, manifest.digest).tenants}
+    return [name for name in ("resident", POISON, UNWANTED) if name in tenants]
 
 
 def test_bootstrap_secret_that_somebody_deleted_is_restored(stage: Stage, operator: OperatorProcess, name: str) -> None:

@@ -6,12 +6,13 @@ They are Pod objects without a Deployment, whose status is written once: what co
 import argparse
 import asyncio
 import base64
+import gc
 import itertools
 import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,6 +94,11 @@ class Crowd:
             {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": SECRET_TYPE, "data": data}
         )
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that serve the pods."""
+        return [program.pid for program in self._programs]
+
     async def join(self, client: ApiClient) -> None:
         """Make the Pods known to the API server, ready as they are, and give each the token that proves it."""
         for address in self.addresses:
@@ -173,31 +179,57 @@ def _status(address: str) -> Object:
     }
 
 
-def _log_changes(address: str) -> Enforce:
-    """Enforces nothing, and writes what has changed, by tenant: its generation, None where it is gone."""
-    before: Mapping[str, int | None] = {}
+class _Changes:
+    """What has changed from one document to another, by tenant: its generation, None where it is gone.
+
+    It is worked out once for all pods: one that only looks on is not to take their time.
+    """
+
+    def __init__(self) -> None:
+        self._generations: dict[str, dict[str, int | None]] = {"": {}}
+        self._found: dict[tuple[str, str], str] = {}
+
+    def between(self, before: str, offered: ConfigDocument) -> str:
+        """As JSON; `before` is the digest of the one that was in force, empty where there was none."""
+        digest = offered.assignment.digest
+        if (before, digest) not in self._found:
+            self._found[before, digest] = json.dumps(self._work_out(before, digest, offered))
+        return self._found[before, digest]
+
+    def _work_out(self, before: str, digest: str, offered: ConfigDocument) -> dict[str, int | None]:
+        earlier = self._generations[before]
+        after: dict[str, int | None] = {tenant.tenant_id: tenant.generation for tenant in offered.config.tenants}
+        self._generations[digest] = after
+        changed: dict[str, int | None] = dict.fromkeys(earlier.keys() - after.keys())
+        return changed | {tenant: number for tenant, number in after.items() if earlier.get(tenant) != number}
+
+
+def _log_changes(address: str, changes: _Changes) -> Enforce:
+    """Enforces nothing, and writes when it was told to, and what has changed."""
+    before = ""
 
     def enforce(offered: ConfigDocument) -> None:
         nonlocal before
         at = time.monotonic()
-        after: dict[str, int | None] = {tenant.tenant_id: tenant.generation for tenant in offered.config.tenants}
-        changed: dict[str, int | None] = dict.fromkeys(before.keys() - after.keys())
-        changed |= {tenant: generation for tenant, generation in after.items() if before.get(tenant) != generation}
-        before = after
-        sys.stdout.write(json.dumps({"address": address, "at": at, "tenants": changed}) + "\n")
+        sys.stdout.write(f'{{"address": "{address}", "at": {at}, "tenants": {changes.between(before, offered)}}}\n')
         sys.stdout.flush()
+        before = offered.assignment.digest
 
     return enforce
 
 
 async def _serve(namespace: str, folder: Path, addresses: list[str]) -> None:
     pool = PoolReference(namespace=namespace, name="default")
+    changes = _Changes()
+    # each pod has threads of its own: what one is to read does not wait for what another saves
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2 * len(addresses)))
     for address in addresses:
         own = folder / address
         settings = PushSettings(pool, folder / "bootstrap", own / "token", own / "last-good.json")
-        runner = web.AppRunner(build_app(settings, _log_changes(address)), access_log=None)
+        runner = web.AppRunner(build_app(settings, _log_changes(address, changes)), access_log=None)
         await runner.setup()
         await web.TCPSite(runner, address, ADMIN_PORT).start()
+    gc.freeze()  # as an engine does
     sys.stdout.write("serving\n")
     sys.stdout.flush()
     await asyncio.Event().wait()

@@ -12,7 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evenhand_policy.config import PoolReference
-from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, Document, DocumentRejectedError, body_digest, decompress
+from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, Document, body_digest
 from evenhand_policy.push_protocol import read_claims, sign_claims
 from evenhand_policy.signatures import PublicKeys, read_key_set, write_key_set
 from evenhand_policy.version import Assignment, Version
@@ -124,7 +124,7 @@ def read_manifest(files: Mapping[str, bytes], keys: PublicKeys) -> Manifest:
 
 
 def unpack(files: Mapping[str, bytes], keys: PublicKeys) -> tuple[Manifest, bytes]:
-    """The manifest and the document, as canonical JSON, of a set of parts.
+    """The manifest, and the document that it names, compressed, of a set of parts.
 
     Raises:
         BootstrapError: nothing is unpacked unless every part is the one that the signed manifest names.
@@ -133,7 +133,4 @@ def unpack(files: Mapping[str, bytes], keys: PublicKeys) -> tuple[Manifest, byte
     parts = [files.get(f"part-{index}", b"") for index in range(len(manifest.parts))]
     if tuple(map(body_digest, parts)) != manifest.parts:
         raise BootstrapError("a part is missing or of another document")
-    try:
-        return manifest, decompress(b"".join(parts), manifest.digest)
-    except DocumentRejectedError as error:
-        raise BootstrapError(str(error)) from None
+    return manifest, b"".join(parts)

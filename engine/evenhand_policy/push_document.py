@@ -5,6 +5,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import msgspec
 
@@ -65,11 +66,12 @@ def decompress(compressed: bytes, digest: str) -> bytes:
     Raises:
         DocumentRejectedError: it cannot be decompressed, or is not the one of that digest.
     """
+    decompressor = zlib.decompressobj()
     try:
-        content = zlib.decompressobj().decompress(compressed, MAX_DOCUMENT_BYTES)
+        content = decompressor.decompress(compressed, MAX_DOCUMENT_BYTES)
     except zlib.error as error:
         raise DocumentRejectedError("", f"it cannot be decompressed: {error}") from None
-    if body_digest(content) != digest:
+    if body_digest(content) != digest or decompressor.unused_data:
         raise DocumentRejectedError("", "the content is not that of its digest")
     return content
 
@@ -127,6 +129,15 @@ def read_document(body: bytes) -> SchedulerConfig:
     return config
 
 
+def open_document(compressed: bytes, digest: str) -> SchedulerConfig:
+    """The config in a document as it is sent and stored, which is to be that of this digest.
+
+    Raises:
+        DocumentRejectedError: as `decompress` and `read_document` do.
+    """
+    return read_document(decompress(compressed, digest))
+
+
 def _version(body: bytes) -> int:
     """Of a document that is otherwise not understood; ours, where not even that is."""
     try:
@@ -141,7 +152,27 @@ def _check_version(version: int) -> None:
         raise DocumentRejectedError("schemaVersion", advice)
 
 
+def _malformed_hashes(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
+    """Key hashes that are none. All are looked at in one go: to match each would take as long as all else together."""
+    places = [("gateway.keyHashes", config.gateway.key_hashes)]
+    places += [(f"tenants[{index}].keyHashes", tenant.key_hashes) for index, tenant in enumerate(config.tenants)]
+    if not _are_hashes(list(chain.from_iterable(values for _, values in places))):
+        for path, values in places:
+            yield from (
+                (f"{path}[{index}]", "not sha256: and 64 digits of hexadecimal")
+                for index, value in enumerate(values)
+                if not _are_hashes([value])
+            )
+
+
+def _are_hashes(values: Sequence[str]) -> bool:
+    """Whether each, of the length of one, is a hash."""
+    others = "".join(values).encode("ascii", "replace").translate(None, b"0123456789abcdef")
+    return others == b"sh:" * len(values) and all(value.startswith("sha256:") for value in values)
+
+
 def _contradictions(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
+    yield from _malformed_hashes(config)
     names = [tenant.tenant_id for tenant in config.tenants]
     if names != sorted(set(names)):
         yield "tenants", "not sorted by tenantId, or a tenant is in it twice"
@@ -164,9 +195,12 @@ def _shared_identities(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
 
 
 def _repeated(
-    field: str, claimed: Iterable[str], values_by_tenant: Iterable[Sequence[str]]
+    field: str, claimed: Iterable[str], values_by_tenant: Sequence[Sequence[str]]
 ) -> Iterator[tuple[str, str]]:
     seen = set(claimed)
+    every = list(chain.from_iterable(values_by_tenant))
+    if seen.isdisjoint(every) and len(set(every)) == len(every):
+        return
     for index, values in enumerate(values_by_tenant):
         for value in values:
             if value in seen:

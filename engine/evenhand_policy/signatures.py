@@ -5,6 +5,7 @@ something else is never mistaken for it.
 """
 
 import binascii
+import functools
 from collections.abc import Iterable
 
 import jwt
@@ -31,6 +32,7 @@ def write_key_set(keys: Iterable[Ed25519PublicKey]) -> bytes:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def read_key_set(text: bytes) -> PublicKeys:
     """The Ed25519 keys of a key set, at most 8; none where it cannot be read."""
     try:

@@ -29,7 +29,7 @@ from evenhand_policy.bootstrap import (
 )
 from evenhand_policy.compact import compact
 from evenhand_policy.config import PoolReference
-from evenhand_policy.push_document import Document, DocumentRejectedError, read_document
+from evenhand_policy.push_document import Document, DocumentRejectedError, decompress, read_document
 from evenhand_policy.signatures import PublicKeys
 
 log = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ class BootstrapStore:
         if not files:
             return Stored(0)
         try:
-            manifest, content = unpack(files, self._key.trusted)
+            manifest, compressed = unpack(files, self._key.trusted)
+            content = decompress(compressed, manifest.digest)
             config = read_document(content)
         except (BootstrapError, DocumentRejectedError) as error:
             log.warning("the stored document of pool %s/%s cannot be used: %s", *observed.key, error)
             return Stored(0)
-        compressed = b"".join(files[f"part-{index}"] for index in range(len(manifest.parts)))
         document = Document(manifest.digest, compressed, len(content), compact(config).members)
         return Stored(manifest.revision, manifest.num_replicas, config, document)
 

@@ -1,7 +1,6 @@
 """A leader's term: what is built, stored, written and left to others, with pods that are none."""
 
 import base64
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from evenhand_operator.debounce import Debounce
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import ApiError
 from evenhand_policy.bootstrap import unpack
+from evenhand_policy.push_document import open_document
 from harness.term_api import SETTINGS, Json, TermApi, term
 
 
@@ -127,8 +127,8 @@ async def test_what_is_stored_is_signed_by_a_new_key_before_any_pod_answers(
         for secret in term_api.bootstrap.values()
         for name, content in secret["data"].items()
     }
-    _, document = unpack(files, (new.public_key(),))
-    assert [tenant["tenantId"] for tenant in json.loads(document)["tenants"]] == ["a"]
+    manifest, compressed = unpack(files, (new.public_key(),))
+    assert [tenant.tenant_id for tenant in open_document(compressed, manifest.digest).tenants] == ["a"]
 
 
 async def test_pool_of_another_installation_is_left_alone(term_api: TermApi, changes: Any) -> None:

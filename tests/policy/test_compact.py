@@ -141,3 +141,5 @@ def test_document_is_read_back_only_as_it_was_made() -> None:
         decompress(document.compressed, HASH)
     with pytest.raises(DocumentRejectedError):
         decompress(b"not zlib", document.digest)
+    with pytest.raises(DocumentRejectedError, match="not that of its digest"):
+        decompress(document.compressed + b"and more", document.digest)

@@ -11,7 +11,12 @@ import msgspec
 
 from evenhand_policy.bootstrap import KEYS_FILE, MANIFEST_FILE, BootstrapError, mounted_keys, unpack
 from evenhand_policy.config import SchedulerConfig
-from evenhand_policy.push_document import MAX_DOCUMENT_BYTES, DocumentRejectedError, body_digest, read_document
+from evenhand_policy.push_document import (
+    MAX_DOCUMENT_BYTES,
+    DocumentRejectedError,
+    encode_document,
+    open_document,
+)
 from evenhand_policy.push_protocol import ConfigSource
 from evenhand_policy.signatures import PublicKeys
 from evenhand_policy.version import Assignment, Version
@@ -23,17 +28,18 @@ _MAX_FILE_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ConfigDocument:
-    """A config, what was said beside it, where it came from, and the document as it came."""
+    """A config, what was said beside it, where it came from, and the document as it came, compressed."""
 
     config: SchedulerConfig
     assignment: Assignment
     source: ConfigSource
-    content: bytes = field(repr=False)
+    compressed: bytes = field(repr=False)
 
     @classmethod
     def unversioned(cls, config: SchedulerConfig, source: ConfigSource) -> "ConfigDocument":
         """One that no operator has sent: this engine enforces it alone, and whatever is pushed is newer."""
-        return cls(config, Assignment(Version(0, 0), config.digest(), 1), source, config.canonical_json())
+        document = encode_document(config)
+        return cls(config, Assignment(Version(0, 0), document.digest, 1), source, document.compressed)
 
 
 class _LastGood(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -41,7 +47,7 @@ class _LastGood(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     revision: int
     digest: str
     num_replicas: int
-    document: msgspec.Raw
+    document: bytes
 
 
 class LastGoodFile:
@@ -58,7 +64,7 @@ class LastGoodFile:
             revision=assignment.version.revision,
             digest=assignment.digest,
             num_replicas=assignment.num_replicas,
-            document=msgspec.Raw(stored.content),
+            document=stored.compressed,
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=".last-good-")  # with mode 0600
@@ -77,10 +83,7 @@ class LastGoodFile:
         """What was saved; None where there is nothing, or nothing usable, which is logged."""
         try:
             content = msgspec.json.decode(_read_file(self._path, 2 * MAX_DOCUMENT_BYTES), type=_LastGood)
-            document = bytes(content.document)
-            if body_digest(document) != content.digest:
-                raise DocumentRejectedError("", "the file is damaged")
-            config = read_document(document)
+            config = open_document(content.document, content.digest)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError, DocumentRejectedError) as error:
@@ -88,7 +91,7 @@ class LastGoodFile:
             return None
         version = Version(content.epoch, content.revision)
         assignment = Assignment(version, content.digest, max(1, content.num_replicas))
-        return ConfigDocument(config, assignment, ConfigSource.LAST_GOOD, document)
+        return ConfigDocument(config, assignment, ConfigSource.LAST_GOOD, content.document)
 
 
 class BootstrapFolder:
@@ -110,12 +113,12 @@ class BootstrapFolder:
         if MANIFEST_FILE not in files:
             return None  # nothing is stored yet, as in a pool that is new
         try:
-            manifest, document = unpack(files, mounted_keys(files))
-            config = read_document(document)
+            manifest, compressed = unpack(files, mounted_keys(files))
+            config = open_document(compressed, manifest.digest)
         except (BootstrapError, DocumentRejectedError) as error:
             log.warning("the mounted bootstrap config cannot be used", extra={"fields": {"error": str(error)}})
             return None
-        return ConfigDocument(config, manifest.assignment, ConfigSource.BOOTSTRAP, document)
+        return ConfigDocument(config, manifest.assignment, ConfigSource.BOOTSTRAP, compressed)
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:

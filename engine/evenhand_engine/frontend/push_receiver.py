@@ -24,8 +24,7 @@ from evenhand_policy.config import PoolReference, SchedulerConfig
 from evenhand_policy.push_document import (
     MAX_DOCUMENT_BYTES,
     DocumentRejectedError,
-    decompress,
-    read_document,
+    open_document,
     understood_members,
 )
 from evenhand_policy.push_protocol import (
@@ -205,20 +204,16 @@ class PushReceiver:
             case Verdict.REPLACE:
                 if asked.method != "PUT":
                     raise _Refused(412, "the document of that digest is not in force here")
-                content, config = await self._read_document(body, assignment.digest)
-                await self._enforce(ConfigDocument(config, assignment, ConfigSource.PUSH, content))
+                config = await self._read_document(body, assignment.digest)
+                await self._enforce(ConfigDocument(config, assignment, ConfigSource.PUSH, body))
 
-    async def _read_document(self, body: bytes, digest: str) -> tuple[bytes, SchedulerConfig]:
-        def read() -> tuple[bytes, SchedulerConfig]:
-            content = decompress(body, digest)
-            return content, read_document(content)
-
+    async def _read_document(self, body: bytes, digest: str) -> SchedulerConfig:
         try:
-            content, config = await asyncio.to_thread(read)
+            config = await asyncio.to_thread(open_document, body, digest)
         except DocumentRejectedError as error:
             raise _Refused(422, error.message, error.path) from None
         self._check_belonging(config.cluster, config.pool)
-        return content, config
+        return config
 
     async def _enforce(self, offered: ConfigDocument) -> None:
         try:

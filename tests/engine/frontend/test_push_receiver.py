@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evenhand_policy.config import KvCacheShare, PoolReference, SchedulerConfig, TenantConfig
+from evenhand_policy.config import Gateway, KvCacheShare, PoolReference, SchedulerConfig, TenantConfig
 from evenhand_policy.push_document import DocumentRejectedError, encode_document
 from evenhand_policy.push_protocol import (
     CONFIG_PATH,
@@ -119,6 +119,9 @@ HASH = "sha256:" + "0" * 64
         (document(schema_version=2), "schemaVersion"),
         (document(tenants=(tenant(), tenant(tenant_id="d", weight=0))), "tenants[1].weight"),
         (document(tenants=(tenant(key_hashes=("plain-text-key",)),)), "tenants[0].keyHashes[0]"),
+        (document(tenants=(tenant(key_hashes=(HASH, HASH[:-1] + "g")),)), "tenants[0].keyHashes[1]"),
+        (document(tenants=(tenant(key_hashes=("a" + HASH[:-1],)),)), "tenants[0].keyHashes[0]"),
+        (document(gateway=Gateway(key_hashes=(HASH[:-1] + "\u0661",))), "gateway.keyHashes[0]"),
         (document(tenants=(tenant(), tenant())), "tenants"),
         (document(tenants=(tenant(tenant_id="b"), tenant(tenant_id="a"))), "tenants"),
         (document(tenants=(tenant(tenant_id="default"),)), "tenants"),
