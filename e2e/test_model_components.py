@@ -117,6 +117,21 @@ def test_model_is_fetched_from_the_mirror_once(mirror: Mirror, tmp_path: Path) -
     assert len(mirror.asked) == before, "without a network too, from now on"
 
 
+def test_engine_that_fetches_its_model_says_so(mirror: Mirror, tmp_path: Path) -> None:
+    program = (
+        "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
+        "from evenhand_engine.model import progress\n"
+        "progress._SECONDS_BETWEEN = 0.0\n"
+        "from evenhand_engine.model.source import resolve_model_dir\n"
+        f"print(resolve_model_dir({MODEL!r}))"
+    )
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HF_ENDPOINT": mirror.address}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {f"fetching {MODEL}", f"fetching {MODEL}: 100 %"} <= set(done.stderr.splitlines())
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
 def test_what_was_cut_short_is_no_model_and_is_gone_on_with(mirror: Mirror, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()

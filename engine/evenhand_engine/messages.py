@@ -60,6 +60,12 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scores_prompts: bool = False
 
 
+class StartupProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the core does before it is ready, and how far it has come: for people."""
+
+    stage: str
+
+
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The core could not start; `message` is what the user should read. Sent instead of EngineReady."""
 
@@ -126,4 +132,4 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 ToCore = AddRequest | AbortRequest | Reconfigure | Shutdown
-FromCore = EngineReady | StartupFailed | StepOutputs | EngineFailed
+FromCore = StartupProgress | EngineReady | StartupFailed | StepOutputs | EngineFailed

@@ -29,9 +29,11 @@ from evenhand_engine.messages import (
     FromCore,
     Shutdown,
     StartupFailed,
+    StartupProgress,
     StepOutputs,
     ToCore,
 )
+from evenhand_engine.model import progress
 
 Receive = Callable[[StepOutputs, float], None]
 """Take what one step brought, and the `time.monotonic()` at which it reached this process."""
@@ -198,6 +200,8 @@ class EngineClient:
             match message:
                 case StepOutputs():
                     self._take_outputs(message, now)
+                case StartupProgress():
+                    progress.logger.info("%s", message.stage)
                 case EngineReady():
                     self.ready = message
                     if not self._started.done():

@@ -32,11 +32,14 @@ from evenhand_engine.messages import (
     EngineFailed,
     EngineReady,
     EngineStats,
+    FromCore,
     Reconfigure,
     Shutdown,
     StartupFailed,
+    StartupProgress,
     ToCore,
 )
+from evenhand_engine.model.progress import listening
 from evenhand_engine.scheduler.batch import Batch, Runner
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.scheduler import Scheduler
@@ -69,11 +72,11 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
         from evenhand_engine.core.loading import load_model  # imports torch: only this process pays for it
 
         token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
-        model = load_model(config, lose)
+        with listening(lambda stage: _tell(connection, StartupProgress(stage=stage))):
+            model = load_model(config, lose)
         recorder = StepRecorder(config.record_steps) if config.record_steps else None
     except StartupError as error:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the HTTP process did not wait
-            send(connection, StartupFailed(message=str(error)))
+        _tell(connection, StartupFailed(message=str(error)))
         return
     gc.collect()
     gc.freeze()
@@ -109,6 +112,11 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
         logger.exception("the engine core failed")
         send(connection, EngineFailed(message=f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from error
+
+
+def _tell(connection: Connection, message: FromCore) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the HTTP process did not wait
+        send(connection, message)
 
 
 class _Submitted(NamedTuple):

@@ -1,12 +1,14 @@
 """Warming a runner up, so that no user waits for what happens at first use."""
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.model.progress import Stage
 from evenhand_engine.scheduler.batch import BatchPlan, Runner
 from evenhand_engine.scheduler.request import Request, SamplingParams
 
 
 def run_largest_step(runner: Runner, settings: SchedulerSettings, *, scores_prompt: bool = False) -> None:
     """As many tokens as a step may have, and a token after them; `scores_prompt`: with the logits of all of them."""
+    Stage("warming up", total=0)
     num_tokens = min(settings.max_num_batched_tokens, settings.max_model_len - 1)
     num_prompt_logprobs = 0 if scores_prompt else None
     params = SamplingParams(max_tokens=2, temperature=0, num_prompt_logprobs=num_prompt_logprobs)

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
 from evenhand_engine.model.cache import SHIPPED_DIR, cache_dir, cached
 from evenhand_engine.model.gguf.parts import gguf_parts
-from evenhand_engine.model.progress import Progress
+from evenhand_engine.model.progress import Progress, Stage
 
 CONVERSION_VERSION = 5
 """Part of the cache key: raise it when a conversion's result changes."""
@@ -84,9 +85,25 @@ def _gguf_digest(path: Path) -> str:
 def _hub_snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    stage = Stage(f"fetching {model}", total=0)
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """The hub's own, which counts nothing where there is no terminal; those of bytes tell how far it has come."""
+
+        def __init__(self, *args: Any, unit: str = "it", **options: Any) -> None:
+            super().__init__(*args, unit=unit, **options)
+            self._num_bytes = 0.0 if unit == "B" else None
+
+        def update(self, n: float | None = 1) -> Any:
+            if self._num_bytes is not None:
+                self._num_bytes += n or 0
+                stage.reach(self._num_bytes, self.total or 0)
+            return super().update(n)
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, tqdm_class=Bar))
     except HFValidationError as error:
         raise StartupError(f"model {model}: neither a local path nor a Hugging Face hub id: {error}") from error
     except LocalEntryNotFoundError as error:

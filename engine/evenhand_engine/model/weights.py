@@ -18,6 +18,7 @@ from evenhand_engine.model.fp8_weights import has_fp8, read_fp8
 from evenhand_engine.model.packed_format import Fp8Format, PackedFormat, QuantizedFormat
 from evenhand_engine.model.packed_int import read_packed
 from evenhand_engine.model.precision import Precision
+from evenhand_engine.model.progress import Stage
 from evenhand_engine.model.sharding import WHOLE, Shard, ShardedSource, TensorSource, row_parallel
 from evenhand_kernels.kernels import Embedding, Kernels, Linear
 from evenhand_kernels.quantized import QuantizedTensor, Weight, stacked, widened
@@ -79,6 +80,7 @@ class Checkpoint:
                 if name not in held:
                     raise StartupError(f"{model_dir / INDEX_FILE}: {path.name} should hold tensor {name}, and does not")
                 self._untaken[name] = file
+        self._stage = Stage("loading the weights", total=len(self._untaken))
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +117,7 @@ class Checkpoint:
         return float(scale.item())
 
     def _read(self, name: str) -> Tensor:
+        self._stage.advance(1)
         file = self._untaken.pop(name, None)
         if file is None:
             raise StartupError(

@@ -11,6 +11,7 @@ from evenhand_engine.openai.answers import Error, ErrorDetails
 from evenhand_engine.scheduler.request import FinishReason
 
 _RESTART_SECONDS = 10.0  # what a supervisor needs to start another process, about
+_LOADING_SECONDS = 5.0  # of minutes that it may take
 STATUSES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -52,6 +53,11 @@ def refuse_http(error: web.HTTPException) -> Refusal:
     """aiohttp's own errors (no such route, body too large, ...) in our words."""
     code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status, "invalid_request")
     return Refusal(error.status, code, f"{error.reason}.")
+
+
+def refuse_loading(stage: str) -> Refusal:
+    """There is no engine yet."""
+    return Refusal(503, "loading", f"The server is starting: {stage}.", retry_after=_LOADING_SECONDS)
 
 
 def refuse_draining() -> Refusal:

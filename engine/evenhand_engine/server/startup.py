@@ -26,6 +26,7 @@ from evenhand_engine.server.listener import (
     url_of,
     watch_certificate,
 )
+from evenhand_engine.server.loading import tell_of_loading
 from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, serve_app
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ async def start_server(
 ) -> AsyncIterator[Running]:
     """A server that accepts requests; on leaving, everything is stopped. Raises StartupError.
 
-    Clients that connect while the model is being loaded wait.
+    Clients that connect while the model is being loaded wait for some seconds, and are told then how far it has come.
     """
     async with contextlib.AsyncExitStack() as stack:
         allow_many_connections()
@@ -95,29 +96,30 @@ async def start_server(
         for public in publics:
             stack.enter_context(public)
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        directory = await in_daemon_thread(lambda: resolve_model_dir(config.model))
-        load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
-        core, connection = spawn(config)
-        backend = LocalBackend(core, connection)
-        stack.push_async_callback(backend.close)
+        async with tell_of_loading([(admin, None), *((public, tls) for public in publics)]):
+            directory = await in_daemon_thread(lambda: resolve_model_dir(config.model))
+            load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
+            core, connection = spawn(config)
+            backend = LocalBackend(core, connection)
+            stack.push_async_callback(backend.close)
 
-        from evenhand_engine.frontend.door import OwnDoor
-        from evenhand_engine.frontend.service import EngineService, Service
-        from evenhand_engine.server.admin import build_admin_app
-        from evenhand_engine.server.app import build_app
-        from evenhand_engine.server.malformed import keep_out_of_logs
-        from evenhand_engine.text.tokenizer import Tokenizer
+            from evenhand_engine.frontend.door import OwnDoor
+            from evenhand_engine.frontend.service import EngineService, Service
+            from evenhand_engine.server.admin import build_admin_app
+            from evenhand_engine.server.app import build_app
+            from evenhand_engine.server.malformed import keep_out_of_logs
+            from evenhand_engine.text.tokenizer import Tokenizer
 
-        api_servers = None
-        if len(publics) > 1:
-            from evenhand_engine.server.api_servers import ApiServers
+            api_servers = None
+            if len(publics) > 1:
+                from evenhand_engine.server.api_servers import ApiServers
 
-            api_servers = ApiServers(settings, directory, core, publics)
-            stack.push_async_callback(api_servers.close)
-        in_force = await in_daemon_thread(lambda: _initial_config(settings))
-        if api_servers is None:
-            backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
-        await backend.start()
+                api_servers = ApiServers(settings, directory, core, publics)
+                stack.push_async_callback(api_servers.close)
+            in_force = await in_daemon_thread(lambda: _initial_config(settings))
+            if api_servers is None:
+                backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
+            await backend.start()
         service = Service(settings, backend, in_force)
         keep_out_of_logs()
         await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)

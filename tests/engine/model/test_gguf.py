@@ -24,6 +24,7 @@ from evenhand_engine.model.gguf import conversion
 from evenhand_engine.model.gguf.blocks import QUANTIZED as READERS
 from evenhand_engine.model.gguf.blocks import read_tensor
 from evenhand_engine.model.gguf.tensors import LAYER_TENSORS
+from evenhand_engine.model.progress import listening
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_kernels.kernels import Kernels
 from evenhand_kernels.quantized import QuantizedTensor, stacked
@@ -247,8 +248,10 @@ def package(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) ->
     return package
 
 
-def test_the_default_model_comes_from_its_package(package: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model_dir = resolve_model_dir(None)
+def test_the_default_model_comes_from_its_package(package: Path) -> None:
+    said: list[str] = []
+    with listening(said.append):
+        model_dir = resolve_model_dir(None)
 
     assert {path.name for path in model_dir.iterdir()} == {
         "config.json",
@@ -258,8 +261,8 @@ def test_the_default_model_comes_from_its_package(package: Path, capfd: pytest.C
         "tokenizer_config.json",
     }
     assert json.loads((model_dir / "generation_config.json").read_text())["temperature"] == 0.2
-    lines = [line for line in capfd.readouterr().err.splitlines() if "ing " in line and "%" not in line]
-    assert [line.split()[0] for line in lines] == ["Reading", "Converting", "Converting"]
+    stages = [stage for stage in said if "%" not in stage]
+    assert [stage.split()[0] for stage in stages] == ["reading", "converting", "converting"]
 
 
 def test_another_file_is_not_the_default_model(package: Path) -> None:

@@ -34,7 +34,7 @@ def convert_gguf(gguf_path: Path, directory: Path, progress: Progress) -> None:
 
     Raises StartupError that names the file and what in it cannot be read or is not supported.
     """
-    advance = progress.stage(f"Reading {gguf_path.name}", total=1)
+    advance = progress.stage(f"reading {gguf_path.name}", total=1)
     file = GgufFile(gguf_path)
     if file.architecture not in ARCHITECTURES:
         raise StartupError(
@@ -47,7 +47,7 @@ def convert_gguf(gguf_path: Path, directory: Path, progress: Progress) -> None:
     check_tensors(file, config)
     advance(1)
 
-    advance = progress.stage("Converting the tokenizer", total=1)
+    advance = progress.stage("converting the tokenizer", total=1)
     build_tokenizer(file, vocabulary).save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", tokenizer_config(file, vocabulary))
     advance(1)
@@ -60,7 +60,7 @@ def convert_gguf(gguf_path: Path, directory: Path, progress: Progress) -> None:
 
 def _convert_weights(file: GgufFile, config: ModelConfig, directory: Path, progress: Progress) -> None:
     """Write `model.safetensors`, or several such files and their index where one would be too large to hold."""
-    advance = progress.stage("Converting the weights", total=len(file.tensors))
+    advance = progress.stage("converting the weights", total=len(file.tensors))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(_shards(file, config)):
         file_name = "model.safetensors" if number == 0 else f"model-{number:05}.safetensors"
