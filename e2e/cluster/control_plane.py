@@ -40,14 +40,17 @@ class ControlPlane(Running):
     """Starts and stops the programs, and is the way to everything in them.
 
     `programs` tells where each program is; certificates, data and logs go below `directory`. `address` is one of this machine;
-    where it is not of the loopback, real nodes may join, and reach the API server by it.
+    where it is not of the loopback, real nodes may join, and reach the API server by it. `port` of the API server: None is any free one.
     """
 
-    def __init__(self, programs: Mapping[str, Path], directory: Path, address: str = LOOPBACK) -> None:
+    def __init__(
+        self, programs: Mapping[str, Path], directory: Path, address: str = LOOPBACK, port: int | None = None
+    ) -> None:
         self.directory = directory
         self.address = address
         self._programs = programs
-        etcd_port, peer_port, port, controller_port = free_ports(4)
+        etcd_port, peer_port, free_port, controller_port = free_ports(4)
+        port = port or free_port
         self.server = f"https://{address}:{port}"
         self._watchdog = Watchdog()
         self._authority = CertificateAuthority(directory)

@@ -1,4 +1,4 @@
-"""A real node beside a control plane: scheduler, containerd, kubelet, kube-proxy and CoreDNS.
+"""A real node beside a control plane: scheduler, containerd, kubelet, kube-proxy, CoreDNS, and kube-router for NetworkPolicies.
 
 It wants namespaces of its own for network, mounts and processes, which `unshare` of util-linux makes (`make e2e-node`): then its
 addresses lead nowhere else, and whatever ends the run, the kernel ends every container, mount and bridge with it.
@@ -21,6 +21,12 @@ from cluster.programs import Program, Running
 NAME = "node"
 ADDRESS = "10.88.255.1"
 """Of the node, on a bridge that leads nowhere: it may not be of the loopback."""
+
+API_PORT = 6443
+"""Of the API server: where policies for Pods expect it."""
+
+DNS_ADDRESS = "169.254.20.10"
+"""As NodeLocal DNSCache has it, which is also of the node and of no Pod."""
 
 POD_ADDRESSES = "10.88.0.0/24"
 PAUSE = "evenhand.dev/pause:dev"
@@ -63,19 +69,17 @@ class Node(Running):
             done = self._ctr("images", "import", "--local", str(archive))
             assert done.returncode == 0, f"{name}: {done.stderr}"
         for program in (self._scheduler(), self._kubelet(), self._kube_proxy(), self._coredns()):
-            self._started.append(program)
-            program.start()
+            self._start(program)
         kubectl = self._cluster.kubectl
         kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=60s", timeout=90)
+        self._start(self._network_policies())  # which wants to find the node
         kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s", timeout=90)
         for program in self._started:
             program.check_running()
 
     def offer(self, resource: str, count: int) -> None:
         """From now on the node has so many devices of a kind, none of which is there."""
-        plugin = self._program("device-plugin", DEVICE_PLUGINS, resource, str(count))
-        self._started.append(plugin)
-        plugin.start()
+        self._start(self._program("device-plugin", DEVICE_PLUGINS, resource, str(count)))
         allocatable = f"jsonpath={{.status.allocatable.{resource.replace('.', chr(92) + '.')}}}={count}"
         self._cluster.kubectl("wait", f"node/{NAME}", f"--for={allocatable}", "--timeout=60s", timeout=90)
 
@@ -89,6 +93,10 @@ class Node(Running):
         self._containerd.stop()
         self._unmount()
         self._remove_control_groups()
+
+    def _start(self, program: Program) -> None:
+        self._started.append(program)
+        program.start()
 
     def _ctr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [str(self._programs["ctr"]), "--address", str(self._socket), "--namespace", "k8s.io", *arguments]
@@ -177,7 +185,7 @@ state = "{self._directory}/state"
             "evictionHard": {},
             "localStorageCapacityIsolation": False,
             "containerRuntimeEndpoint": f"unix://{self._socket}",
-            "clusterDNS": [ADDRESS],
+            "clusterDNS": [DNS_ADDRESS],
             "clusterDomain": "cluster.local",
             "resolvConf": "",
             "syncFrequency": "5s",  # how soon a changed Secret is in a volume
@@ -207,37 +215,62 @@ state = "{self._directory}/state"
         return self._program("kube-proxy", f"--config={self._write('kube-proxy.yaml', configuration)}")
 
     def _coredns(self) -> Program:
-        rules = [
-            {"apiGroups": [""], "resources": ["services", "pods", "namespaces"], "verbs": ["list", "watch"]},
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
-        ]
-        role = {
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "ClusterRole",
-            "metadata": {"name": "coredns"},
-            "rules": rules,
-        }
-        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "coredns"}
-        subject = {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "coredns"}
-        binding = {**role, "kind": "ClusterRoleBinding", "roleRef": reference, "subjects": [subject]}
-        del binding["rules"]
-        self._cluster.apply(role, binding)
-        kubeconfig = self._cluster.certificate_kubeconfig("coredns")
+        kubeconfig = self._reader(
+            "coredns", {"": ["services", "pods", "namespaces"], "discovery.k8s.io": ["endpointslices"]}
+        )
         path = self._directory / "Corefile"
         path.write_text(
             f"cluster.local {{\n  errors\n  kubernetes cluster.local {{\n    kubeconfig {kubeconfig}\n  }}\n}}\n"
         )
         return self._program("coredns", "-conf", path)
 
+    def _network_policies(self) -> Program:
+        """Only that of kube-router: kube-proxy has the Services, and there is one node to route to."""
+        resources = {
+            "": ["nodes", "services", "pods", "namespaces", "endpoints"],
+            "networking.k8s.io": ["networkpolicies"],
+            "discovery.k8s.io": ["endpointslices"],
+        }
+        return self._program(
+            "kube-router",
+            f"--kubeconfig={self._reader('kube-router', resources)}",
+            f"--hostname-override={NAME}",
+            f"--service-cluster-ip-range={SERVICE_ADDRESSES}",
+            "--run-firewall=true",
+            "--run-router=false",
+            "--run-service-proxy=false",
+            "--run-loadbalancer=false",
+            "--health-port=0",
+            "--metrics-port=0",
+        )
+
+    def _reader(self, name: str, resources: Mapping[str, list[str]]) -> Path:
+        """kubeconfig of a user who may read these, by their API group, and nothing else."""
+        rules = [
+            {"apiGroups": [group], "resources": kinds, "verbs": ["get", "list", "watch"]}
+            for group, kinds in resources.items()
+        ]
+        group = "rbac.authorization.k8s.io"
+        common = {"apiVersion": f"{group}/v1", "metadata": {"name": name}}
+        reference = {"apiGroup": group, "kind": "ClusterRole", "name": name}
+        subject = {"apiGroup": group, "kind": "User", "name": name}
+        self._cluster.apply(
+            {**common, "kind": "ClusterRole", "rules": rules},
+            {**common, "kind": "ClusterRoleBinding", "roleRef": reference, "subjects": [subject]},
+        )
+        return self._cluster.certificate_kubeconfig(name)
+
 
 def prepare_network() -> None:
-    """The node's address, and no way out for what is sent to a Service. Call it in a network namespace of its own."""
+    """The node's addresses, and no way out for what is sent to a Service. Call it in a network namespace of its own."""
     for command in (
         "link set lo up",
         "link add evh-node type bridge",
         f"address add {ADDRESS}/32 dev evh-node",
+        f"address add {DNS_ADDRESS}/32 dev evh-node",
         "link set evh-node up",
         f"route add {SERVICE_ADDRESSES} dev evh-node",
     ):
         subprocess.run(["ip", *command.split()], check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    Path("/proc/sys/net/bridge/bridge-nf-call-iptables").write_text("1")  # between Pods too policies are enforced

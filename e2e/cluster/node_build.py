@@ -28,6 +28,7 @@ PROGRAMS = {
     "ctr": (SOURCES / "containerd", f"{CONTAINERD}/ctr"),
     "coredns": (SOURCES / "coredns", "."),
     "device-plugin": (SOURCES / "device_plugin", "."),
+    "kube-router": (SOURCES / "network_policies", "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router"),
 }
 
 WITH_C = {"kubelet"}
@@ -38,6 +39,7 @@ DEBIAN = {
     "nft": "nftables",
     "iptables": "iptables",
     "ip": "iproute2",
+    "ipset": "ipset",
     "conntrack": "conntrack",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
 }
@@ -82,7 +84,7 @@ def build_missing() -> None:
         absent = [name for name, path in programs().items() if not os.access(path, os.X_OK)]
         if absent:
             environment = build.go_environment()
-            build.say(f"building {', '.join(absent)}: about 8 minutes on 2 cores the first time")
+            build.say(f"building {', '.join(absent)}: about 10 minutes on 2 cores the first time")
         for name in absent:
             destination = programs()[name]
             destination.parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import yaml
 
 from cluster import build, images, node_build
 from cluster.control_plane import ControlPlane
-from cluster.node import ADDRESS, Node, prepare_network
+from cluster.node import ADDRESS, API_PORT, Node, prepare_network
 from harness import cluster_client
 from harness.objects import policy
 from harness.stage import Stage
@@ -26,6 +26,8 @@ IDENTITY = {"name": "pods", "type": "ServiceAccount", "serviceAccount": {"name":
 SIZES = ["--max-num-batched-tokens=64", "--max-num-seqs=8", "--max-model-len=1024", "--kv-cache-memory-bytes=128M"]
 """Engines of which two fit on a test machine beside everything else."""
 
+REQUESTS = {"cpu": "200m", "memory": "1Gi"}
+
 Object = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ class NodeInstallation(Stage):
 
     def __init__(self, directory: Path) -> None:
         programs = build.programs() | node_build.programs()
-        super().__init__(ControlPlane(programs, directory, ADDRESS), NAMESPACE)
+        super().__init__(ControlPlane(programs, directory, ADDRESS, API_PORT), NAMESPACE)
         self._programs = programs
         self._directory = directory
 
@@ -51,24 +53,24 @@ class NodeInstallation(Stage):
     def __exit__(self, *_: object) -> None:
         self._running.close()
 
-    def install(self) -> float:
+    def install(self, overlay: Path | None = None) -> float:
         """As manifests/README.md says; the seconds from an empty cluster to the first answer to the tenant's Pod."""
         kubectl = self.cluster.kubectl
         kubectl("wait", f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=60s", timeout=90)
         began = time.monotonic()
         kubectl("apply", "-k", str(REPOSITORY / "crds"))
         kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
-        kubectl("apply", "-k", str(self.overlay()))
+        kubectl("apply", "-k", str(overlay or self.overlay()))
         self.cluster.apply(policy(NAMESPACE, TENANTS, identities=[IDENTITY]))
         kubectl("wait", "enginepool/default", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=180s", timeout=200)
         assert self.load(1) == {"ok": 1}
         return time.monotonic() - began
 
-    def uninstall(self) -> None:
+    def uninstall(self, overlay: Path | None = None) -> None:
         """Deletes what was installed, what it serves with it."""
         kubectl = self.cluster.kubectl
-        kubectl("delete", ENGINES, "-n", NAMESPACE, "--cascade=foreground", "--timeout=60s", timeout=90)
-        kubectl("delete", "-k", str(self.overlay()), "--ignore-not-found", "--timeout=120s", timeout=150)
+        self.kubectl("delete", "deployments", "--all", "--cascade=foreground", "--timeout=60s", timeout=90)
+        kubectl("delete", "-k", str(overlay or self.overlay()), "--ignore-not-found", "--timeout=120s", timeout=150)
         kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=60s", timeout=90)
 
     def everything(self) -> set[str]:
@@ -79,19 +81,31 @@ class NodeInstallation(Stage):
 
     def overlay(self) -> Path:
         """The dev overlay with two small engines."""
-        directory = self._directory / "overlay"
-        directory.mkdir(exist_ok=True)
         container = "/spec/template/spec/containers/0"
         patch: list[Object] = [{"op": "add", "path": f"{container}/args/-", "value": each} for each in SIZES]
-        patch.append(
-            {"op": "replace", "path": f"{container}/resources/requests", "value": {"cpu": "200m", "memory": "1Gi"}}
-        )
+        patch.append({"op": "replace", "path": f"{container}/resources/requests", "value": REQUESTS})
         kustomization = {
-            "resources": [os.path.relpath(REPOSITORY / "manifests/overlays/dev", directory.resolve())],
+            "resources": ["overlays/dev"],
             "replicas": [{"name": "evenhand-engine", "count": 2}],
             "patches": [{"target": {"kind": "Deployment", "name": "evenhand-engine"}, "patch": yaml.safe_dump(patch)}],
         }
-        (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return self.write_overlay("overlay", kustomization)
+
+    def write_overlay(self, name: str, kustomization: Object, *own: Object) -> Path:
+        """A folder of kustomize's: folders of manifests/ are named as they are there; `own` are objects of its own."""
+        directory = self._directory / name
+        directory.mkdir(exist_ok=True)
+        paths = {
+            kind: [
+                os.path.relpath(REPOSITORY / "manifests" / each, directory.resolve()) for each in kustomization[kind]
+            ]
+            for kind in ("resources", "components")
+            if kind in kustomization
+        }
+        if own:
+            (directory / "own.yaml").write_text(yaml.safe_dump_all(own))
+            paths["resources"].append("own.yaml")
+        (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | paths))
         return directory
 
     def load(self, requests: int, at_once: int = 1, seconds: float = 0) -> dict[str, int]:
