@@ -10,5 +10,5 @@ A room is a folder, and imports only rooms below it (import contracts in pyproje
     core        the engine core process: its loop, the runner, sampling, statistics
     simulator   virtual time, beside `messages`: what crosses the pipe between the two processes
     scheduler   pure: who computes what, every step; beside `model` (checkpoints, decoder) and `text` (tokenizer)
-    config, errors, logs, csv_rows
+    config, errors, logs, signals, csv_rows; `__main__` is where the process begins
 """

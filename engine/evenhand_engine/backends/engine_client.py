@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import queue
-import signal
 import socket
 import threading
 import time
@@ -34,6 +33,7 @@ from evenhand_engine.messages import (
     ToCore,
 )
 from evenhand_engine.model import progress
+from evenhand_engine.signals import leave_to_the_first, withheld
 
 Receive = Callable[[StepOutputs, float], None]
 """Take what one step brought, and the `time.monotonic()` at which it reached this process."""
@@ -89,8 +89,7 @@ class ConnectedCore:
 
 
 def _core_main(config: EngineConfig, connection: Connection, doors: socket.socket) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by a terminal or systemd: the HTTP
-        signal.signal(number, signal.SIG_IGN)  # process drains first, and the core ends with it
+    leave_to_the_first()  # the HTTP process drains, and then the core ends with it
     from evenhand_engine.core.engine import run_core  # here, so that the HTTP process never imports torch
 
     run_core(config, connection, doors)
@@ -103,7 +102,8 @@ def spawn_core(config: EngineConfig) -> tuple[Core, Connection]:
     our_doors, their_doors = socket.socketpair()
     args = (config, theirs, their_doors)
     process = context.Process(target=_core_main, args=args, name="evenhand-core", daemon=True)
-    process.start()
+    with withheld():
+        process.start()
     theirs.close()  # so that the core's death is an end of file here
     their_doors.close()
     return SpawnedCore(process, our_doors), ours

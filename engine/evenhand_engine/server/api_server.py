@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from evenhand_engine.server.app import build_app
 from evenhand_engine.server.listener import tls_context, watch_certificate
 from evenhand_engine.server.malformed import keep_out_of_logs
 from evenhand_engine.server.tasks import GRACE_SECONDS, background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.signals import leave_to_the_first
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -52,8 +52,7 @@ class ApiServerArguments:
 
 def run_api_server(arguments: ApiServerArguments) -> None:
     """Entry point of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by a terminal or systemd: the owner drains
-        signal.signal(number, signal.SIG_IGN)
+    leave_to_the_first()
     configure_logging(logging.getLevelName(arguments.log_level))
     import uvloop
 

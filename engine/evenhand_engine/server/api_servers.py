@@ -26,6 +26,7 @@ from evenhand_engine.frontend.service import Service
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.api_server import ApiServerArguments, run_api_server
 from evenhand_engine.server.tasks import GRACE_SECONDS
+from evenhand_engine.signals import withheld
 from evenhand_policy.config import SchedulerConfig
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,8 @@ class ApiServers:
         )
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=run_api_server, args=(arguments,), name="evenhand-api", daemon=True)
-        process.start()
+        with withheld():
+            process.start()
         theirs.close()  # so that its death is an end of file here
         arguments.core.close()
         return _ApiServer(process, ours)

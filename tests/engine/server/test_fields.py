@@ -149,6 +149,21 @@ def test_fields_of_the_other_endpoint_are_refused(
     assert (status, answer["param"], answer["code"]) == (400, name, "unsupported_parameter")
 
 
+def test_integers_may_have_a_fraction_of_nothing(server: Server) -> None:
+    """As OpenAI and vLLM read them: 2.0 is an integer, 2.5 is none."""
+    whole: dict[str, Any] = {"max_tokens": 2.0, "seed": 3.0, "top_k": 4e0, "n": 1.0, "min_tokens": 1.0}
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+        assert post(server, path, body | whole)[0] == 200
+        params = server.core.expect(AddRequest).sampling_params
+        assert (params.max_tokens, params.seed, params.top_k, params.min_tokens) == (2, 3, 4, 1)
+        assert [type(value) for value in (params.max_tokens, params.seed)] == [int, int]
+        for name in whole:
+            assert error(server, path, body | {name: 2.5})[1]["param"] == name
+    texts = {"model": "tiny", "max_tokens": 2.0, "messages": [{"role": "user", "content": "x"}]}
+    assert post(server, "/v1/messages", texts)[0] == 200
+    assert server.core.expect(AddRequest).sampling_params.max_tokens == 2
+
+
 def test_tools_that_must_not_be_called_are_none(server: Server) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert post(server, "/v1/chat/completions", CHAT | {"tools": tools, "tool_choice": "none"})[0] == 200

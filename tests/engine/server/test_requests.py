@@ -81,6 +81,15 @@ def test_leave_to_send_a_body_is_given_when_it_is_wanted(server: Server, path: s
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("key", ["", "Authorization: Bearer wrong\r\n"])
+def test_no_leave_to_send_four_gigabytes_without_a_credential(serve: Serve, say: Say, key: str) -> None:
+    """The final status comes first, and the credential's before the size's."""
+    with connect(serve(say("ok"), api_key="the-key")) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\n{key}Expect: 100-continue\r\n"
+        connection.sendall(f"{head}Content-Length: {4 << 30}\r\n\r\n".encode())
+        assert connection.recv(64).startswith(b"HTTP/1.1 401")
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_body_that_is_not_what_its_header_says(server: Server, encoding: str) -> None:
     status, answer, _ = post(server, "/v1/completions", b"neither" * 9, {"Content-Encoding": encoding})
