@@ -18,6 +18,7 @@ class ApiServer:
         watched: how many watches there are, by kind.
         watch_lines: what any watch sends instead, in these pieces; then it ends.
         refusals: status, body and headers of the next answers.
+        page: what any request is answered, by somebody who is no API server; None: nothing.
         refused: status of requests, by the end of the path.
         forbidden: namespaces of which nothing is told.
     """
@@ -29,6 +30,7 @@ class ApiServer:
         self.watched: Counter[str] = Counter()
         self.watch_lines: list[bytes] = []
         self.refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = []
+        self.page: str | None = None
         self.refused: dict[str, int] = {}
         self.forbidden: set[str] = set()
         self.requests: list[web.Request] = []
@@ -39,6 +41,8 @@ class ApiServer:
         self.requests.append(request)
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return web.json_response({"message": "Unauthorized"}, status=401)
+        if self.page is not None:
+            return web.Response(text=self.page, content_type="text/html")
         if self.refusals:
             status, body, headers = self.refusals.pop(0)
             return web.json_response(body, status=status, headers=headers)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import SYSTEM_CLOCK
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import ApiError
 from evenhand_operator.objects import ObjectKey
@@ -149,7 +150,7 @@ class TermApi:
 async def term(api: TermApi, client: EngineClient | None = None, settings: Settings = SETTINGS) -> AsyncIterator[None]:
     """While it is entered, a replica leads."""
     issuer, told = SimpleNamespace(issuer=None), asyncio.Event()
-    parts: Any = (settings, "c1", api.cache, api.signals, api, client, api.key, api, api, issuer, told)
+    parts: Any = (settings, "c1", api.cache, api.signals, api, client, api.key, api, api, issuer, told, SYSTEM_CLOCK)
     around = Surroundings(*parts)
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -26,7 +26,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Meta
 
-from evenhand_policy.config import PoolReference, Positive
+from evenhand_policy.config import Natural, PoolReference, Positive
 from evenhand_policy.push_document import body_digest
 from evenhand_policy.signatures import PublicKeys, is_signed_by_text, sign
 from evenhand_policy.version import Assignment, Version
@@ -72,11 +72,11 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """
 
     boot_id: Annotated[str, Meta(max_length=64)]
-    epoch: Annotated[int, Meta(ge=0)]
-    revision: Annotated[int, Meta(ge=0)]
+    epoch: Natural
+    revision: Natural
     digest: Annotated[str, Meta(max_length=71)]
     source: Annotated[str, Meta(max_length=64)]
-    num_replicas: Annotated[int, Meta(ge=1)] = 1
+    num_replicas: Positive = 1
     ailment: Annotated[str, Meta(max_length=1024)] = ""
     understands: Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=1024)] = ()
     backend: Annotated[str, Meta(max_length=64)] = ""

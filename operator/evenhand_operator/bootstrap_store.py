@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 import msgspec
 
-from evenhand_operator.kube import ENGINE_POOLS, SECRETS, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import Json, ObjectKey
 from evenhand_operator.observed import ObservedPool
 from evenhand_operator.offer import Offer
+from evenhand_operator.resources import ENGINE_POOLS, SECRETS
 from evenhand_operator.rollout import Stored
 from evenhand_operator.signing_key import SigningKey
 from evenhand_policy.bootstrap import (

@@ -4,12 +4,12 @@ Kopf's watch alone is not enough: after a gap, objects that were deleted meanwhi
 pools are listed after every sign of a gap, and from time to time; what a list lacks is dropped.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.objects import EnginePod, Json, Meta, ObjectKey, read_meta, read_pod
 from evenhand_operator.observed import ObservedPolicy, ObservedPool, read_policy, read_pool
 from evenhand_operator.secret_cache import SecretCache
@@ -39,7 +39,6 @@ class Table(Generic[T]):
         read: makes a value of an object; None: the object does not count.
         changed: called with the value before and after, None where there is none; never for equal values.
         gap: called when the watch has begun anew, so that deletions may have been missed.
-        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class Table(Generic[T]):
         read: Callable[[Json], T | None],
         changed: Callable[[T | None, T | None], None],
         gap: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock,
     ) -> None:
         self._read = read
         self._changed = changed
         self._gap = gap
         self._rows: dict[str, _Row[T]] = {}
-        self._gone = Tombstones[str](clock)
+        self._gone = Tombstones[str](clock.monotonic)
         self._listed: dict[str | None, int] = {}  # version of the latest list of each namespace, or of all (None)
 
     def __iter__(self) -> Iterator[T]:
@@ -159,14 +158,14 @@ class Cache:
         unreadable: served namespaces that we may not read; what is known of them counts for nothing.
     """
 
-    def __init__(self, notices: Notices) -> None:
+    def __init__(self, notices: Notices, clock: Clock = SYSTEM_CLOCK) -> None:
         self._notices = notices
         self.unreadable: frozenset[str] = frozenset()
-        self.policies = Table(read_policy, self._resource_changed, notices.gap_seen)
-        self.pools = Table(read_pool, self._resource_changed, notices.gap_seen)
-        self.pods = Table(read_pod, self._pod_changed, notices.gap_seen)
-        self.namespaces = Table(_read_namespace, self._namespace_changed, notices.gap_seen)
-        self.secrets = SecretCache(notices.documents_changed)
+        self.policies = Table(read_policy, self._resource_changed, notices.gap_seen, clock)
+        self.pools = Table(read_pool, self._resource_changed, notices.gap_seen, clock)
+        self.pods = Table(read_pod, self._pod_changed, notices.gap_seen, clock)
+        self.namespaces = Table(_read_namespace, self._namespace_changed, notices.gap_seen, clock)
+        self.secrets = SecretCache(notices.documents_changed, clock)
 
     def set_unreadable(self, namespaces: Iterable[str]) -> None:
         """These namespaces cannot be read, all others can."""

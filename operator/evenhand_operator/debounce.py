@@ -9,13 +9,16 @@ _MANY = 8
 class Debounce:
     """Wakes one waiter when signals have been quiet for `quiet` seconds, or `most` seconds after the first one.
 
-    After many signals both are `patience` times as long: that is a large commit, and more of it is to come.
+    After many signals both are `patience` times as long: that is a large commit, and more of it is to come. For `rest` seconds
+    after it has woken somebody it wakes nobody, however long it is quiet.
     """
 
-    def __init__(self, quiet: float, most: float, patience: float = 1.0) -> None:
+    def __init__(self, quiet: float, most: float, patience: float = 1.0, rest: float = 0.0) -> None:
         self._quiet = quiet
         self._most = most
         self._patience = patience
+        self._rest = rest
+        self._rests_until = 0.0
         self._signalled = asyncio.Event()
         self._num_signals = 0  # since it was quiet
         self._first_at = 0.0
@@ -33,6 +36,8 @@ class Debounce:
         try:
             async with asyncio.timeout(timeout):
                 await self._signalled.wait()
+                if (left := self._rests_until - loop.time()) > 0:
+                    await asyncio.sleep(left)
         except TimeoutError:
             return None
         with contextlib.suppress(TimeoutError):
@@ -42,6 +47,7 @@ class Debounce:
             self._num_signals = 0
         self._signalled.clear()
         first_at, self._first_at = self._first_at, 0.0
+        self._rests_until = loop.time() + self._rest
         return min(first_at, loop.time())
 
     async def _until_quiet(self, limit: asyncio.Timeout) -> None:

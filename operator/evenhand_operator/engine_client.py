@@ -5,7 +5,6 @@ what it says counts only if it is signed by the engine process that has proved t
 """
 
 import os
-import time
 from collections.abc import Callable
 
 import aiohttp
@@ -13,6 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from evenhand_operator import metrics
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.objects import EnginePod
 from evenhand_operator.offer import Offer
 from evenhand_operator.pod_prover import PodProver
@@ -66,7 +66,9 @@ class EngineClient:
         *,
         request_seconds: float = REQUEST_SECONDS,
         connect_seconds: float = CONNECT_SECONDS,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self._clock = clock
         self._key = key
         self._prover = prover
         self._session = aiohttp.ClientSession(
@@ -114,7 +116,7 @@ class EngineClient:
     ) -> tuple[EngineReport, str]:
         """The report, and the pod's token where it was given."""
         request = make_request(
-            method, pod.uid, time.time(), cluster=offer.cluster, pool=offer.pool, assignment=offer.assignment
+            method, pod.uid, self._clock.wall(), cluster=offer.cluster, pool=offer.pool, assignment=offer.assignment
         )
         headers = sign_request(self._key(), request) | {"Content-Type": "application/zlib"}
         try:

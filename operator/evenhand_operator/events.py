@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from evenhand_operator.clock import SYSTEM_CLOCK, Clock
-from evenhand_operator.kube import EVENTS, FIELD_MANAGER, TENANT_POLICIES, ApiError, KubeClient
+from evenhand_operator.kube import FIELD_MANAGER, ApiError, KubeClient
 from evenhand_operator.objects import Json, write_time
 from evenhand_operator.observed import Observed
+from evenhand_operator.resources import EVENTS, TENANT_POLICIES
 from evenhand_policy.status import Condition, ConditionStatus, ConditionType
 
 log = logging.getLogger(__name__)

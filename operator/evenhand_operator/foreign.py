@@ -14,9 +14,10 @@ import msgspec
 
 from evenhand_operator import metrics
 from evenhand_operator.clock import SYSTEM_CLOCK, Clock
-from evenhand_operator.kube import ENGINE_POOLS, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import ObjectKey, write_time
 from evenhand_operator.observed import STRANGERS, ObservedPolicy, ObservedPool
+from evenhand_operator.resources import ENGINE_POOLS
 from evenhand_policy.status import Condition, ConditionStatus
 
 log = logging.getLogger(__name__)

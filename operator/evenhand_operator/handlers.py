@@ -14,9 +14,11 @@ from typing import Any
 import kopf
 
 from evenhand_operator.cache import Cache
-from evenhand_operator.kube import ENGINE_POOLS, PAGE_SIZE, TENANT_POLICIES, Resource
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
+from evenhand_operator.kube import PAGE_SIZE
 from evenhand_operator.login import log_in
 from evenhand_operator.objects import Json
+from evenhand_operator.resources import ENGINE_POOLS, TENANT_POLICIES, Resource
 from evenhand_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ async def watch(
     settings: Settings,
     readable_namespaces: Callable[[], tuple[str, ...]],
     credentials: Callable[[], kopf.ConnectionInfo],
+    clock: Clock = SYSTEM_CLOCK,
 ) -> None:
     """Feeds the cache, in the loop of the caller, until cancelled.
 
@@ -41,7 +44,7 @@ async def watch(
     """
     pause = _FIRST_PAUSE_SECONDS
     while True:
-        namespaces, known, started_at = readable_namespaces(), credentials(), time.monotonic()
+        namespaces, known, started_at = readable_namespaces(), credentials(), clock.monotonic()
         if namespaces or not settings.namespaces:
             await _run_kopf(
                 cache,
@@ -50,7 +53,7 @@ async def watch(
                 lambda: readable_namespaces() != namespaces or credentials() is not known,  # noqa: B023
             )
         await asyncio.sleep(pause)
-        is_stable = time.monotonic() - started_at > _LONGEST_PAUSE_SECONDS
+        is_stable = clock.monotonic() - started_at > _LONGEST_PAUSE_SECONDS
         pause = _FIRST_PAUSE_SECONDS if is_stable else min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 

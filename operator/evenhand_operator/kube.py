@@ -1,17 +1,17 @@
 """KubeClient: the requests that the operator sends to the API server, but for those of Kopf."""
 
 import asyncio
-import random
-import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import kopf
 import msgspec
 
 from evenhand_operator import metrics
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.objects import Json
+from evenhand_operator.resources import Resource
 
 FIELD_MANAGER = "evenhand-operator"
 PAGE_SIZE = 500
@@ -20,32 +20,10 @@ _MOST_TRIES = 3
 _LONGEST_PAUSE_SECONDS = 10.0
 _UNANSWERED_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
+_WATCH_SECONDS = 250.0
 _SILENCE_SECONDS = 120.0  # of a watch: a bookmark comes about once a minute
 _SHOWN_CHARACTERS = 500
-
-
-class Resource(NamedTuple):
-    """A kind of objects, as it is named in paths."""
-
-    api_version: str
-    kind: str
-    plural: str
-
-    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        """Path of a collection (of all namespaces, where none is given) or of an object."""
-        root = "/api" if "/" not in self.api_version else "/apis"
-        within = ["namespaces", namespace] if namespace else []
-        parts = [root, self.api_version, *within, self.plural, name, subresource]
-        return "/".join(part for part in parts if part)
-
-
-TENANT_POLICIES = Resource("evenhand.dev/v1alpha1", "TenantPolicy", "tenantpolicies")
-ENGINE_POOLS = Resource("evenhand.dev/v1alpha1", "EnginePool", "enginepools")
-SECRETS = Resource("v1", "Secret", "secrets")
-PODS = Resource("v1", "Pod", "pods")
-NAMESPACES = Resource("v1", "Namespace", "namespaces")
-EVENTS = Resource("v1", "Event", "events")
-LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
+T = TypeVar("T")
 
 
 class ApiError(Exception):
@@ -96,10 +74,11 @@ class KubeClient:
     half a minute; a request that was too much (429) is sent again after as long as the server asks for.
     """
 
-    def __init__(self, log_in: Callable[[], kopf.ConnectionInfo]) -> None:
+    def __init__(self, log_in: Callable[[], kopf.ConnectionInfo], clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
         self._log_in = log_in
         self._info = log_in()
-        self._answered_at = time.monotonic()
+        self._answered_at = self._clock.monotonic()
         self._session = self._connect()
 
     def _connect(self) -> aiohttp.ClientSession:
@@ -134,7 +113,7 @@ class KubeClient:
 
         async def fetch(**position: str) -> _Page:
             query = {"limit": str(PAGE_SIZE), **parameters, **position}
-            return msgspec.json.decode(await self._call("GET", resource.path(namespace), query=query), type=_Page)
+            return _read(await self._call("GET", resource.path(namespace), query=query), _Page)
 
         coming = asyncio.create_task(fetch())
         try:
@@ -156,7 +135,7 @@ class KubeClient:
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": str(version),
-            "timeoutSeconds": str(random.randint(240, 300)),
+            "timeoutSeconds": str(round(self._clock.spread(_WATCH_SECONDS))),
             **parameters,
         }
         async for line in self._stream(resource.path(namespace), query):
@@ -235,7 +214,7 @@ class KubeClient:
                 if not await self._may_try_again(error) or not tries:
                     raise
             else:
-                self._answered_at = time.monotonic()
+                self._answered_at = self._clock.monotonic()
                 return answer
 
     async def _may_try_again(self, error: ApiError) -> bool:
@@ -247,8 +226,8 @@ class KubeClient:
         if error.status == 429 and 0 < error.retry_after <= _LONGEST_PAUSE_SECONDS:
             await asyncio.sleep(error.retry_after)
             return True
-        if error.status == 0 and time.monotonic() - self._answered_at > _UNANSWERED_SECONDS:
-            self._answered_at = time.monotonic()
+        if error.status == 0 and self._clock.monotonic() - self._answered_at > _UNANSWERED_SECONDS:
+            self._answered_at = self._clock.monotonic()
             await self._renew_credentials(self._log_in())
         elif error.status == 401 and (info := self._log_in()) != self._info:
             await self._renew_credentials(info)
@@ -280,7 +259,15 @@ class KubeClient:
 
 
 def _json(body: bytes) -> Json:
-    return msgspec.json.decode(body, type=dict[str, Any])
+    return _read(body, dict[str, Any])
+
+
+def _read(body: bytes, expected: type[T]) -> T:
+    """An answer without an error; what stands between us and the API server may say that with a page of its own."""
+    try:
+        return msgspec.json.decode(body, type=expected)
+    except msgspec.DecodeError as error:
+        raise ApiError(0, f"the answer is none of an API server: {error}") from None
 
 
 def _typed(resource: Resource, obj: Json) -> Json:
@@ -291,7 +278,7 @@ def _message(body: bytes) -> str:
     """What a Status object says."""
     try:
         return str(_json(body).get("message", ""))[:_SHOWN_CHARACTERS]
-    except msgspec.DecodeError:
+    except ApiError:
         return body[:_SHOWN_CHARACTERS].decode("utf-8", "replace")
 
 

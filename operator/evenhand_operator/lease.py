@@ -6,15 +6,15 @@ was replaced, or was asleep, can never get a higher one. Engines refuse document
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NoReturn
 
 from evenhand_operator import metrics
 from evenhand_operator.clock import SYSTEM_CLOCK, Clock
-from evenhand_operator.kube import LEASES, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import Json
+from evenhand_operator.resources import LEASES
 from evenhand_operator.settings import Settings
 from evenhand_policy.version import MAX_EPOCH
 
@@ -76,7 +76,7 @@ class Lease:
             except ApiError as error:
                 if error.status != 409:  # another replica was faster
                     log.warning("cannot acquire the lease: %s", error)
-            await asyncio.sleep(self._settings.renew_seconds * random.uniform(0.4, 0.6))
+            await asyncio.sleep(self._clock.spread(self._settings.renew_seconds / 2))
 
     async def hold(self) -> None:
         """Renew for as long as it goes.

@@ -6,24 +6,16 @@ was deleted before it. So their reflectors watch until Kopf has caught up, and l
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 
 from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.debounce import Debounce
-from evenhand_operator.kube import (
-    ENGINE_POOLS,
-    NAMESPACES,
-    PODS,
-    SECRETS,
-    TENANT_POLICIES,
-    ApiError,
-    KubeClient,
-    Resource,
-)
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.reflector import Reflector, Scope, Sink
+from evenhand_operator.resources import ENGINE_POOLS, NAMESPACES, PODS, SECRETS, TENANT_POLICIES, Resource
 from evenhand_operator.secret_cache import SecretFeed
 from evenhand_operator.settings import Settings
 from evenhand_policy.secret import API_KEYS_TYPE
@@ -54,10 +46,11 @@ class Lister:
         caught_up: set once policies and pools were listed after Kopf had begun, or half a minute after the start.
     """
 
-    def __init__(self, kube: KubeClient, cache: Cache, settings: Settings) -> None:
+    def __init__(self, kube: KubeClient, cache: Cache, settings: Settings, clock: Clock = SYSTEM_CLOCK) -> None:
         self._kube = kube
         self._cache = cache
         self._settings = settings
+        self._clock = clock
         self.caught_up = asyncio.Event()
         self._gap = Debounce(_GAP_QUIET_SECONDS, _GAP_LONGEST_SECONDS)
         pods = {"labelSelector": settings.pod_selector} if settings.pod_selector else {}
@@ -77,7 +70,7 @@ class Lister:
     def _reflectors(self, resource: Resource, sink: Sink, parameters: dict[str, str] | None = None) -> list[Reflector]:
         """One for each served namespace."""
         return [
-            Reflector(self._kube, Scope(resource, namespace, parameters or {}), sink, self._access_changed)
+            Reflector(self._kube, Scope(resource, namespace, parameters or {}), sink, self._access_changed, self._clock)
             for namespace in self._settings.namespaces or (None,)
         ]
 
@@ -89,7 +82,7 @@ class Lister:
             self._run(reflector)
         for reflector in (*self._resources, *self._others):
             await reflector.known.wait()
-        metrics.LAST_LIST.set(time.time())
+        metrics.LAST_LIST.set(self._clock.wall())
 
     def _run(self, reflector: Reflector) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -116,7 +109,7 @@ class Lister:
         async with asyncio.TaskGroup() as tasks:
             for reflector in self._resources:
                 tasks.create_task(reflector.list())
-        metrics.LAST_LIST.set(time.time())
+        metrics.LAST_LIST.set(self._clock.wall())
 
     @property
     def readable_namespaces(self) -> tuple[str, ...]:
@@ -138,7 +131,7 @@ class Lister:
             self._secrets.pop(namespace)[1].cancel()
         feed = SecretFeed(secrets, ours=False)
         for namespace in namespaces - self._secrets.keys():
-            reflector = Reflector(self._kube, Scope(SECRETS, namespace, _OTHER_SECRETS), feed)
+            reflector = Reflector(self._kube, Scope(SECRETS, namespace, _OTHER_SECRETS), feed, clock=self._clock)
             self._secrets[namespace] = reflector, self._run(reflector)
         try:
             async with asyncio.timeout(_FIRST_LIST_SECONDS):

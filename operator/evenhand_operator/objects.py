@@ -150,8 +150,11 @@ def _admin_container(spec: _PodSpec) -> tuple[str, int]:
 
 
 def read_time(text: str | None) -> float:
-    """Unix time of a timestamp of the API; 0 where there is none."""
-    return datetime.fromisoformat(text).timestamp() if text else 0.0
+    """Unix time of a timestamp of the API; 0 where there is none that can be read."""
+    try:
+        return datetime.fromisoformat(text).timestamp() if text else 0.0
+    except ValueError:  # the API server lets the year 0 pass
+        return 0.0
 
 
 def write_time(seconds: float) -> str:

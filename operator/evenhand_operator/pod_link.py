@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from evenhand_operator import metrics
 from evenhand_operator.canary import Canary
@@ -23,6 +22,7 @@ VERIFY_SECONDS = 45.0
 FIRST_BACKOFF_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 15.0
 STARTING_BACKOFF_SECONDS = 1.0
+_MOST_DOUBLINGS = 10
 TRIAL_SECONDS = 0.1
 LONGEST_TRIAL_SECONDS = 3.0
 
@@ -183,7 +183,7 @@ class PodLink:
     async def _wait_until_due(self) -> None:
         """Returns when there is a newer offer, or the pod, asked from time to time, enforces something else."""
         while True:
-            await self._pause(VERIFY_SECONDS * random.uniform(0.8, 1.2))
+            await self._pause(self._clock.spread(VERIFY_SECONDS))
             if self._woken.is_set():
                 return
             if not self.is_applied:
@@ -227,7 +227,8 @@ class PodLink:
         """A pod that starts is not waited for long: until it is told what to enforce, it does not serve."""
         is_starting = self.report.pod.ready_since is None
         longest = STARTING_BACKOFF_SECONDS if is_starting else LONGEST_BACKOFF_SECONDS
-        return wait_random_exponential(multiplier=FIRST_BACKOFF_SECONDS, max=longest)(state)
+        doubled = FIRST_BACKOFF_SECONDS * 2.0 ** min(state.attempt_number - 1, _MOST_DOUBLINGS)
+        return self._clock.chance() * min(doubled, longest)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not past a newer offer."""

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Set
 
-from evenhand_operator import metrics
 from evenhand_operator.canary import PATIENCE_SECONDS, Canary
 from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.engine_client import EngineClient
@@ -64,7 +63,6 @@ class Pusher:
                 links.by_instance[instance] = self._start(pool, links, report)
             links.count(links.by_instance[instance])
         links.look()
-        self._count()
 
     def look(self) -> None:
         """To be called from time to time: a rollout that was stopped is tried again."""
@@ -75,7 +73,6 @@ class Pusher:
         """End all links of a pool."""
         if links := self._pools.pop(pool, None):
             links.close()
-        self._count()
 
     def pools(self) -> Set[ObjectKey]:
         """Pools that have links, or had some."""
@@ -112,13 +109,9 @@ class Pusher:
 
         def notify(link: PodLink) -> None:
             links.take_in(link)
-            self._count()
             self._notify(pool, link.report)
 
         return PodLink(report, links.offer, self._client, links.canary, self._lanes, notify, self._tasks, self._clock)
-
-    def _count(self) -> None:
-        metrics.QUEUE_DEPTH.labels("pods").set(self.num_pending)
 
 
 class _PoolLinks:

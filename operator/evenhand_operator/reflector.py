@@ -6,13 +6,13 @@ has forgotten that version (410), everything is listed anew. So nothing is misse
 
 import asyncio
 import logging
-import random
-import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-from evenhand_operator.kube import ApiError, KubeClient, Resource
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import Json, Meta
+from evenhand_operator.resources import Resource
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ class Reflector:
 
     Args:
         access_changed: called when `is_forbidden` changes.
-        clock: monotonic time in seconds.
 
     Attributes:
         known: set once everything was listed, or the API server has long enough refused to tell.
@@ -62,7 +61,7 @@ class Reflector:
         scope: Scope,
         sink: Sink,
         access_changed: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.scope = scope
         self.known = asyncio.Event()
@@ -132,7 +131,7 @@ class Reflector:
         log.warning("cannot list %s: %s%s", self.scope, error, advice)
         if error.status != 403 or self.scope.namespace is None:
             return
-        now = self._clock()
+        now = self._clock.monotonic()
         if self._forbidden_since is None:
             self._forbidden_since = now
         if now - self._forbidden_since >= _FORBIDDEN_SECONDS:
@@ -146,5 +145,5 @@ class Reflector:
 
     async def _rest(self) -> None:
         """Shortly at first, since an API server that restarts is soon back."""
-        await asyncio.sleep(self._pause * random.uniform(0.8, 1.2))
+        await asyncio.sleep(self._clock.spread(self._pause))
         self._pause = min(self._pause * 1.5, _LONGEST_PAUSE_SECONDS)

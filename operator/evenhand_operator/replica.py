@@ -3,19 +3,20 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 
 from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.handlers import watch
 from evenhand_operator.issuer import IssuerWatch
-from evenhand_operator.kube import NAMESPACES, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.lease import Lease, LeaseLostError
 from evenhand_operator.lister import Lister
 from evenhand_operator.login import log_in, own_namespace
 from evenhand_operator.pod_prover import PodProver
+from evenhand_operator.resources import NAMESPACES
 from evenhand_operator.settings import Settings
 from evenhand_operator.signals import Signals
 from evenhand_operator.signing_key import SigningKey
@@ -34,19 +35,20 @@ _LAST_WORDS_SECONDS = 2.0
 class Replica:
     """Owns the cache and everything that lives as long as the process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Clock = SYSTEM_CLOCK) -> None:
         self._settings = settings
+        self._clock = clock
         self._info = log_in()
-        self._kube = KubeClient(log_in)
+        self._kube = KubeClient(log_in, clock)
         self._signals = Signals(settings)
-        self._cache = Cache(self._signals)
-        self._lister = Lister(self._kube, self._cache, settings)
+        self._cache = Cache(self._signals, clock)
+        self._lister = Lister(self._kube, self._cache, settings, clock)
         self._signals.on_gap = self._lister.gap_seen
         self._issuer = IssuerWatch(self._kube, self._signals.documents_changed)
         namespace = settings.lease_namespace or own_namespace(self._info)
-        self._key = SigningKey(self._kube, namespace, settings.key_rotation_seconds)
-        self._engines = EngineClient(lambda: self._key.current, PodProver(lambda: self._issuer.issuer))
-        self._lease = Lease(self._kube, namespace, settings, self._least_epoch)
+        self._key = SigningKey(self._kube, namespace, settings.key_rotation_seconds, clock)
+        self._engines = EngineClient(lambda: self._key.current, PodProver(lambda: self._issuer.issuer), clock=clock)
+        self._lease = Lease(self._kube, namespace, settings, self._least_epoch, clock)
         self._term: Term | None = None
         self._told = asyncio.Event()
         self._is_synced = False
@@ -84,6 +86,7 @@ class Replica:
             self._settings,
             lambda: self._lister.readable_namespaces,
             lambda: self._kube.credentials,
+            self._clock,
         )
 
     async def _lead(self, cluster: str) -> None:
@@ -100,6 +103,7 @@ class Replica:
             self._lease,
             self._issuer,
             self._told,
+            self._clock,
         )
         while True:
             await self._lease.acquire()
@@ -109,6 +113,7 @@ class Replica:
             finally:
                 self._term = None
                 metrics.IS_LEADER.set(0)
+                metrics.show_queues(*[lambda: 0.0] * 3)
                 await _briefly(self._lease.release())
 
     async def _serve_term(self, around: Surroundings) -> None:
@@ -127,7 +132,7 @@ class Replica:
             log.warning("no longer leader: %s", lost.exceptions[0] if lost else "")
 
     def _is_alive(self) -> str | None:
-        if self._term is not None and time.monotonic() - self._term.heartbeat > _STUCK_SECONDS:
+        if self._term is not None and self._clock.monotonic() - self._term.heartbeat > _STUCK_SECONDS:
             return "nothing was built for too long"
         return None
 

@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from evenhand_operator import metrics
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.conditions import PoolState, Verdict, policy_programmed, policy_status, pool_status
 from evenhand_operator.documents import Documents
 from evenhand_operator.foreign import is_foreign
@@ -34,6 +33,9 @@ class Reporter:
         caught_up: until it is set only the most urgent statuses are written: changes are not seen before Kopf has
             listed everything, and thousands of writes would keep it from that.
         installation: whose the pools are that are reported of.
+
+    Attributes:
+        num_due: statuses that are to be written.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Reporter:
         settings: Settings,
         caught_up: asyncio.Event,
         installation: str,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self._clock = clock
         self._cache = cache
         self._signals = signals
         self._documents = documents
@@ -55,6 +59,7 @@ class Reporter:
         self._settings = settings
         self._caught_up = caught_up
         self._installation = installation
+        self.num_due = 0
         self._answered = asyncio.Event()
         self._right: dict[str, _Basis] = {}
 
@@ -68,9 +73,10 @@ class Reporter:
         while True:
             await self._signals.statuses.wait(timeout=_LOOK_SECONDS)
             await self._settle()
-            changes, num_later = self.changes(time.time())
-            metrics.QUEUE_DEPTH.labels("statuses").set(len(changes) + num_later)
+            changes, num_later = self.changes(self._clock.wall())
+            self.num_due = len(changes) + num_later
             await self._writer.write(changes)
+            self.num_due = num_later
             if num_later:
                 await self._caught_up.wait()
                 self._signals.statuses.signal()

@@ -3,10 +3,10 @@
 What is of another type and named by nobody is forgotten as it arrives.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.objects import Json, Meta, ObjectKey, read_meta
 from evenhand_operator.tombstones import Tombstones
 from evenhand_policy.decode import decode
@@ -17,13 +17,13 @@ from evenhand_policy.secret import API_KEYS_TYPE, Secret
 class SecretCache:
     """Secrets by namespace and name. `changed` is called when one that is wanted appears, changes or goes."""
 
-    def __init__(self, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, changed: Callable[[], None], clock: Clock = SYSTEM_CLOCK) -> None:
         self._changed = changed
         self._wanted: frozenset[ObjectKey] = frozenset()
         self._secrets: dict[ObjectKey, Secret] = {}
         self._versions: dict[ObjectKey, int] = {}
         self._absent: set[ObjectKey] = set()  # of those that are wanted, which are known not to be there
-        self._gone = Tombstones[ObjectKey](clock)
+        self._gone = Tombstones[ObjectKey](clock.monotonic)
 
     @property
     def found(self) -> Mapping[ObjectKey, Secret]:

@@ -7,6 +7,7 @@ from evenhand_operator.settings import Settings
 
 _STATUS_QUIET_SECONDS, _STATUS_LONGEST_SECONDS = 0.02, 0.2
 _STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS = 1.0, 5.0
+_STORE_REST_SECONDS = 30.0  # each write is fetched by the kubelet of every pod that mounts it
 
 
 class Signals:
@@ -24,7 +25,7 @@ class Signals:
     def __init__(self, settings: Settings) -> None:
         self.changed = Debounce(settings.quiet_seconds, settings.longest_wait_seconds, settings.commit_patience)
         self.statuses = Debounce(_STATUS_QUIET_SECONDS, _STATUS_LONGEST_SECONDS)
-        self.stored = Debounce(_STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS)
+        self.stored = Debounce(_STORE_QUIET_SECONDS, _STORE_LONGEST_SECONDS, rest=_STORE_REST_SECONDS)
         self.on_gap: Callable[[], None] = lambda: None
         self.is_stale = True
         self.num_changes = 0

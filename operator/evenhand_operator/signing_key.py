@@ -8,8 +8,6 @@ soon as the kubelet has brought them its public half.
 
 import base64
 import logging
-import time
-from collections.abc import Callable
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,8 +18,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from evenhand_operator.kube import SECRETS, ApiError, KubeClient
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import Json, read_time, write_time
+from evenhand_operator.resources import SECRETS
 from evenhand_policy.signatures import PublicKeys, read_key_set, write_key_set
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,7 @@ class SigningKey:
         trusted: public halves that pods are to believe, in order of preference.
     """
 
-    def __init__(
-        self, kube: KubeClient, namespace: str, rotation_seconds: float, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, kube: KubeClient, namespace: str, rotation_seconds: float, clock: Clock = SYSTEM_CLOCK) -> None:
         self.trusted: PublicKeys = ()
         self._kube = kube
         self._namespace = namespace
@@ -65,7 +63,7 @@ class SigningKey:
             secret = await self._write(secret, made)
             self._take(secret)
             log.warning("made a new key to sign with")
-        elif self._clock() - _since(secret) > self._rotation_seconds:
+        elif self._clock.wall() - _since(secret) > self._rotation_seconds:
             current, upcoming = _keys(secret)
             rotated = key_data(upcoming, Ed25519PrivateKey.generate(), (current.public_key(),))
             self._take(await self._write(secret, rotated))
@@ -97,7 +95,7 @@ class SigningKey:
             "name": SECRET_NAME,
             "namespace": self._namespace,
             "labels": {"app.kubernetes.io/managed-by": "evenhand-operator"},
-            "annotations": {_SINCE: write_time(self._clock())},
+            "annotations": {_SINCE: write_time(self._clock.wall())},
         }
         encoded = {name: base64.b64encode(value).decode() for name, value in data.items()}
         secret: Json = {"metadata": metadata, "type": SECRET_TYPE, "data": encoded}
@@ -120,10 +118,7 @@ def _keys(secret: Json) -> tuple[Ed25519PrivateKey, Ed25519PrivateKey]:
 
 
 def _since(secret: Json) -> float:
-    try:
-        return read_time((secret["metadata"].get("annotations") or {}).get(_SINCE))
-    except ValueError:
-        return 0.0
+    return read_time((secret["metadata"].get("annotations") or {}).get(_SINCE))
 
 
 def key_data(

@@ -3,17 +3,18 @@
 import asyncio
 import logging
 import re
-import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import msgspec
 
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import SYSTEM_CLOCK, Clock
 from evenhand_operator.events import EventRecorder, transitions
-from evenhand_operator.kube import ENGINE_POOLS, TENANT_POLICIES, ApiError, KubeClient, Resource
+from evenhand_operator.kube import ApiError, KubeClient
 from evenhand_operator.objects import Json
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
+from evenhand_operator.resources import ENGINE_POOLS, TENANT_POLICIES, Resource
 from evenhand_policy.status import EnginePoolStatus, TenantPolicyStatus
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,7 @@ class StatusWriter:
     What is there is in the cache, which takes in the answer to every write.
     """
 
-    def __init__(
-        self, kube: KubeClient, cache: Cache, events: EventRecorder, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, kube: KubeClient, cache: Cache, events: EventRecorder, clock: Clock = SYSTEM_CLOCK) -> None:
         self._kube = kube
         self._cache = cache
         self._events = events
@@ -69,7 +68,7 @@ class StatusWriter:
         if not change.is_needed or self._cut.get(observed.uid) == (change.status, observed.status):
             return False
         setback = self._setbacks.get(observed.uid)
-        return setback is None or setback.generation != observed.generation or setback.until <= self._clock()
+        return setback is None or setback.generation != observed.generation or setback.until <= self._clock.monotonic()
 
     async def write(self, changes: list[StatusChange]) -> int:
         """Write all; returns how many failed. Each of those is due again after a pause of its own."""
@@ -129,7 +128,7 @@ class StatusWriter:
         if not error.is_transient and before is not None and before.generation == observed.generation:
             pause = min(2 * before.pause, _LONGEST_PAUSE_SECONDS)
         pause = max(pause, error.retry_after)
-        self._setbacks[observed.uid] = _Setback(observed.generation, self._clock() + pause, pause)
+        self._setbacks[observed.uid] = _Setback(observed.generation, self._clock.monotonic() + pause, pause)
 
     def _remember_cut(self, change: StatusChange, stored: ObservedPolicy | ObservedPool | None) -> None:
         """A CRD that is older than the operator drops what it does not know; writing it again would change nothing."""

@@ -6,13 +6,13 @@ statuses, `_store` keeps the bootstrap Secrets, `_raise` starts a new epoch when
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from evenhand_operator import metrics
 from evenhand_operator.bootstrap_store import BootstrapStore, SupersededError
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import Clock
 from evenhand_operator.documents import Documents, all_understand
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.events import EventRecorder
@@ -59,6 +59,7 @@ class Surroundings(NamedTuple):
     lease: Lease
     issuer: IssuerWatch
     told: asyncio.Event
+    clock: Clock
 
 
 class Term:
@@ -71,14 +72,15 @@ class Term:
     def __init__(self, surroundings: Surroundings, tasks: asyncio.TaskGroup) -> None:
         self._around = surroundings
         self._signals = surroundings.signals
+        self._clock = surroundings.clock
         cache, kube = surroundings.cache, surroundings.kube
-        self.heartbeat = time.monotonic()
+        self.heartbeat = self._clock.monotonic()
         self._bootstrap = BootstrapStore(kube, surroundings.key)
         self._documents = Documents(self._bootstrap, lambda: surroundings.lease.epoch)
         self._pusher = Pusher(
-            surroundings.engines, tasks, self._pod_answered, lambda uid: cache.pods.get(uid) is not None
+            surroundings.engines, tasks, self._pod_answered, lambda uid: cache.pods.get(uid) is not None, self._clock
         )
-        writer = StatusWriter(kube, cache, EventRecorder(kube, tasks))
+        writer = StatusWriter(kube, cache, EventRecorder(kube, tasks, self._clock), self._clock)
         self._reporter = Reporter(
             cache,
             self._signals,
@@ -88,11 +90,16 @@ class Term:
             surroundings.settings,
             surroundings.lister.caught_up,
             surroundings.lease.installation,
+            self._clock,
         )
-        self._foreign = ForeignPools(kube, surroundings.lease.installation)
+        self._foreign = ForeignPools(kube, surroundings.lease.installation, self._clock)
         self._trusting: dict[ObjectKey, str] = {}  # uid of each pool whose pods can know whom to believe
         self._understood: dict[ObjectKey, Members] = {}
-        self._overtaken = Overtaken(time.monotonic)
+        self._unproven: dict[ObjectKey, str] = {}  # digest of each document that was to be stored, and is not yet
+        self._overtaken = Overtaken(self._clock.monotonic)
+        metrics.show_queues(
+            lambda: self._signals.num_changes, lambda: self._reporter.num_due, lambda: self._pusher.num_pending
+        )
         self._signals.is_stale = True
         self._signals.changed.signal()
         for loop in (self._build, self._reporter.run, self._store, self._raise):
@@ -101,7 +108,7 @@ class Term:
     async def _build(self) -> None:
         while True:
             first_at = await self._signals.changed.wait(timeout=_HEARTBEAT_SECONDS)
-            self.heartbeat = time.monotonic()
+            self.heartbeat = self._clock.monotonic()
             if first_at is None:
                 self._pusher.look()
                 await self._foreign.look(self._around.cache.readable_pools())
@@ -120,13 +127,12 @@ class Term:
                 self._signals.changed.signal()
                 continue
             self._push()
-            metrics.RECONCILE_SECONDS.observe(time.monotonic() - first_at)
+            metrics.RECONCILE_SECONDS.observe(self._clock.monotonic() - first_at)
 
     async def _rebuild(self) -> None:
         """What arrives while Secrets are read is for the next time: its own Secrets are not known yet."""
         cache, signals = self._around.cache, self._signals
         signals.is_stale, signals.num_changes = False, 0
-        metrics.QUEUE_DEPTH.labels("changes").set(0)
         installation = self._around.lease.installation
         policies, pools = look_whose(cache.readable_policies(), cache.readable_pools(), installation)
         await self._foreign.look(cache.readable_pools())
@@ -174,6 +180,8 @@ class Term:
     def _pod_answered(self, pool: ObjectKey, report: PodReport) -> None:
         self._look_whether_told()
         self._reporter.pod_answered()
+        if pool in self._unproven and self._pusher.is_proven(pool, self._unproven[pool]):
+            self._signals.stored.signal()
         if report.understands is not None and not self._understood.get(pool, report.understands) <= report.understands:
             self._signals.changed.signal()
         if report.reason == "outdated" and report.enforced is not None:
@@ -218,9 +226,13 @@ class Term:
     async def store(self) -> bool:
         """Store what is in force and not stored yet; returns whether all of it is now."""
         is_complete = True
+        self._unproven.clear()
         for key, plan in self._open_pools():
             made = self._documents.offers.get(key)
-            if made is None or made.offer is None or not self._pusher.is_proven(key, made.offer.document.digest):
+            if made is None or made.offer is None:
+                continue
+            if not self._pusher.is_proven(key, made.offer.document.digest):
+                self._unproven[key] = made.offer.document.digest
                 continue
             try:
                 await self._bootstrap.write(plan.observed, made.offer)
@@ -239,19 +251,20 @@ class Term:
         """After changes, and from time to time, however many those are: somebody may have deleted what was stored, and a
         key grows old."""
         relist_seconds = self._around.settings.relist_seconds
-        looked_at = time.monotonic()
+        due = self._clock.monotonic() + relist_seconds
         while True:
-            await self._signals.stored.wait(timeout=looked_at + relist_seconds - time.monotonic())
-            try:
-                if time.monotonic() - looked_at >= relist_seconds:
-                    await self._look_anew()
-                    looked_at = time.monotonic()
-                if await self.store():
-                    continue
-            except ApiError as error:
-                log.warning("cannot read the key to sign with: %s", error)
-            await asyncio.sleep(_RETRY_SECONDS)
-            self._signals.stored.signal()
+            await self._signals.stored.wait(timeout=due - self._clock.monotonic())
+            is_complete = False
+            while not is_complete:
+                try:
+                    if self._clock.monotonic() >= due:
+                        await self._look_anew()
+                        due = self._clock.monotonic() + relist_seconds
+                    is_complete = await self.store()
+                except ApiError as error:
+                    log.warning("cannot read the key to sign with: %s", error)
+                if not is_complete:
+                    await asyncio.sleep(_RETRY_SECONDS)
 
     async def _look_anew(self) -> None:
         """What is stored may be another by now, and so may the key. Raises ApiError."""

@@ -60,3 +60,19 @@ def test_signal_while_nobody_waits_is_kept(virtual_time: VirtualTime) -> None:
 
 def test_waiting_ends_without_a_signal(virtual_time: VirtualTime) -> None:
     assert virtual_time.run(Debounce(0.05, 0.5).wait(timeout=1)) is None
+
+
+def test_what_is_signalled_in_a_rest_comes_after_it(virtual_time: VirtualTime) -> None:
+    async def scenario() -> list[tuple[float, float]]:
+        debounce, loop, found = Debounce(1.0, 5.0, rest=30.0), asyncio.get_running_loop(), []
+        signals = asyncio.ensure_future(signal_at(debounce, 2.0, 10.0, 28.0, 66.0))
+        while (first_at := await debounce.wait(timeout=60)) is not None:
+            found.append((loop.time(), first_at))
+        await signals
+        return found
+
+    assert virtual_time.run(scenario()) == [(3.0, 2.0), (33.0, 10.0), (67.0, 66.0)]
+
+
+def test_rest_is_longer_than_anybody_waits(virtual_time: VirtualTime) -> None:
+    assert virtual_time.run(wake_ups(Debounce(1.0, 5.0, rest=30.0), 2.0, 10.0)) == [(3.0, 2.0)]

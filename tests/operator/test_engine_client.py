@@ -198,6 +198,10 @@ async def answer_with_long_texts(request: web.Request) -> web.StreamResponse:
     return signed(request, json.dumps(REPORT | {"bootId": "b" * 1000}).encode())
 
 
+async def answer_with_a_number_that_no_status_can_hold(request: web.Request) -> web.StreamResponse:
+    return signed(request, json.dumps(REPORT | {"revision": 2**63}).encode())
+
+
 async def answer_that_another_is_in_force(request: web.Request) -> web.StreamResponse:
     return signed(request, json.dumps(REPORT | {"revision": 8}).encode())
 
@@ -224,6 +228,7 @@ MISBEHAVIOUR = {
     answer_signed_by_another_than_it_says: ("unsigned", "not signed by the engine"),
     answer_nonsense: ("malformed", "cannot be read"),
     answer_with_long_texts: ("malformed", "cannot be read"),
+    answer_with_a_number_that_no_status_can_hold: ("malformed", "cannot be read"),
     answer_that_another_is_in_force: ("mismatch", "enforces another"),
     answer_error: ("unsigned", r"status 500\) is not signed"),
     answer_with_a_reset: ("connection", "closed before"),

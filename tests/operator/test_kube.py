@@ -7,7 +7,8 @@ from typing import Any
 import kopf
 import pytest
 
-from evenhand_operator.kube import ENGINE_POOLS, PODS, TENANT_POLICIES, ApiError, KubeClient
+from evenhand_operator.kube import ApiError, KubeClient
+from evenhand_operator.resources import ENGINE_POOLS, PODS, TENANT_POLICIES
 
 Json = dict[str, Any]
 
@@ -80,6 +81,15 @@ async def test_credentials_are_read_again_when_nobody_has_answered_for_long(
     await client.close()
 
 
+async def test_page_of_somebody_in_between_is_no_answer_and_transient(api: Any, kube: KubeClient) -> None:
+    api.page = "<html>We are down for maintenance</html>"
+    with pytest.raises(ApiError, match="none of an API server") as caught:
+        await kube.get(ENGINE_POOLS, "n", "a")
+    assert caught.value.is_transient
+    with pytest.raises(ApiError, match="none of an API server"):
+        [page async for page in kube.list_pages(PODS, "n")]
+
+
 async def test_server_that_is_away_is_transient(unused_tcp_port: int) -> None:
     info = kopf.ConnectionInfo(server=f"http://127.0.0.1:{unused_tcp_port}", token="t")
     client = KubeClient(lambda: info)
@@ -108,7 +118,7 @@ async def test_watch_yields_events_and_bookmarks_however_they_are_cut(api: Any, 
     [request] = api.requests
     asked = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": "7", "labelSelector": "a=b"}
     assert asked.items() <= dict(request.query).items()
-    assert 240 <= int(request.query["timeoutSeconds"]) <= 300
+    assert 200 <= int(request.query["timeoutSeconds"]) <= 300
 
 
 @pytest.mark.parametrize(

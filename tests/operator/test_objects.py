@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from evenhand_operator.objects import read_pod
+from evenhand_operator.objects import read_pod, read_time
 from harness.builders import make_pod
 
 Json = dict[str, Any]
@@ -56,3 +56,8 @@ def test_pod_with_an_address_of_ipv6_and_no_named_port() -> None:
     obj["status"]["podIP"] = "fd00::1"
     obj["spec"] = {"containers": [{"name": "engine"}]}
     assert read_pod(obj).url == "http://[fd00::1]:9000"
+
+
+@pytest.mark.parametrize("text", [None, "", "0000-01-01T00:00:00Z", "yesterday"])
+def test_time_that_cannot_be_read_is_none(text: str | None) -> None:
+    assert read_time(text) == 0.0

@@ -30,7 +30,7 @@ async def test_new_document_goes_to_one_pod_and_then_to_the_rest(
     engines, pods = await start_pool(pusher, engine, make, changes)
     engines[0].ailment = "the core does not enforce it yet"
     pusher.sync(POOL, pods, make.offer(2, weight=5), {})
-    await changes.until(lambda: engines[0].requests.count("GET") == 5)  # it is watched over all the while
+    await changes.until(lambda: engines[0].requests.count("GET") >= 5)  # it is watched over all the while
     assert [each.revision for each in engines] == [2, 1, 1, 1]
     assert not pusher.is_proven(POOL, make.offer(weight=5).document.digest)
     engines[0].ailment = None

@@ -7,8 +7,10 @@ import pytest
 
 from evenhand_operator import reflector as reflector_module
 from evenhand_operator.cache import Cache
-from evenhand_operator.kube import PODS, KubeClient
+from evenhand_operator.clock import Clock
+from evenhand_operator.kube import KubeClient
 from evenhand_operator.reflector import Reflector, Scope
+from evenhand_operator.resources import PODS
 from harness.builders import make_pod
 
 
@@ -76,7 +78,9 @@ async def test_missing_kind_says_what_to_do_and_is_waited_for(
 async def test_namespace_is_forbidden_only_after_a_while(api: Any, kube: KubeClient, cache: Cache) -> None:
     """An API server that has just started forbids too much."""
     times, told = iter([0.0, 5.0, 9.9, 10.0]), list[str]()
-    reflector = pods(kube, cache, access_changed=lambda: told.append("changed"), clock=lambda: next(times))
+    reflector = pods(
+        kube, cache, access_changed=lambda: told.append("changed"), clock=Clock(monotonic=lambda: next(times))
+    )
     api.forbidden = {"n"}
     assert await reflector.list() is None
     assert (reflector.is_forbidden, reflector.known.is_set(), told) == (True, True, ["changed"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from evenhand_operator.clock import Clock
 from evenhand_operator.kube import ApiError
 from evenhand_operator.signing_key import SigningKey
 
@@ -51,7 +52,7 @@ def api() -> Api:
 
 
 def signing_key(api: Api, now: float = 1_800_000_000.0) -> SigningKey:
-    return SigningKey(api, "evenhand-system", 30 * DAY, lambda: now)  # type: ignore[arg-type]
+    return SigningKey(api, "evenhand-system", 30 * DAY, Clock(wall=lambda: now))  # type: ignore[arg-type]
 
 
 def public(key: SigningKey) -> list[bytes]:
@@ -100,7 +101,7 @@ async def test_key_is_rotated_to_one_that_pods_know_already(api: Api) -> None:
 
 
 async def signing_key_at(api: Api, key: SigningKey, now: float) -> bool:
-    key._clock = lambda: now
+    key._clock = Clock(wall=lambda: now)
     return await key.refresh()
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from evenhand_operator.cache import Cache
+from evenhand_operator.clock import Clock
 from evenhand_operator.conditions import policy_programmed, policy_status
 from evenhand_operator.kube import ApiError
 from evenhand_operator.observed import ObservedPolicy
@@ -60,7 +61,7 @@ def change(api: Api) -> StatusChange:
 @pytest.fixture
 def writer(api: Api) -> StatusWriter:
     parts: Any = (api, api.cache, SimpleNamespace(record=api.record))
-    return StatusWriter(*parts, clock=lambda: api.now)
+    return StatusWriter(*parts, clock=Clock(monotonic=lambda: api.now))
 
 
 async def test_answer_to_a_write_is_what_is_there(api: Api, change: StatusChange, writer: StatusWriter) -> None:

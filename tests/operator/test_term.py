@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from evenhand_operator import metrics
 from evenhand_operator.debounce import Debounce
 from evenhand_operator.engine_client import EngineClient
 from evenhand_operator.kube import ApiError
@@ -64,6 +65,26 @@ async def test_next_leader_writes_nothing_that_is_right(term_api: TermApi, chang
         term_api.store("TenantPolicy", "c")
         await changes.until(lambda: bool(term_api.accepted("c")))
     assert {obj["metadata"]["name"] for obj in term_api.written} == {"default", "c"}, "the pool tells the new epoch"
+
+
+async def test_changes_that_wait_are_counted_until_they_are_compiled(term_api: TermApi, changes: Any) -> None:
+    depths: list[float | None] = []
+
+    def depth() -> float | None:
+        return metrics.REGISTRY.get_sample_value("evenhand_operator_queue_depth", {"queue": "changes"})
+
+    def change_meanwhile() -> None:
+        depths.append(depth())
+        if len(depths) == 1:
+            term_api.store("TenantPolicy", "b")
+            depths.append(depth())
+
+    term_api.store("TenantPolicy", "a")
+    term_api.before_read = change_meanwhile
+    async with term(term_api):
+        await changes.until(lambda: bool(term_api.accepted("b")))
+    assert depths[:2] == [0, 1]
+    assert depth() == 0
 
 
 async def test_status_that_could_not_be_written_is_written_later(

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from evenhand_operator import metrics
+from evenhand_operator.debounce import Debounce
 from evenhand_operator.engine_client import EngineClient
 from evenhand_policy.push_document import understood_members
 from harness.term_api import TermApi, term
@@ -19,6 +21,27 @@ async def test_policy_is_programmed_once_the_pod_enforces_it(
         await changes.until(lambda: term_api.accepted("a") and term_api.condition("a", "Ready")[0] == "True")
         assert [tenant.weight for tenant in stand_in.receiver.in_force.config.tenants] == [5]
     assert term_api.condition("a", "Programmed") == ("True", "Programmed")
+
+
+async def test_document_is_stored_once_a_pod_is_well_with_it_though_nothing_else_changes(
+    term_api: TermApi, changes: Any, engine: Any, client: EngineClient
+) -> None:
+    stand_in = await engine()
+    stand_in.ailment = "the core does not enforce it yet"
+    term_api.store_pod("pod-0", stand_in.url)
+    term_api.signals.stored = Debounce(0.005, 0.02)
+    async with term(term_api, client):
+        term_api.store("TenantPolicy", "a", weight=5)
+        await changes.until(lambda: term_api.term is not None and bool(term_api.term._unproven))
+        assert term_api.stored == ["manifest"]
+        assert queue_depth("pods") == 1
+        stand_in.ailment = None
+        await changes.until(lambda: term_api.stored == ["manifest", "0", "manifest"])
+        await changes.until(lambda: queue_depth("pods") == 0)
+
+
+def queue_depth(queue: str) -> float | None:
+    return metrics.REGISTRY.get_sample_value("evenhand_operator_queue_depth", {"queue": queue})
 
 
 async def test_pod_that_knows_a_newer_document_is_overtaken(
