@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from evenhand_engine.dispatch.flight import Flight, Room
 from evenhand_engine.dispatch.gauges import Gauges
-from evenhand_engine.dispatch.window import Flight, Room, Window
+from evenhand_engine.dispatch.window import Window
 
 
 def fill(window: Window, num_prompt_tokens: int, now: float) -> list[Flight]:

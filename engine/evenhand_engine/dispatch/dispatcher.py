@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from evenhand_engine.config import SchedulerSettings
+from evenhand_engine.dispatch.flight import Flight, Room
 from evenhand_engine.dispatch.gauges import Gauges
-from evenhand_engine.dispatch.window import Flight, Room, Window
+from evenhand_engine.dispatch.window import Window
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.order import Order
 from evenhand_engine.scheduler.queue_timeouts import QueueTimeouts
@@ -35,12 +36,13 @@ class Errand(Request):
     Attributes:
         num_prompt_tokens: an estimate until the upstream tells.
         max_output_tokens: the most that it may have, over all its choices.
+        num_choices: seats that it takes upstream.
         is_silent: its answer comes as a whole.
         flight: what the window counts of it; None while it is queued.
         num_charged_outputs: output tokens that its tenant was charged.
     """
 
-    __slots__ = ("flight", "is_silent", "max_output_tokens", "num_charged_outputs")
+    __slots__ = ("flight", "is_silent", "max_output_tokens", "num_charged_outputs", "num_choices")
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Errand(Request):
         max_output_tokens: int,
         user: str = "",
         priority: int = 0,
+        num_choices: int = 1,
         is_silent: bool = False,
     ) -> None:
         super().__init__(
@@ -65,6 +68,7 @@ class Errand(Request):
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_output_tokens = max_output_tokens
+        self.num_choices = num_choices
         self.is_silent = is_silent
         self.flight: Flight | None = None
         self.num_charged_outputs = 0
@@ -209,7 +213,7 @@ class Dispatcher:
             self.window.end(errand.flight)
             self._charge_outputs(errand, num_output_tokens)
             if reason in (FinishReason.STOP, FinishReason.LENGTH):
-                self._mean_output += _OUTPUT_SMOOTHING * (num_output_tokens - self._mean_output)
+                self._mean_output += _OUTPUT_SMOOTHING * (num_output_tokens / errand.num_choices - self._mean_output)
             errand.flight = None
         self.request_table.finish(errand, reason)
         self.request_table.outputs.pop()  # whoever ends it knows
@@ -248,7 +252,9 @@ class Dispatcher:
         self.request_table.outputs.pop()  # that it has started: the upstream tells when it really does
         self.ledger.charge_prompt(tenant, errand, 0, errand.num_prompt_tokens)
         num_expected = self._expected(errand)
-        errand.flight = self.window.send(errand.num_prompt_tokens, num_expected, now, is_silent=errand.is_silent)
+        errand.flight = self.window.send(
+            errand.num_prompt_tokens, num_expected, now, num_seats=errand.num_choices, is_silent=errand.is_silent
+        )
         if errand.is_silent:
             self._charge_outputs(errand, num_expected)
         self.step_id += 1
@@ -263,7 +269,7 @@ class Dispatcher:
         errand.num_charged_outputs = num_output_tokens
 
     def _expected(self, errand: Errand) -> int:
-        return min(errand.max_output_tokens, int(self._mean_output))
+        return min(errand.max_output_tokens, int(self._mean_output * errand.num_choices))
 
     def _close(self) -> None:
         """Advance the virtual time: what waits here is left out."""

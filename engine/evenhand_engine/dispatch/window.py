@@ -34,9 +34,7 @@ than what is unstarted shrinks `batch_tokens`.
 another at the rate seen of others, and to have started where one that was sent later has.
 """
 
-from dataclasses import dataclass
-from enum import Enum, auto
-
+from evenhand_engine.dispatch.flight import Flight, Room
 from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.prefill_rate import PrefillRate
 
@@ -57,40 +55,6 @@ _ROUNDING = 1e-6  # tokens
 _NEVER = float("inf")
 
 
-class Room(Enum):
-    """Whether a request may be sent."""
-
-    FREE = auto()
-    RESERVED = auto()  # only what is left for tenants that have few in flight
-    NONE = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One request on its way: what the window counts of it.
-
-    Attributes:
-        num_expected_tokens: outputs that it is expected to have at its end.
-        is_silent: its answer comes as a whole, so that its start cannot be seen.
-        is_long: it had its turn as a long one.
-        backlog: prompt tokens that were left to prefill when it was sent, its own included.
-        due: when a silent one is taken to have started.
-    """
-
-    num_prompt_tokens: int
-    num_expected_tokens: int
-    is_silent: bool
-    sent_at: float
-    is_long: bool = False
-    backlog: float = 0.0
-    due: float = _NEVER
-    num_output_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + max(self.num_expected_tokens, self.num_output_tokens)
-
-
 class Window:
     """Counts what is in flight, and says whether there is room. Time is an argument and never runs backwards.
 
@@ -102,6 +66,7 @@ class Window:
     Attributes:
         batch_tokens, kv_tokens: as learned.
         num_seats: requests that the upstream runs at once, as it says (llama.cpp's slots); infinite: it does not.
+        num_seats_taken: by what is in flight; more than there are where the last one asked for several answers.
         num_unstarted_tokens, num_tokens: in flight, see above.
     """
 
@@ -110,6 +75,7 @@ class Window:
     ) -> None:
         self.batch_tokens = batch_tokens
         self.kv_tokens = self.num_seats = _NEVER
+        self.num_seats_taken = 0
         self.num_unstarted_tokens = 0
         self.num_tokens = 0
         self._flights: dict[Flight, None] = {}
@@ -159,12 +125,12 @@ class Window:
         self.release()
         if not self._flights:
             return Room.FREE
-        num_tokens, num_flights = self.num_tokens + num_prompt_tokens + num_expected_tokens, len(self._flights)
+        num_tokens = self.num_tokens + num_prompt_tokens + num_expected_tokens
         has_turn = self._has_turn(num_prompt_tokens, now)
         self._holds_for_kv = num_tokens > self.kv_tokens
-        if not has_turn or num_tokens > self.kv_tokens * (1 + _RESERVE) or num_flights >= self.num_seats:
+        if not has_turn or num_tokens > self.kv_tokens * (1 + _RESERVE) or self.num_seats_taken >= self.num_seats:
             return Room.NONE
-        is_scarce = self._holds_for_kv or num_flights >= self.num_seats * (1 - _RESERVE)
+        is_scarce = self._holds_for_kv or self.num_seats_taken >= self.num_seats * (1 - _RESERVE)
         return Room.RESERVED if is_scarce else Room.FREE
 
     def _has_turn(self, num_prompt_tokens: int, now: float) -> bool:
@@ -188,9 +154,18 @@ class Window:
         self._holds_for_batch = self._holds_for_kv = False
         self._opens_at = _NEVER
 
-    def send(self, num_prompt_tokens: int, num_expected_tokens: int, now: float, *, is_silent: bool = False) -> Flight:
+    def send(
+        self,
+        num_prompt_tokens: int,
+        num_expected_tokens: int,
+        now: float,
+        *,
+        num_seats: int = 1,
+        is_silent: bool = False,
+    ) -> Flight:
         """A request goes to the upstream."""
-        flight = Flight(num_prompt_tokens, num_expected_tokens, is_silent, now)
+        flight = Flight(num_prompt_tokens, num_expected_tokens, is_silent, now, num_seats)
+        self.num_seats_taken += num_seats
         flight.is_long = num_prompt_tokens > self.batch_tokens
         flight.backlog = self.num_left_tokens(now) + num_prompt_tokens
         if is_silent:
@@ -233,6 +208,7 @@ class Window:
         if flight in self._unstarted:
             self._leave_unstarted(flight)
         del self._flights[flight]
+        self.num_seats_taken -= flight.num_seats
         self.num_tokens -= flight.num_tokens
 
     def advance(self, now: float) -> None:

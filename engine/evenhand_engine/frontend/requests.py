@@ -13,11 +13,29 @@ from evenhand_engine.frontend.service import BODY
 _BODY_TIMEOUT_SECONDS = 60.0
 ENCODINGS = ("gzip", "deflate", "identity")
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever of the two the data begins with
+_HAS_LEAVE = web.RequestKey("has_leave", bool)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-async def read_body(request: web.Request) -> bytes:
+async def read_start(request: web.Request) -> bytes:
+    """What comes first of the body, as it is; empty if there is none. A client that waits for leave to send gets that here.
+
+    Raises Refusal 408 if it comes too slowly, 400 if it is garbled.
+    """
+    await _give_leave(request)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
+            return await request.content.readany()
+    except TimeoutError as error:
+        raise _too_slow() from error
+    except web.RequestPayloadError as error:
+        raise _garbled(error) from error
+
+
+async def read_body(request: web.Request, start: bytes = b"") -> bytes:
     """The whole body, decoded; a client that waits for leave to send it gets that here, past credential and size.
+
+    `start`: of a body that is not encoded, what was read of it already.
 
     Raises Refusal 413 if it is too large, 415 for an unknown Content-Encoding, 408 if it comes too slowly, 400 if it is
     garbled.
@@ -28,26 +46,32 @@ async def read_body(request: web.Request) -> bytes:
     if encoding not in ENCODINGS:
         message = f"Content-Encoding {encoding[:100]!r} is not supported: send {', '.join(ENCODINGS)}."
         raise Refusal(415, "unsupported_encoding", message)
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer has not begun
+    await _give_leave(request)
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
-            raw = await _read(request, encoding)
+            raw = start + await _read(request, encoding, len(start))
     except TimeoutError as error:
-        raise Refusal(408, "request_timeout", "The body did not arrive in time.") from error
+        raise _too_slow() from error
     except (web.RequestPayloadError, zlib.error) as error:
-        message = f"The body is not what its headers say, such as its chunks or its Content-Encoding: {error}."
-        raise Refusal(400, "invalid_body", message) from error
+        raise _garbled(error) from error
     if (held := request.get(BODY)) is not None:
         held.resize(len(raw))
     return raw
 
 
-async def _read(request: web.Request, encoding: str) -> bytes:
-    """Unlike `request.read`, which keeps the body for as long as the request."""
+async def _give_leave(request: web.Request) -> None:
+    """To send the body, once, where the client waits for it."""
+    waits = request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11
+    if waits and not request.get(_HAS_LEAVE, False):
+        request[_HAS_LEAVE] = True
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
+
+
+async def _read(request: web.Request, encoding: str, size: int) -> bytes:
+    """Unlike `request.read`, which keeps the body for as long as the request. `size`: that has been read already."""
     decoder = None if encoding == "identity" else zlib.decompressobj(_GZIP_OR_ZLIB)
-    chunks, size, limit = [], 0, request.client_max_size
+    chunks, limit = list[bytes](), request.client_max_size
     async for chunk in request.content.iter_any():
         if decoder is not None:
             chunk = decoder.decompress(chunk, limit + 1 - size)
@@ -58,6 +82,15 @@ async def _read(request: web.Request, encoding: str) -> bytes:
     if decoder is not None and not decoder.eof:
         raise zlib.error("it ends too early")
     return b"".join(chunks)
+
+
+def _too_slow() -> Refusal:
+    return Refusal(408, "request_timeout", "The body did not arrive in time.")
+
+
+def _garbled(error: Exception) -> Refusal:
+    message = f"The body is not what its headers say, such as its chunks or its Content-Encoding: {error}."
+    return Refusal(400, "invalid_body", message)
 
 
 def _too_large(request: web.Request) -> Refusal:

@@ -1,6 +1,7 @@
 """What a proxied request is, by its body: sizes, and the few fields that a sidecar sets or takes away. Pure.
 
-A body is decoded one level deep: values that are not ours stay the bytes that the client wrote.
+A body is decoded one level deep: values that are not ours stay the bytes that the client wrote. What is counted is read as the most
+that any engine may make of it: some take "5" and 5.0 for 5, and of two limits each has its own that counts.
 """
 
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
@@ -15,8 +17,17 @@ _SMOOTHING = 0.1
 _MAX_RATIO = 64.0
 _MIN_RATIO = 0.5
 _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
-_OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
-_MAX_CHOICES = 1024
+_OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
+_OUTPUT_LIMIT_OF = {  # where none is named
+    **dict.fromkeys(("/v1/completions", "/v1/chat/completions", "/v1/messages"), "max_tokens"),
+    **dict.fromkeys(("/completion", "/completions", "/infill"), "n_predict"),
+    **dict.fromkeys(("/chat/completions", "/api/chat"), "max_tokens"),  # llama.cpp's other names
+    "/v1/responses": "max_output_tokens",
+}
+_CHOICES = ("n", "best_of", "n_cmpl")
+_PROMPTS = ("prompt", "prompt_embeds", "input_ids", "text")
+_JSON_BEGINS = (b"{", b"\xef\xbb\xbf{")  # some engines look at no Content-Type, and some leave out a byte order mark
+MAX_CHOICES = 256  # of all prompts of one body, as in the engine
 _MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
 
 
@@ -39,6 +50,11 @@ class BytesPerToken:
             self._ratios[tenant_id] = last + _SMOOTHING * (ratio - last)
 
 
+def is_json_object(start: bytes) -> bool:
+    """Whether a body that begins so may be taken for a JSON object by somebody, whatever its Content-Type says."""
+    return start.lstrip().startswith(_JSON_BEGINS) or not start.strip()
+
+
 class Body:
     """A JSON object that a client sent, or anything else, which is passed on as it is.
 
@@ -47,14 +63,20 @@ class Body:
         fields: values of the object's members as JSON text; None: it is no JSON object.
     """
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, *, is_json: bool = True) -> None:
+        """`is_json`: as it says of itself, or as it looks. Raises Refusal 400 if it is none and is not empty: what one parser takes
+        and another does not would pass unseen."""
         self.raw = raw
-        self.fields: dict[str, msgspec.Raw] | None
-        try:
-            self.fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self.fields = None
+        self.fields: dict[str, msgspec.Raw] | None = None
         self._is_changed = False
+        start = raw.lstrip()[:1] if is_json else b""
+        try:
+            if start == b"{":
+                self.fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            elif start:
+                msgspec.json.decode(raw, type=msgspec.Raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Refusal(400, "invalid_json", f"The body is not JSON in UTF-8: {error}.") from error
 
     def value(self, name: str) -> Any:
         """A member's value; None where there is none, or none that can be read, or one too large to be of use."""
@@ -94,24 +116,61 @@ class Body:
 
     @property
     def num_choices(self) -> int:
-        n = self.value("n")
-        return min(n, _MAX_CHOICES) if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 1
+        """How many answers it asks for, over all its prompts."""
+        return self.num_prompts * max(_count(self.value(name)) or 1 for name in _CHOICES)
+
+    @property
+    def num_prompts(self) -> int:
+        return max(map(_num_prompts, self._prompts()), default=1)
 
     @property
     def max_output_tokens(self) -> int | None:
-        """The limit that it names, of one choice."""
-        values = (self.value(name) for name in _OUTPUT_FIELDS if self.fields and name in self.fields)
-        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31), None)
+        """The limit of one choice, the largest that it names; None: it names none, or one that is no number above 0."""
+        limits = [_count(self.value(name)) for name in self._named_limits()]
+        return None if None in limits else max(filter(None, limits), default=None)
+
+    def limit_outputs(self, path: str, limit: int) -> None:
+        """Name no other limit than this."""
+        for name in self._named_limits() or filter(None, [_OUTPUT_LIMIT_OF.get(path)]):
+            self.set(name, limit)
+
+    def _named_limits(self) -> list[str]:
+        fields = self.fields or {}
+        return [name for name in _OUTPUT_LIMITS if name in fields and bytes(fields[name]) != b"null"]
+
+    def _prompts(self) -> list[bytes]:
+        fields = self.fields or {}
+        return [raw for name in _PROMPTS if (raw := bytes(fields.get(name, b"null"))) != b"null"]
 
     @property
     def num_token_ids(self) -> int | None:
-        """How many token ids its prompt has; None where that is text."""
-        raw = None if self.fields is None else self.fields.get("prompt") or self.fields.get("input_ids")
-        if raw is None or not _TOKEN_IDS.match(bytes(raw)):
+        """How many token ids its prompts have; None where there is text."""
+        raws = self._prompts()
+        if not raws or any(b'"' in raw or not _TOKEN_IDS.match(raw) for raw in raws):
             return None
-        return bytes(raw).count(b",") + 1
+        return sum(raw.count(b",") + 1 for raw in raws)
 
     def prompt_fields(self) -> dict[str, Any]:
         """What makes the prompt, for a tokenizer."""
         names = ("model", "prompt", "messages", "tools", "add_special_tokens", "chat_template_kwargs")
         return {name: self.fields[name] for name in names if self.fields and name in self.fields}
+
+
+def _num_prompts(raw: bytes) -> int:
+    """Of a prompt as JSON: a text or a list of token ids is one, else each text and each list in it."""
+    if raw[1:].lstrip()[:1] not in (b'"', b"[") or not raw.startswith(b"["):
+        return 1
+    bare = raw.replace(rb"\\", b"").replace(rb"\"", b"")  # so that each quote left begins or ends a text
+    num_texts = bare.count(b'"') // 2
+    if num_texts > MAX_CHOICES:
+        return num_texts
+    return max(1, num_texts + sum(part.count(b"[") for part in bare.split(b'"')[::2]) - 1)
+
+
+def _count(value: Any) -> int | None:
+    """A number above 0 as lenient engines read it; None: it is none."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else 0.0
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if 0 < number < 2**31 and number == int(number) else None

@@ -55,9 +55,10 @@ class _Inner(msgspec.Struct, frozen=True):
 
 
 class _WithUsage(msgspec.Struct, frozen=True):
-    """OpenAI's completions and responses, Anthropic's messages, and llama.cpp's own `/completion`."""
+    """OpenAI's completions and responses, Anthropic's messages, SGLang's own `/generate` and llama.cpp's `/completion`."""
 
     usage: Usage | None = None
+    meta_info: Usage | None = None
     response: _Inner | None = None
     message: _Inner | None = None
     tokens_evaluated: int | None = None
@@ -71,8 +72,8 @@ def usage_of(body: bytes) -> Usage | None:
         found = msgspec.json.decode(body, type=_WithUsage)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    if found.usage is not None:
-        return found.usage
+    if found.usage is not None or found.meta_info is not None:
+        return found.usage or found.meta_info
     inner = found.response or found.message
     if inner is not None:
         return inner.usage

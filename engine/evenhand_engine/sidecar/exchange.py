@@ -45,7 +45,7 @@ async def exchange(
             return await _pass_whole(request, response, passage)
         if response.content_type == "text/event-stream" and "Content-Encoding" not in response.headers:
             return await _pass_events(request, response, passage)
-        if response.content_type.endswith("json") and "Content-Encoding" not in response.headers:
+        if _is_json(response.content_type) and "Content-Encoding" not in response.headers:
             return await _pass_json(request, response, passage)
         if request.path.startswith("/v1/") and response.content_type == "text/html":
             raise upstream_error(f"it answered {response.content_type} instead of JSON")
@@ -96,9 +96,9 @@ def _forwarded(headers: Mapping[str, str], ours: set[str]) -> CIMultiDict[str]:
 
 
 async def _pass_whole(
-    request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage | None
+    request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage | None, start: bytes = b""
 ) -> web.StreamResponse:
-    """Any answer, as it comes."""
+    """Any answer, as it comes; `start` came already."""
     if upstream.status >= 500 and upstream.content_type == "text/html":  # a proxy's page in between
         raise Refusal(upstream.status, "upstream_error", f"The engine answered {upstream.status}.", retry_after=1.0)
     response = web.StreamResponse(status=upstream.status, headers=_forwarded(upstream.headers, _ANSWERED_BY_US))
@@ -107,8 +107,9 @@ async def _pass_whole(
         await response.prepare(request)
         return response
     await response.prepare(request)
-    num_bytes = 0
+    num_bytes = len(start)
     try:
+        await writes.wait(response.write(start))
         async for chunk in _chunks(upstream):
             num_bytes += len(chunk)
             await writes.wait(response.write(chunk))
@@ -119,7 +120,8 @@ async def _pass_whole(
             request.transport.abort()  # the client must see that it is not whole
         return response
     if passage is not None:
-        if "Content-Encoding" in upstream.headers:
+        is_text = "Content-Encoding" in upstream.headers or upstream.content_type.endswith("json")
+        if is_text and upstream.status < 400:
             passage.take_bytes(num_bytes)
         passage.finish(upstream.status)
     await writes.wait(response.write_eof())
@@ -128,19 +130,27 @@ async def _pass_whole(
 
 async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:
     """An answer that comes as a whole at its end: held until it is known to be one."""
-    if upstream.content_length is None or upstream.content_length <= _MAX_HELD_ANSWER:
-        answer = b"".join([chunk async for chunk in _chunks(upstream)])
-        try:
-            msgspec.json.decode(answer, type=msgspec.Raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise upstream_error("its answer is not JSON") from error
-        if not passage.take_usage(usage_of(answer)):
-            passage.take_bytes(len(answer))
-        passage.finish(upstream.status)
-        headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
-        headers["Content-Length"] = str(len(answer))
-        return web.Response(status=upstream.status, body=answer, headers=headers)
-    return await _pass_whole(request, upstream, passage)
+    held, size = list[bytes](), 0
+    async for chunk in _chunks(upstream):
+        held.append(chunk)
+        if (size := size + len(chunk)) > _MAX_HELD_ANSWER:
+            return await _pass_whole(request, upstream, passage, b"".join(held))
+    answer = b"".join(held)
+    try:
+        msgspec.json.decode(answer, type=msgspec.Raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise upstream_error("its answer is not JSON") from error
+    if not passage.take_usage(usage_of(answer)):
+        passage.take_bytes(len(answer))
+    passage.finish(upstream.status)
+    headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
+    headers["Content-Length"] = str(len(answer))
+    return web.Response(status=upstream.status, body=answer, headers=headers)
+
+
+def _is_json(content_type: str) -> bool:
+    """Not where each line is an object of its own."""
+    return content_type == "application/json" or content_type.endswith("+json")
 
 
 async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:

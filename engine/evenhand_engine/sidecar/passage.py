@@ -1,6 +1,7 @@
 """Passage: what must end exactly once for a request that computes, whatever happens: quota, turn, metrics."""
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -13,11 +14,25 @@ from evenhand_engine.frontend.metrics import RequestMetrics
 from evenhand_engine.frontend.service import LOG_FIELDS, REQUEST_ID, TENANT_ID
 from evenhand_engine.openai.errors import refuse_draining, refuse_finished
 from evenhand_engine.scheduler.request import FinishReason
-from evenhand_engine.sidecar.body import Body
+from evenhand_engine.sidecar.body import MAX_CHOICES, Body
 from evenhand_engine.sidecar.events import Usage
 from evenhand_engine.sidecar.service import SidecarService
 
 OPENAI_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_WITHOUT_OUTPUTS = {  # parts of paths whose answers are no generated text
+    *(
+        "embeddings",
+        "embedding",
+        "embed",
+        "rerank",
+        "reranking",
+        "score",
+        "classify",
+        "pooling",
+        "encode",
+        "moderations",
+    ),
+}
 
 
 class Passage:
@@ -44,30 +59,37 @@ class Passage:
         self.hides_usage = False
         self.outcome = ("failed", "upstream_error")
         self._log: dict[str, Any] = request[LOG_FIELDS]
-        self._reservation: Reservation | None = None
+        self._reservations: list[Reservation] = []  # one for each answer that is asked for
         self._was_computed = True  # the prompt, as far as we know; not if the upstream refused it
 
     def __enter__(self) -> "Passage":
-        service, now = self.service, time.monotonic()
-        room = service.info.max_model_len
+        service, now, body = self.service, time.monotonic(), self.body
+        num_prompts, num_choices = (1, 1) if body is None else (body.num_prompts, body.num_choices)
+        self._num_prompts, room = num_prompts, service.info.max_model_len
+        if num_choices > MAX_CHOICES:
+            raise Refusal(400, "invalid_value", f"A body asks for at most {MAX_CHOICES} answers, over all its prompts.")
+        if num_prompts > 1 and self.num_prompt_tokens > room:  # so that nobody waits for more than one long prompt
+            message = (
+                f"The prompts of one body have at most {room} tokens together; send others in requests of their own."
+            )
+            raise Refusal(400, "invalid_value", message, param="prompt")
         self.num_prompt_tokens = min(self.num_prompt_tokens, room - 1)  # what is too long, the upstream refuses
-        asked = None if self.body is None else self.body.max_output_tokens
-        limit = asked or service.admission.max_output_tokens(self.tenant_id, self.num_prompt_tokens)
-        limit = min(limit, room - self.num_prompt_tokens)
-        num_choices = 1 if self.body is None else self.body.num_choices
-        most = min(limit * num_choices, room - self.num_prompt_tokens)
-        expected = None if asked else service.admission.expected_output_tokens(self.tenant_id) * num_choices
-        cost = Cost(self.num_prompt_tokens, most, expected)
-        (self._reservation,) = service.admission.reserve(self.tenant_id, [cost], now, self._num_taken)
-        self.max_output_tokens = limit * num_choices
+        length = math.ceil(self.num_prompt_tokens / num_prompts)
+        asked = None if body is None else body.max_output_tokens
+        self._limit = min(asked or service.admission.max_output_tokens(self.tenant_id, length), room - length)
+        expected = None if asked else service.admission.expected_output_tokens(self.tenant_id)
+        costs = [Cost(length, self._limit, expected)] * num_choices
+        self._reservations = service.admission.reserve(self.tenant_id, costs, now, self._num_taken)
+        self.max_output_tokens = self._limit * num_choices
         self.errand = Errand(
             f"{self.request_id}-{id(self):x}",
             self.tenant_id,
             now,
             num_prompt_tokens=self.num_prompt_tokens,
             max_output_tokens=self.max_output_tokens,
-            user="" if self.body is None else self.body.user,
-            priority=0 if self.body is None else self.body.priority,
+            user="" if body is None else body.user,
+            priority=0 if body is None else body.priority,
+            num_choices=num_choices,
             is_silent=not self.is_stream,
         )
         self._metrics = RequestMetrics(
@@ -80,9 +102,11 @@ class Passage:
         if kind is not None and issubclass(kind, asyncio.CancelledError | ConnectionResetError):
             self.outcome = ("aborted", "client_gone")
         num_outputs = self.errand.num_charged_outputs
-        assert self._reservation is not None
-        self._reservation.resize_prompt(self.num_prompt_tokens if self._was_computed else 0)
-        self.service.admission.settle(self._reservation, num_outputs, now)
+        num_prompt_tokens = math.ceil(self.num_prompt_tokens / self._num_prompts) if self._was_computed else 0
+        share, rest = divmod(num_outputs, len(self._reservations))
+        for number, reservation in enumerate(self._reservations):
+            reservation.resize_prompt(num_prompt_tokens)
+            self.service.admission.settle(reservation, share + (number < rest), now)
         self._metrics.end(*self.outcome, 0, now)
         self._log |= {"prompt_tokens": self.num_prompt_tokens, "output_tokens": num_outputs}
 
@@ -97,8 +121,8 @@ class Passage:
 
     def start(self) -> None:
         """It leaves the queue."""
-        assert self._reservation is not None
-        self.service.admission.start(self._reservation)
+        for reservation in self._reservations:
+            self.service.admission.start(reservation)
         self._metrics.start(0, time.monotonic())
 
     def prepare(self) -> bytes:
@@ -110,17 +134,16 @@ class Passage:
         body.set("priority", self.service.upstream_priority(self.tenant_id))
         if (salt := self.service.cache_salt(self.tenant_id)) is not None:
             body.set("cache_salt", salt)
-        if self.path in OPENAI_STREAMS:
-            limits = self.service.admission.account(self.tenant_id).config.limits
-            is_limited = limits.max_output_tokens is not None or limits.tokens_per_minute is not None
-            if body.max_output_tokens is None and is_limited:
-                body.set("max_tokens", max(1, self.max_output_tokens // body.num_choices))
-            if self.is_stream:
-                options = body.value("stream_options")
-                options = options if isinstance(options, dict) else {}
-                if not options.get("include_usage"):
-                    self.hides_usage = True
-                    body.set("stream_options", {**options, "include_usage": True})
+        limits = self.service.admission.account(self.tenant_id).config.limits
+        is_limited = limits.max_output_tokens is not None or limits.tokens_per_minute is not None
+        if body.max_output_tokens is None and is_limited:
+            body.limit_outputs(self.path, self._limit)
+        if self.path in OPENAI_STREAMS and self.is_stream:
+            options = body.value("stream_options")
+            options = options if isinstance(options, dict) else {}
+            if not options.get("include_usage"):
+                self.hides_usage = True
+                body.set("stream_options", {**options, "include_usage": True})
         return body.encode()
 
     # -- what the upstream does
@@ -137,8 +160,8 @@ class Passage:
         self._metrics.take_tokens(num_events, now)
         if is_first:
             self.service.upstream.pump()
-        assert self._reservation is not None
-        if self.service.admission.generated(self._reservation, num_events, now):
+        self._reservations.append(self._reservations.pop(0))  # whose it is, nobody says: each in turn
+        if self.service.admission.generated(self._reservations[0], num_events, now):
             return None
         message = f"Tenant {self.tenant_id} has used its tokens per minute."
         delay = self.service.admission.queue_delay(self.tenant_id, now)
@@ -146,7 +169,8 @@ class Passage:
 
     def take_usage(self, usage: Usage | None) -> bool:
         """The upstream says what it was; returns whether it is believed, which it is within what is possible."""
-        if usage is None or not usage.is_plausible(self.service.info.max_model_len, self.max_output_tokens):
+        most = self.service.info.max_model_len * self._num_prompts
+        if usage is None or not usage.is_plausible(most, self.max_output_tokens):
             return False
         dispatcher = self.service.upstream.dispatcher
         if usage.num_prompt_tokens:
@@ -161,7 +185,7 @@ class Passage:
 
     def take_bytes(self, num_bytes: int) -> None:
         """An answer of that size does not say, or not so that it can be read, how many tokens it has."""
-        if self.path in OPENAI_STREAMS:
+        if _WITHOUT_OUTPUTS.isdisjoint(self.path.split("/")):
             estimate = self.service.prompts.bytes_per_token.estimate(self.tenant_id, num_bytes)
             self.service.upstream.dispatcher.counted(self.errand, min(estimate, self.max_output_tokens))
 

@@ -1,13 +1,14 @@
 """Passing: one client's request on its way to the upstream, by way of identity, quota and the dispatcher's queue."""
 
 import time
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.requests import read_body
+from evenhand_engine.frontend.requests import read_body, read_start
 from evenhand_engine.frontend.service import TENANT_ID
-from evenhand_engine.sidecar.body import Body
+from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange
 from evenhand_engine.sidecar.passage import Passage
 from evenhand_engine.sidecar.service import SIDECAR
@@ -32,8 +33,13 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         service.admission.count_request(tenant_id, time.monotonic())
         return await exchange(request, await read_body(request), None)
     num_taken = service.admission.check(tenant_id, time.monotonic())
-    if request.content_type == "application/json" or request.content_length in (None, 0):
-        body = Body(await read_body(request))
+    start, is_json = b"", request.content_type.endswith("json") or request.content_length == 0
+    if not is_json and "Content-Encoding" not in request.headers:
+        start = await read_start(request)
+        is_json = is_json_object(start)
+    if is_json or request.content_length is None:
+        raw = await read_body(request, start)
+        body = Body(raw, is_json=is_json or is_json_object(raw))
         passage = Passage(service, request, body, len(body.raw), num_taken)
         limits = service.admission.account(tenant_id).config.limits
         is_limited = limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None
@@ -46,5 +52,13 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
                 raise passage.refused(reason)
             passage.start()
             if passage.body is None:
-                return await exchange(request, request.content.iter_any(), passage)
+                return await exchange(request, _rest(start, request), passage)
             return await exchange(request, passage.prepare(), passage)
+
+
+async def _rest(start: bytes, request: web.Request) -> AsyncIterator[bytes]:
+    """The whole body as it comes."""
+    if start:
+        yield start
+    async for chunk in request.content.iter_any():
+        yield chunk

@@ -34,6 +34,17 @@ _MANAGEMENT = {  # of vLLM, SGLang and llama.cpp: for whoever runs the engine, o
         "/pause_generation",
     ),
     *("/continue_generation", "/models/load", "/models/unload", "/freeze_gc", "/get_server_info", "/server_info"),
+    *("/health_generate", "/update_weights_from_ipc", "/update_weight_version", "/get_weights_by_name", "/slow_down"),
+    *("/init_weights_send_group_for_remote_instance", "/send_weights_to_remote_instance", "/set_trace_level"),
+    *("/load_lora_adapter_from_tensors", "/start_expert_distribution_record", "/stop_expert_distribution_record"),
+    *(
+        "/dump_expert_distribution_record",
+        "/open_session",
+        "/close_session",
+        "/hicache",
+        "/destroy_weights_update_group",
+    ),
+    *("/reset_encoder_cache", "/update_weights", "/init_weight_transfer_engine", "/is_scaling_elastic_ep", "/scale_up"),
 }
 
 

@@ -51,7 +51,12 @@ async def test_a_tokenizer_here_counts_what_the_model_will_read(sidecar: Sidecar
     with_tools = chat("word", tools=[{"type": "function", "function": {"name": "x" * 400}}])
     assert 90 < await count(with_tools) < 200
     estimate = counter.bytes_per_token.estimate
-    for odd in (completion(["x", "y"]), completion({"a": 1}), chat("x", messages="none"), Body(b"no JSON")):
+    for odd in (
+        completion(["x", "y"]),
+        completion({"a": 1}),
+        chat("x", messages="none"),
+        Body(b"no JSON", is_json=False),
+    ):
         assert await count(odd) == estimate("team", len(odd.raw)), odd.raw
     counter.close()
 
