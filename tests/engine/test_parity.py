@@ -177,7 +177,9 @@ def test_log_probabilities_of_prompts_are_the_references(
         found = told[request.request_id]
         assert len(found) == len(prompt) - 1
         own = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-        assert [entry.logprob for entry in found] == pytest.approx(own.tolist(), abs=2e-3)
+        assert [entry.logprob for entry in found] == pytest.approx(
+            own.tolist(), abs=3e-3
+        )  # keys and values have 16 bits
         assert [entry.top_token_ids[0] for entry in found] == expected.argmax(-1).tolist()
         ranks = ((expected > own[:, None]).sum(-1) + 1).tolist()
         assert [entry.rank for entry in found] == pytest.approx(ranks, rel=0.02), "the last ones are near ties"

@@ -75,15 +75,12 @@ def test_linear_in_bfloat16(dtype: torch.dtype, outputs: int, inputs: int, bfloa
 def test_linear_of_a_quantized_weight_in_bfloat16(
     bits: int, group: int, scales: torch.dtype, minima: bool, bfloat16_kernels: CpuKernels
 ) -> None:
-    weight = quantized(120, 640, bits, group, scales, minima)
-    linear, widened = bfloat16_kernels.linear(weight, None), weight.dequantized()
-    for rows in (1, 4, 5, 13, 257):
+    """Exact products of what is rounded, the activations alone, whatever the number of rows."""
+    weight, bias = quantized(120, 640, bits, group, scales, minima), randn(120, seed=3)
+    linear, widened = bfloat16_kernels.linear(weight, bias), weight.dequantized().double()
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 257):
         x = randn(rows, 640, seed=4)
-        multiplied = (widened.bfloat16() if rows > FEW_ROWS else widened).double()
-        # a weight in the middle of two numbers may be rounded to either
-        assert_close(
-            linear(x), functional.linear(x.bfloat16().double(), multiplied), 1e-5 if rows <= FEW_ROWS else 1e-3
-        )
+        assert_close(linear(x), functional.linear(x.bfloat16().double(), widened, bias.double()), 1e-5)
 
 
 def test_activations_are_bfloat16_by_choice_where_the_processor_multiplies_it(
@@ -111,7 +108,7 @@ def test_linear_of_a_quantized_weight_in_int8(
     """Exact sums of codes, or where the processor has no instruction for them, of the same rounded numbers."""
     weight, bias = quantized(120, 640, bits, group, scales, minima), randn(120, seed=3)
     linear = int8_kernels.linear(weight, bias)
-    for rows in (1, 2, 4, 5, 13, 257):
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 257):
         x = randn(rows, 640, seed=4)
         x[0, :group] = 0
         expected = functional.linear(rounded(x, group), weight.dequantized().double(), bias.double())

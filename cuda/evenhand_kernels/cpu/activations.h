@@ -3,8 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
 #include <vector>
 
+#include "norm.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -23,7 +26,7 @@ struct Rows {
 // [rows][inputs / 2, rounded up].
 static inline std::vector<BFloat16Pair> to_pairs(Pool& pool, Rows from) {
   std::vector<BFloat16Pair> pairs(from.rows * num_pairs(from.inputs));
-  pool.run(from.rows, [&](long row) {
+  for_each_row(pool, from.rows, from.inputs, [&](long row) {
     const float* x = from.x + row * from.inputs;
     BFloat16* to = reinterpret_cast<BFloat16*>(pairs.data() + row * num_pairs(from.inputs));
     long k = 0;
@@ -33,11 +36,32 @@ static inline std::vector<BFloat16Pair> to_pairs(Pool& pool, Rows from) {
   return pairs;
 }
 
-// Codes of rows whose `inputs` are a multiple of `group`, and that of LANES.
+// Rows whose `inputs` are a multiple of `group`, and that of LANES, as a product with the codes of a weight takes them.
 struct CodedRows {
-  std::vector<int8_t> codes;    // [rows][inputs]
-  std::vector<float> scales;    // [rows][inputs / group]
-  std::vector<int32_t> sums;    // of the codes of each group
+  const Word* words;    // [rows][inputs / those of a word]
+  const float* scales;  // [rows][inputs / group]; null: 1
+  const float* sums;    // of the rounded inputs of each group, in the same shape
+
+  CodedRows from(long row, long num_words, long num_groups) const {
+    return {words + row * num_words, scales ? scales + row * num_groups : nullptr, sums + row * num_groups};
+  }
+};
+
+// Their memory.
+class CodedMemory {
+ public:
+  CodedMemory() = default;
+  CodedMemory(long num_words, long num_groups, bool has_scales)
+      : words_(new int32_t[num_words]), scales_(has_scales ? new float[num_groups] : nullptr), sums_(new float[num_groups]) {}
+
+  int32_t* words() { return words_.get(); }
+  float* scales() { return scales_.get(); }
+  float* sums() { return sums_.get(); }
+  CodedRows rows() const { return {words_.get(), scales_.get(), sums_.get()}; }
+
+ private:
+  std::unique_ptr<int32_t[]> words_;
+  std::unique_ptr<float[]> scales_, sums_;
 };
 
 // Of a group of a row: the largest becomes 127. Where anything is not finite, the scale is not a number.
@@ -45,32 +69,57 @@ static inline float scale_of(const float* x, int size) {
   Vec most = {}, probe = {};
   int i = 0;
   for (; i + LANES <= size; i += LANES) most = max(most, max(load(x + i), -load(x + i))), probe += load(x + i) * 0.0f;
-  float result = largest(most), rest = sum(probe);
+  float result = largest(most), rest = any(probe != probe) ? NAN : 0.0f;
   for (; i < size; i++) result = std::max(result, std::abs(x[i])), rest += x[i] * 0.0f;
   return result / 127.0f + rest;
 }
 
 static inline float inverse_of(float scale) { return scale > 1e-30f ? 1.0f / scale : 0.0f; }
 
-// EVEN_FIRST: of eight inputs those at even places come first, as codes of 4 bits are taken from a word.
+// Codes of 8 bits. EVEN_FIRST: of eight inputs those at even places come first, as codes of 4 bits are taken from a word.
 template <bool EVEN_FIRST>
-static CodedRows to_codes(Pool& pool, Rows from, int group) {
+static CodedMemory to_codes(Pool& pool, Rows from, int group) {
   const long groups = from.inputs / group;
-  CodedRows result = {std::vector<int8_t>(from.rows * from.inputs), std::vector<float>(from.rows * groups),
-                      std::vector<int32_t>(from.rows * groups)};
+  CodedMemory result(from.rows * from.inputs / 4, from.rows * groups, true);
   ByteVec order;
   for (int i = 0; i < LANES; i++) order[i] = EVEN_FIRST ? i / 8 * 8 + i % 4 * 2 + i % 8 / 4 : i;
-  pool.run(from.rows, [&](long row) {
+  for_each_row(pool, from.rows, from.inputs, [&](long row) {
     for (long g = 0; g < groups; g++) {
       const long first = row * from.inputs + g * group, at = row * groups + g;
-      const float scale = result.scales[at] = scale_of(from.x + first, group), inverse = inverse_of(scale);
-      IntVec total = {};
+      const float scale = result.scales()[at] = scale_of(from.x + first, group), inverse = inverse_of(scale);
+      Vec total = {};
       for (int i = 0; i < group; i += LANES) {
-        const IntVec codes = __builtin_convertvector(nearest(load(from.x + first + i) * inverse), IntVec);
+        const Vec codes = nearest(load(from.x + first + i) * inverse);
         total += codes;
-        *reinterpret_cast<ByteVec*>(result.codes.data() + first + i) = __builtin_shuffle(__builtin_convertvector(codes, ByteVec), order);
+        const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(codes, IntVec), ByteVec);
+        *reinterpret_cast<ByteVec*>(reinterpret_cast<int8_t*>(result.words()) + first + i) = __builtin_shuffle(bytes, order);
       }
-      for (int i = 0; i < LANES; i++) result.sums[at] += total[i];
+      result.sums()[at] = sum(total) * scale;
+    }
+  });
+  return result;
+}
+
+// Pairs of bfloat16. HALVES: those of eight inputs are the first of each half, the second of each, and so on, as codes of 4 bits
+// are taken from a word.
+template <bool HALVES>
+static CodedMemory to_coded_pairs(Pool& pool, Rows from, int group) {
+  const long groups = from.inputs / group;
+  CodedMemory result(from.rows * from.inputs / 2, from.rows * groups, false);
+  HalfVec order;
+  for (int i = 0; i < LANES; i++) order[i] = HALVES ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
+  for_each_row(pool, from.rows, from.inputs, [&](long row) {
+    for (long g = 0; g < groups; g++) {
+      const long first = row * from.inputs + g * group;
+      BFloat16* to = reinterpret_cast<BFloat16*>(result.words()) + first;
+      Vec total = {};
+      for (int i = 0; i < group; i += LANES) {
+        narrow(load(from.x + first + i), to + i);
+        total += load(to + i);
+        HalfVec* halves = reinterpret_cast<HalfVec*>(to + i);
+        *halves = __builtin_shuffle(*halves, order);
+      }
+      result.sums()[row * groups + g] = sum(total);
     }
   });
   return result;
@@ -79,7 +128,7 @@ static CodedRows to_codes(Pool& pool, Rows from, int group) {
 // The same numbers as float32, for products that are made in it: [rows][inputs].
 static inline std::vector<float> rounded(Pool& pool, Rows from, ActivationDtype dtype, int group) {
   std::vector<float> result(from.rows * from.inputs);
-  pool.run(from.rows, [&](long row) {
+  for_each_row(pool, from.rows, from.inputs, [&](long row) {
     const float* x = from.x + row * from.inputs;
     float* to = result.data() + row * from.inputs;
     for (long first = 0; first < from.inputs; first += group) {

@@ -60,10 +60,10 @@ class CpuKernels:
 
         Args:
             num_threads: None: one for each core.
-            activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which its weights are
-                rounded too where many rows pass over them; or int8, codes with a scale for each row and group of the
-                weight, or for 32 inputs. Sums, and all else, are float32. None: bfloat16 if the processor multiplies it
-                itself, else float32.
+            activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which
+                plain weights are rounded too where many rows pass over them; or int8, codes with a scale for each row and
+                group of the weight, or for 32 inputs. Sums, and all else, are float32. None: bfloat16 if the processor
+                multiplies it itself, else float32.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)

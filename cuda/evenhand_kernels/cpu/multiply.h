@@ -60,18 +60,18 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
   prefetch.next = next;
 }
 
-static inline int num_row_tiles(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
+static inline int num_row_tiles(int rows, int most = MAX_ROWS) { return (rows + most - 1) / most; }
 
-// Calls visit(tile, first row) for num_row_tiles(rows) tiles, as even as they can be; decltype(tile)::value: their rows.
-template <typename Visit>
+// Calls visit(tile, first row) for tiles of at most MOST rows, as even as they can be; decltype(tile)::value: their rows.
+template <int MOST = MAX_ROWS, typename Visit>
 static inline void for_each_row_tile(int rows, const Visit& visit) {
-  const int tiles = num_row_tiles(rows), smaller = rows / tiles, num_larger = rows % tiles;
+  const int tiles = num_row_tiles(rows, MOST), smaller = rows / tiles, num_larger = rows % tiles;
   int first = 0;
   const auto run = [&](int size, int num_tiles) {
     for (; num_tiles > 0; num_tiles--, first += size) switch (size) {
 #define CASE(n)                                                             \
   case n:                                                                   \
-    if constexpr (n <= MAX_ROWS) visit(std::integral_constant<int, n>{}, first); \
+    if constexpr (n <= MOST) visit(std::integral_constant<int, n>{}, first); \
     break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE

@@ -149,20 +149,22 @@ static inline IntVec dot(IntVec total, IntVec unsigned_bytes, IntVec bytes) {
 #endif
 }
 
-static inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
-}
-
-static inline float largest(Vec v) {
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    IntVec from;
-    for (int i = 0; i < LANES; i++) from[i] = i ^ half;
-    v = max(v, __builtin_shuffle(v, from));
-  }
+#if defined(__AVX512F__)
+static inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+// All lanes combined, in pairs of pairs.
+template <typename Combine>
+static inline float reduced(Vec v, const Combine& combine) {
+#pragma GCC unroll 3
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) v[i] = combine(v[i], v[i + half]);
   return v[0];
 }
+
+static inline float sum(Vec v) { return reduced(v, [](float a, float b) { return a + b; }); }
+static inline float largest(Vec v) { return reduced(v, [](float a, float b) { return a > b ? a : b; }); }
+#endif
 
 // Whether a comparison holds in any lane.
 static inline bool any(IntVec mask) {

@@ -76,7 +76,7 @@ struct Plain {
 // Codes of BITS bits; SCALE is the type of scales and minima.
 template <int BITS, typename SCALE, bool MINIMA>
 struct Grouped {
-  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA, EVEN_FIRST = BITS == 4;
+  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA, FOUR_BITS = BITS == 4;
   static_assert(MINIMA || BITS == 8);
   static constexpr int UNIT = 8;  // inputs that `codes` visits together
 
@@ -103,13 +103,15 @@ struct Grouped {
     }
   }
 
-  // Of codes, those of 4 bits being signed.
   static Pair code_scales(const char* at) { return load_pair(reinterpret_cast<const SCALE*>(at)); }
-  static Pair minima(const char* at) {
+  // Beside what `codes` gives, whose codes of 4 bits are signed.
+  static Pair minima(const char* at) { return minima_beside(at, BITS == 4 ? -8.0f : 0.0f); }
+  // Beside codes that are larger by `offset`.
+  static Pair minima_beside(const char* at, float offset) {
     Pair result = {Vec{}, Vec{}};
     if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
-    if constexpr (BITS == 4) result.low += 8.0f * code_scales(at).low, result.high += 8.0f * code_scales(at).high;
-    return result;
+    const Pair scale = code_scales(at);
+    return {result.low - offset * scale.low, result.high - offset * scale.high};
   }
   // Of what `codes` gives: it leaves codes of 4 bits where it finds them in the topmost bits of a word.
   static Pair scales(const char* at) {
@@ -137,9 +139,9 @@ struct Grouped {
     }
   }
 
-  // Calls visit(quad, low, high) twice for the UNIT inputs whose codes begin at `at`: in the bytes of each lane codes + OFFSET of
-  // four inputs, which are not negative; of 4 bits those at even places first.
-  static constexpr int OFFSET = 1 << (BITS - 1);
+  // Calls visit(quad, low, high) twice for the UNIT inputs whose codes begin at `at`: in the bytes of each lane codes + BYTE_OFFSET
+  // of four inputs, which are not negative; of 4 bits those at even places first.
+  static constexpr int BYTE_OFFSET = BITS == 4 ? 0 : 128;
   template <typename Visit>
   static inline __attribute__((always_inline)) void unsigned_codes(const char* at, const Visit& visit) {
     if constexpr (BITS == 4) {
@@ -166,6 +168,29 @@ struct Grouped {
       }
     }
   }
+
+  // Calls visit(pair, low, high) four times: in each lane codes + PAIR_OFFSET of two inputs in bfloat16; of 4 bits the first pair
+  // is the first of each half of the eight inputs, and so on. There they become the upper bits of the fraction of 16.
+  static constexpr int PAIR_OFFSET = BITS == 4 ? 16 : 0;
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void code_pairs(const char* at, const Visit& visit) {
+    if constexpr (BITS == 4) {
+      const IntVec low = *reinterpret_cast<const IntVec*>(at), high = *reinterpret_cast<const IntVec*>(at + LANES * 4);
+      visit(0, sixteen_and(low << 3), sixteen_and(high << 3));
+      visit(1, sixteen_and(low >> 1), sixteen_and(high >> 1));
+      visit(2, sixteen_and(low >> 5), sixteen_and(high >> 5));
+      visit(3, sixteen_and(low >> 9), sixteen_and(high >> 9));
+    } else {
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; pair++) {
+        const ByteVec* bytes = reinterpret_cast<const ByteVec*>(at + 2 * pair * PANEL);
+        visit(pair, (IntVec)pairs(widened(bytes[0]), widened(bytes[2])), (IntVec)pairs(widened(bytes[1]), widened(bytes[3])));
+      }
+    }
+  }
+
+  // Two numbers 16 + code, of signed codes in bits 3 to 6 of each half.
+  static inline IntVec sixteen_and(IntVec codes) { return (codes & 0x00780078) ^ 0x41c041c0; }
 
   static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }
 

@@ -1,0 +1,106 @@
+// Products of rows with a panel, of any format, in float32 or of pairs of bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "coded.h"
+#include "multiply.h"
+#include "weight.h"
+
+constexpr int FEW_ROWS = 4;
+constexpr int MAX_DEPTH = 320;  // rows of a block: with PANEL floats or pairs each it leaves room in a first-level cache of 32 KB
+
+// Sums of each group of inputs of each row: [rows][inputs / group].
+static inline void sum_groups(const float* x, long size, int group, float* sums) {
+  for (long i = 0; i < size; i += group, sums++) {
+    Vec total = {};
+    for (int j = 0; j < group; j += LANES) total += load(x + i + j);
+    *sums = sum(total);
+  }
+}
+
+// c[ROWS][PANEL] += x[ROWS][inputs] * panel. CHAINS sums of each output, so that no addition waits for the one before.
+template <typename F, int ROWS>
+static void multiply_few(const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  Vec acc[ROWS][CHAINS][2] = {};
+  const auto add = [&](const float* left, int chain, Pair right) __attribute__((always_inline)) {
+    for (int m = 0; m < ROWS; m++) {
+      const Vec factor = splat(left[m * inputs]);
+      acc[m][chain][0] += factor * right.low;
+      acc[m][chain][1] += factor * right.high;
+    }
+  };
+  const auto total = [&](int m, int half) __attribute__((always_inline)) {
+    Vec result = acc[m][0][half];
+    for (int chain = 1; chain < CHAINS; chain++) result += acc[m][chain][half];
+    return result;
+  };
+  if constexpr (F::GROUPED) {
+    const long groups = inputs / group;
+    for (long g = 0; g < groups; g++) {
+      const char* unit = panel + F::header_bytes();
+      for (int i = 0; i < group; i += F::UNIT, x += F::UNIT, unit += F::unit_bytes()) {
+        for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
+        F::codes(unit, [&](int j, Pair code) __attribute__((always_inline)) { add(x + j, j % CHAINS, code); });
+      }
+      const Pair scale = F::scales(panel), minimum = F::minima(panel);
+      for (int m = 0; m < ROWS; m++) {
+        Vec low = load(c + m * PANEL) + total(m, 0) * scale.low, high = load(c + m * PANEL + LANES) + total(m, 1) * scale.high;
+        if constexpr (F::HAS_MINIMA) low += sums[m * groups + g] * minimum.low, high += sums[m * groups + g] * minimum.high;
+        store(c + m * PANEL, low), store(c + m * PANEL + LANES, high);
+        for (int chain = 0; chain < CHAINS; chain++) acc[m][chain][0] = acc[m][chain][1] = Vec{};
+      }
+      panel += F::group_bytes(group);
+    }
+  } else {
+    using T = typename F::Element;
+    const T* weights = reinterpret_cast<const T*>(panel);
+    long k = 0;
+    for (; k + CHAINS <= inputs; k += CHAINS, weights += CHAINS * PANEL) {
+      constexpr int BYTES = CHAINS * PANEL * sizeof(T);
+      for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(weights) + PREFETCH_BYTES + line, 0, 3);
+#pragma GCC unroll 4
+      for (int chain = 0; chain < CHAINS; chain++) add(x + k + chain, chain, load_pair(weights + chain * PANEL));
+    }
+    for (; k < inputs; k++, weights += PANEL) add(x + k, 0, load_pair(weights));
+    for (int m = 0; m < ROWS; m++)
+      for (int half = 0; half < 2; half++) store(c + m * PANEL + half * LANES, load(c + m * PANEL + half * LANES) + total(m, half));
+  }
+}
+
+template <typename F>
+static void multiply_few(int rows, const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
+  switch (rows) {
+    case 1: return multiply_few<F, 1>(x, sums, panel, inputs, group, c);
+    case 2: return multiply_few<F, 2>(x, sums, panel, inputs, group, c);
+    case 3: return multiply_few<F, 3>(x, sums, panel, inputs, group, c);
+    case 4: return multiply_few<F, 4>(x, sums, panel, inputs, group, c);
+  }
+}
+
+// Inputs that an element of a block or of a row stands for.
+template <typename T>
+constexpr long INPUTS = std::is_same_v<T, BFloat16Pair> ? 2 : 1;
+
+// c[rows][PANEL] += x[rows][inputs] * panel, in blocks of about MAX_DEPTH rows. T: float or BFloat16Pair, which x consists of.
+template <typename F, typename T>
+static void multiply_many(int rows, const T* x, const char* panel, long inputs, int group, float* c) {
+  constexpr bool AS_IT_LIES = F::WIDE && std::is_same_v<T, float>;
+  const long most = MAX_DEPTH * INPUTS<T>, num_blocks = (inputs + most - 1) / most, unit = std::max(8, group);
+  const long step = ((inputs + num_blocks - 1) / num_blocks + unit - 1) / unit * unit, ldx = (inputs + INPUTS<T> - 1) / INPUTS<T>;
+  alignas(64) T block[AS_IT_LIES ? 1 : (MAX_DEPTH + MAX_GROUP) * PANEL];
+  for (long k = 0; k < inputs; k += step) {
+    const long end = std::min(k + step, inputs);
+    const int depth = static_cast<int>((end - k + INPUTS<T> - 1) / INPUTS<T>);
+    const T* b = block;
+    if constexpr (AS_IT_LIES)
+      b = reinterpret_cast<const T*>(panel) + k * PANEL;
+    else
+      F::widen(panel, k, static_cast<int>(end - k), group, Block<T>{block});
+    const long bytes = F::panel_bytes(end, group) - F::panel_bytes(k, group);
+    const Prefetch next_block = {panel + F::panel_bytes(end, group), bytes / depth / num_row_tiles(rows)};
+    multiply<2>(rows, x + k / INPUTS<T>, ldx, RightSide<T>{&b, depth, PANEL}, depth, c, PANEL, next_block);
+  }
+}
