@@ -36,6 +36,8 @@ class SchedulerSettings:
             while one message goes to the HTTP process and back.
         num_speculative_tokens: most tokens of a stream that a step guesses beside the next one; 0: none. Else a step's
             results must be known before the next is planned (`Runner.pipeline_depth` 1).
+        target_step_seconds: no prompt makes a step longer than this while anybody runs whose policy sets no inter-token
+            objective; None: any length.
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
     """
@@ -55,6 +57,7 @@ class SchedulerSettings:
     min_prefill_tokens: int = 16
     max_refunded_tokens: int = 8
     num_speculative_tokens: int = 0
+    target_step_seconds: float | None = None
     objective_hold_seconds: float = 1.0
 
     @property
@@ -86,6 +89,8 @@ class EngineConfig:
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
         max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
+        target_step_ms: milliseconds that prompts may make a step take where no policy sets an objective, 0: any; None: 200 on
+            the CPU, 0 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
         speculative: "none", or "ngram": guess a stream's next tokens from what followed the same ones before.
         num_speculative_tokens: most guesses of a stream in one step.
@@ -107,6 +112,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    target_step_ms: float | None = None
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True

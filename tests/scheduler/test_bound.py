@@ -64,6 +64,7 @@ def trials(draw: st.DrawFn, *, exemptions: bool = False) -> Trial:
         growth_blocks=draw(st.sampled_from((0.0, 1.5))),
         enable_prefix_caching=draw(st.booleans()),
         num_speculative_tokens=draw(st.sampled_from((0, 0, 2, 8))),
+        target_step_seconds=draw(st.sampled_from((None, None, 0.2, 0.5))),
         **(changes if exemptions else {}),
     )
     configs = draw(tenant_configs(names, guarantees=exemptions))

@@ -67,6 +67,11 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 @click.option("--max-model-len", type=quantity, help="Most tokens of one request; default: the model's own.")
 @click.option("--max-num-seqs", type=quantity, help="Most requests running at once; default: by the device.")
 @click.option("--max-num-batched-tokens", type=quantity, help="Most tokens in one step; default: by the device.")
+@click.option(
+    "--target-step-ms",
+    type=click.FloatRange(0),
+    help="Longest step that prompts may make where no policy sets an objective, 0: any; default: by the device.",
+)
 @click.option("--kv-cache-memory-bytes", type=quantity, help="Memory of the KV cache; default: by the device.")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
 @click.option(
@@ -132,6 +137,7 @@ def serve(model: str | None, **options: Any) -> None:
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
+        target_step_ms=options["target_step_ms"],
         kv_cache_bytes=options["kv_cache_memory_bytes"],
         enable_prefix_caching=options["enable_prefix_caching"],
         scheduling_policy=SchedulingPolicy(options["scheduling_policy"]),

@@ -93,6 +93,12 @@ def _a_number(ctx: click.Context, param: click.Parameter, value: float | None) -
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of one request.")
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Most requests running at once; default: the preset's.")
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), help="Most tokens in a step; default: the preset's.")
+@click.option(
+    "--target-step-ms",
+    type=click.FloatRange(0),
+    default=0,
+    help="As `serve` has it: 200 on a CPU; 0, the default: none.",
+)
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of a synthetic workload.")
 @click.option(
@@ -166,7 +172,8 @@ def _scenario(options: dict[str, Any]) -> "Scenario":
         scenario = replace(scenario, config=load_policy_directory(options["policies"]))
     scenario = replace(scenario, faults=_faults(options["sidecar_fault"], options["long_prefill_tokens"]))
     given = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching")
-    return scenario.with_settings(**{name: options[name] for name in given if options[name] is not None})
+    scenario = scenario.with_settings(**{name: options[name] for name in given if options[name] is not None})
+    return scenario.with_settings(target_step_seconds=options["target_step_ms"] / 1e3 or None)
 
 
 def _show(reports: "list[RunReport]", output: str) -> None:

@@ -34,7 +34,7 @@ from evenhand_kernels.kernels import KvCacheShape
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = Defaults(max_num_seqs=256, max_num_batched_tokens=2048)
+DEFAULTS = Defaults(max_num_seqs=256, max_num_batched_tokens=2048, target_step_ms=0)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 

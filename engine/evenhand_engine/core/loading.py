@@ -45,9 +45,10 @@ class Defaults:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    target_step_ms: float
 
 
-CPU_DEFAULTS = Defaults(max_num_seqs=32, max_num_batched_tokens=256)
+CPU_DEFAULTS = Defaults(max_num_seqs=32, max_num_batched_tokens=256, target_step_ms=200)
 DEFAULT_KV_CACHE_BYTES = 1 << 30
 
 
@@ -195,6 +196,7 @@ def resolve_settings(
             f"a KV cache of {kv_cache_bytes / 2**20:.0f} MiB holds only {num_kv_tokens} tokens of this model, less than "
             f"one request of max model length {config.max_model_len or longest}: give it more or lower that length"
         )
+    target_step_ms = defaults.target_step_ms if config.target_step_ms is None else config.target_step_ms
     return SchedulerSettings(
         scheduling_policy=config.scheduling_policy,
         max_num_seqs=config.max_num_seqs or defaults.max_num_seqs,
@@ -203,6 +205,7 @@ def resolve_settings(
         num_kv_blocks=num_kv_blocks,
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        target_step_seconds=target_step_ms / 1e3 or None,
         num_speculative_tokens=config.num_speculative_tokens if config.speculative == "ngram" else 0,
     )
 

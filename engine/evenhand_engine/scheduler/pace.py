@@ -110,11 +110,18 @@ class Pace:
         return StepBudget(max_tokens, self.step_time, self._objectives(now), self._settings.min_prefill_tokens)
 
     def _objectives(self, now: float) -> list[float]:
-        """The inter-token objectives, in seconds, of the tenants that stream, or did a moment ago."""
+        """The inter-token objectives, in seconds, of the tenants that stream, or did a moment ago.
+
+        Those who run without one have the default step's, which makes prompts wait, but no stream: it is no tenant's.
+        """
         if self._settings.scheduling_policy is not SchedulingPolicy.FAIR:
             return []
+        objectives = set()
         for tenant_id, tenant in self._request_table.running_tenants.items():
             if tenant.inter_token_latency != _NEVER:
                 self._held_until[tenant_id] = now + self._settings.objective_hold_seconds
+            elif self._settings.target_step_seconds is not None:
+                objectives.add(self._settings.target_step_seconds)
         self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
-        return [self._request_table.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until]
+        objectives |= {self._request_table.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until}
+        return list(objectives)

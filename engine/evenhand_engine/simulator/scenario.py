@@ -70,7 +70,7 @@ class Scenario:
         """With the workload's own policies."""
         return cls.of_trace(workload.trace(seed), device, workload.config())
 
-    def with_settings(self, **changes: int | bool | float) -> "Scenario":
+    def with_settings(self, **changes: int | bool | float | None) -> "Scenario":
         """The same with other settings of the engine's scheduler."""
         return replace(self, settings=replace(self.settings, **changes))  # type: ignore[arg-type]
 
