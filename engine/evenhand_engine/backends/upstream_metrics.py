@@ -16,6 +16,7 @@ _KV_USAGE = (
 _PREEMPTIONS = ("vllm:num_preemptions_total", "sglang:num_retracted_reqs")
 _GENERATED = ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total")
 _KV_TOKENS = ("sglang:max_total_num_tokens",)  # not llamacpp:n_tokens_max, which is the longest context seen so far
+_MOST = 2.0**53
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{([^}]*)\})?\s+(\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -27,9 +28,11 @@ def read_gauges(text: str) -> tuple[Gauges, int | None]:
     kv_tokens = 0
     for name, labels, value in _SAMPLE.findall(text):
         try:
-            values.setdefault(name, []).append(float(value))
+            number = float(value)
         except ValueError:
             continue
+        if 0 <= number < _MOST:  # neither NaN nor infinite
+            values.setdefault(name, []).append(number)
         if name == "vllm:cache_config_info":
             kv_tokens += _cache_size(dict(_LABEL.findall(labels)))
 
@@ -49,7 +52,7 @@ def read_gauges(text: str) -> tuple[Gauges, int | None]:
 
 def _cache_size(labels: dict[str, str]) -> int:
     blocks, block_size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
-    return int(blocks) * int(block_size) if blocks.isdecimal() and block_size.isdecimal() else 0
+    return min(int(blocks) * int(block_size), int(_MOST)) if blocks.isdecimal() and block_size.isdecimal() else 0
 
 
 class Props(msgspec.Struct, frozen=True):

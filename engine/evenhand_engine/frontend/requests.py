@@ -4,6 +4,7 @@ import asyncio
 import re
 import uuid
 import zlib
+from collections.abc import AsyncIterator
 
 from aiohttp import HttpVersion11, web
 
@@ -57,6 +58,26 @@ async def read_body(request: web.Request, start: bytes = b"") -> bytes:
     if (held := request.get(BODY)) is not None:
         held.resize(len(raw))
     return raw
+
+
+async def stream_body(request: web.Request, start: bytes) -> AsyncIterator[bytes]:
+    """The body as it comes, in the encoding in which it comes, for as long as a body may take; `start` was read already.
+
+    Raises Refusal 408 and 400 as `read_body` does.
+    """
+    if start:
+        yield start
+    await _give_leave(request)
+    deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
+    try:
+        while not request.content.at_eof():
+            async with asyncio.timeout_at(deadline):
+                chunk = await request.content.readany()
+            yield chunk
+    except TimeoutError as error:
+        raise _too_slow() from error
+    except web.RequestPayloadError as error:
+        raise _garbled(error) from error
 
 
 async def _give_leave(request: web.Request) -> None:

@@ -13,7 +13,10 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
-_SMOOTHING = 0.1
+_SMOOTHING_UP, _SMOOTHING_DOWN = (
+    0.1,
+    0.5,
+)  # who was sparse for long is soon taken for dense: else long prompts pass for short
 _MAX_RATIO = 64.0
 _MIN_RATIO = 0.5
 _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
@@ -47,7 +50,8 @@ class BytesPerToken:
         if num_tokens > 0:
             ratio = min(max(num_bytes / num_tokens, _MIN_RATIO), _MAX_RATIO)
             last = self._ratios.get(tenant_id, _DEFAULT_BYTES_PER_TOKEN)
-            self._ratios[tenant_id] = last + _SMOOTHING * (ratio - last)
+            smoothing = _SMOOTHING_UP if ratio > last else _SMOOTHING_DOWN
+            self._ratios[tenant_id] = last + smoothing * (ratio - last)
 
 
 def is_json_object(start: bytes) -> bool:

@@ -41,6 +41,8 @@ async def exchange(
     response = None
     try:
         response = await _send(upstream, request, body)
+        if response.status < 200:
+            raise upstream_error("it would change the protocol")
         if passage is None or response.status >= 400:
             return await _pass_whole(request, response, passage)
         if response.content_type == "text/event-stream" and "Content-Encoding" not in response.headers:
@@ -82,6 +84,8 @@ async def _send(
         except (aiohttp.SocketTimeoutError, TimeoutError) as error:
             raise upstream_timeout() from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if isinstance(error.__cause__, Refusal):  # of a body that did not come, while it was sent
+                raise error.__cause__ from error
             raise upstream_error(f"it did not answer in HTTP ({type(error).__name__})") from error
 
 

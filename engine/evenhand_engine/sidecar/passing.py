@@ -1,12 +1,11 @@
 """Passing: one client's request on its way to the upstream, by way of identity, quota and the dispatcher's queue."""
 
 import time
-from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.requests import read_body, read_start
+from evenhand_engine.frontend.requests import read_body, read_start, stream_body
 from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange
@@ -52,13 +51,5 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
                 raise passage.refused(reason)
             passage.start()
             if passage.body is None:
-                return await exchange(request, _rest(start, request), passage)
+                return await exchange(request, stream_body(request, start), passage)
             return await exchange(request, passage.prepare(), passage)
-
-
-async def _rest(start: bytes, request: web.Request) -> AsyncIterator[bytes]:
-    """The whole body as it comes."""
-    if start:
-        yield start
-    async for chunk in request.content.iter_any():
-        yield chunk
