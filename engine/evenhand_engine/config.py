@@ -88,7 +88,8 @@ class EngineConfig:
         quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
-        max_num_batched_tokens: None: 256 on the CPU, 2048 on a GPU.
+        max_num_batched_tokens: None: on the CPU the least by which prompts are computed as fast as by 256, measured at
+            start; 2048 on a GPU.
         target_step_ms: milliseconds that prompts may make a step take where no policy sets an objective, 0: any; None: 200 on
             the CPU, 0 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.

@@ -66,7 +66,11 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 @click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto", help="dummy: random weights.")
 @click.option("--max-model-len", type=quantity, help="Most tokens of one request; default: the model's own.")
 @click.option("--max-num-seqs", type=quantity, help="Most requests running at once; default: by the device.")
-@click.option("--max-num-batched-tokens", type=quantity, help="Most tokens in one step; default: by the device.")
+@click.option(
+    "--max-num-batched-tokens",
+    type=quantity,
+    help="Most tokens in one step; default: measured on the CPU, 2048 on a GPU.",
+)
 @click.option(
     "--target-step-ms",
     type=click.FloatRange(0),

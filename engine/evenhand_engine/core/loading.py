@@ -1,7 +1,8 @@
 """load_model: from the engine's settings to a runner that is warm, on the device that they name."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.core.structures import Structures
-from evenhand_engine.core.warm_up import run_largest_step
+from evenhand_engine.core.warm_up import measured_token_budget, run_largest_step
 from evenhand_engine.core.workers import Lost, end_process
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import default_model
@@ -126,9 +127,18 @@ def _load_with(
     decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
     runner = ModelRunner(decoder, settings, structures)
     run_largest_step(runner, settings)
+    if config.max_num_batched_tokens is None:
+        budget = measured_token_budget(runner, settings, _token_budgets(settings))
+        settings = replace(settings, max_num_batched_tokens=budget)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
     name = config.model or default_model.NAME
     return LoadedModel(runner, settings, name, dtype, device, model_dir, structures, scores_prompts=True)
+
+
+def _token_budgets(settings: SchedulerSettings) -> Sequence[int]:
+    """To choose from, up to the largest: with a token for each stream, as many are left for prompts."""
+    most = settings.max_num_batched_tokens
+    return [*(size for size in (64, 128) if 2 * settings.max_num_seqs <= size < most), most]
 
 
 def _reference_kernels(device: str, shard: Shard) -> Kernels:

@@ -201,7 +201,8 @@ def test_settings_that_cannot_be_met(model_dir: Path, options: dict[str, object]
 def test_defaults_are_resolved(model_dir: Path) -> None:
     loaded = load_model(EngineConfig(model=str(model_dir), kv_cache_bytes=200_000))
     assert (loaded.settings.num_kv_blocks, loaded.settings.max_model_len) == (8, 128)  # what fits
-    assert (loaded.settings.max_num_seqs, loaded.settings.max_num_batched_tokens) == (32, 256)
+    assert loaded.settings.max_num_seqs == 32
+    assert loaded.settings.max_num_batched_tokens in (64, 128, 256)  # by measurement
     assert (loaded.dtype, loaded.device, loaded.model_name) == ("float32", "cpu", str(model_dir))
     assert loaded.runner.pipeline_depth == 1
 
