@@ -7,7 +7,7 @@ plan and submit the next, take in the last. Shapes are those of an 8B model on a
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ from evenhand_engine.model.decoder import Decoder
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.kernels import CudaKernels
+from evenhand_kernels.cuda.plan import TILE
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import Event, Graph, Launch
 from evenhand_kernels.kernels import AttentionLayer, KvCacheShape
@@ -135,18 +136,26 @@ def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, lis
     return seconds
 
 
-def planning_us(runner: IdleRunner, lens: NDArray[np.int32], num_steps: int) -> float:
-    """Of the plan of a step's attention alone: decodes of requests of these lengths, which grow."""
-    work, size = runner.work, len(lens)
-    words = torch.zeros(work.shape(size, size).words, dtype=torch.int32).numpy()
-    shape, cu_seqlens_q = work.shape(size, size), np.arange(size + 1, dtype=np.int32)
+def planning_us(runner: IdleRunner, steps: Iterable[NDArray[np.int32]]) -> float:
+    """Of the plan of a step's attention alone: decodes of requests of these lengths."""
     times = []
-    for step in range(num_steps):
-        seq_lens = lens + np.int32(step)
+    for seq_lens in steps:
+        size = len(seq_lens)
+        shape, cu_seqlens_q = runner.work.shape(size, size), np.arange(size + 1, dtype=np.int32)
+        words = torch.zeros(shape.words, dtype=torch.int32).numpy()
         started_at = time.perf_counter()
-        work.write(words, seq_lens, cu_seqlens_q, shape)
+        runner.work.write(words, seq_lens, cu_seqlens_q, shape)
         times.append(time.perf_counter() - started_at)
     return 1e6 * statistics.median(times)
+
+
+def growing(lens: NDArray[np.int32], num_steps: int) -> Iterator[NDArray[np.int32]]:
+    return (lens + np.int32(step) for step in range(num_steps))
+
+
+def changing(lens: NDArray[np.int32], num_steps: int) -> Iterator[NDArray[np.int32]]:
+    """Other lengths in each step, and another number of requests than in the ones before."""
+    return (lens[: len(lens) - step % 16] + np.int32(step * TILE) for step in range(num_steps))
 
 
 def lengths() -> dict[str, NDArray[np.int32]]:
@@ -177,15 +186,17 @@ def main() -> None:
         seconds = decode_steps(runner, size, num_steps)
         total = [1e3 * sum(parts) for parts in zip(*seconds.values(), strict=True)]
         lens = PROMPT + np.arange(size, dtype=np.int32) % 64
-        found[size], planning[size] = statistics.median(total), planning_us(runner, lens, num_steps)
+        found[size], planning[size] = statistics.median(total), planning_us(runner, growing(lens, num_steps))
         middle = [f"{1e3 * statistics.median(seconds[name]):.3f}" for name in PARTS]
         rows.append([str(size), f"{found[size]:.3f}", *middle, f"{planning[size]:.0f}"])
     headings = ["requests", "step ms", *(f"{part} ms" for part in PARTS), "planning us"]
     common.print_table("The host's part of a decode step, launches stubbed", headings, rows)
-    of_lengths = {name: planning_us(runner, lens, num_steps) for name, lens in lengths().items()}
-    rows = [[name, f"{us:.0f}"] for name, us in of_lengths.items()]
-    common.print_table("The plan of a step's attention", ["requests", "us"], rows)
-    common.finish("host_step", {"host_step_ms": found, "planning_us": planning, "planning_us_by_lengths": of_lengths})
+    of_lengths = {name: planning_us(runner, growing(lens, num_steps)) for name, lens in lengths().items()}
+    changed = {name: planning_us(runner, changing(lens, num_steps)) for name, lens in lengths().items()}
+    rows = [[name, f"{us:.0f}", f"{changed[name]:.0f}"] for name, us in of_lengths.items()]
+    common.print_table("The plan of a step's attention, microseconds", ["requests", "growing", "changing"], rows)
+    figures = {"host_step_ms": found, "planning_us": planning, "planning_us_by_lengths": of_lengths}
+    common.finish("host_step", figures | {"planning_us_of_changed_steps": changed})
 
 
 if __name__ == "__main__":

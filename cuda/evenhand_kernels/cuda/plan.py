@@ -6,11 +6,13 @@ parts, which merge.cu puts together: as few as let all places of the device end 
 that becomes free takes the next one, so the short ones fill the gaps (Graham's rule, SIAM J. Appl. Math. 17, 1969). All KV
 heads have the same items; they are the other axis of the grid.
 
-Pure, in numpy, without a loop over requests.
+Pure, in numpy, without a loop over requests. What it takes is the number of numpy's calls, so what most decode steps have in
+common with the step before is kept: the units but for their tokens, the splits that were tried, the numbers of parts.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,8 @@ WAVES = 4
 """Where the longest unit is this much shorter than what each place has to do, the order alone evens out the ends."""
 
 _NO_MERGES = np.empty((0, WORDS), np.int32)
+_KEPT = 64
+"""Of each thing that steps have in common: as many numbers of decodes take turns."""
 
 
 class Capacity(NamedTuple):
@@ -69,12 +73,10 @@ class Work:
     Attributes:
         items: int32 [num_items, 8], fields as `Item` in attention.cuh.
         merges: int32 [num_merges, 8], fields as `Merge` in merge.cu.
-        num_partial_rows: rows of the buffers that parts of splits are left in.
     """
 
     items: Ints
     merges: Ints
-    num_partial_rows: int
 
     def write(self, words: Ints, capacity: Capacity) -> None:
         """Lay out header, items and merges as the kernels read them; `words` is int32 [capacity.words]."""
@@ -128,33 +130,38 @@ class Planner:
             cu_seqlens_q: int32 [num_requests + 1], the rows of each in the step; a request may have none.
             window: tokens that a query sees, itself included; None: all.
         """
-        units = self._units(seq_lens, cu_seqlens_q, window)
-        tokens = units[:, END] if window is None else units[:, END] - units[:, BEGIN]
+        units, request, tokens_after, tokens_from = _units(
+            cu_seqlens_q.tobytes(), self.group, self.prompt_rows, self._head_rows
+        )
+        units, seen = units.copy(), seq_lens.take(request)
+        tokens = seen - tokens_after
+        units[:, END] = tokens
+        if window is not None:
+            begin = np.maximum(seen - tokens_from - (window - 1), 0) // 16 * 16
+            units[:, BEGIN] = begin
+            tokens -= begin
         tiles = (tokens + (TILE - 1)) >> TILE_BITS
         if tiles.size and (longest := int(tiles.max())) * WAVES * self._slots > (total := int(tiles.sum())):
-            split, lengths, parts = self._parts(tiles, units[:, NUM_ROWS], longest, total)
+            split, lengths, parts = self._cuts(tiles, units[:, NUM_ROWS], longest, total)
             if len(split):
-                return self._split(units, split, lengths, parts)
-        return Work(units.take((-tokens).argsort(), axis=0), _NO_MERGES, 0)
+                return _split(units, split, lengths, parts)
+        return Work(units.take((-tokens).argsort(), axis=0), _NO_MERGES)
 
-    def _parts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Floats, Floats]:
+    def _cuts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Floats, Floats]:
         """Which units are best cut, their tiles, and each into how many parts.
 
         All into parts of about one length, which is tried out: that of the longest unit in so many parts.
         """
-        slots, share = self._slots, longest * self._slots // total
+        slots, share, most = self._slots, longest * self._slots // total, max(1, longest // LEAST_TILES)
         tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
-        counts = sorted([count for count in tried if 1 <= count <= max(1, longest // LEAST_TILES)])
+        counts = tuple(sorted([count for count in tried if 1 <= count <= most]))
         long = (tiles > longest // (2 * counts[-1])).nonzero()[0]  # others are whole, and shorter than half of any part
         lengths = tiles.take(long).astype(np.float32)  # exact, and divides several times as fast as an integer
-        longest_parts = [-(-longest // count) for count in counts]
-        halves = [length // 2 for length in longest_parts]
-        count, half = np.array(counts + halves, np.float32).reshape(2, -1, 1)
-        parts = np.ceil(lengths * count / longest)
-        are_long = lengths > parts * half  # longer than half of the longest: two of them do not fit a gap
-        num_long = (parts * are_long).sum(axis=1).tolist()
+        parts, num_long = _try(lengths.tobytes(), longest, counts)
         least = total / slots
-        ends = [max(-(-num // slots) * length, least) for num, length in zip(num_long, longest_parts, strict=True)]
+        ends = [
+            max(-(-num // slots) * -(-longest // count), least) for num, count in zip(num_long, counts, strict=True)
+        ]
         while True:
             bound, best = min(ends) * (1 + TOLERANCE), 0
             while ends[best] > bound:
@@ -173,55 +180,103 @@ class Planner:
             return True
         return bool(total <= MAX_PARTS * self._slots and num_parts @ num_rows.take(split) <= self._head_rows)
 
-    def _units(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None) -> Ints:
-        """Whole units as items, in the order of requests."""
-        lens = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
-        past, rows = seq_lens - lens, lens * self.group
-        if rows.size and lens.min() > 0 and (cu_seqlens_q[-1] == len(lens) or rows.max() <= self.prompt_rows):
-            units = np.zeros((len(rows), WORDS), np.int32)  # one for each request
-            units[:, REQUEST] = np.arange(len(rows), dtype=np.int32)
-            units[:, END] = seq_lens
-        else:
-            count = -(-rows // self.prompt_rows)
-            request = np.repeat(np.arange(len(rows)), count)
-            first_row = (np.arange(len(request)) - np.repeat(count.cumsum() - count, count)) * self.prompt_rows
-            past = past[request]
-            units = np.zeros((len(request), WORDS), np.int32)
-            units[:, REQUEST] = request
-            units[:, FIRST_ROW] = first_row
-            rows = np.minimum(rows[request] - first_row, self.prompt_rows)
-            units[:, END] = past + (first_row + rows - 1) // self.group + 1
-        units[:, NUM_ROWS] = rows
-        units[:, IS_PROMPT] = rows > DECODE_ROWS
-        units[:, PARTIAL_ROW] = -1
-        if window is not None:
-            first_token = past + units[:, FIRST_ROW] // self.group - (window - 1)
-            units[:, BEGIN] = np.maximum(first_token, 0) // 16 * 16
-        return units
 
-    def _split(self, units: Ints, split: Longs, tiles: Floats, parts: Floats) -> Work:
-        """These units, of so many tiles, in parts of equal length, which begin at tiles; those at the end that this leaves
-        empty are no parts.
+class _Units(NamedTuple):
+    """Whole units as items, in the order of requests, but for their tokens.
 
-        The last part stays where the unit was. `take` copies rows several times as fast as an index does.
-        """
-        length = np.ceil(tiles / parts)
-        num_parts, size = np.ceil(tiles / length).astype(np.int32), (length * TILE).astype(np.int32)
-        more = num_parts - 1  # parts before the last
-        merges = units.take(split, axis=0)
-        num_rows = merges[:, NUM_ROWS]
-        rows = num_parts * num_rows
-        ends = rows.cumsum(dtype=np.int32) * self.num_kv_heads
-        merges[:, HEAD_ROWS] = rows
-        merges[0, PARTIAL_ROW], merges[1:, PARTIAL_ROW] = 0, ends[:-1]
+    Attributes:
+        units: int32 [num_units, 8].
+        request: int64 [num_units].
+        tokens_after: int32 [num_units], of the request, which no row of the unit sees.
+        tokens_from: int32 [num_units], of the request, from the token of the unit's first row on.
+    """
 
-        step = np.zeros((len(split), WORDS), np.int32)  # from a part to the next
-        step[:, BEGIN], step[:, PARTIAL_ROW] = size, num_rows
-        units[split] = merges + step * more[:, None]
-        unit = np.arange(len(more)).repeat(more)
-        part = np.arange(len(unit), dtype=np.int32) - (more.cumsum(dtype=np.int32) - more).take(unit)
-        others = merges.take(unit, axis=0) + step.take(unit, axis=0) * part[:, None]
-        others[:, END] = others[:, BEGIN] + size.take(unit)
-        merges[:, NUM_PARTS] = num_parts
-        items = np.concatenate((units, others))
-        return Work(items.take((items[:, BEGIN] - items[:, END]).argsort(), axis=0), merges, int(ends[-1]))
+    units: Ints
+    request: Longs
+    tokens_after: Ints
+    tokens_from: Ints
+
+
+@lru_cache(_KEPT)
+def _units(cu_seqlens_q: bytes, group: int, prompt_rows: int, head_rows: int) -> _Units:
+    offsets = np.frombuffer(cu_seqlens_q, np.int32)
+    lens = offsets[1:] - offsets[:-1]
+    rows = lens * group
+    if rows.size and rows.max() > prompt_rows:
+        count = -(-rows // prompt_rows)
+        request = np.arange(len(rows)).repeat(count)
+        first_row = (np.arange(len(request)) - (count.cumsum() - count)[request]) * prompt_rows
+        num_rows = np.minimum(rows[request] - first_row, prompt_rows)
+        tokens_after = (lens[request] - (first_row + num_rows - 1) // group - 1).astype(np.int32)
+        tokens_from = (lens[request] - first_row // group).astype(np.int32)
+    else:  # one of each request that has rows
+        request = rows.nonzero()[0]
+        num_rows, tokens_from = rows.take(request), lens.take(request)
+        first_row = tokens_after = np.zeros_like(num_rows)
+    units = np.zeros((len(request), WORDS), np.int32)
+    units[:, REQUEST] = request
+    units[:, HEAD_ROWS] = head_rows
+    units[:, FIRST_ROW] = first_row
+    units[:, NUM_ROWS] = num_rows
+    units[:, PARTIAL_ROW] = -1
+    units[:, IS_PROMPT] = num_rows > DECODE_ROWS
+    return _Units(units, request, tokens_after, tokens_from)
+
+
+@lru_cache(_KEPT)
+def _try(lengths: bytes, longest: int, counts: tuple[int, ...]) -> tuple[Floats, list[float]]:
+    """Into how many parts units of these lengths are cut where the longest is cut into so many: [num_counts, num_units]; and
+    how many parts then are longer than half of the longest, so that two of them do not fit a gap."""
+    count = np.array(counts, np.float32)[:, None]
+    half = np.array([-(-longest // count) // 2 for count in counts], np.float32)[:, None]
+    tiles = np.frombuffer(lengths, np.float32)
+    parts = np.ceil(tiles * count / longest)
+    return parts, (parts * (tiles > parts * half)).sum(axis=1).tolist()
+
+
+class _Parts(NamedTuple):
+    """Of units that are split, one unit's after the other's.
+
+    Attributes:
+        unit, part: int64 [num_parts], whose part, and the how manyeth.
+        first: int64 [num_units], the unit's first part.
+        partial_row: int32 [num_parts].
+    """
+
+    unit: Longs
+    part: Ints
+    first: Longs
+    partial_row: Ints
+
+
+@lru_cache(_KEPT)
+def _parts(num_parts: bytes, num_rows: bytes) -> _Parts:
+    """Of units that have so many rows, int32, in so many parts, float32."""
+    count, rows = np.frombuffer(num_parts, np.float32).astype(np.int64), np.frombuffer(num_rows, np.int32)
+    unit, first = np.arange(len(count)).repeat(count), count.cumsum() - count
+    row = rows[unit]
+    part = (np.arange(len(unit)) - first[unit]).astype(np.int32)
+    return _Parts(unit, part, first, (row.cumsum() - row).astype(np.int32))
+
+
+def _split(units: Ints, split: Longs, tiles: Floats, parts: Floats) -> Work:
+    """These units, of so many tiles, in parts of equal length, which begin at tiles; those at the end that this leaves empty
+    are no parts.
+
+    `take` copies rows several times as fast as an index does.
+    """
+    length = np.ceil(tiles / parts)
+    num_parts = np.ceil(tiles / length)
+    whole = units.take(split, axis=0)
+    unit, part, first, partial_row = _parts(num_parts.tobytes(), whole[:, NUM_ROWS].tobytes())
+    cut, size = whole.take(unit, axis=0), (length * TILE).astype(np.int32).take(unit)
+    begin, end = cut[:, BEGIN], cut[:, END]
+    begin += size * part
+    np.minimum(begin + size, end, out=end)
+    cut[:, PARTIAL_ROW] = partial_row
+    merges = cut.take(first, axis=0)
+    merges[:, NUM_PARTS] = num_parts
+    units[split] = 0  # of no length, so that they go last
+    items = np.concatenate((units, cut))
+    order = (items[:, BEGIN] - items[:, END]).argsort()
+    return Work(items.take(order[: len(items) - len(split)], axis=0), merges)

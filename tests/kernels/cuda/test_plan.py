@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenhand_kernels.cuda import plan
 from evenhand_kernels.cuda.plan import (
     BEGIN,
     DECODE_ROWS,
@@ -69,9 +70,8 @@ def test_rows_meet_their_tokens_once(
         for head in range(num_kv_heads if item[PARTIAL_ROW] >= 0 else 0):
             first = item[PARTIAL_ROW] + head * item[HEAD_ROWS]
             rows = set(range(first, first + item[NUM_ROWS]))
-            assert not rows & partial_rows and first + item[NUM_ROWS] <= work.num_partial_rows
+            assert not rows & partial_rows and first + item[NUM_ROWS] <= planner.max_partial_rows
             partial_rows |= rows
-    assert work.num_partial_rows <= planner.max_partial_rows
 
     for request, (new, past) in enumerate(requests):
         starts = [first_row for owner, first_row in seen if owner == request]
@@ -125,6 +125,30 @@ def test_short_units_are_never_split() -> None:
     planner = Planner(1, 1, prompt_rows=128, num_slots=1000)
     work = planner.plan(*arrays([(1, LEAST_TILES * TILE - 1), (1, 3 * LEAST_TILES * TILE - 1)]))
     assert [int(merge[NUM_PARTS]) for merge in work.merges] == [3]
+
+
+def test_what_is_kept_of_a_step_changes_no_other() -> None:
+    """Steps that are alike in turn what plans keep: lengths, windows, heads of a group, rows of a unit."""
+    first = np.array([27_900, 20_000, *range(100, 140)], np.int32)
+    decodes, drafts = np.arange(len(first) + 1, dtype=np.int32), 2 * np.arange(len(first) + 1, dtype=np.int32)
+    planners = [
+        Planner(8, group, prompt_rows, num_slots)
+        for group in (4, 1)
+        for prompt_rows in (128, 64)
+        for num_slots in (264, 80)
+    ]
+    steps = [
+        (planner, first + np.int32(step), cu_seqlens_q, window)
+        for step in range(0, 130, 13)
+        for cu_seqlens_q, window in ((decodes, None), (decodes, 9000), (drafts, None))
+        for planner in planners
+    ]
+    kept = [planner.plan(*step) for planner, *step in steps]
+    for (planner, *step), before in zip(steps, kept, strict=True):
+        for cache in (plan._units, plan._try, plan._parts):
+            cache.cache_clear()
+        fresh = planner.plan(*step)
+        assert (before.items == fresh.items).all() and (before.merges == fresh.merges).all() and len(fresh.merges)
 
 
 def test_a_step_of_nothing() -> None:
