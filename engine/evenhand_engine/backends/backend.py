@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from evenhand_engine.messages import EngineStats
 from evenhand_engine.scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece
@@ -72,7 +74,7 @@ class GenerationRequest:
     keep_stop_token: bool = False
 
 
-class Delta(NamedTuple):
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """News of one stream since the last: text that is certain now, and why it ended if it has.
 
     Attributes:
@@ -137,7 +139,10 @@ class Stream(Protocol):
         ...
 
     def take(self) -> Delta | None:
-        """What has come since the last; None: nothing. Raises EngineDeadError if nothing more will, as the backend died."""
+        """All that has come since the last; None: nothing. Raises EngineDeadError if nothing more will, as the backend died.
+
+        Where that is to be told after what is taken, `listener` is called before this returns.
+        """
         ...
 
     def finish(self) -> None:

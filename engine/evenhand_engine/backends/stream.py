@@ -29,6 +29,24 @@ class LocalStream:
         abort: called at most once, to end the request before its time.
     """
 
+    __slots__ = (
+        "_abort",
+        "_failure",
+        "_finish_reason",
+        "_has_news",
+        "_has_started",
+        "_is_cut",
+        "_is_open",
+        "_listener",
+        "_num_computed",
+        "_num_tokens",
+        "_observer",
+        "_pieces",
+        "_prompt_logprobs",
+        "_request",
+        "_text",
+    )
+
     def __init__(self, request: GenerationRequest, observer: Observer, text: Detokenizer, abort: Abort) -> None:
         self._request = request
         self._observer = observer
@@ -60,6 +78,8 @@ class LocalStream:
             return None
         delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs, self._text.matched)
         self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
+        if self._failure is not None:
+            self._listener()  # it is still to be told
         return delta
 
     def finish(self) -> None:
@@ -91,7 +111,7 @@ class LocalStream:
                 self._read(output)
             except Exception:  # a fault of this text alone: the others' outputs are in the same message
                 log.exception("an output cannot be read", extra={"fields": {"request_id": self._request.request_id}})
-                self._fail(output)
+                self._end(FinishReason.ERROR, output)
         if reason is not None:
             num_computed = max(self._num_computed, output.num_output_tokens)
             self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
@@ -109,38 +129,35 @@ class LocalStream:
 
     def _read(self, output: RequestOutput) -> None:
         """Turn an output into news for the reader."""
-        token_ids, logprobs = output.token_ids, output.logprobs
-        self._finish_reason = output.finish_reason
-        num_taken, hidden = self._text.num_tokens, token_ids[:0]
+        token_ids, reason, text = output.token_ids, output.finish_reason, self._text
+        num_taken = text.num_tokens
         if output.prompt_logprobs:
             self._prompt_logprobs = output.prompt_logprobs
-        if output.finish_reason is FinishReason.STOP and not self._request.include_stop:
-            token_ids, hidden = token_ids[:-1], token_ids[-1:]  # the stop token, which counts but is not shown
-        self._add(self._text.push(token_ids, logprobs or None))
-        if self._text.stopped:
-            self._num_tokens += self._text.num_tokens - num_taken
-            self._finish_reason = FinishReason.STOP
-            if output.finish_reason is None:
-                self._abort(self._request.request_id, FinishReason.STOP, self._text.num_tokens)
+        hides_last = reason is FinishReason.STOP and not self._request.include_stop  # it counts but is not shown
+        self._add(text.push(token_ids[:-1] if hides_last else token_ids, output.logprobs or None))
+        if text.stopped:
+            self._num_tokens += text.num_tokens - num_taken
+            self._end(FinishReason.STOP, output, text.num_tokens)
         else:
-            self._num_tokens += len(output.token_ids)
-            if self._is_cut and output.finish_reason is None:
-                self._finish_reason = FinishReason.LENGTH
-                self._abort(self._request.request_id, FinishReason.LENGTH, None)
-            if self._finish_reason is not None:
-                self._add(self._text.flush())
-                if hidden and self._request.keep_stop_token:
-                    self._add([Piece("", hidden)])
-        self._is_open = self._finish_reason is None
-        self._has_news = self._has_news or bool(self._pieces or self._finish_reason)
+            self._num_tokens += len(token_ids)
+            if reason is not None or self._is_cut:
+                self._add(text.flush())
+                if hides_last and self._request.keep_stop_token:
+                    self._add([Piece("", token_ids[-1:])])
+                self._end(reason or FinishReason.LENGTH, output)
+        if self._pieces:
+            self._has_news = True
 
-    def _fail(self, output: RequestOutput) -> None:
-        self._is_open, self._has_news = False, True
-        self._finish_reason = FinishReason.ERROR
+    def _end(self, reason: FinishReason, output: RequestOutput, num_output_tokens: int | None = None) -> None:
+        """Nothing comes any more, whether or not the core has ended it; so many of its outputs count (None: all)."""
+        self._is_open, self._has_news, self._finish_reason = False, True, reason
         if output.finish_reason is None:
-            self._abort(self._request.request_id, FinishReason.ERROR, None)
+            self._abort(self._request.request_id, reason, num_output_tokens)
 
     def _add(self, pieces: list[Piece]) -> None:
+        if not self._pieces:
+            self._pieces = pieces
+            return
         self._pieces += pieces
         if len(self._pieces) > _MAX_PIECES and not any(piece.logprobs for piece in self._pieces):
             token_ids = array("I", (token_id for piece in self._pieces for token_id in piece.token_ids))

@@ -62,6 +62,15 @@ class Claim(Protocol):
 class OwnClaim:
     """A claim in the process that owns quotas and metrics."""
 
+    __slots__ = (
+        "_admission",
+        "_is_settled",
+        "_metrics",
+        "_reservation",
+        "exhausted",
+        "max_tokens",
+    )
+
     def __init__(
         self,
         admission: Admission,
@@ -93,7 +102,7 @@ class OwnClaim:
 
     def generated(self, num_tokens: int, now: float) -> None:
         self._metrics.take_tokens(num_tokens, now)
-        if not self._admission.generated(self._reservation, num_tokens, now):
+        if not self._reservation.account.generated(self._reservation, num_tokens, now):
             self.exhausted()
 
     def ended(self, outcome: str, reason: str, num_output_tokens: int, num_preemptions: int, now: float) -> None:

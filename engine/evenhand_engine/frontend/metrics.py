@@ -150,6 +150,20 @@ class Metrics:
 class RequestMetrics:
     """Follows one request: call `start`, `take_tokens` and `end` as they happen, at times of one monotonic clock."""
 
+    __slots__ = (
+        "_arrived_at",
+        "_first_token_at",
+        "_last_token_at",
+        "_max_tokens",
+        "_meter",
+        "_metrics",
+        "_num_choices",
+        "_num_prompt_tokens",
+        "_num_tokens",
+        "_started_at",
+        "_tenant",
+    )
+
     def __init__(
         self,
         metrics: Metrics,

@@ -41,6 +41,11 @@ class _ChatFormat:
     prompt: "array[int]"
     readers: list[MessageReader]  # of each choice
 
+    @property
+    def is_text(self) -> bool:
+        has_more = self.body.num_logprobs is not None or self.body.return_token_ids
+        return not has_more and all(reader.is_text for reader in self.readers)
+
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
             "id": self.completion_id,

@@ -38,6 +38,10 @@ class _CompletionFormat:
     echoes: list[str] | None  # of each prompt its text, to be written before the output
     logprobs: list[CompletionLogprobs] | None  # of each choice
 
+    @property
+    def is_text(self) -> bool:
+        return self.logprobs is None and not self.body.return_token_ids
+
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
             "id": self.completion_id,

@@ -27,12 +27,22 @@ class Deltas:
         door: knows how long the queue is.
     """
 
+    __slots__ = (
+        "_door",
+        "_generations",
+        "_is_advancing",
+        "_num_open",
+        "_reader",
+        "_ready",
+    )
+
     def __init__(self, generations: Sequence[Generation], door: Door) -> None:
         self._generations = generations
         self._door = door
         self._ready: dict[int, None] = {}  # generations that have something to take, by how long they have
         self._num_open = len(generations)
         self._reader: tuple[Take, asyncio.Future[bool]] | None = None  # who waits
+        self._is_advancing = False
         for index, generation in enumerate(generations):
             generation.listen(functools.partial(self._hear, index))
 
@@ -74,22 +84,26 @@ class Deltas:
 
     def _hear(self, index: int) -> None:
         self._ready[index] = None
-        if self._reader is not None:
+        if self._reader is not None and not self._is_advancing:
             self._advance(*self._reader)
 
     def _advance(self, take: Take, done: "asyncio.Future[bool]") -> None:
         """Hand on what there is. Called by the backend too, so whatever is raised is the reader's."""
+        ready, self._is_advancing = self._ready, True
         try:
-            while self._ready and not done.done():
-                index = next(iter(self._ready))
-                del self._ready[index]
-                if (delta := self._generations[index].take()) is None:
+            while ready and not done.done():
+                index = next(iter(ready))
+                del ready[index]
+                delta = self._generations[index].take()
+                if delta is None:
                     continue
-                self._ready[index] = None  # behind the others: it may have more to say
-                self._num_open -= delta.finish_reason is not None
+                if delta.finish_reason is not None:
+                    self._num_open -= 1
                 if not take(index, delta):
                     done.set_result(True)
             if not self._num_open and not done.done():
                 done.set_result(False)
         except Exception as error:
             done.set_exception(error)
+        finally:
+            self._is_advancing = False

@@ -35,6 +35,12 @@ def named_events(events: Iterable[Event]) -> bytes:
 class EventStream:
     """What is written to one client, at its pace. Writing raises ConnectionResetError if it has gone."""
 
+    __slots__ = (
+        "_response",
+        "_writer",
+        "_writes",
+    )
+
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._writes = request[WRITES]
         self._response = response

@@ -11,6 +11,8 @@ import uuid
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import msgspec
+
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.claims import Claim, Demand
@@ -49,6 +51,21 @@ class Generation:
     With `is_hidden` nothing of its output is told: a request for the prompt alone computes a token that nobody asked for.
     """
 
+    __slots__ = (
+        "_claim",
+        "_is_hidden",
+        "_listener",
+        "_service",
+        "_stream",
+        "_unanswered",
+        "choice_index",
+        "generated",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "prompt_index",
+        "request",
+    )
+
     def __init__(
         self,
         service: EngineService,
@@ -68,7 +85,9 @@ class Generation:
         self._service = service
         self._claim = claim
         self._stream: Stream | None = None
+        self._listener: Callable[[], None] = _ignore
         self._unanswered: Unanswered | None = None
+        self.generated = claim.generated  # of the Observer: all of it is the claim's, and it is called for every token
         claim.exhausted = self._finish
 
     @property
@@ -84,6 +103,7 @@ class Generation:
     def listen(self, listener: Callable[[], None]) -> None:
         """See `Stream`."""
         assert self._stream is not None, "the generation has not begun"
+        self._listener = listener
         self._stream.listen(listener)
 
     def take(self) -> Delta | None:
@@ -97,13 +117,14 @@ class Generation:
         reason = delta.finish_reason
         if self._is_hidden:
             reason = None if reason is None else _AS_LENGTH.get(reason, reason)
-            delta = delta._replace(pieces=(), num_tokens=0, finish_reason=reason)
+            delta = msgspec.structs.replace(delta, pieces=(), num_tokens=0, finish_reason=reason)
         self.num_output_tokens += delta.num_tokens
         if reason is not None and reason not in _RESULTS:
             self._unanswered = Unanswered(self.request.tenant_id, reason)
             if not delta.pieces:
                 raise self._unanswered
-            return delta._replace(finish_reason=None)  # what came before it first
+            self._listener()  # what came before it first
+            return msgspec.structs.replace(delta, finish_reason=None)
         return delta
 
     def close(self) -> None:
@@ -119,9 +140,6 @@ class Generation:
         self.num_cached_tokens = num_cached_tokens
         self._claim.started(num_cached_tokens, now)
 
-    def generated(self, num_tokens: int, now: float) -> None:
-        self._claim.generated(num_tokens, now)
-
     def ended(self, ending: Ending, now: float) -> None:
         outcome, reason = _outcome(ending.finish_reason)
         self._claim.ended(outcome, reason, ending.num_output_tokens, ending.num_preemptions, now)
@@ -129,6 +147,9 @@ class Generation:
     def _finish(self) -> None:
         if self._stream is not None:
             self._stream.finish()
+
+
+def _ignore() -> None: ...
 
 
 def _outcome(reason: FinishReason | None) -> tuple[str, str]:

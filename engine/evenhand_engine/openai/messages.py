@@ -28,6 +28,11 @@ class MessageReader:
         self._shows_reasoning = shows_reasoning
 
     @property
+    def is_text(self) -> bool:
+        """Whether all text is content, as it comes."""
+        return self._parser is None and self._reasoning is None
+
+    @property
     def has_calls(self) -> bool:
         return self._parser is not None and self._parser.num_calls > 0
 

@@ -17,15 +17,22 @@ from evenhand_engine.openai.generation import Generation
 from evenhand_engine.openai.responses import json_response
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.scheduler.request import FinishReason, TokenLogprobs
-from evenhand_engine.text.detokenizer import Piece
+from evenhand_engine.text.detokenizer import Piece, text_of
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+_MARK = "\0text\0"  # which stands in no name
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Format(Protocol):
     """How one endpoint writes its answers. A choice's `index` is that of its generation."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a choice of a stream says its text and no more, so that all are alike but for that."""
+        ...
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         """The fields that every object of one answer shares."""
@@ -129,6 +136,18 @@ def _best(pieces: list[list[Piece]], num_generated: int, num_chosen: int) -> lis
 class _Events:
     """The events of one answer. What they share is rendered once."""
 
+    __slots__ = (
+        "_around",
+        "_body",
+        "_deltas",
+        "_envelope",
+        "_form",
+        "_generations",
+        "_has_opened",
+        "_head",
+        "_is_text",
+    )
+
     def __init__(self, body: SamplingFields, generations: Sequence[Generation], deltas: Deltas, form: Format) -> None:
         self._body = body
         self._generations = generations
@@ -136,6 +155,8 @@ class _Events:
         self._form = form
         self._envelope = form.envelope(streamed=True)
         self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
+        self._is_text = form.is_text and not body.includes_continuous_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # what is written before the text of each choice, and after
         self._has_opened = False
 
     async def write(self, events: EventStream, first: First) -> None:
@@ -157,8 +178,12 @@ class _Events:
         return events
 
     def _render(self, index: int, delta: Delta) -> bytes:
-        if not delta.pieces and delta.finish_reason is None:
-            return b""
+        if delta.finish_reason is None:
+            if not delta.pieces:
+                return b""
+            if self._is_text and self._has_opened and (text := text_of(delta.pieces)):
+                before, after = self._around.get(index) or self._find_around(index)
+                return before + _encode(text) + after
         opening = self._opening()
         choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
         if choice["finish_reason"] is None or "tool_calls" not in choice.get("delta", ()):
@@ -166,6 +191,12 @@ class _Events:
         end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
         call = self._event({**choice, "finish_reason": None})  # OpenAI's client sees no end beside one
         return opening + call + self._event(end)
+
+    def _find_around(self, index: int) -> tuple[bytes, bytes]:
+        event = self._event(self._form.choice(index, [Piece(_MARK)], None, streamed=True))
+        before, after = event.split(_encode(_MARK))
+        self._around[index] = before, after
+        return before, after
 
     def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
         """With one choice; `more`: other fields of it."""

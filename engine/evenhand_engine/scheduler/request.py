@@ -110,7 +110,7 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     failure: FinishReason = FinishReason.ERROR
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """News of one request. The first has no tokens and tells that it was scheduled for the first time.
 
     `finish_reason` is set on the last one, exactly once for each request. `num_cached_tokens`: prompt tokens that a

@@ -6,12 +6,14 @@ characters of state, is fed as tokens arrive and knows neither HTTP nor the engi
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from evenhand_engine.text.text_decoder import TextDecoder
 
 
-class Piece(NamedTuple):
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """Text that is certain, with the tokens whose text begins in it.
 
     Attributes:
@@ -32,6 +34,13 @@ def text_of(pieces: Sequence[Piece]) -> str:
 
 class StopMatcher:
     """Cuts text at the first stop string to be complete, however the text is divided into pieces."""
+
+    __slots__ = (
+        "_held",
+        "_include_stop",
+        "_stop",
+        "matched",
+    )
 
     def __init__(self, stop: Sequence[str], include_stop: bool = False) -> None:
         self._stop = tuple(stop)
@@ -80,6 +89,17 @@ class Detokenizer:
         num_tokens: tokens taken so far, up to and with the one that completed a stop string.
     """
 
+    __slots__ = (
+        "_decoder",
+        "_has_stop",
+        "_held",
+        "_matcher",
+        "_min_tokens",
+        "_num_decoded",
+        "_num_shown",
+        "num_tokens",
+    )
+
     def __init__(
         self,
         decoder: TextDecoder,
@@ -114,7 +134,7 @@ class Detokenizer:
         """
         pieces: list[Piece] = []
         for index, token_id in enumerate(token_ids):
-            if self.stopped:
+            if self._has_stop and self.stopped:
                 break
             self.num_tokens += 1
             text = self._decoder.push(token_id)

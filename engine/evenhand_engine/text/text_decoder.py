@@ -34,6 +34,11 @@ class ByteDecoder:
         context: the end of the prompt, whose last bytes may begin a code point.
     """
 
+    __slots__ = (
+        "_held",
+        "_token_bytes",
+    )
+
     def __init__(self, token_bytes: Mapping[int, bytes], context: Sequence[int] = ()) -> None:
         self._token_bytes = token_bytes
         self._held = b""  # the beginning of a code point: at most three bytes

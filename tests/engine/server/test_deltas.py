@@ -198,3 +198,13 @@ async def test_what_was_not_read_comes_before_the_news_of_a_death() -> None:
     with pytest.raises(EngineDeadError):
         await deltas.hand_on(reader.take)
     assert reader.taken == [(0, "ab")]
+
+
+async def test_a_reader_who_is_full_hears_of_a_death_when_he_asks_for_more() -> None:
+    (scripted, deltas), reader = begun(), Reader(room=1)
+    scripted.say(0, "ab")
+    scripted.streams[0].lose("it died", 0.0)
+    assert await deltas.hand_on(reader.take) is True
+    with pytest.raises(EngineDeadError):
+        await deltas.hand_on(reader.take)
+    assert reader.taken == [(0, "ab")]

@@ -25,7 +25,11 @@ class SlowClient:
 
     @property
     def protocol(self) -> Any:
-        return SimpleNamespace(writing_paused=not self.reads.is_set())
+        return self
+
+    @property
+    def writing_paused(self) -> bool:
+        return not self.reads.is_set()
 
     def __getitem__(self, key: object) -> WriteTimeout:
         assert key is WRITES
