@@ -75,6 +75,21 @@ def test_a_long_prompt_goes_when_a_tenth_of_it_is_left_of_the_one_before() -> No
     assert window.room(4_000, 10, 60.1) is Room.FREE
 
 
+def test_a_long_prompt_misses_the_step_that_a_short_one_waits_for_and_not_the_next() -> None:
+    window = Window(batch_tokens=100, prefill_rate=1_000.0)
+    first = window.send(1_000, 1, 0.0)
+    window.send(50, 1, 0.2)
+    assert window.room(1_000, 1, 0.96) is Room.NONE, "a tenth is not enough: it would share the short one's step"
+    assert window.next_due == pytest.approx(1.0)
+    assert window.room(1_000, 1, 1.0) is Room.FREE, "the step that ends the first has taken in the short one"
+    window.start(first, 1.02)
+    assert window.room(1_000, 1, 1.03) is Room.NONE, "the short one is the first now"
+    assert window.room(1_000, 1, 1.08) is Room.FREE
+    window.send(1_000, 1, 1.08)
+    window.send(50, 1, 1.08)
+    assert window.room(1_000, 1, 9.0) is Room.NONE, "a long one behind the first: its chunk is awaited"
+
+
 def test_the_rate_is_learned_from_what_was_left_and_how_long_it_took() -> None:
     """Long prompts one after another at 200 tokens a second, chats in between that say little of the rate."""
     window, now, leads = Window(batch_tokens=64, prefill_rate=8_000.0), 0.0, []

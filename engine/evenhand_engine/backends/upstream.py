@@ -16,6 +16,7 @@ import aiohttp
 from yarl import URL
 
 from evenhand_engine.backends.backend import ModelInfo
+from evenhand_engine.backends.pool import LiveTCPConnector, LiveUnixConnector
 from evenhand_engine.backends.upstream_metrics import backend_name, read_gauges, read_slots
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
@@ -91,9 +92,9 @@ class Upstream:
         # No limit of connections: aiohttp's own of 100 would be a window that nobody sees.
         connector: aiohttp.BaseConnector
         if settings.socket is not None:
-            connector = aiohttp.UnixConnector(str(settings.socket), limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
+            connector = LiveUnixConnector(str(settings.socket), limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
         else:
-            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=10, keepalive_timeout=_KEEPALIVE_SECONDS)
+            connector = LiveTCPConnector(limit=0, ttl_dns_cache=10, keepalive_timeout=_KEEPALIVE_SECONDS)
         return aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,

@@ -12,9 +12,10 @@ own are within `kv_tokens`, and (3) a seat is free of those that the upstream sa
 *Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
 its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
 step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
-So it is sent when no short one is unstarted, which would share a full step with it, and what is left of those before it is no
-more than a tenth of its own, so that the upstream seldom lacks a prompt: a step without a long one is short. What is left is estimated: prompts are taken to be prefilled
-one after another, at the rate seen so far, and none to be done before its first chunk.
+So it is sent when what is left of those before it is no more than a tenth of its own, so that the upstream seldom lacks a prompt: a step
+without a long one is short. What is left is estimated: prompts are taken to be prefilled
+one after another, at the rate seen so far, and none to be done before its first chunk. While a short one is unstarted, which would share
+a full step with it, it is sent when nothing is left of the first of those: too late for the step that takes in the short one, and not for the next.
 
 *The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
 others leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
@@ -138,14 +139,18 @@ class Window:
             is_full = self._num_short_tokens + num_prompt_tokens > self.batch_tokens
             self._holds_for_batch = self._num_short >= _MIN_UNSTARTED and is_full
             return not self._holds_for_batch
+        head = next(iter(self._unstarted), None)
+        if head is None:
+            return True
+        num_behind, lead = self.num_unstarted_tokens - head.num_prompt_tokens, _LEAD * num_prompt_tokens
+        num_before = num_behind
         if self._num_short:
-            return False
-        num_more = self.num_left_tokens(now) - _LEAD * num_prompt_tokens
+            num_before -= self._num_short_tokens - (0 if head.is_long else head.num_prompt_tokens)
+            lead = 0.0
+        num_more = self.num_left_tokens(now) - num_behind + num_before - lead
         if num_more <= _ROUNDING:
             return True
-        head = next(iter(self._unstarted))
-        is_head_enough = self.num_unstarted_tokens - head.num_prompt_tokens <= _LEAD * num_prompt_tokens
-        if is_head_enough:  # else the first chunk of one is awaited
+        if num_before <= lead:  # else the first chunk of one is awaited
             self._opens_at = now + num_more / self.prefill_rate
         return False
 

@@ -3,7 +3,9 @@
 import asyncio
 import gzip
 import socket
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from aiohttp import web
@@ -109,6 +111,38 @@ async def test_who_waits_for_leave_to_send_gets_it_where_bodies_stream(
     ):
         assert await response.read() == data
     await sidecar.settled()
+
+
+async def test_a_connection_that_the_upstream_has_just_closed_is_used_no_more(start: Start) -> None:
+    """It closes while the event loop is busy, so that nobody here could know but by looking."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    may_close, has_closed, num_answered = threading.Event(), threading.Event(), 0
+
+    def serve(listener: socket.socket) -> None:
+        nonlocal num_answered
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+                num_answered += 1
+                if num_answered == 1:
+                    assert may_close.wait(WAIT_SECONDS)
+            has_closed.set()
+
+    sidecar = await start("http://127.0.0.1:9")  # for its session alone
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        listener.settimeout(WAIT_SECONDS)
+        serving = threads.submit(serve, listener)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        for number in range(2):
+            async with sidecar.upstream.session.post(url, data=b"x") as response:
+                assert await response.read() == b"{}"
+            if number == 0:
+                may_close.set()
+                assert has_closed.wait(WAIT_SECONDS)  # and the event loop does not turn
+        serving.result(WAIT_SECONDS)
+    assert num_answered == 2
 
 
 async def test_an_upstream_that_would_change_the_protocol_is_refused(start: Start) -> None:
