@@ -4,6 +4,7 @@ A body is decoded one level deep: values that are not ours stay the bytes that t
 that any engine may make of it: some take "5" and 5.0 for 5, and of two limits each has its own that counts.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -17,8 +18,11 @@ _SMOOTHING_UP, _SMOOTHING_DOWN = (
     0.1,
     0.5,
 )  # who was sparse for long is soon taken for dense: else long prompts pass for short
-_MAX_RATIO = 64.0
+_MAX_RATIO = 8.0  # of text, spaces and names of members included
 _MIN_RATIO = 0.5
+_MEDIA = re.compile(rb'"(?:url|image_url|file_data|data)"\s*:\s*"(?:data:[^",]{1,100},)?([A-Za-z0-9+/=\\]{256,})')
+_MEDIA_WEIGHT = 1 / 16  # of a byte of a picture, beside one of text
+_TRUE = {"true", "1", "1.0", "on", "t", "y", "yes"}  # as lenient engines read it
 _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
 _OUTPUT_LIMIT_OF = {  # where none is named
@@ -105,13 +109,22 @@ class Body:
         """What goes to the upstream: the very bytes that came, unless a member was changed."""
         return msgspec.json.encode(self.fields) if self._is_changed else self.raw
 
+    @functools.cached_property
+    def size(self) -> int:
+        """Its bytes, as far as they may be text: pictures and sounds count little."""
+        num_media_bytes = sum(len(match[1]) for match in _MEDIA.finditer(self.raw))
+        return len(self.raw) - int((1 - _MEDIA_WEIGHT) * num_media_bytes)
+
     @property
     def is_stream(self) -> bool:
-        return self.value("stream") is True
+        return is_true(self.value("stream"))
 
     @property
     def user(self) -> str:
-        user = self.value("user")
+        """OpenAI's, or Anthropic's name for the same."""
+        user, metadata = self.value("user"), self.value("metadata")
+        if user is None and isinstance(metadata, dict):
+            user = metadata.get("user_id")
         return user[:512] if isinstance(user, str) else ""
 
     @property
@@ -158,6 +171,11 @@ class Body:
         """What makes the prompt, for a tokenizer."""
         names = ("model", "prompt", "messages", "tools", "add_special_tokens", "chat_template_kwargs")
         return {name: self.fields[name] for name in names if self.fields and name in self.fields}
+
+
+def is_true(value: Any) -> bool:
+    """Whether a lenient engine takes the value for true."""
+    return str(value).lower() in _TRUE if isinstance(value, bool | int | float | str) else False
 
 
 def _num_prompts(raw: bytes) -> int:

@@ -63,7 +63,7 @@ class PromptCounter:
             count = await self._count_here(tenant_id, body, self._reader)
         elif is_limited:
             count = await self._ask_upstream(body)
-        return self.bytes_per_token.estimate(tenant_id, len(body.raw)) if count is None else max(1, count)
+        return self.bytes_per_token.estimate(tenant_id, body.size) if count is None else max(1, count)
 
     async def _count_here(self, tenant_id: str, body: Body, reader: PromptReader) -> int | None:
         def count() -> int | None:

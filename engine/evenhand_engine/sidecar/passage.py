@@ -14,7 +14,7 @@ from evenhand_engine.frontend.metrics import RequestMetrics
 from evenhand_engine.frontend.service import LOG_FIELDS, REQUEST_ID, TENANT_ID
 from evenhand_engine.openai.errors import refuse_draining, refuse_finished
 from evenhand_engine.scheduler.request import FinishReason
-from evenhand_engine.sidecar.body import MAX_CHOICES, Body
+from evenhand_engine.sidecar.body import MAX_CHOICES, Body, is_true
 from evenhand_engine.sidecar.events import Usage
 from evenhand_engine.sidecar.service import SidecarService
 
@@ -40,7 +40,7 @@ class Passage:
 
     Args:
         body: None: it is streamed, and not looked at.
-        num_bytes: size of the body.
+        num_bytes: size of the body, as far as it may be text.
         num_taken: requests of the quota that it has taken already.
     """
 
@@ -141,8 +141,8 @@ class Passage:
         if self.path in OPENAI_STREAMS and self.is_stream:
             options = body.value("stream_options")
             options = options if isinstance(options, dict) else {}
-            if not options.get("include_usage"):
-                self.hides_usage = True
+            self.hides_usage = not is_true(options.get("include_usage"))
+            if options.get("include_usage") is not True:
                 body.set("stream_options", {**options, "include_usage": True})
         return body.encode()
 

@@ -39,7 +39,7 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if is_json or request.content_length is None:
         raw = await read_body(request, start)
         body = Body(raw, is_json=is_json or is_json_object(raw))
-        passage = Passage(service, request, body, len(body.raw), num_taken)
+        passage = Passage(service, request, body, body.size, num_taken)
         limits = service.admission.account(tenant_id).config.limits
         is_limited = limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None
         passage.num_prompt_tokens = await service.prompts.count(tenant_id, body, is_limited=is_limited)

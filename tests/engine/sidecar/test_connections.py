@@ -12,7 +12,6 @@ from aiohttp import web
 
 from evenhand_engine.backends.upstream_metrics import read_gauges
 from evenhand_engine.frontend import requests
-from evenhand_engine.sidecar.body import BytesPerToken
 
 from .conftest import DONE, WAIT_SECONDS, ScriptedUpstream, Sidecar, Start, event, open_stream, say_three
 from .test_bad_upstreams import raw_upstream
@@ -156,18 +155,6 @@ async def test_an_upstream_that_would_change_the_protocol_is_refused(start: Star
             async with asyncio.timeout(WAIT_SECONDS), sidecar.post({}) as response:
                 assert response.status == 502
         await sidecar.settled()
-
-
-def test_who_was_sparse_is_soon_taken_for_dense() -> None:
-    """So nobody's long prompts pass for short by what was learned of bodies made to be sparse."""
-    ratios = BytesPerToken()
-    for _ in range(200):
-        ratios.learn("a", 64_000, 1_000)
-    assert ratios.estimate("a", 32_000) < 600
-    for _ in range(5):
-        ratios.learn("a", 32_000, 8_000)
-    assert ratios.estimate("a", 32_000) > 5_000
-    assert ratios.estimate("b", 32_000) == 8_000
 
 
 @pytest.mark.parametrize(
