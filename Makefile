@@ -21,7 +21,7 @@ $(UV):
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: help install serve demo check clients crds dashboards cluster images image-archives node e2e-node test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
+.PHONY: help install serve demo check clients crds dashboards cluster images image-archives node node-shell e2e-node e2e-kind test soak mutants lock kernels gpu gpu-wheels plots bench-% bench-operator
 install: .venv/installed  ## fill .venv with the locked packages and the project itself
 
 serve: install  ## serve the default model at http://127.0.0.1:$(PORT)/v1
@@ -63,9 +63,20 @@ test: install  ## start the real components and run every test that this machine
 	$(PYTHON) e2e/cluster/build.py --if-possible
 	.venv/bin/pytest -m "not soak"
 
-# in namespaces of its own for network, mounts and processes, which end with it
+# namespaces for network, mounts and processes, which end with it
+ISOLATED = unshare --net --mount --pid --fork --kill-child --mount-proc
 e2e-node: install node  ## install on a real node with real containers, use, upgrade, roll back, remove (root, Debian)
-	unshare --net --mount --pid --fork --kill-child --mount-proc .venv/bin/pytest -m node e2e
+	$(ISOLATED) .venv/bin/pytest -m node e2e
+
+node-shell: install node  ## a shell beside a real node, with kubectl, until it is left (root, Debian)
+	PYTHONPATH=e2e $(ISOLATED) .venv/bin/python -m cluster.own_node
+
+KIND := evenhand-e2e
+e2e-kind: install cluster images  ## the same tests on kind, where Docker and kind are
+	kind create cluster --name $(KIND) --kubeconfig build/kind.kubeconfig
+	kind load docker-image evenhand.dev/operator:dev evenhand.dev/engine:dev --name $(KIND)
+	EVENHAND_KUBECONFIG=build/kind.kubeconfig .venv/bin/pytest -m node e2e; \
+		status=$$?; kind delete cluster --name $(KIND) --kubeconfig build/kind.kubeconfig; exit $$status
 
 soak: install  ## long property searches and churn
 	.venv/bin/pytest -m soak

@@ -348,7 +348,7 @@ def test_every_value_changes_something(helm: Helm) -> None:
         inner = [names(each) for each in value.values() if isinstance(each, dict)]
         return set(value).union(*inner)
 
-    free = {"requests", "limits", "cpu", "memory"}
+    free = {"requests", "limits", "cpu", "memory", "ephemeral-storage"}
     free |= {"default", "grafana_dashboard"}
     assert [name for name in sorted(names(values) - free) if not re.search(rf"\.{name}\b", templates)] == []
 

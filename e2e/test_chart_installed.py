@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.client import KubectlError
+from cluster.control_plane import ControlPlane
 from cluster.fixtures import new_control_plane
 from harness.helm import CHART, CRDS_CHART, NAMESPACE, RELEASE, Helm, HelmError, setting
 from harness.objects import policy

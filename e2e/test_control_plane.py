@@ -12,7 +12,8 @@ import pytest
 import trustme
 
 from cluster import build
-from cluster.control_plane import ISSUER, ControlPlane, KubectlError
+from cluster.client import KubectlError
+from cluster.control_plane import ISSUER, ControlPlane
 from cluster.kubeconfig import write_kubeconfig
 
 CONFIG_MAP = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"answer": "42"}}

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from cluster.control_plane import ControlPlane, Object
+from cluster.client import Object
+from cluster.control_plane import ControlPlane
 from evenhand_policy.decode import decode
 from evenhand_policy.errors import InvalidResourceError
 from harness.generated_specs import KINDS, specs

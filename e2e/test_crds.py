@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from cluster import build
-from cluster.control_plane import ControlPlane, KubectlError, Object
+from cluster.client import KubectlError, Object
+from cluster.control_plane import ControlPlane
 from evenhand_policy.decode import decode
 from evenhand_policy.spec import TenantPolicy
 

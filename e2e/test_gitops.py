@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.client import KubectlError
+from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import Operators
 from harness.objects import light_engines, policy, pool

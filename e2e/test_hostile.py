@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.client import KubectlError
+from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import Operators
 from harness.objects import Object, api_key, light_engines, policy, pool, secret, service_account

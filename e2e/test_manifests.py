@@ -13,7 +13,8 @@ import tenacity
 import yaml
 
 from cluster import build
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.client import KubectlError
+from cluster.control_plane import ControlPlane
 from cluster.fixtures import new_control_plane
 from harness.kustomize import render
 

@@ -5,7 +5,7 @@ The tests are one story, in this order.
 
 import pytest
 
-from cluster.control_plane import KubectlError
+from cluster.client import KubectlError
 from harness.node_installation import (
     ENGINES,
     NAMESPACE,

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.control_plane import KubectlError
-from cluster.node import NAME
+from cluster.client import KubectlError
 from harness.node_installation import OPERATOR, OPERATOR_NAMESPACE, REPOSITORY, NodeInstallation
 from harness.stage import until
 
@@ -37,12 +36,15 @@ def installation(node_installation: NodeInstallation) -> Iterator[NodeInstallati
 def test_drained_node_keeps_an_engine_until_another_serves(installation: NodeInstallation) -> None:
     """There is one node: what is evicted finds no other place, so the budget keeps the other engine, and no request fails."""
     installation.wait_serving(2)
-    drain = ["drain", NAME, "--pod-selector=app=evenhand-engine", "--delete-emptydir-data", "--timeout=30s"]
+    nodes = {pod["spec"]["nodeName"] for pod in installation.ready_pods()}
+    if len(installation.cluster.find("nodes")) > 1:
+        pytest.skip("there are several nodes: what is evicted finds a place")
+    drain = ["drain", *nodes, "--pod-selector=app=evenhand-engine", "--delete-emptydir-data", "--timeout=30s"]
     with installation.under_load(requests=150, at_once=2, seconds=45) as outcomes:
         with pytest.raises(KubectlError, match="disruption budget"):
             installation.cluster.kubectl(*drain, timeout=60)
         until(lambda: len(installation.ready_pods()) == 1)
-        installation.cluster.kubectl("uncordon", NAME)
+        installation.cluster.kubectl("uncordon", *nodes)
     assert outcomes == {"ok": 150}
     until(lambda: len(installation.ready_pods()) == 2, timeout=90)
 

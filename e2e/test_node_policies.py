@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.node import ADDRESS, API_PORT
 from harness.node_installation import CLIENT, OPERATOR, OPERATOR_NAMESPACE, TENANTS, NodeInstallation
 from harness.stage import until
 
@@ -53,5 +52,6 @@ def test_tenants_reach_the_public_port_and_only_the_operator_the_admin_port(inst
 def test_engines_call_nobody(installation: NodeInstallation) -> None:
     client = installation.cluster.get("pod", CLIENT, TENANTS)
     engine, other = installation.ready_pods()
-    for address, port in ((ADDRESS, API_PORT), (other["status"]["podIP"], 8000), (client["status"]["podIP"], 80)):
+    addresses = {(other["status"]["podIP"], 8000), (client["status"]["podIP"], 80), installation.api_server()}
+    for address, port in addresses:
         assert not reaches(installation, installation.namespace, engine["metadata"]["name"], address, port)

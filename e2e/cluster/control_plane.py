@@ -5,18 +5,15 @@ data. Mostly no node runs: Pods are kept by `cluster.pod_runner`, so the control
 `cluster.node` adds a real node.
 """
 
-import json
-import os
 import shutil
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster.api_client import ApiClient
+from cluster.client import Cluster
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
 from cluster.ports import free_ports
 from cluster.programs import Program, Running, Watchdog
@@ -29,14 +26,8 @@ SERVICE_ADDRESSES = "10.89.0.0/24"
 API_SERVICE = "10.89.0.1"
 """The address of the Service `kubernetes`, the first of all."""
 
-Object = dict[str, Any]
 
-
-class KubectlError(Exception):
-    """kubectl ended with another status than 0; the message is what it printed."""
-
-
-class ControlPlane(Running):
+class ControlPlane(Cluster, Running):
     """Starts and stops the programs, and is the way to everything in them.
 
     `programs` tells where each program is; certificates, data and logs go below `directory`. `address` is one of this machine;
@@ -46,16 +37,15 @@ class ControlPlane(Running):
     def __init__(
         self, programs: Mapping[str, Path], directory: Path, address: str = LOOPBACK, port: int | None = None
     ) -> None:
-        self.directory = directory
+        super().__init__(programs, directory, kubeconfig=directory / "admin.kubeconfig")
         self.address = address
-        self._programs = programs
         etcd_port, peer_port, free_port, controller_port = free_ports(4)
         port = port or free_port
         self.server = f"https://{address}:{port}"
         self._watchdog = Watchdog()
         self._authority = CertificateAuthority(directory)
         self.authority = self._authority.certificate
-        self.kubeconfig = self.certificate_kubeconfig("admin", "system:masters")
+        self.certificate_kubeconfig("admin", "system:masters")
         self._signing_key, self._trusted_keys = (
             directory / "service-account.key",
             directory / "service-account-keys.pem",
@@ -120,58 +110,6 @@ class ControlPlane(Running):
         self.start_api_server()
         self.controller_manager.start()
 
-    def kubectl(
-        self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None, timeout: float = 60
-    ) -> str:
-        """What kubectl prints on standard output, run as admin unless a kubeconfig is given. Raises KubectlError."""
-        environment = {
-            "HOME": str(self.directory),  # so that nothing of the user's own configuration or cache counts
-            "KUBECONFIG": str(kubeconfig or self.kubeconfig),
-            "PATH": os.environ["PATH"],
-        }
-        done = subprocess.run(
-            [self._programs["kubectl"], *arguments],
-            input=stdin or "",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        if done.returncode:
-            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr}{done.stdout}".rstrip())
-        return done.stdout
-
-    def apply(self, *objects: Object, kubeconfig: Path | None = None) -> None:
-        """`kubectl apply` of objects. Raises KubectlError."""
-        document = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
-        self.kubectl("apply", "-f", "-", stdin=document, kubeconfig=kubeconfig)
-
-    def get(self, resource: str, name: str, namespace: str | None = None) -> Object:
-        """One object. Raises KubectlError."""
-        result: Object = json.loads(self.kubectl("get", resource, name, "-o", "json", *in_namespace(namespace)))
-        return result
-
-    def find(self, resource: str, namespace: str | None = None, selector: str = "") -> list[Object]:
-        """Objects of one kind, in one namespace or in the default one. Raises KubectlError."""
-        answer = self.kubectl("get", resource, "-o", "json", "--selector", selector, *in_namespace(namespace))
-        items: list[Object] = json.loads(answer)["items"]
-        return items
-
-    def kstatus(self, objects: Iterable[Object]) -> list[Object]:
-        """Kind, namespace, name, status and message of each object, as Flux would see it."""
-        lines = "".join(json.dumps(each) + "\n" for each in objects)
-        done = subprocess.run(
-            [self._programs["kstatus"]], input=lines, capture_output=True, text=True, check=True, timeout=60
-        )
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    def service_account_token(
-        self, namespace: str, name: str, audience: str | None = None, duration: str = "1h"
-    ) -> str:
-        """A token bound to the ServiceAccount (a TokenRequest), for the API server unless an audience is given."""
-        audiences = ["--audience", audience] if audience else []
-        return self.kubectl("create", "token", name, "-n", namespace, "--duration", duration, *audiences).strip()
-
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig with which a program is that ServiceAccount, and may do what RBAC lets it do."""
         path = self.directory / f"{namespace}-{name}.kubeconfig"
@@ -187,11 +125,6 @@ class ControlPlane(Running):
     ) -> Program:
         """A program, not started yet, that cannot outlive the test run."""
         return Program(name, command, log, self._watchdog, environment)
-
-    def create_namespace(self, name: str, **labels: str) -> None:
-        """Returns once Pods can be made in it: the controllers have given it its default ServiceAccount."""
-        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
-        self._wait_for_service_account(name)
 
     def _wait_for_service_account(self, namespace: str) -> None:
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/default"
@@ -283,8 +216,3 @@ class ControlPlane(Running):
             f"--root-ca-file={self.authority}",
             f"--controllers={','.join(['*', *(f'-{each}' for each in left_out)])}",
         )
-
-
-def in_namespace(namespace: str | None) -> list[str]:
-    """kubectl's options for a namespace."""
-    return ["-n", namespace] if namespace else []

@@ -183,7 +183,7 @@ state = "{self._directory}/state"
             "failSwapOn": False,
             "enforceNodeAllocatable": [],
             "evictionHard": {},
-            "localStorageCapacityIsolation": False,
+            "localStorageCapacityIsolation": True,
             "containerRuntimeEndpoint": f"unix://{self._socket}",
             "clusterDNS": [DNS_ADDRESS],
             "clusterDomain": "cluster.local",

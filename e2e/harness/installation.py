@@ -101,6 +101,8 @@ class Engine:
 class Installation(Stage):
     """Operator and engines of the dev overlay on a control plane. Entered, they run."""
 
+    cluster: ControlPlane
+
     def __init__(self, cluster: ControlPlane, directory: Path, num_engines: int = 2) -> None:
         super().__init__(cluster, NAMESPACE, "/v1/scheduler-config")
         self._directory = directory

@@ -1,4 +1,4 @@
-"""Evenhand on a real node: installed by kubectl from the manifests, in containers of the images, used by a Pod of a tenant."""
+"""Evenhand on real nodes: installed by kubectl from the manifests, in containers of the images, used by a Pod of a tenant."""
 
 import concurrent.futures
 import contextlib
@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import yaml
 
-from cluster import build, images, node_build
-from cluster.control_plane import ControlPlane
-from cluster.node import ADDRESS, API_PORT, Node, prepare_network
+from cluster import build
+from cluster.client import Cluster
+from cluster.node import Node
 from harness import cluster_client
 from harness.objects import policy
 from harness.stage import Stage
@@ -26,32 +26,30 @@ IDENTITY = {"name": "pods", "type": "ServiceAccount", "serviceAccount": {"name":
 SIZES = ["--max-num-batched-tokens=64", "--max-num-seqs=8", "--max-model-len=1024", "--kv-cache-memory-bytes=128M"]
 """Engines of which two fit on a test machine beside everything else."""
 
-REQUESTS = {"cpu": "200m", "memory": "1Gi"}
+REQUESTS = {"cpu": "200m", "memory": "1Gi", "ephemeral-storage": "256Mi"}
 
 Object = dict[str, Any]
 
 
 class NodeInstallation(Stage):
-    """A cluster of one node. Entered, it is empty but for the tenant's Pod."""
+    """A cluster with real nodes: ours, or another's that a kubeconfig leads to. It is empty but for the tenant's Pod.
 
-    def __init__(self, directory: Path) -> None:
-        programs = build.programs() | node_build.programs()
-        super().__init__(ControlPlane(programs, directory, ADDRESS, API_PORT), NAMESPACE)
-        self._programs = programs
+    Attributes:
+        node: the node, where it is ours alone; None: others' are not to be touched.
+    """
+
+    def __init__(self, cluster: Cluster, directory: Path, node: Node | None = None) -> None:
+        super().__init__(cluster, NAMESPACE)
+        self.node = node
         self._directory = directory
 
     def __enter__(self) -> Self:
-        prepare_network()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.cluster)
-            self.node = stack.enter_context(Node(self.cluster, self._programs, images.archives()))
-            self.cluster.create_namespace(TENANTS)
-            self.cluster.apply(*client())
-            self._running = stack.pop_all()
+        self.cluster.create_namespace(TENANTS)
+        self.cluster.apply(*client())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._running.close()
+        self.cluster.kubectl("delete", "namespace", TENANTS, "--timeout=60s", timeout=90)
 
     def install(self, overlay: Path | None = None) -> float:
         """As manifests/README.md says; the seconds from an empty cluster to the first answer to the tenant's Pod."""
@@ -128,6 +126,11 @@ class NodeInstallation(Stage):
         """Returns once the Deployment is rolled out."""
         namespace = OPERATOR_NAMESPACE if deployment == OPERATOR else NAMESPACE
         self.cluster.kubectl("rollout", "status", deployment, "-n", namespace, "--timeout=180s", timeout=200)
+
+    def api_server(self) -> tuple[str, int]:
+        """Address and port of one, as the Service `kubernetes` leads to it."""
+        [found, *_] = self.cluster.find("endpointslices", "default", "kubernetes.io/service-name=kubernetes")
+        return found["endpoints"][0]["addresses"][0], found["ports"][0]["port"]
 
     def pods(self) -> list[Object]:
         """Of operator and engines."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.client import Cluster, KubectlError
 from evenhand_policy.bootstrap import BootstrapError
 from harness.objects import ADMIN_PORT, ENGINE_LABELS, policy
 from harness.operator_process import read_json
@@ -18,7 +18,7 @@ PATIENCE = 40.0
 class Stage:
     """One namespace in which a pool `default` is served. `config_path` is where its engines show what they enforce."""
 
-    def __init__(self, cluster: ControlPlane, namespace: str, config_path: str = "/config") -> None:
+    def __init__(self, cluster: Cluster, namespace: str, config_path: str = "/config") -> None:
         self.cluster = cluster
         self.namespace = namespace
         self._config_path = config_path
