@@ -59,17 +59,20 @@ node: cluster  ## build a node's programs and the images without Docker, into th
 image-archives:  ## build them without Docker, for the tests, into the cache: 8 minutes the first time (root, Debian)
 	PYTHONPATH=e2e $(PYTHON) -m cluster.images
 
+# namespaces for network, mounts and processes, which end with it
+ISOLATED = PYTHONPATH=e2e $(PYTHON) -m cluster.isolated
+
 test: install  ## start the real components and run every test that this machine can run
 	$(PYTHON) e2e/cluster/build.py --if-possible
-	.venv/bin/pytest -m "not soak"
+	PYTHONPATH=e2e $(PYTHON) -m cluster.node_build --if-possible
+	.venv/bin/pytest -m "not soak and not node"
+	$(ISOLATED) .venv/bin/pytest -m node e2e
 
-# namespaces for network, mounts and processes, which end with it
-ISOLATED = unshare --net --mount --pid --fork --kill-child --mount-proc
 e2e-node: install node  ## install on a real node with real containers, use, upgrade, roll back, remove (root, Debian)
 	$(ISOLATED) .venv/bin/pytest -m node e2e
 
 node-shell: install node  ## a shell beside a real node, with kubectl, until it is left (root, Debian)
-	PYTHONPATH=e2e $(ISOLATED) .venv/bin/python -m cluster.own_node
+	$(ISOLATED) .venv/bin/python -m cluster.own_node
 
 KIND := evenhand-e2e
 e2e-kind: install cluster images  ## the same tests on kind, where Docker and kind are

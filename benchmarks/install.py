@@ -14,14 +14,12 @@ from pathlib import Path
 import common
 import numpy as np
 
-from cluster import images, node_build
+from cluster import images, isolated, node_build
 from cluster.node import isolation
 from cluster.own_node import own_node
 from harness.node_installation import ENGINES, NodeInstallation
 
 ENOUGH = 3
-
-ISOLATED = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def run(times: int, changes: int) -> None:
@@ -71,5 +69,5 @@ if __name__ == "__main__":
     if reason := node_build.missing():
         sys.exit(reason)
     if isolation():
-        os.execvp(ISOLATED[0], [*ISOLATED, sys.executable, *sys.argv])
+        os.execvp(isolated.NAMESPACES[0], [*isolated.NAMESPACES, sys.executable, *sys.argv])
     run(times=1 if options.quick else 5, changes=10 if options.quick else 100)

@@ -42,7 +42,11 @@ Object = dict[str, Any]
 def isolation() -> str:
     """Why a node may not change this process's network, or nothing: the network leads nowhere."""
     links = json.loads(subprocess.run(["ip", "-json", "link"], capture_output=True, check=True, text=True).stdout)
-    return "" if [link["ifname"] for link in links] == ["lo"] else "a node needs namespaces of its own (make e2e-node)"
+    return (
+        ""
+        if [link["ifname"] for link in links] == ["lo"]
+        else "a node needs namespaces of its own (make test, make e2e-node)"
+    )
 
 
 class Node(Running):

@@ -127,10 +127,10 @@ class NodeInstallation(Stage):
         namespace = OPERATOR_NAMESPACE if deployment == OPERATOR else NAMESPACE
         self.cluster.kubectl("rollout", "status", deployment, "-n", namespace, "--timeout=180s", timeout=200)
 
-    def api_server(self) -> tuple[str, int]:
-        """Address and port of one, as the Service `kubernetes` leads to it."""
+    def api_server(self) -> str:
+        """ADDRESS:PORT of one, as the Service `kubernetes` leads to it."""
         [found, *_] = self.cluster.find("endpointslices", "default", "kubernetes.io/service-name=kubernetes")
-        return found["endpoints"][0]["addresses"][0], found["ports"][0]["port"]
+        return f"{found['endpoints'][0]['addresses'][0]}:{found['ports'][0]['port']}"
 
     def pods(self) -> list[Object]:
         """Of operator and engines."""
