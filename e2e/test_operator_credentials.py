@@ -19,6 +19,7 @@ from cluster.fixtures import install_crds, new_control_plane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import OPERATOR, OPERATOR_NAMESPACE, Operators, install_operator_rights, new_served_namespace
 from harness.objects import Object, light_engines, policy, pool
+from harness.paging_proxy import PagingProxy
 from harness.stage import Stage, conditions, until
 
 OFTEN = ("--relist-seconds=10",)
@@ -160,6 +161,27 @@ def num_refused(cluster: ControlPlane) -> int:
     lines = cluster.kubectl("get", "--raw", "/metrics").splitlines()
     start = "apiserver_flowcontrol_rejected_requests_total{"
     return sum(int(line.split()[-1]) for line in lines if line.startswith(start) and '"no-time"' in line)
+
+
+def test_lists_whose_pages_expire_are_begun_anew(
+    own_cluster: ControlPlane, own_stage: Stage, operators: Operators, kubeconfig: Path
+) -> None:
+    """Those of the operator's own, and that of Kopf, in the middle of which the API server forgets what it was to list."""
+    names = [f"paged-{index}" for index in range(5)]
+    own_cluster.apply(*(policy(own_stage.namespace, name) for name in names))
+    with PagingProxy(own_cluster.server, own_cluster.authority, own_cluster.forget_history) as proxy:
+        operator = operators.start(own_stage.namespace, kubeconfig=proxy.kubeconfig(kubeconfig))
+        for program in ("evenhand-operator", "kopf"):
+            until(lambda program=program: proxy.answers["tenantpolicies", program, 410] == 1)  # type: ignore[misc]
+            until(lambda program=program: proxy.answers["tenantpolicies", program, 200] >= 2)  # type: ignore[misc]
+        until(lambda: all(is_accepted(own_stage, name) for name in names))
+        own_stage.kubectl("delete", "tpol", *names[1:])
+        own_cluster.apply(policy(own_stage.namespace, names[0], weight=7))
+        until(lambda: is_accepted(own_stage, names[0]))
+        num_left = len(own_cluster.find("tenantpolicies.evenhand.dev", own_stage.namespace))
+        until(lambda: operator.metric("evenhand_operator_policies", condition="Accepted") == num_left)
+        operator.program.check_running()
+        operator.stop()
 
 
 def test_operator_learns_of_an_authority_that_took_the_place_of_another(

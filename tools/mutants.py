@@ -81,9 +81,17 @@ def run(mutants: Iterable[MutationSpec], budget: float) -> Iterator[tuple[Mutati
     for mutant in mutants:
         if time.monotonic() > deadline:
             return
-        tests = " ".join(map(shlex.quote, tests_of(Path(mutant.module_path))))
-        pytest = f"{ROOT}/.venv/bin/pytest -q -x -p no:cacheprovider --hypothesis-seed=0 --timeout=60 {tests}"
-        result = mutate_and_test([mutant], f"env PYTHONPATH={paths} PYTHONDONTWRITEBYTECODE=1 {pytest}", _TEST_SECONDS)
+        module = Path(mutant.module_path)
+        for tests in (
+            tests_of(module),
+            [PACKAGES[str(module.parent)]],
+        ):  # some importing no module by name see all of it
+            command = f"{ROOT}/.venv/bin/pytest -q -x -p no:cacheprovider --hypothesis-seed=0 --timeout=60 {shlex.join(tests)}"
+            result = mutate_and_test(
+                [mutant], f"env PYTHONPATH={paths} PYTHONDONTWRITEBYTECODE=1 {command}", _TEST_SECONDS
+            )
+            if result.test_outcome != TestOutcome.SURVIVED:
+                break
         outcome = result.test_outcome or TestOutcome.INCOMPETENT
         print(f"{outcome.value:12} {mutant.module_path}:{mutant.start_pos[0]} {mutant.operator_name}", flush=True)
         yield mutant, outcome.value, result.diff or ""

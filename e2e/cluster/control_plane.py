@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster.api_client import ApiClient
 from cluster.client import Cluster
+from cluster.etcd import compact
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
 from cluster.ports import free_ports
 from cluster.programs import Program, Running, Watchdog
@@ -42,6 +43,7 @@ class ControlPlane(Cluster, Running):
         etcd_port, peer_port, free_port, controller_port = free_ports(4)
         port = port or free_port
         self.server = f"https://{address}:{port}"
+        self._etcd_url = f"http://{LOOPBACK}:{etcd_port}"
         self._watchdog = Watchdog()
         self._authority = CertificateAuthority(directory)
         self.authority = self._authority.certificate
@@ -51,8 +53,8 @@ class ControlPlane(Cluster, Running):
             directory / "service-account-keys.pem",
         )
         write_signing_key(self._signing_key, self._trusted_keys)
-        self.etcd = self._etcd(etcd_port, peer_port)
-        self.api_server = self._api_server(port, etcd_port)
+        self.etcd = self._etcd(peer_port)
+        self.api_server = self._api_server(port)
         self.controller_manager = self._controller_manager(controller_port)
         self._tls = self._admin_context()
 
@@ -86,6 +88,12 @@ class ControlPlane(Cluster, Running):
     def restart_api_server(self, grace: float = 2) -> None:
         """Stops and starts the API server alone: every watch is cut, and its watch cache starts empty."""
         self.stop_api_server(grace)
+        self.start_api_server()
+
+    def forget_history(self) -> None:
+        """Restarts the API server on an etcd that has no earlier state any more: lists cannot be gone on with (410)."""
+        self.stop_api_server(grace=0)
+        compact(self._etcd_url)
         self.start_api_server()
 
     def rotate_service_account_key(self) -> None:
@@ -157,8 +165,8 @@ class ControlPlane(Cluster, Running):
     def _program(self, name: str, *options: str) -> Program:
         return self.program(name, [self._programs[name], *options], self.directory / f"{name}.log")
 
-    def _etcd(self, port: int, peer_port: int) -> Program:
-        client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
+    def _etcd(self, peer_port: int) -> Program:
+        client, peer = self._etcd_url, f"http://{LOOPBACK}:{peer_port}"
         return self._program(
             "etcd",
             f"--data-dir={self.directory / 'etcd'}",
@@ -170,7 +178,7 @@ class ControlPlane(Cluster, Running):
             f"--initial-cluster=default={peer}",
         )
 
-    def _api_server(self, port: int, etcd_port: int) -> Program:
+    def _api_server(self, port: int) -> Program:
         certificate, key = self._authority.issue("kube-apiserver", *self._server_names())
         if self.address == LOOPBACK:  # such an address may not be an endpoint
             of_nodes = ["--authorization-mode=RBAC", "--endpoint-reconciler-type=none"]
@@ -184,7 +192,7 @@ class ControlPlane(Cluster, Running):
             ]
         return self._program(
             "kube-apiserver",
-            f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+            f"--etcd-servers={self._etcd_url}",
             f"--bind-address={self.address}",
             f"--advertise-address={self.address}",
             f"--secure-port={port}",

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 10.0
 _LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
 _REQUEST_SECONDS, _CONNECT_SECONDS = 30.0, 5.0
 _COURTESY_SECONDS = 0.0005
 
@@ -61,10 +62,11 @@ async def _run_kopf(
     cache: Cache, settings: Settings, namespaces: Collection[str], is_outdated: Callable[[], bool]
 ) -> None:
     """Returns when Kopf has ended, by itself or because it should look elsewhere."""
-    registry = _make_registry(cache, asyncio.get_running_loop())
-    stopping = threading.Event()
+    stopping, ending = threading.Event(), asyncio.Event()
+    registry = _make_registry(cache, asyncio.get_running_loop(), ending)
 
     async def run() -> None:
+        reaper = asyncio.create_task(_reap(ending, asyncio.current_task()))
         try:
             await kopf.operator(
                 registry=registry,
@@ -76,6 +78,7 @@ async def _run_kopf(
             )
         finally:
             stopping.set()  # else Kopf's thread that waits for it would wait for ever
+            reaper.cancel()
 
     thread = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(run())))
     try:
@@ -88,7 +91,21 @@ async def _run_kopf(
         log.warning("Kopf has ended, and is started anew: %s: %s", type(error).__name__, error)
 
 
-def _make_registry(cache: Cache, loop: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
+async def _reap(ending: asyncio.Event, main: asyncio.Task[Any] | None) -> None:
+    """Cancels what is left when Kopf ends, again and again.
+
+    Kopf cancels each task once, and waits for it; a watch that is being connected takes that for a pause, and goes on. So an
+    API server that restarts while Kopf ends would keep it from ending, and from being started anew, for ever.
+    """
+    await ending.wait()
+    while True:
+        await asyncio.sleep(_GRACE_SECONDS)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), main}:
+            task.cancel()
+
+
+def _make_registry(cache: Cache, loop: asyncio.AbstractEventLoop, ending: asyncio.Event) -> kopf.OperatorRegistry:
+    """What Kopf is to do: hand over events, log in as we do, and say when it is `ending`."""
     registry = kopf.OperatorRegistry()
     _hand_over(registry, TENANT_POLICIES, cache.policies.observe, loop)
     _hand_over(registry, ENGINE_POOLS, cache.pools.observe, loop)
@@ -96,6 +113,10 @@ def _make_registry(cache: Cache, loop: asyncio.AbstractEventLoop) -> kopf.Operat
     @kopf.on.login(registry=registry)
     def _log_in(**_: Any) -> kopf.ConnectionInfo:
         return log_in()
+
+    @kopf.on.cleanup(registry=registry)
+    async def _say_that_it_ends(**_: Any) -> None:
+        ending.set()
 
     return registry
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -34,8 +34,8 @@ async def serving(host: str, port: int, cache: Cache, health: Health) -> AsyncIt
     app.add_routes(
         [
             web.get("/metrics", show_metrics),
-            web.get("/healthz", lambda _: _probe(health.alive)),
-            web.get("/readyz", lambda _: _probe(health.ready)),
+            web.get("/healthz", _probe(health.alive)),
+            web.get("/readyz", _probe(health.ready)),
         ]
     )
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
@@ -59,9 +59,12 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(("0.0.0.0", port))
 
 
-async def _probe(check: Callable[[], str | None]) -> web.Response:
-    problem = check()
-    return web.Response(text=problem or "ok", status=503 if problem else 200)
+def _probe(check: Callable[[], str | None]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def answer(_: web.Request) -> web.Response:
+        problem = check()
+        return web.Response(text=problem or "ok", status=503 if problem else 200)
+
+    return answer
 
 
 def _count_policies(cache: Cache) -> None:

@@ -60,6 +60,35 @@ async def test_kopf_that_ends_is_started_anew(started: Kopf, changes: Any, error
     assert started.starts[-1]["stop_flag"].is_set(), "its thread ends with us"
 
 
+def test_what_takes_a_cancellation_for_a_pause_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a watch of Kopf's that is being connected while Kopf ends; it is cancelled once, and waited for."""
+    monkeypatch.setattr(handlers, "_GRACE_SECONDS", 0.0)
+    swallowed: list[None] = []
+
+    async def go_on() -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if len(swallowed) == 3:
+                    raise
+                swallowed.append(None)
+
+    async def kopf_that_ends() -> None:
+        ending = asyncio.Event()
+        reaper = asyncio.create_task(handlers._reap(ending, asyncio.current_task()))
+        watching = asyncio.create_task(go_on())
+        await asyncio.sleep(0)
+        watching.cancel()
+        ending.set()
+        await asyncio.wait([watching], timeout=10)
+        assert watching.cancelled()
+        reaper.cancel()
+
+    asyncio.run(kopf_that_ends())
+    assert len(swallowed) == 3
+
+
 async def test_namespaces_that_cannot_be_read_are_left_out_until_they_can(started: Kopf, changes: Any) -> None:
     readable: tuple[str, ...] = ("a", "b")
     looks = 0
@@ -105,4 +134,5 @@ async def test_only_policies_and_pools_are_watched_and_nothing_is_written(starte
     ]
     assert sorted(map(str, watched)) == ["enginepools", "tenantpolicies"]
     assert given["settings"].posting.enabled is False and given["standalone"] is True
+    assert [handler.activity for handler in given["registry"]._activities._handlers] == ["authentication", "cleanup"]
     await cancel(task)

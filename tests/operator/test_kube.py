@@ -60,6 +60,10 @@ async def test_what_was_too_much_is_asked_again_after_as_long_as_the_server_says
     with pytest.raises(ApiError, match="too many"):
         await kube.get(ENGINE_POOLS, "n", "a")
     assert len(api.requests) == 6
+    api.refusals += [(429, {"message": "too many"}, {})]
+    with pytest.raises(ApiError, match="too many"):
+        await kube.get(ENGINE_POOLS, "n", "a")
+    assert len(api.requests) == 7, "without a word on when it is not asked again at once"
 
 
 async def test_credentials_are_read_again_when_nobody_has_answered_for_long(

@@ -240,6 +240,25 @@ async def test_deleted_lease_rolls_nothing_back(api: OneLease) -> None:
         await first.confirm()
 
 
+def test_deleted_lease_that_cannot_be_made_again_at_once_is_not_lost_yet(
+    virtual_time: VirtualTime, api: OneLease
+) -> None:
+    async def scenario() -> None:
+        first = lease(api, "first", time=virtual_time)
+        await first.acquire()
+        api.stored, failures = None, [ApiError(0, "no answer"), ApiError(403, "not yet")]
+
+        def be_away(method: str) -> None:
+            if method == "create" and failures:
+                raise failures.pop()
+
+        api.fail = be_away
+        await first.confirm()
+        assert (api.holder, api.epoch, failures) == ("first", "1", [])
+
+    virtual_time.run(scenario())
+
+
 @pytest.mark.parametrize("text", ["", "x", "-3", "²", "1e9"])
 async def test_epoch_that_is_no_number_counts_for_nothing(api: OneLease, text: str) -> None:
     """Somebody edited the Lease: what pods and pools tell of still holds."""

@@ -1,5 +1,6 @@
 """Links: every pod is brought to what its pool offers, and kept there, whatever becomes of it."""
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
@@ -68,6 +69,19 @@ async def test_pod_that_enforces_what_is_offered_is_told_nothing(
     pusher.sync(POOL, [pod], make.offer(1), {})
     await changes.until(lambda: pusher.is_settled(POOL))
     assert (stand_in.requests, states(pusher)["pod-0"]) == (["GET"], PodState.APPLIED)
+
+
+async def test_pool_that_is_dropped_is_left_alone(pusher: Pusher, engine: Any, make: Any, changes: Any) -> None:
+    stand_in = await engine()
+    pods = [make.pod("pod-0", stand_in.url), make.pod("lost", "http://127.0.0.1:1")]
+    pusher.sync(POOL, pods, make.offer(1), {})
+    await changes.until(lambda: states(pusher)["pod-0"] is PodState.APPLIED)
+    links = [task for task in asyncio.all_tasks() if task.get_name().startswith("push to ")]
+    assert (len(links), pusher.num_pending) == (2, 1)
+    pusher.drop(POOL)
+    assert (pusher.reports(POOL), pusher.num_pending, POOL in pusher.pools()) == ([], 0, False)
+    done, _ = await asyncio.wait(links, timeout=10)
+    assert len(done) == 2 and all(task.cancelled() for task in done)
 
 
 async def test_pod_that_comes_back_is_brought_up_to_date(

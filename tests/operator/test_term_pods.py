@@ -20,6 +20,7 @@ async def test_policy_is_programmed_once_the_pod_enforces_it(
         term_api.store("TenantPolicy", "a", weight=5)
         await changes.until(lambda: term_api.accepted("a") and term_api.condition("a", "Ready")[0] == "True")
         assert [tenant.weight for tenant in stand_in.receiver.in_force.config.tenants] == [5]
+        assert stand_in.receiver.in_force.num_replicas == 1
     assert term_api.condition("a", "Programmed") == ("True", "Programmed")
 
 

@@ -1,12 +1,14 @@
-"""The operator's own port, whatever addresses the machine has."""
+"""The operator's own port: what it answers, whatever addresses the machine has."""
 
 import errno
 import socket
 from typing import Any
 
+import aiohttp
 import pytest
 
-from evenhand_operator.web_server import listen
+from evenhand_operator.cache import Cache
+from evenhand_operator.web_server import Health, listen, serving
 
 
 def reachable(host: str, port: int) -> bool:
@@ -48,3 +50,19 @@ def test_one_address_is_that_one() -> None:
 def test_port_that_is_taken_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+async def test_probes_say_what_is_wrong(cache: Cache) -> None:
+    wrong: str | None = None
+    health = Health(alive=lambda: wrong, ready=lambda: "not everything is listed yet")
+    async with serving("127.0.0.1", 0, cache, health) as port, aiohttp.ClientSession() as session:
+
+        async def ask(path: str) -> tuple[int, str]:
+            async with session.get(f"http://127.0.0.1:{port}{path}") as response:
+                return response.status, await response.text()
+
+        assert await ask("/healthz") == (200, "ok")
+        assert await ask("/readyz") == (503, "not everything is listed yet")
+        wrong = "nothing was built for too long"
+        assert await ask("/healthz") == (503, wrong)
+        assert "evenhand_operator_is_leader" in (await ask("/metrics"))[1]
