@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import SchedulerConfig
-from evenhand_policy.documents import MAX_FILE_BYTES
 from evenhand_policy.errors import reference
 from evenhand_policy.resource_files import Finding, ResourceFiles
+from evenhand_policy.yaml_reader import MAX_FILE_BYTES
 
 MAX_FILES = 10_000
 _SUFFIXES = frozenset({".yaml", ".yml", ".json"})

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import LatencyClass
-from evenhand_policy.documents import Document, DocumentError
 from evenhand_policy.errors import Named, Reason, ResourceReference, reference
 from evenhand_policy.grants import Grant
 from evenhand_policy.identities import ObjectKey
@@ -23,6 +22,7 @@ from evenhand_policy.resource_files import Finding, ResourceFiles
 from evenhand_policy.schema import Metadata
 from evenhand_policy.secret import Secret, SecretKeys
 from evenhand_policy.spec import TenantPolicy
+from evenhand_policy.yaml_reader import Entry, YamlError
 
 _GROUP = "evenhand.dev/"
 _WIDEST_GRANT = Grant(
@@ -96,29 +96,29 @@ class _Files(ResourceFiles):
         super().__init__()
         self.namespaces: dict[str, Mapping[str, str]] = {}
 
-    def reject(self, file: str, content: bytes, error: DocumentError) -> None:
+    def reject(self, file: str, content: bytes, error: YamlError) -> None:
         """Templates and the like are others' matter, unless they are of ours."""
         if _GROUP.encode() in content:
             super().reject(file, content, error)
 
-    def add_document(self, file: str, index: int, document: Document) -> None:
+    def add_entry(self, file: str, index: int, entry: Entry) -> None:
         """As the base does, and the items of a list; encrypted Secrets, and kinds of others with our names, are passed over."""
-        value = document.value
+        value = entry.value
         if not isinstance(value, dict):
             return
         kind, version = value.get("kind"), value.get("apiVersion")
         if kind == "List" and isinstance(value.get("items"), list):
             for number in range(len(value["items"])):
-                self.add_document(file, index, _item(document, number))
+                self.add_entry(file, index, _item(entry, number))
         elif kind in ("TenantPolicy", "EnginePool"):
             if version is None or str(version).startswith(_GROUP):
-                super().add_document(file, index, document)
+                super().add_entry(file, index, entry)
         elif kind != "Secret" or "sops" not in value:
-            super().add_document(file, index, document)
+            super().add_entry(file, index, entry)
 
-    def add_foreign(self, file: str, index: int, document: Document, kind: Any) -> None:
+    def add_foreign(self, file: str, index: int, entry: Entry, kind: Any) -> None:
         """The labels of a namespace decide whether a pool admits it; of all else nothing is wanted."""
-        metadata = document.value.get("metadata")
+        metadata = entry.value.get("metadata")
         if kind == "Namespace" and isinstance(metadata, dict):
             labels = metadata.get("labels")
             pairs = labels.items() if isinstance(labels, dict) else ()
@@ -184,15 +184,15 @@ def _stand_in(key: ObjectKey) -> EnginePool:
     return EnginePool(api_version="evenhand.dev/v1alpha1", kind="EnginePool", metadata=metadata, spec=spec)
 
 
-def _item(document: Document, number: int) -> Document:
-    """An item of a list as a document of its own."""
+def _item(entry: Entry, number: int) -> Entry:
+    """An item of a list as an entry of its own."""
     prefix = f"items[{number}]"
     lines = {
         re.sub(r"^\.", "", path[len(prefix) :]): line
-        for path, line in document.lines.items()
+        for path, line in entry.lines.items()
         if path == prefix or path.startswith((f"{prefix}.", f"{prefix}["))
     }
-    return Document(document.value["items"][number], lines)
+    return Entry(entry.value["items"][number], lines)
 
 
 def _key(pool: EnginePool) -> ObjectKey:

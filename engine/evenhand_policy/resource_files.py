@@ -3,13 +3,13 @@
 from typing import Any, NamedTuple, TypeVar
 
 from evenhand_policy.decode import decode, reference_to
-from evenhand_policy.documents import Document, DocumentError, read_documents
 from evenhand_policy.errors import InvalidResourceError, PolicyProblem, Reason, ResourceReference
 from evenhand_policy.identities import ObjectKey
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.schema import Model
 from evenhand_policy.secret import Secret
 from evenhand_policy.spec import TenantPolicy
+from evenhand_policy.yaml_reader import Entry, YamlError, read_entries
 
 _Resource = TypeVar("_Resource", bound=Model)
 
@@ -21,7 +21,7 @@ class Finding(NamedTuple):
         file: as the caller named it.
         line: from 1; None: the file as a whole.
         message: what is wrong and what to do. Never holds a credential.
-        field: path of the field at fault; empty for a document or file as a whole.
+        field: path of the field at fault; empty for an entry or file as a whole.
         reason: why the operator would refuse it; None where it is no resource at all.
         resource: None where it is not known.
     """
@@ -49,50 +49,50 @@ class ResourceFiles:
         self.pools: list[EnginePool] = []
         self.secrets: dict[ObjectKey, Secret] = {}
         self.findings: list[Finding] = []
-        self._places: dict[ResourceReference, tuple[str, Document]] = {}
+        self._places: dict[ResourceReference, tuple[str, Entry]] = {}
 
     def add(self, file: str, content: bytes) -> None:
-        """The documents of one file."""
+        """The entries of one file."""
         try:
-            documents = read_documents(content)
-        except DocumentError as error:
+            entries = read_entries(content)
+        except YamlError as error:
             self.reject(file, content, error)
             return
-        for index, document in enumerate(documents):
-            self.add_document(file, index, document)
+        for index, entry in enumerate(entries):
+            self.add_entry(file, index, entry)
 
-    def reject(self, file: str, content: bytes, error: DocumentError) -> None:
+    def reject(self, file: str, content: bytes, error: YamlError) -> None:
         """A file that cannot be read as YAML."""
         self.findings.append(Finding(file, error.line, error.message))
 
-    def add_document(self, file: str, index: int, document: Document) -> None:
-        """One document, the `index`th of its file from 0."""
+    def add_entry(self, file: str, index: int, entry: Entry) -> None:
+        """One entry, the `index`th of its file from 0."""
         try:
-            self._decode(file, index, document)
+            self._decode(file, index, entry)
         except InvalidResourceError as error:
             problem = error.problem
-            line = document.line_of(problem.path)
+            line = entry.line_of(problem.path)
             self.findings.append(Finding(file, line, problem.message, problem.path, problem.reason, problem.resource))
 
-    def _decode(self, file: str, index: int, document: Document) -> None:
-        value = document.value
+    def _decode(self, file: str, index: int, entry: Entry) -> None:
+        value = entry.value
         kind = value.get("kind") if isinstance(value, dict) else None
         match kind:
             case "TenantPolicy":
-                self.policies.append(self._register(file, document, decode(value, TenantPolicy)))
+                self.policies.append(self._register(file, entry, decode(value, TenantPolicy)))
             case "EnginePool":
-                self.pools.append(self._register(file, document, decode(value, EnginePool)))
+                self.pools.append(self._register(file, entry, decode(value, EnginePool)))
             case "Secret":
-                secret = self._register(file, document, decode(value, Secret))
+                secret = self._register(file, entry, decode(value, Secret))
                 self.secrets[secret.metadata.namespace, secret.metadata.name] = secret
             case _:
-                self.add_foreign(file, index, document, kind)
+                self.add_foreign(file, index, entry, kind)
 
-    def add_foreign(self, file: str, index: int, document: Document, kind: Any) -> None:
-        """A document that is none of a pool's."""
+    def add_foreign(self, file: str, index: int, entry: Entry, kind: Any) -> None:
+        """An entry that is none of a pool's."""
         shown = f"has kind {kind[:80]}" if isinstance(kind, str) else "has no kind"
-        message = f"document {index + 1} {shown}; only TenantPolicy, Secret and EnginePool belong here"
-        self.findings.append(Finding(file, document.line_of("kind"), message))
+        message = f"entry {index + 1} {shown}; only TenantPolicy, Secret and EnginePool belong here"
+        self.findings.append(Finding(file, entry.line_of("kind"), message))
 
     def report(self, problem: PolicyProblem) -> None:
         """What came of compiling a resource that was added, and where the one stands that it conflicts with."""
@@ -105,19 +105,19 @@ class ResourceFiles:
 
     def found_at(self, resource: ResourceReference, path: str, message: str, reason: Reason | None = None) -> Finding:
         """The same, for the caller to keep."""
-        file, document = self._places[resource]
-        return Finding(file, document.line_of(path), message, path, reason, resource)
+        file, entry = self._places[resource]
+        return Finding(file, entry.line_of(path), message, path, reason, resource)
 
     def place(self, resource: ResourceReference) -> str:
         """File and line of a resource that was added."""
-        file, document = self._places[resource]
-        return f"{file}:{document.line_of('')}"
+        file, entry = self._places[resource]
+        return f"{file}:{entry.line_of('')}"
 
-    def _register(self, file: str, document: Document, resource: _Resource) -> _Resource:
-        key = reference_to(document.value, type(resource).__name__)
+    def _register(self, file: str, entry: Entry, resource: _Resource) -> _Resource:
+        key = reference_to(entry.value, type(resource).__name__)
         if key in self._places:
             message = f"{key} is defined twice: here and at {self.place(key)}; keep one"
-            self.findings.append(Finding(file, document.line_of("metadata.name"), message, resource=key))
+            self.findings.append(Finding(file, entry.line_of("metadata.name"), message, resource=key))
         else:
-            self._places[key] = (file, document)
+            self._places[key] = (file, entry)
         return resource

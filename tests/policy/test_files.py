@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evenhand_policy.documents import MAX_FILE_BYTES, MAX_NESTING
 from evenhand_policy.files import FileProblem, PolicyFileError, load_policy_directory
+from evenhand_policy.yaml_reader import MAX_FILE_BYTES, MAX_NESTING
 
 KEY = "a-key-that-nobody-can-guess-0001"
 
@@ -41,7 +41,7 @@ def tenants_of(directory: Path) -> list[str]:
     return [tenant.tenant_id for tenant in load_policy_directory(directory).tenants]
 
 
-def test_documents_of_all_files_make_one_config(directory: Write) -> None:
+def test_entries_of_all_files_make_one_config(directory: Write) -> None:
     pool = (
         "apiVersion: evenhand.dev/v1alpha1\nkind: EnginePool\nmetadata: {name: default}\n"
         "spec: {selector: {matchLabels: {a: b}}, prices: {outputToken: 7}}\n"
@@ -95,8 +95,8 @@ def test_every_problem_is_told_with_its_line(directory: Write) -> None:
     assert problems_of(path) == [
         FileProblem("a.yaml", 6, "spec.limits.queueTimeout: expected a duration such as 500ms, 60s or 1m30s [Invalid]"),
         FileProblem("a.yaml", 13, "spec.weigth: unknown field; did you mean `weight`? [Invalid]"),
-        FileProblem("b.yaml", 1, "document 1 has no kind; only TenantPolicy, Secret and EnginePool belong here"),
-        FileProblem("c.yaml", 1, "document 1 has kind ConfigMap; only TenantPolicy, Secret and EnginePool belong here"),
+        FileProblem("b.yaml", 1, "entry 1 has no kind; only TenantPolicy, Secret and EnginePool belong here"),
+        FileProblem("c.yaml", 1, "entry 1 has kind ConfigMap; only TenantPolicy, Secret and EnginePool belong here"),
     ]
 
 

@@ -41,8 +41,8 @@ def lint(paths: tuple[Path, ...], output: str, strict: bool) -> None:
 
 def _contents(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file; those that cannot be read end the program with status 2."""
-    from evenhand_policy.documents import MAX_FILE_BYTES
     from evenhand_policy.files import MAX_FILES, cause_of, read_bounded
+    from evenhand_policy.yaml_reader import MAX_FILE_BYTES
 
     files = [file for path in paths for file in _files(path)]
     if len(files) > MAX_FILES:

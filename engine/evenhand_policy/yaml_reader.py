@@ -1,4 +1,4 @@
-"""YAML from people: every document of a file with the line of each field, bounded, nothing ambiguous let through.
+"""YAML from people: every entry of a file (they are separated by `---`) with the line of each field, bounded, nothing ambiguous let through.
 
 Refused with the line: duplicate keys, keys that are not text, tags, recursion, nesting and expansion beyond the bounds
 (a small file whose aliases stand for billions of values). No message quotes what the file holds, since it may be a key.
@@ -12,11 +12,11 @@ import yaml
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_NESTING = 32
-MAX_NODES_PER_DOCUMENT = 20_000
+MAX_NODES_PER_ENTRY = 20_000
 
 
-class Document(NamedTuple):
-    """One document. `lines` maps a path such as `spec.identities[0].name` to its line, from 1; "" is the document."""
+class Entry(NamedTuple):
+    """One entry. `lines` maps a path such as `spec.identities[0].name` to its line, from 1; "" is the entry."""
 
     value: Any
     lines: dict[str, int]
@@ -28,7 +28,7 @@ class Document(NamedTuple):
         return self.lines[path]
 
 
-class DocumentError(ValueError):
+class YamlError(ValueError):
     """A file that is not acceptable YAML; `line` is from 1, or None for the file as a whole."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
@@ -37,26 +37,26 @@ class DocumentError(ValueError):
         self.line = line
 
 
-def read_documents(content: bytes) -> list[Document]:
-    """The documents of a file; empty ones are left out.
+def read_entries(content: bytes) -> list[Entry]:
+    """The entries of a file; empty ones are left out.
 
     Raises:
-        DocumentError: the content is too large, not UTF-8, not YAML, or breaks one of the rules above.
+        YamlError: the content is too large, not UTF-8, not YAML, or breaks one of the rules above.
     """
     if len(content) > MAX_FILE_BYTES:
-        raise DocumentError(f"larger than {MAX_FILE_BYTES // 1024 // 1024} MiB; split it")
+        raise YamlError(f"larger than {MAX_FILE_BYTES // 1024 // 1024} MiB; split it")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError("not UTF-8", content.count(b"\n", 0, error.start) + 1) from None
+        raise YamlError("not UTF-8", content.count(b"\n", 0, error.start) + 1) from None
     try:
         _check_nesting(text)
         return list(_compose(text))
     except yaml.MarkedYAMLError as error:
         line = _line(error.problem_mark or error.context_mark)
-        raise DocumentError("not valid YAML here; check indentation, colons and quotes", line) from None
+        raise YamlError("not valid YAML here; check indentation, colons and quotes", line) from None
     except yaml.YAMLError:
-        raise DocumentError("not valid YAML: it holds a control character") from None
+        raise YamlError("not valid YAML: it holds a control character") from None
 
 
 class _Loader(yaml.CSafeLoader):
@@ -89,10 +89,10 @@ def _check_nesting(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_NESTING:
-            raise DocumentError(f"nested deeper than {MAX_NESTING} levels", _line(event.start_mark))
+            raise YamlError(f"nested deeper than {MAX_NESTING} levels", _line(event.start_mark))
 
 
-def _compose(text: str) -> Iterator[Document]:
+def _compose(text: str) -> Iterator[Entry]:
     loader = _Loader(text)
     try:
         while loader.check_node():
@@ -103,9 +103,9 @@ def _compose(text: str) -> Iterator[Document]:
             try:
                 value = loader.construct_document(node)
             except (ValueError, KeyError):
-                raise DocumentError("a value in this document cannot be read; quote it if it is text", line) from None
+                raise YamlError("a value in this entry cannot be read; quote it if it is text", line) from None
             if value is not None:
-                yield Document(value, lines)
+                yield Entry(value, lines)
     finally:
         loader.dispose()
 
@@ -113,11 +113,11 @@ def _compose(text: str) -> Iterator[Document]:
 def _examine(node: Any, path: str, line: int, depth: int, lines: dict[str, int]) -> None:
     """Fill `lines` with the fields at and below the node, refusing what the module does not let through."""
     if depth > MAX_NESTING:
-        raise DocumentError("an alias that refers to what it is part of", line)
-    if len(lines) >= MAX_NODES_PER_DOCUMENT:
-        raise DocumentError(f"a document of more than {MAX_NODES_PER_DOCUMENT} values, aliases counted", line)
+        raise YamlError("an alias that refers to what it is part of", line)
+    if len(lines) >= MAX_NODES_PER_ENTRY:
+        raise YamlError(f"an entry of more than {MAX_NODES_PER_ENTRY} values, aliases counted", line)
     if node.tag not in _PLAIN_TAGS:
-        raise DocumentError("a YAML tag; write plain values only", line)
+        raise YamlError("a YAML tag; write plain values only", line)
     lines[path] = line
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -131,8 +131,8 @@ def _examine_mapping(node: yaml.MappingNode, path: str, depth: int, lines: dict[
     for key, value in node.value:
         line = _line(key.start_mark)
         if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_YAML}str":
-            raise DocumentError("a key that is not text, or a merge key; write each field out, quoted if need be", line)
+            raise YamlError("a key that is not text, or a merge key; write each field out, quoted if need be", line)
         if key.value in seen:
-            raise DocumentError(f"the field {key.value[:80]} is set twice", line)
+            raise YamlError(f"the field {key.value[:80]} is set twice", line)
         seen.add(key.value)
         _examine(value, f"{path}.{key.value}" if path else key.value, line, depth + 1, lines)

@@ -6,11 +6,11 @@ import pytest
 
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.decode import decode
-from evenhand_policy.documents import read_documents
 from evenhand_policy.files import load_policy_directory
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.schema import Model
 from evenhand_policy.spec import TenantPolicy
+from evenhand_policy.yaml_reader import read_entries
 from schema.reference import replace_tables
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +29,9 @@ def test_the_demo_can_be_served() -> None:
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_every_example_is_valid(file: Path) -> None:
-    for document in read_documents(file.read_bytes()):
-        if resource_type := KINDS.get(document.value["kind"]):
-            decode(document.value, resource_type)
+    for entry in read_entries(file.read_bytes()):
+        if resource_type := KINDS.get(entry.value["kind"]):
+            decode(entry.value, resource_type)
 
 
 def test_the_reference_of_fields_is_current() -> None:
