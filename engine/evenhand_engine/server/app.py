@@ -70,6 +70,12 @@ async def bound_writes(request: web.Request, handler: Handler) -> web.StreamResp
                 await response.prepare(request)
                 await writes.wait(response.write_eof())
             return response
+        except ConnectionResetError:
+            if request.transport is not None and not request.transport.is_closing():
+                raise
+            return web.Response(
+                status=_CLIENT_CLOSED_REQUEST
+            )  # for nobody: the client has gone, as the access log says
         finally:
             if writes.expired:
                 request.app[DOOR].count_stalled(request.get(TENANT_ID, _NO_TENANT))

@@ -141,3 +141,16 @@ def test_a_running_request_holds_its_token_ids_alone(serve: Serve) -> None:
         assert tenant["bodyBytes"] == 3 * 4
         server.core.die()
         asking.join(20)
+
+
+@pytest.mark.parametrize("separator", [b",", b"[", b"{"])
+def test_a_body_of_too_many_values_is_not_decoded(separator: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding holds Python for its whole time: every stream would stand still."""
+    monkeypatch.setattr("evenhand_engine.openai.bodies._MAX_VALUES", 100)
+    monkeypatch.setattr("evenhand_engine.openai.bodies._MANY_BYTES", 50)
+    body = b'{"prompt":"' + separator * 95 + b'","n":1}'
+    assert parse_body(body, CompletionRequest).n == 1
+    monkeypatch.setattr("evenhand_engine.openai.bodies.msgspec.json.decode", None)
+    with pytest.raises(Refusal, match="more than 100 commas") as caught:
+        parse_body(body.replace(separator, separator * 2), CompletionRequest)
+    assert caught.value.status == 400

@@ -8,7 +8,7 @@ import pytest
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.scheduler.request import RequestOutput
 
-from .conftest import Serve, connect
+from .conftest import Say, Serve, connect
 from .scripted_core import WAIT_SECONDS
 from .test_faults import post
 
@@ -35,4 +35,17 @@ def test_a_client_that_leaves_is_one_line_in_the_log(serve: Serve, caplog: pytes
         time.sleep(0.01)
     [fields] = (record.fields for record in records if record.fields["path"] == "/v1/completions")
     assert (fields["status"], records[0].levelname) == (499, "INFO")
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_clients_that_leave_before_their_answer_are_no_errors(
+    serve: Serve, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it is refused or not: it is written to a connection that has been closed."""
+    server = serve(say("So."))
+    for body in ({"prompt": "x"}, {"prompt": []}, {"prompt": "x", "stream": True}):
+        for _ in range(30):
+            with connect(server) as connection:
+                connection.sendall(post("/v1/completions", json.dumps(body).encode()))
+    assert server.client().models.list().data
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
