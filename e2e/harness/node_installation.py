@@ -53,16 +53,25 @@ class NodeInstallation(Stage):
 
     def install(self, overlay: Path | None = None) -> float:
         """As manifests/README.md says; the seconds from an empty cluster to the first answer to the tenant's Pod."""
+        self.wait_client()
         kubectl = self.cluster.kubectl
-        kubectl("wait", f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=60s", timeout=90)
         began = time.monotonic()
         kubectl("apply", "-k", str(REPOSITORY / "crds"))
         kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
         kubectl("apply", "-k", str(overlay or self.overlay()))
         self.cluster.apply(policy(NAMESPACE, TENANTS, identities=[IDENTITY]))
-        kubectl("wait", "enginepool/default", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=180s", timeout=200)
+        self.wait_pool()
         assert self.load(1) == {"ok": 1}
         return time.monotonic() - began
+
+    def wait_client(self) -> None:
+        """Returns once the tenant's Pod can be told what to run."""
+        ready = [f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=60s"]
+        self.cluster.kubectl("wait", *ready, timeout=90)
+
+    def wait_pool(self) -> None:
+        """Returns once the pool is ready."""
+        self.kubectl("wait", "enginepool/default", "--for=condition=Ready", "--timeout=180s", timeout=200)
 
     def uninstall(self, overlay: Path | None = None) -> None:
         """Deletes what was installed, what it serves with it."""
