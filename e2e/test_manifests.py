@@ -46,7 +46,7 @@ def operator_may(installed: ControlPlane) -> Callable[..., bool]:
     kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
 
     def may(verb: str, resource: str, namespace: str = "default", subresource: str = "") -> bool:
-        return can_i(installed, verb, resource, "-n", namespace, "--subresource", subresource, kubeconfig=kubeconfig)
+        return installed.can_i(verb, resource, "-n", namespace, "--subresource", subresource, kubeconfig=kubeconfig)
 
     return may
 
@@ -276,7 +276,7 @@ def test_roles_for_people(installed: ControlPlane, role: str, policies: str, poo
 
     def may(verb: str, resource: str, subresource: str = "", namespace: str = ENGINE_NAMESPACE) -> bool:
         where = ("-n", namespace, "--subresource", subresource)
-        return can_i(installed, verb, f"{resource}.evenhand.dev", f"--as=jane-{role}", *where)
+        return installed.can_i(verb, f"{resource}.evenhand.dev", f"--as=jane-{role}", *where)
 
     @eventually  # the controllers aggregate roles
     def may_what_it_says() -> None:
@@ -289,15 +289,6 @@ def test_roles_for_people(installed: ControlPlane, role: str, policies: str, poo
         assert not any(may(verb, resource) for verb in writing if verb not in granted.split())
         assert not may("patch", resource, "status"), "statuses are the operator's"
         assert not may("get", resource, namespace="default")
-
-
-def can_i(cluster: ControlPlane, *question: str, kubeconfig: Path | None = None) -> bool:
-    """kubectl's yes or no."""
-    try:
-        return cluster.kubectl("auth", "can-i", *question, kubeconfig=kubeconfig).strip() == "yes"
-    except KubectlError as refused:
-        assert str(refused).splitlines()[-1].split()[-1] == "no", refused
-        return False
 
 
 def rendered(cluster: ControlPlane, overlay: str, kind: str) -> list[Object]:

@@ -16,6 +16,8 @@ CHART, CRDS_CHART = CHARTS / "evenhand", CHARTS / "evenhand-crds"
 RELEASE, NAMESPACE = "evenhand", "evenhand-system"
 
 Object = dict[str, Any]
+Objects = dict[tuple[str, str, str], Object]
+"""By kind, namespace and name."""
 
 
 class HelmError(Exception):
@@ -47,6 +49,19 @@ class Helm:
         return [each for each in yaml.safe_load_all(text) if each]
 
 
+@pytest.fixture
+def helm(tmp_path: Path) -> Helm:
+    """Helm that knows no cluster."""
+    return Helm(tmp_path)
+
+
 def setting(**values: object) -> list[str]:
     """Options of helm for values; dots are written as two underscores."""
     return [f"--set-json={name.replace('__', '.')}={json.dumps(value)}" for name, value in values.items()]
+
+
+def by_name(objects: list[Object]) -> Objects:
+    """Each object by kind, namespace and name. Fails where two are one."""
+    found = {(each["kind"], each["metadata"].get("namespace", ""), each["metadata"]["name"]): each for each in objects}
+    assert len(found) == len(objects)
+    return found
