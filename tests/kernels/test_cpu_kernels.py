@@ -45,6 +45,8 @@ STEPS = [
     [Part(0, 0, 1), Part(3, 16, 17), Part(7, 129, 130), Part(8, 500, 951)],  # decodes beside a chunk
     [Part(8, 951, 999), Part(5, 63, 64)],
     [Part(8, 999, 1000), Part(6, 64, 65)],
+    [Part(8, 999, 1000)],  # alone: its context is split between the threads
+    [Part(8, 700, 703)],
 ]
 
 

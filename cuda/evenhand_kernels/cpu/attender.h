@@ -1,0 +1,258 @@
+// Attention of one request's queries, as many as share a tile of registers, to keys and values of one head. See attention.h.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "multiply.h"
+
+constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
+constexpr int GROUP_VECS = GROUP / LANES;
+constexpr int SPAN = 64;         // tokens between two updates of the running maximum
+constexpr int MAX_QUERIES = 48;  // rows of an item: 8 register tiles share each load of keys and values
+constexpr int MAX_HEAD_DIM = 256;
+constexpr float HIDDEN = -1e30f;  // score of what a query must not see; finite, so that its exp never is NaN
+
+struct AttentionLayer {
+  int32_t num_heads, num_kv_heads, head_dim, block_size, window;  // window: 0 means all
+  int32_t cache_dtype;  // 0 float32, 1 bfloat16, 2 float16
+  float scale, eps;
+  const float *cos_sin, *q_norm, *k_norm;  // null: none
+  void *keys, *values;
+};
+
+struct AttentionBatch {
+  int64_t num_tokens, num_requests, table_stride;
+  const int32_t *positions, *slots, *block_table, *cu_seqlens_q;
+};
+
+static inline int padded(int head_dim) { return (head_dim + GROUP - 1) / GROUP * GROUP; }
+
+// Queries [first, end) of a request, counted from the start of this step's part of it, for one KV head, and one of `num_parts`
+// parts of the context, which are merged where there are several.
+struct WorkItem {
+  int32_t request, kv_head, first, end, part, num_parts;
+};
+
+// What a part of the context gave for MAX_QUERIES queries: sums of weighted values, of weights, and the maximum they are relative to.
+struct Partial {
+  std::vector<float> output;
+  std::array<float, MAX_QUERIES> totals, maxima;
+};
+
+template <typename T>
+class Attender {
+ public:
+  Attender(const AttentionLayer& layer, const AttentionBatch& batch, const float* qkv, float* out)
+      : layer_(layer), batch_(batch), qkv_(qkv), out_(out), dim_(layer.head_dim), width_(padded(layer.head_dim)) {}
+
+  void run(const WorkItem& item) {
+    const int group_size = layer_.num_heads / layer_.num_kv_heads;
+    for (int h = 0; h < group_size; h += MAX_QUERIES) {  // more than one pass only for absurdly large groups
+      const int first_head = item.kv_head * group_size + h, num_heads = std::min(group_size - h, MAX_QUERIES);
+      attend(item, first_head, num_heads);
+      write_output(batch_.cu_seqlens_q[item.request] + item.first, (item.end - item.first) * num_heads, first_head, num_heads);
+    }
+  }
+
+  // Of an item that is a part: group_size is at most MAX_QUERIES.
+  void run(const WorkItem& item, Partial& result) {
+    const int group_size = layer_.num_heads / layer_.num_kv_heads, rows = (item.end - item.first) * group_size;
+    attend(item, item.kv_head * group_size, group_size);
+    result.output.assign(output_, output_ + rows * width_);
+    for (int row = 0; row < rows; row++) result.totals[row] = sum(load(totals_ + row * LANES)), result.maxima[row] = maximum_[row];
+  }
+
+  // Writes what the parts of an item give together: each is weighed by how far its maximum lies below the largest.
+  void merge(const WorkItem& item, const Partial* parts) {
+    const int group_size = layer_.num_heads / layer_.num_kv_heads, rows = (item.end - item.first) * group_size;
+    for (int row = 0; row < rows; row++) {
+      maximum_[row] = HIDDEN;
+      for (int part = 0; part < item.num_parts; part++) maximum_[row] = std::max(maximum_[row], parts[part].maxima[row]);
+      std::fill_n(output_ + row * width_, width_, 0.0f);
+      float total = 0;
+      for (int part = 0; part < item.num_parts; part++) {
+        const float factor = std::exp(parts[part].maxima[row] - maximum_[row]);
+        total += parts[part].totals[row] * factor;
+        for (int i = 0; i < width_; i++) output_[row * width_ + i] += parts[part].output[row * width_ + i] * factor;
+      }
+      store(totals_ + row * LANES, Vec{total});
+    }
+    write_output(batch_.cu_seqlens_q[item.request] + item.first, rows, item.kv_head * group_size, group_size);
+  }
+
+ private:
+  void attend(const WorkItem& item, int first_head, int num_heads) {
+    const int rows = (item.end - item.first) * num_heads;
+    const int32_t start = batch_.cu_seqlens_q[item.request];
+    const int32_t first_position = batch_.positions[start + item.first];
+    load_queries(start + item.first, rows, first_head, num_heads);
+    int32_t end = first_position + (item.end - item.first);
+    int32_t begin = layer_.window > 0 ? std::max(0, first_position - layer_.window + 1) : 0;
+    begin -= begin % SPAN;
+    const int32_t spans = (end - begin + SPAN - 1) / SPAN, part_begin = begin + spans * item.part / item.num_parts * SPAN;
+    end = std::min(end, begin + spans * (item.part + 1) / item.num_parts * SPAN);
+    for (int32_t token = part_begin; token < end; token += SPAN) {
+      const int num_tokens = std::min(SPAN, end - token);
+      for (int group = 0; group * GROUP < num_tokens; group++) places_[group] = place_of(item, token + group * GROUP);
+      // A single row tile widens what it reads itself; several share what is widened once.
+      const bool widens = sizeof(T) < 4 && num_row_tiles(rows) > 1;
+      if (widens) widen(num_tokens);
+      widens ? compute_scores(wide_keys_of(), GROUP, item, rows, token, num_tokens, end)
+             : compute_scores(keys_of(), layer_.block_size, item, rows, token, num_tokens, end);
+      mask(rows, num_heads, first_position, token, num_tokens);
+      raise_maxima(rows, num_tokens);
+      weigh(rows, num_tokens);
+      widens ? accumulate_values(wide_values_of(), item, rows, token, num_tokens, end)
+             : accumulate_values(values_of(), item, rows, token, num_tokens, end);
+    }
+  }
+
+  void load_queries(int32_t token, int rows, int first_head, int num_heads) {
+    const long stride = static_cast<long>(layer_.num_heads + 2 * layer_.num_kv_heads) * dim_;
+    for (int row = 0; row < rows; row++) {
+      const float* query = qkv_ + (token + row / num_heads) * stride + (first_head + row % num_heads) * dim_;
+      for (int i = 0; i < dim_; i++) queries_[row * dim_ + i] = query[i] * layer_.scale;
+      std::fill_n(output_ + row * width_, width_, 0.0f);
+      store(totals_ + row * LANES, Vec{});
+      maximum_[row] = HIDDEN;
+    }
+  }
+
+  // Where the keys and values of GROUP tokens from this position on lie.
+  struct Place {
+    const T *keys, *values;
+  };
+
+  Place place_of(const WorkItem& item, int32_t position) const {
+    const long block = batch_.block_table[item.request * batch_.table_stride + position / layer_.block_size];
+    const long head = block * layer_.num_kv_heads + item.kv_head, offset = position % layer_.block_size;
+    return {static_cast<const T*>(layer_.keys) + head * dim_ * layer_.block_size + offset,
+            static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_};
+  }
+
+  // Where the numbers of each group of the span begin.
+  template <typename N>
+  using Groups = std::array<const N*, SPAN / GROUP>;
+
+  template <typename N, typename F>
+  Groups<N> groups(const F& begin_of) const {
+    Groups<N> result;
+    for (int group = 0; group < SPAN / GROUP; group++) result[group] = begin_of(group);
+    return result;
+  }
+
+  Groups<T> keys_of() const { return groups<T>([&](int group) { return places_[group].keys; }); }
+  Groups<T> values_of() const { return groups<T>([&](int group) { return places_[group].values; }); }
+  Groups<float> wide_keys_of() const { return groups<float>([&](int group) { return wide_keys_ + group * GROUP * dim_; }); }
+  Groups<float> wide_values_of() const { return groups<float>([&](int group) { return wide_values_ + group * GROUP * width_; }); }
+
+  // Keys and values of the span in float32: [dim_][GROUP] and [GROUP][width_] of each group.
+  void widen(int num_tokens) {
+    for (int group = 0; group * GROUP < num_tokens; group++) {
+      const Place place = places_[group];
+      float *keys = wide_keys_ + group * GROUP * dim_, *values = wide_values_ + group * GROUP * width_;
+      for (int i = 0; i < dim_; i++)
+        for (int j = 0; j < GROUP; j += LANES) store(keys + i * GROUP + j, load(place.keys + i * layer_.block_size + j));
+      for (int i = 0; i < GROUP * width_; i += LANES) store(values + i, load(place.values + i));
+    }
+  }
+
+  // Meanwhile asks for the keys of the same group of the next span.
+  template <typename N>
+  void compute_scores(Groups<N> keys, long stride, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+    const long prefetch_stride = layer_.block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
+    for (int group = 0; group * GROUP < num_tokens; group++) {
+      Prefetch prefetch;
+      if (const int32_t next = token + SPAN + group * GROUP; next < end)
+        prefetch = {reinterpret_cast<const char*>(place_of(item, next).keys), prefetch_stride};
+      multiply<GROUP_VECS, true>(rows, queries_, dim_, RightSide<N>{&keys[group], dim_, stride}, dim_,
+                                 scores_ + group * GROUP, SPAN, prefetch);
+    }
+  }
+
+  void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
+    const int padded_tokens = (num_tokens + LANES - 1) / LANES * LANES;
+    const int32_t last_position = first_position + (rows - 1) / num_heads;
+    const bool causal = token + padded_tokens - 1 > first_position;
+    const bool windowed = layer_.window > 0 && token <= last_position - layer_.window;
+    if (!causal && !windowed) return;
+    for (int row = 0; row < rows; row++) {
+      const int32_t position = first_position + row / num_heads;
+      const int visible_end = std::clamp(position + 1 - token, 0, padded_tokens);
+      const int visible_begin = layer_.window > 0 ? std::clamp(position + 1 - layer_.window - token, 0, visible_end) : 0;
+      std::fill_n(scores_ + row * SPAN, visible_begin, HIDDEN);
+      std::fill_n(scores_ + row * SPAN + visible_end, padded_tokens - visible_end, HIDDEN);
+    }
+  }
+
+  // Rescales what was accumulated under a lower maximum. A row that saw nothing yet has the maximum HIDDEN and meaningless
+  // weights, which its first token rescales to e^-87.
+  void raise_maxima(int rows, int num_tokens) {
+    for (int row = 0; row < rows; row++) {
+      Vec high = load(scores_ + row * SPAN);
+      for (int i = LANES; i < num_tokens; i += LANES) high = max(high, load(scores_ + row * SPAN + i));
+      if (const float maximum = largest(high); maximum > maximum_[row]) rescale(row, maximum);
+    }
+  }
+
+  void rescale(int row, float maximum) {
+    const Vec factor = exp(splat(maximum_[row] - maximum));
+    for (int i = 0; i < width_; i += LANES) store(output_ + row * width_ + i, load(output_ + row * width_ + i) * factor);
+    store(totals_ + row * LANES, load(totals_ + row * LANES) * factor);
+    maximum_[row] = maximum;
+  }
+
+  // Turns scores into weights relative to the running maximum.
+  void weigh(int rows, int num_tokens) {
+    for (int row = 0; row < rows; row++) {
+      const Vec maximum = splat(maximum_[row]);
+      Vec total = load(totals_ + row * LANES);
+      for (int i = 0; i < num_tokens; i += LANES) {
+        const Vec weight = exp(load(scores_ + row * SPAN + i) - maximum);
+        store(scores_ + row * SPAN + i, weight);
+        total += weight;
+      }
+      store(totals_ + row * LANES, total);
+    }
+  }
+
+  // Meanwhile asks for the values of the next span, each column for as many as it reads itself.
+  template <typename N>
+  void accumulate_values(Groups<N> values, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+    const long prefetch_stride = GROUP * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
+    for (int column = 0; column < width_; column += GROUP) {
+      const N* columns[SPAN / GROUP];
+      for (int group = 0; group * GROUP < num_tokens; group++) columns[group] = values[group] + column;
+      Prefetch prefetch;
+      const int first = column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
+      if (const int32_t next = token + SPAN + group * GROUP; next < end)
+        prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)), prefetch_stride};
+      multiply<GROUP_VECS>(rows, scores_, SPAN, RightSide<N>{columns, GROUP, width_}, num_tokens, output_ + column, width_, prefetch);
+    }
+  }
+
+  void write_output(int32_t token, int rows, int first_head, int num_heads) {
+    for (int row = 0; row < rows; row++) {
+      float* out = out_ + ((token + row / num_heads) * static_cast<long>(layer_.num_heads) + first_head + row % num_heads) * dim_;
+      const float scale = 1.0f / sum(load(totals_ + row * LANES));
+      for (int i = 0; i < dim_; i++) out[i] = output_[row * width_ + i] * scale;
+    }
+  }
+
+  const AttentionLayer& layer_;
+  const AttentionBatch& batch_;
+  const float* qkv_;
+  float* out_;
+  const int dim_, width_;
+  Place places_[SPAN / GROUP] = {};  // of the span's keys and values
+  alignas(64) float queries_[MAX_QUERIES * MAX_HEAD_DIM];
+  alignas(64) float output_[MAX_QUERIES * MAX_HEAD_DIM];
+  alignas(64) float scores_[MAX_QUERIES * SPAN];
+  alignas(64) float wide_keys_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
+  alignas(64) float wide_values_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
+  alignas(64) float totals_[MAX_QUERIES * LANES];  // sums of weights, lane by lane
+  float maximum_[MAX_QUERIES];
+};
