@@ -27,6 +27,8 @@ class CudaDevice:
             self._cupy: Any = import_module("cupy")
         except ImportError as error:
             raise DeviceError(f"CuPy cannot be imported ({error}): install evenhand[gpu]") from error
+        except OSError as error:  # it makes the folder of its cache as it is imported
+            raise DeviceError(f"CuPy has no place for its cache ({error}): set CUPY_CACHE_DIR or HOME") from error
         if not torch.cuda.is_available():
             raise DeviceError("torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA")
         if index >= torch.cuda.device_count():

@@ -62,6 +62,17 @@ def test_a_machine_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaDevice()
 
 
+def test_cupy_without_a_place_for_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no home: it makes the folder when it is imported."""
+
+    def fail(_: str) -> None:
+        raise PermissionError(13, "Permission denied", "/.cupy")
+
+    monkeypatch.setattr("evenhand_kernels.cuda.device.import_module", fail)
+    with pytest.raises(DeviceError, match=r"/\.cupy.*set CUPY_CACHE_DIR or HOME$"):
+        CudaDevice()
+
+
 @pytest.mark.parametrize(
     ("is_available", "index", "capability", "message"),
     [
