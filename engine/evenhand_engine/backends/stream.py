@@ -33,6 +33,7 @@ class LocalStream:
         "_abort",
         "_failure",
         "_finish_reason",
+        "_generated",
         "_has_news",
         "_has_started",
         "_is_cut",
@@ -50,6 +51,7 @@ class LocalStream:
     def __init__(self, request: GenerationRequest, observer: Observer, text: Detokenizer, abort: Abort) -> None:
         self._request = request
         self._observer = observer
+        self._generated = observer.generated
         self._text = text
         self._abort = abort
         self._listener: Callable[[], None] = _ignore
@@ -105,7 +107,7 @@ class LocalStream:
             self._has_news = self._is_open
         if num_tokens:
             self._num_computed += num_tokens
-            self._observer.generated(num_tokens, now)
+            self._generated(num_tokens, now)
         if self._is_open:
             try:
                 self._read(output)

@@ -113,8 +113,10 @@ class TenantAccount:
         """
         self._num_outputs_since += num_tokens
         reservation.num_output_tokens += num_tokens
+        if self.tokens is None:
+            return True
         expected = reservation.cost.expected_output_tokens
-        if self.tokens is None or expected is None or not reservation.counted:
+        if expected is None or not reservation.counted:
             return True
         most = reservation.cost.num_tokens
         used = reservation.cost.num_prompt_tokens + reservation.num_output_tokens

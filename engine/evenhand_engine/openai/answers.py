@@ -262,6 +262,7 @@ class RenderedSampling(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids: list[int] | None
     include_stop_str_in_output: bool
     skip_special_tokens: bool
+    thinking_token_budget: int | None
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):

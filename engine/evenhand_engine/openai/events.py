@@ -65,7 +65,8 @@ class EventStream:
 
     async def hand_on(self, deltas: Deltas, render: Callable[[int, Delta], bytes]) -> None:
         """Write what `render` makes of each delta, in the call that brings it while the client keeps up."""
-        while await deltas.hand_on(lambda index, delta: self._writer(render(index, delta))):
+        writer = self._writer
+        while await deltas.hand_on(lambda index, delta: writer(render(index, delta))):
             await self._drain()
 
     async def close(self, end: bytes) -> web.StreamResponse:

@@ -66,6 +66,7 @@ def _rendered(
         allowed_token_ids=None if params.allowed_token_ids is None else sorted(params.allowed_token_ids),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        thinking_token_budget=None if params.reasoning is None else params.reasoning.budget,
     )
     return Rendered(
         request_id=f"{kind}-{body.request_id or request[REQUEST_ID]}",

@@ -112,8 +112,8 @@ class Detokenizer:
         self._matcher = StopMatcher(stop, include_stop)
         self._has_stop = bool(stop)
         self._min_tokens = min_tokens
-        self._num_decoded = 0  # characters
-        self._num_shown = 0  # characters
+        self._num_decoded = 0  # characters, from anywhere on
+        self._num_shown = 0  # of these
         self._held: deque[tuple[int, int, Any]] = deque()  # (first character, token id, log probabilities)
         self.num_tokens = 0
 
@@ -139,8 +139,6 @@ class Detokenizer:
             self.num_tokens += 1
             text = self._decoder.push(token_id)
             if text and not self._has_stop and not self._held:  # nothing can be held back: the usual case, so short
-                self._num_decoded += len(text)
-                self._num_shown += len(text)
                 pieces.append(Piece(text, (token_id,), None if logprobs is None else (logprobs[index],)))
                 continue
             self._held.append((self._num_decoded, token_id, None if logprobs is None else logprobs[index]))

@@ -83,3 +83,11 @@ def test_what_would_leave_no_token_is_refused(
     fields = {"thinking_token_budget": 5, "stop_token_ids": [end], field: value}
     assert refusal(server, **fields)[:2] == (field, "invalid_value")
     assert told(server, thinking_token_budget=5, allowed_token_ids=[end, 5])[0] is not None
+
+
+def test_it_is_rendered_as_it_would_be_held(thinking_model: Path, serve: Serve, say: Say) -> None:
+    server = serve(say("So."), reasoning_parser="qwen3")
+    for asked, told_budget in ((4, 4), (-1, None)):
+        body = {"messages": MESSAGES, "thinking_token_budget": asked}
+        answer: Any = server.client().post("/chat/completions/render", body=body, cast_to=dict[str, Any])
+        assert answer["sampling_params"]["thinking_token_budget"] == told_budget
