@@ -1,5 +1,9 @@
 """Output tokens per second with 1, 8 and 32 requests in flight, time to first token, time per token and start-up.
 
+`bandwidth_fraction` is what reading weights, keys and values once for each token takes at the best rate that this machine reads
+memory at, over the time between two tokens of one stream; `matmul_fraction` what the prompt's arithmetic takes at the best rate
+of the instruction in use, over the time to the first token. At least 0.7 and 0.75 are asked for.
+
 Closed loops of requests over HTTP: prompts of random tokens, no two alike, and a fixed number of output tokens. A peer
 that is installed takes the same loops by turns with Evenhand, so that both meet the same state of the machine:
 `--peer llama.cpp --peer-model FILE.gguf`, or `--peer vllm` with the same model directory or hub id as ours.
@@ -21,6 +25,7 @@ from typing import Any
 
 import common
 import openai
+from serve_limits import fractions
 from serving import MODEL, await_port, free_port, serve
 
 LOADS = (1, 8, 32)
@@ -36,8 +41,12 @@ class Contender:
     """A running server."""
 
     name: str
-    client: openai.AsyncOpenAI
+    base_url: str
     startup_seconds: float
+
+    def client(self) -> openai.AsyncOpenAI:
+        """With connections of its own: a server may close those that were idle while another was measured."""
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=3600)
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     loads = LOADS[:2] if options.quick else LOADS
     model = [options.model] if options.model else []
+    flags = options.flags.split()
     with contextlib.ExitStack() as stack:
-        contenders = [stack.enter_context(_evenhand([*model, *options.flags.split()]))]
+        contenders = [stack.enter_context(_evenhand([*model, *flags]))]
         if options.peer:
             peer_model = options.peer_model or options.model
             if peer_model is None:
@@ -82,6 +92,13 @@ def main() -> None:
         ],
     )
     ours = results.pop("evenhand")
+    ours |= fractions(
+        options.model, flags, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, ours["ttft_p50_s"], ours["tpot_p50_ms"] / 1e3
+    )
+    common.console.print(
+        f"one stream: {ours['bandwidth_fraction']:.2f} of {ours['bandwidth_gb_per_s']:.1f} GB/s between tokens, "
+        f"{ours['matmul_fraction']:.2f} of {ours['matmul_gflop_per_s']:.0f} GFLOP/s in the prompt"
+    )
     common.finish("serve", ours | ({"peers": results} if results else {}))
 
 
@@ -89,7 +106,7 @@ def main() -> None:
 def _evenhand(flags: Sequence[str]) -> Iterator[Contender]:
     started_at = time.monotonic()
     with serve("--no-enable-prefix-caching", *flags) as server:
-        yield Contender("evenhand", server.client("none"), time.monotonic() - started_at)
+        yield Contender("evenhand", f"{server.url}/v1", time.monotonic() - started_at)
 
 
 @contextlib.contextmanager
@@ -114,10 +131,7 @@ def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
         try:
             await_port(process, port, log, "/health")
             seconds = time.monotonic() - started_at
-            client = openai.AsyncOpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=3600
-            )
-            yield Contender(name, client, seconds)
+            yield Contender(name, f"http://127.0.0.1:{port}/v1", seconds)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -131,13 +145,13 @@ async def _measure(
     rates: dict[tuple[str, int], list[float]] = {}
     alone: dict[str, list[Answer]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
-        await _loop(contender.client, generator, 1, 2)  # nothing is measured at first use
+        await _loop(contender, generator, 1, 2)  # nothing is measured at first use
     for _ in range(rounds):
         for load in loads:
             for contender in contenders:
                 num_requests = max(MIN_REQUESTS, REQUESTS_PER_PLACE * load)
                 started_at = time.monotonic()
-                answers = await _loop(contender.client, generator, load, num_requests)
+                answers = await _loop(contender, generator, load, num_requests)
                 seconds = time.monotonic() - started_at
                 rate = sum(answer.num_tokens for answer in answers) / seconds
                 rates.setdefault((contender.name, load), []).append(rate)
@@ -154,18 +168,18 @@ async def _measure(
     }
 
 
-async def _loop(
-    client: openai.AsyncOpenAI, generator: random.Random, in_flight: int, num_requests: int
-) -> list[Answer]:
+async def _loop(contender: Contender, generator: random.Random, in_flight: int, num_requests: int) -> list[Answer]:
     """So many requests, as many of them at a time as may be in flight."""
     prompts = [[generator.randrange(100, HIGHEST_TOKEN) for _ in range(NUM_PROMPT_TOKENS)] for _ in range(num_requests)]
     answers: list[Answer] = []
 
-    async def place() -> None:
-        while prompts:
-            answers.append(await _ask(client, prompts.pop()))
+    async with contender.client() as client:
 
-    await asyncio.gather(*(place() for _ in range(in_flight)))
+        async def place() -> None:
+            while prompts:
+                answers.append(await _ask(client, prompts.pop()))
+
+        await asyncio.gather(*(place() for _ in range(in_flight)))
     return answers
 
 

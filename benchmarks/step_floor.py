@@ -41,6 +41,11 @@ class Floor:
 
     def milliseconds(self, items: Sequence[ScheduledRequest]) -> float:
         """Of a step of these items."""
+        operations, read = self.work(items)
+        return 1e3 * max(operations / self.flops, read / self.bandwidth)
+
+    def work(self, items: Sequence[ScheduledRequest]) -> tuple[float, float]:
+        """Operations and bytes that a step of these items needs at least."""
         config = self.config
         head = config.vocab_size * config.hidden_size
         layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
@@ -52,7 +57,7 @@ class Floor:
             operations += 4 * config.num_layers * config.num_heads * config.head_dim * seen
             read += 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_computed * self.kv_bytes
         read += head * self.weight_bytes * any(item.num_samples for item in items)
-        return 1e3 * max(operations / self.flops, read / self.bandwidth)
+        return operations, read
 
 
 def _best(operation: Linear, x: Tensor) -> float:

@@ -1,0 +1,51 @@
+// What one core can do at most: products in registers by each instruction that the kernels use, and a sum over memory.
+#include "vec.h"
+
+constexpr int CHAINS = LANES == 16 ? 24 : 12;  // sums under way: as many as a tile of the kernels has
+
+template <typename Add>
+static float run(long rounds, const Add& add) {
+  Vec left = splat(1.0f), right = splat(0.5f), sums[CHAINS] = {};
+  for (; rounds > 0; rounds--) {
+#pragma GCC unroll 24
+    for (int i = 0; i < CHAINS; i++) {
+#if defined(__x86_64__)
+      asm volatile("" : "+v"(left), "+v"(right), "+v"(sums[i]));  // else the compiler sees that all sums are the same
+#endif
+      sums[i] = add(sums[i], left, right);
+    }
+  }
+  float total = 0;
+  for (const Vec each : sums) total += sum(each);
+  return total;
+}
+
+static volatile float sink;  // so that nothing is left out
+
+extern "C" {
+
+// Products and additions of this many rounds, of float32 (0), pairs of bfloat16 (1) or codes of 8 bits (2).
+double limit_operations(int kind, long rounds) {
+  static constexpr int PRODUCTS[] = {1, 2, 4};
+  if (kind == 0) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return sum + a * b; });
+  if (kind == 1)
+    sink = run(rounds, [](Vec sum, Vec a, Vec b) { return multiply_add(sum, a, b, static_cast<const BFloat16Pair*>(nullptr)); });
+  if (kind == 2) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return (Vec)dot((IntVec)sum, (IntVec)a, (IntVec)b); });
+  return 2.0 * PRODUCTS[kind] * CHAINS * LANES * static_cast<double>(rounds);
+}
+
+// Whether the processor has an instruction for that kind.
+int limit_has(int kind) { return kind == 0 || (kind == 1 ? HAS_PAIR_PRODUCTS : HAS_CODE_PRODUCTS); }
+
+// Reads `size` numbers, a multiple of 4 * LANES.
+void limit_read(const float* x, long size) {
+  Vec sums[4] = {};
+  for (long i = 0; i < size; i += 4 * LANES) {
+    for (int j = 0; j < 4; j++) {
+      __builtin_prefetch(x + i + j * LANES + 512, 0, 3);
+      sums[j] += load(x + i + j * LANES);
+    }
+  }
+  sink = sum(sums[0] + sums[1] + sums[2] + sums[3]);
+}
+}

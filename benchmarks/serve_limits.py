@@ -1,0 +1,49 @@
+"""How near a server at one stream comes to what the machine can do."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from machine_limits import measured_limits
+from step_floor import Floor
+
+from evenhand_engine.config import EngineConfig
+from evenhand_engine.core.loading import weight_bytes
+from evenhand_engine.model.config import load_model_config
+from evenhand_engine.model.precision import resolve_activation_dtype, resolve_kv_cache_dtype, resolve_precision
+from evenhand_engine.model.source import resolve_model_dir
+from evenhand_engine.scheduler.batch import ScheduledRequest
+
+
+def fractions(
+    model: str | None, flags: Sequence[str], num_prompt: int, num_output: int, ttft: float, tpot: float
+) -> dict[str, float]:
+    """Of the machine's limits, measured here and now, by the seconds to the first token and between two tokens.
+
+    Seconds are those of the client, so what HTTP, tokenizer and scheduler take counts as time that the machine was idle.
+    """
+    parser = argparse.ArgumentParser()
+    for name in ("dtype", "kv-cache-dtype", "activation-dtype"):
+        parser.add_argument(f"--{name}", default="auto")
+    parser.add_argument("--quantization", default="none")
+    options, _ = parser.parse_known_args(flags)
+    model_dir = resolve_model_dir(model)
+    config, precision = load_model_config(model_dir), resolve_precision(options.dtype, options.quantization)
+    num_bytes = weight_bytes(EngineConfig(model=model), model_dir, config, precision)
+    limits = measured_limits()
+    activations = resolve_activation_dtype(options.activation_dtype, precision, config)
+    if activations is None:
+        activations = torch.bfloat16 if torch.bfloat16 in limits.flops else torch.float32
+    if num_bytes >= 2 * config.num_parameters and activations is torch.int8:
+        activations = torch.float32  # plain weights are multiplied so
+    peak = limits.flops.get(activations, limits.flops[torch.float32])
+    kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
+    floor = Floor(peak, limits.bandwidth, config, num_bytes / config.num_parameters, kv_dtype.itemsize)
+    operations, _ = floor.work([ScheduledRequest(0, 0, num_prompt, 1, ())])
+    _, read = floor.work([ScheduledRequest(0, num_prompt + num_output // 2, 1, 1, ())])
+    return {
+        "bandwidth_gb_per_s": limits.bandwidth / 1e9,
+        "bandwidth_fraction": read / tpot / limits.bandwidth,
+        "matmul_gflop_per_s": peak / 1e9,
+        "matmul_fraction": operations / ttft / peak,
+    }
