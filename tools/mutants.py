@@ -69,9 +69,9 @@ def draw(only: str, number: int, seed: int) -> list[MutationSpec]:
 
 
 def is_telling(mutant: MutationSpec) -> bool:
-    """Whether a test could notice: not what only type checkers read, nor the options of a struct, such as frozen."""
+    """Whether a test could notice: not what only type checkers read, nor the options of a class, such as frozen."""
     line = Path(mutant.module_path).read_text(encoding="utf-8").splitlines()[mutant.start_pos[0] - 1]
-    return not mutant.operator_name.startswith(_UNTELLING) and not line.lstrip().startswith("class ")
+    return not mutant.operator_name.startswith(_UNTELLING) and not line.lstrip().startswith(("class ", "@dataclass("))
 
 
 def run(mutants: Iterable[MutationSpec], budget: float) -> Iterator[tuple[MutationSpec, str, str]]:

@@ -38,6 +38,8 @@ def test_every_part_fits_into_a_secret_and_all_parts_hold_the_largest_document()
     assert len(parts) <= MAX_PARTS
     assert max(len(content) for part in parts for content in part.values()) <= LARGEST_SECRET - ROOM
     assert b"".join(content for part in parts for content in part.values()) == largest.compressed
+    with pytest.raises(DocumentTooLargeError, match=r"has 33\.0 MiB; 32 MiB are allowed"):
+        check_size(Document("sha256:0", b"", 33 * 2**20))
     with pytest.raises(DocumentTooLargeError, match="7 MiB can be stored"):
         check_size(document(MAX_PARTS * LARGEST_SECRET))
 

@@ -142,6 +142,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a:\n  {b: 1, b: 2}\n", 2, "the field b is set twice"),
         (BOMB, None, "aliases counted"),
         ("a: &a\n  b: *a\n", None, "an alias that refers to what it is part of"),
+        ("a: &a [[*a]]\n", None, "an alias that refers to what it is part of"),
         ("[" * (MAX_NESTING + 1), 1, "nested deeper"),
         ("[" * 200_000, 1, "nested deeper"),
         ("a: !!python/object/apply:os.system [id]\n", 1, "a YAML tag"),
