@@ -5,10 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from cluster.client import KubectlError
-from cluster.control_plane import ControlPlane
+from cluster.control_plane import ISSUER, ControlPlane
 from cluster.pod_runner import PodRunner
+from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.auth import Authenticator
+from evenhand_policy.config import (
+    SchedulerConfig,
+    ServiceAccountIssuer,
+    TenantConfig,
+    UnknownTenantAction,
+    UnknownTenants,
+)
 from harness.fixtures import Operators
 from harness.objects import Object, api_key, light_engines, policy, pool, secret, service_account
 from harness.operator_process import OperatorProcess
@@ -177,3 +187,30 @@ def test_two_installations_that_start_at_once_agree_whose_the_pool_is(
             for rival in rivals:
                 rival.stop()
             cluster.kubectl("delete", "pods", "--all", "-n", namespace, "--force", "--wait=false")
+
+
+# ---- accounts
+
+
+def test_account_that_is_made_again_is_not_the_one_that_was_claimed(cluster: ControlPlane, namespace: str) -> None:
+    """By the tokens that the API server signs, as an engine takes them."""
+    cluster.kubectl("create", "serviceaccount", "web", "-n", namespace)
+    uid = cluster.get("serviceaccount", "web", namespace)["metadata"]["uid"]
+    account = f"system:serviceaccount:{namespace}:web"
+    keys = json.loads(cluster.kubectl("get", "--raw", "/openid/v1/jwks"))
+    config = SchedulerConfig(
+        tenants=(TenantConfig(tenant_id="web", service_accounts=(f"{account}#{uid}",)),),
+        service_accounts=ServiceAccountIssuer(issuer=ISSUER, audience="evenhand", jwks=keys),
+        unknown_tenants=UnknownTenants(action=UnknownTenantAction.REJECT),
+    )
+
+    def ask() -> str:
+        token = cluster.service_account_token(namespace, "web", audience="evenhand")
+        return Authenticator(config).authenticate(CIMultiDictProxy(CIMultiDict(Authorization=f"Bearer {token}")))
+
+    assert ask() == "web"
+    cluster.kubectl("delete", "serviceaccount", "web", "-n", namespace)
+    cluster.kubectl("create", "serviceaccount", "web", "-n", namespace)
+    with pytest.raises(Refusal) as caught:
+        ask()
+    assert caught.value.code == "unknown_tenant"

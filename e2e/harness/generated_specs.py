@@ -30,6 +30,11 @@ TEXTS = [
         "",
     ),
     *("a" * 63, "a" * 64, "a" * 253, "a" * 254, "a" * 317, "a" * 318),
+    *(
+        "0f7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c11",
+        "0F7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c11",
+        "0f7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c1",
+    ),
     *("0ms", "1ms", "59s", "1m", "1m1ms", "1h", "60m1ms", "23h60m", "24h1ms", "99999h", "1d", "1.5s", "-1s", "1ms" * 5),
 ]
 JUNK: list[Any] = [*TEXTS, None, True, False, 0, -1, 1.0, 2.5, 2**70, [], [None], {}, {"x": 1}, {"name": "a"}]

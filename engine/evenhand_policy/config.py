@@ -143,7 +143,9 @@ class TenantConfig(_Document, frozen=True, kw_only=True):
     latency_class: LatencyClass = LatencyClass.STANDARD
     slo: Slo = Slo()
     key_hashes: tuple[KeyHash, ...] = ()
-    service_accounts: tuple[Name, ...] = ()  # system:serviceaccount:NAMESPACE:NAME, or system:serviceaccounts:NAMESPACE
+    service_accounts: tuple[
+        Name, ...
+    ] = ()  # system:serviceaccount:NAMESPACE:NAME[#UID], or system:serviceaccounts:NAMESPACE
     header_values: tuple[Name, ...] = ()
     limits: Limits = Limits()
     kv_cache: KvCacheShare = KvCacheShare()

@@ -1,4 +1,4 @@
-"""API keys: what counts as one, and the hash by which everybody but the client knows it."""
+"""API keys: what counts as one, and the hash by which everybody but the client knows it; and how accounts are named."""
 
 import hashlib
 import re
@@ -14,6 +14,18 @@ def key_hash(key: str | bytes) -> str:
     """`sha256:` and the hexadecimal SHA-256 of a key as the client sends it, without surrounding white space."""
     raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
     return "sha256:" + hashlib.sha256(raw.strip()).hexdigest()
+
+
+def bound_account(subject: str, uid: str) -> str:
+    """A ServiceAccount as documents name it: the subject of its tokens, and its uid where one is meant. An engine that does
+    not know of uids knows nobody by that name."""
+    return f"{subject}#{uid}" if uid else subject
+
+
+def read_account(entry: str) -> tuple[str, str]:
+    """The subject of a ServiceAccount's tokens, and its uid; empty: whichever."""
+    subject, _, uid = entry.partition("#")
+    return subject, uid
 
 
 def is_sendable(key: bytes) -> bool:

@@ -31,12 +31,14 @@ class ClaimKind(StrEnum):
 
 
 class Claim(NamedTuple):
-    """One thing that a policy wants for itself. `what` names it in messages; of a key it tells the place only."""
+    """One thing that a policy wants for itself. `what` names it in messages; of a key it tells the place only. `uid` is that
+    of the ServiceAccount, where only that one is meant."""
 
     kind: ClaimKind
     value: str
     what: str
     path: str
+    uid: str = ""
 
     @property
     def conflict(self) -> Reason:
@@ -60,7 +62,8 @@ def read_claims(
         elif identity.service_account is not None:
             account = identity.service_account
             user = f"system:serviceaccount:{account.namespace or policy.metadata.namespace}:{account.name}"
-            claims.append(Claim(ClaimKind.SERVICE_ACCOUNT, user, f"ServiceAccount {user}", f"{path}.serviceAccount"))
+            what = f"ServiceAccount {user}"
+            claims.append(Claim(ClaimKind.SERVICE_ACCOUNT, user, what, f"{path}.serviceAccount", account.uid or ""))
         elif identity.service_account_namespace is not None:
             namespace = identity.service_account_namespace.namespace or policy.metadata.namespace
             group, what = service_account_group(namespace), f"every ServiceAccount of namespace {namespace}"

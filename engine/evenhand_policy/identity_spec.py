@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from evenhand_policy.schema import DnsLabel, DnsName, Model, Rule
+from evenhand_policy.schema import DnsLabel, DnsName, Model, Rule, Uid
 from evenhand_policy.secret import SecretKeys
 
 
@@ -27,6 +27,13 @@ class ServiceAccountIdentity(Model, frozen=True, kw_only=True):
         Meta(
             description="Namespace of the ServiceAccount; the policy's own where not set. A policy outside the pool's "
             "namespace may claim ServiceAccounts of its own namespace only."
+        ),
+    ] = None
+    uid: Annotated[
+        Uid | None,
+        Meta(
+            description="Of the ServiceAccount, as metadata.uid tells: one that is deleted and made again by that name is "
+            "not taken. Any of that name where not set.",
         ),
     ] = None
 

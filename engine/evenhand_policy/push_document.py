@@ -11,6 +11,7 @@ import msgspec
 
 from evenhand_policy.compact import Loss, Members, compact, members_of
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
+from evenhand_policy.credentials import read_account
 
 SCHEMA_VERSION = 1
 _ADDED_LATER = frozenset(
@@ -190,7 +191,8 @@ def _shared_identities(config: SchedulerConfig) -> Iterator[tuple[str, str]]:
     """An identity of two tenants would make it a matter of chance who pays."""
     tenants = config.tenants
     yield from _repeated("keyHashes", config.gateway.key_hashes, [tenant.key_hashes for tenant in tenants])
-    yield from _repeated("serviceAccounts", (), [tenant.service_accounts for tenant in tenants])
+    accounts = [[read_account(each)[0] for each in tenant.service_accounts] for tenant in tenants]
+    yield from _repeated("serviceAccounts", (), accounts)
     yield from _repeated("headerValues", (), [tenant.header_values for tenant in tenants])
 
 

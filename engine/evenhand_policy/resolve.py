@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import asdict
 
 from evenhand_policy.config import KvCacheShare, Limits, Slo, TenantConfig
+from evenhand_policy.credentials import bound_account
 from evenhand_policy.identities import Claim, ClaimKind
 from evenhand_policy.schema import milliseconds
 from evenhand_policy.spec import KvCacheSpec, LimitsSpec, SloSpec, TenantPolicy
@@ -44,7 +45,7 @@ def resolve_tenant(policy: TenantPolicy, tenant_id: str, claims: Sequence[Claim]
 
 
 def _claimed(claims: Sequence[Claim], kind: ClaimKind) -> tuple[str, ...]:
-    return tuple(sorted({claim.value for claim in claims if claim.kind is kind}))
+    return tuple(sorted({bound_account(claim.value, claim.uid) for claim in claims if claim.kind is kind}))
 
 
 def _resolve_slo(slo: SloSpec) -> Slo:

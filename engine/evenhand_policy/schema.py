@@ -12,6 +12,14 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
+Uid = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z",
+        max_length=36,
+        extra={"expected": "a uid, such as 0f7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c11"},
+    ),
+]
 DnsLabel = Annotated[
     str,
     Meta(

@@ -43,6 +43,6 @@ def header(value: str) -> dict[str, Any]:
     return {"name": "gw", "type": "Header", "header": {"value": value}}
 
 
-def service_account(name: str, namespace: str | None = None) -> dict[str, Any]:
-    account = {"name": name} | ({"namespace": namespace} if namespace else {})
+def service_account(name: str, namespace: str | None = None, uid: str | None = None) -> dict[str, Any]:
+    account = {"name": name} | ({"namespace": namespace} if namespace else {}) | ({"uid": uid} if uid else {})
     return {"name": "web", "type": "ServiceAccount", "serviceAccount": account}

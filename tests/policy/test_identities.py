@@ -107,6 +107,20 @@ def test_a_guest_cannot_claim_another_namespaces_service_account(policy: Build, 
     }
 
 
+def test_an_account_is_claimed_once_whatever_its_uid(policy: Build, pool: Build) -> None:
+    """Else who claims the one of today could be freed of what somebody decided about its name."""
+    uid = "0f7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c11"
+    first = policy("first", identities=[service_account("web", uid=uid)])
+    second = policy("second", identities=[service_account("web")])
+    third = policy("third", identities=[service_account("web", uid=uid[:-1] + "2")])
+    result = compiled([first, second, third], pool())
+    assert refusals(result) == [
+        (name, "IdentityConflicted", "spec.identities[0].serviceAccount") for name in ("second", "third")
+    ]
+    [tenant] = result.config.tenants
+    assert tenant.service_accounts == (f"system:serviceaccount:inference:web#{uid}",)
+
+
 def test_a_gateway_without_its_secret_is_not_believed(policy: Build, pool: Build) -> None:
     result = compiled([policy()], pool(gateway={"apiKeys": {"secretRef": {"name": "gateway-key"}}}))
     assert refusals(result) == [("default", "SecretNotFound", "spec.gateway.apiKeys.secretRef.name")]

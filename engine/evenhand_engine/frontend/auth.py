@@ -7,6 +7,7 @@ It never keeps, logs or returns a credential.
 import re
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import jwt
 from multidict import CIMultiDictProxy
@@ -18,7 +19,7 @@ from evenhand_policy.config import (
     ServiceAccountIssuer,
     UnknownTenantAction,
 )
-from evenhand_policy.credentials import key_hash
+from evenhand_policy.credentials import key_hash, read_account
 from evenhand_policy.identities import service_account_group
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"]  # asymmetric only: no key confusion
@@ -46,7 +47,11 @@ class Authenticator:
         # Looked up by SHA-256, so how long a look-up takes says nothing about the key.
         self._tenants_by_key = {key_hash(key): DEFAULT_TENANT_ID for key in shared_keys}
         self._tenants_by_key |= {key: tenant.tenant_id for tenant in config.tenants for key in tenant.key_hashes}
-        self._tenants_by_subject = {s: tenant.tenant_id for tenant in config.tenants for s in tenant.service_accounts}
+        self._accounts = {
+            subject: (tenant.tenant_id, uid)
+            for tenant in config.tenants
+            for subject, uid in map(read_account, tenant.service_accounts)
+        }
         self._tenants_by_header = {v: tenant.tenant_id for tenant in config.tenants for v in tenant.header_values}
         self._gateway_keys = frozenset(config.gateway.key_hashes)
         self._tenant_headers = config.gateway.headers
@@ -69,19 +74,21 @@ class Authenticator:
         if (tenant_id := self._tenants_by_key.get(hashed)) is not None:
             return tenant_id
         if self._tokens is not None and credential.count(".") == 2:
-            return self._known_or_shared(self._tenant_of_account(self._tokens.subject(credential)))
+            return self._known_or_shared(self._tenant_of_account(*self._tokens.account(credential)))
         raise _unauthorized("The API key is not valid here.")
 
     def _named(self, headers: CIMultiDictProxy[str]) -> str:
         """What the gateway says, in the first of its headers that is there; empty where it says nothing."""
         return next(filter(None, (_single(headers, name) for name in self._tenant_headers)), "")
 
-    def _tenant_of_account(self, subject: str) -> str | None:
-        """Whoever claims the ServiceAccount, else whoever claims every one of its namespace."""
-        if (tenant_id := self._tenants_by_subject.get(subject)) is not None:
-            return tenant_id
-        account = _SERVICE_ACCOUNT.fullmatch(subject)
-        return self._tenants_by_subject.get(service_account_group(account[1])) if account else None
+    def _tenant_of_account(self, subject: str, uid: str) -> str | None:
+        """Whoever claims the ServiceAccount, else whoever claims every one of its namespace. Where one uid is claimed, an
+        account of that name with another is nobody's."""
+        if subject not in self._accounts:
+            account = _SERVICE_ACCOUNT.fullmatch(subject)
+            subject = service_account_group(account[1]) if account else ""
+        tenant_id, claimed_uid = self._accounts.get(subject, (None, ""))
+        return tenant_id if claimed_uid in ("", uid) else None
 
     def _anonymous_tenant(self) -> str:
         if self._anonymous and self._shares_with_unknown:
@@ -107,8 +114,9 @@ class _TokenVerifier:
             keys = []  # no key that we can use: no token is valid
         self._keys = {key.key_id: key for key in keys}
 
-    def subject(self, token: str) -> str:
-        """The token's `sub`, as system:serviceaccount:NAMESPACE:NAME; raises Refusal 401 if it is not valid."""
+    def account(self, token: str) -> tuple[str, str]:
+        """The token's `sub`, as system:serviceaccount:NAMESPACE:NAME, and the account's uid, empty where the token does not
+        tell it; raises Refusal 401 if it is not valid."""
         try:
             key = self._keys.get(jwt.get_unverified_header(token).get("kid"))
             if key is None:
@@ -129,7 +137,13 @@ class _TokenVerifier:
         oldest = self._issuer.max_age_seconds
         if oldest is not None and time.time() - claims["iat"] > oldest + _CLOCK_SKEW_SECONDS:
             raise _unauthorized("The token was issued too long ago; use one that is renewed, such as a projected one.")
-        return str(claims["sub"])
+        return str(claims["sub"]), _uid(claims)
+
+
+def _uid(claims: dict[str, Any]) -> str:
+    bound = claims.get("kubernetes.io")
+    account = bound.get("serviceaccount") if isinstance(bound, dict) else None
+    return str(account.get("uid", "")) if isinstance(account, dict) else ""
 
 
 def _single(headers: CIMultiDictProxy[str], name: str) -> str:

@@ -138,6 +138,10 @@ HASH = "sha256:" + "0" * 64
             document(tenants=tuple(tenant(tenant_id=name, key_hashes=(HASH,)) for name in ("a", "b"))),
             "tenants[1].keyHashes",
         ),
+        (
+            document(tenants=(tenant(tenant_id="a", service_accounts=("s",)), tenant(service_accounts=("s#1",)))),
+            "tenants[1].serviceAccounts",
+        ),
         (b'{"schemaVersion": 1, "tenants": [{"tenantId": "a", "wieght": 1}]}', "tenants[0]"),
         (b'{"schemaVersion": 1', ""),
         (b"", ""),

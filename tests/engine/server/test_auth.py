@@ -116,6 +116,22 @@ def test_every_account_of_a_namespace_but_those_that_are_claimed_by_name() -> No
         assert refused(authenticator, headers(bearer=token(sub=other))).code == "unknown_tenant", other
 
 
+def test_account_that_is_made_again_by_a_name_that_is_claimed_with_a_uid_is_nobodys() -> None:
+    uid, again = "0f7cdb7e-4b5a-4f4e-8f52-3f7d2f1d9c11", "11111111-4b5a-4f4e-8f52-3f7d2f1d9c11"
+    known = config(reject=True)
+    chat = TenantConfig(tenant_id="chat", service_accounts=(f"{SUBJECT}#{uid}",))
+    whole = TenantConfig(tenant_id="whole-chat", service_accounts=("system:serviceaccounts:chat",))
+    authenticator = Authenticator(msgspec.structs.replace(known, tenants=(chat, whole)))
+
+    def of(bound: object) -> CIMultiDictProxy[str]:
+        return headers(bearer=token(**{"kubernetes.io": bound}))
+
+    assert authenticator.authenticate(of({"serviceaccount": {"uid": uid}})) == "chat"
+    for bound in ({"serviceaccount": {"uid": again}}, {"serviceaccount": None}, {}, None, "x"):
+        assert refused(authenticator, of(bound)).code == "unknown_tenant", bound
+    assert authenticator.authenticate(headers(bearer=token(sub=f"{SUBJECT}#{uid}"))) == "whole-chat", "a name like any"
+
+
 def test_header_counts_only_with_the_gateways_key(authenticator: Authenticator) -> None:
     claim = ("X-Team", "batch")
     assert authenticator.authenticate(headers(claim)) == DEFAULT_TENANT_ID
