@@ -48,6 +48,7 @@ def shapes(size: int) -> dict[str, tuple[str, bytes]]:
         "token ids that fit": '{"prompt":' + _many("97", 3 * fits) + "}",
         "text": '{"prompt":"' + "word " * (size // 5) + '"}',
         "token ids": '{"prompt":' + _many("97", size) + "}",
+        "text that is cut": f'{{"truncate_prompt_tokens":{fits},"prompt":"' + "word " * (size // 5) + '"}',
         "short texts": '{"prompt":' + _many('""', size) + "}",
         "unknown member": '{"prompt":"x","junk":' + _many("[]", size) + "}",
         "unsupported member": '{"prompt":"x","documents":' + _many("{}", size) + "}",

@@ -7,7 +7,7 @@ an object is made for each of its parts.
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec import Raw
 
@@ -17,8 +17,6 @@ from evenhand_engine.openai.bodies import decode_raw, first_elements, given, tok
 from evenhand_engine.openai.members import ChatMessage, TextPart
 from evenhand_engine.openai.schema import ChatFields, CompletionRequest, SamplingFields
 from evenhand_engine.text.tokenizer import ChatTemplateError, TextTooLongError, Tokenizer
-
-S = TypeVar("S", "list[int]", "array[int]")
 
 _NONE: Mapping[str, Any] = {}
 _MAX_PROMPTS = 256
@@ -122,25 +120,31 @@ class PromptReader:
 
     def text(self, text: str, param: str, *, add_special_tokens: bool) -> "array[int]":
         """Token ids of `text`; raises Refusal 400 if it cannot fit."""
-        most = self.max_model_len if self.max_prompt_tokens is None else None
-        try:
-            found = self.tokenizer.encode(text, add_special_tokens, max_tokens=most)
-        except TextTooLongError as error:
-            raise refuse_context(error.max_tokens, error.num_tokens, 1) from error
+        if (kept := self._num_kept) is not None:
+            found = self.tokenizer.encode_end(text, kept, add_special_tokens)
+        else:
+            try:
+                found = self.tokenizer.encode(text, add_special_tokens, max_tokens=self.max_model_len)
+            except TextTooLongError as error:
+                raise refuse_context(error.max_tokens, error.num_tokens, 1) from error
         check_token_ids(self.tokenizer, found, param)
-        return array("I", self._last(found))
+        return array("I", found)
 
     def ids(self, raw: Raw, param: str) -> "array[int]":
         """Token ids as the body gives them; raises Refusal 400 if they cannot fit, or are none of this model's."""
-        most = self.max_model_len if self.max_prompt_tokens is None else None
+        kept = self._num_kept
+        most = self.max_model_len if kept is None else None
         if most is not None and (num_tokens := bytes(raw).count(b",") + 1) > most:
             raise refuse_context(most, num_tokens, 1)
         found = token_ids(raw, param)
         check_token_ids(self.tokenizer, found, param)
-        return self._last(found)
+        return found if kept is None else found[-kept:]
 
-    def _last(self, found: S) -> S:
-        return found if self.max_prompt_tokens is None else found[-self.max_prompt_tokens :]
+    @property
+    def _num_kept(self) -> int | None:
+        """Tokens of a longer prompt that are taken; None: it is refused, as it would be if more were taken than there is room for."""
+        most = self.max_prompt_tokens
+        return None if most is None or (self.max_model_len is not None and most > self.max_model_len) else most
 
 
 def max_prompt_tokens(body: SamplingFields, max_model_len: int, max_tokens: int | None) -> int | None:

@@ -17,6 +17,7 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.text.chat_template import ChatTemplate
 from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
 from evenhand_engine.text.fill_in_middle import find_fill_in_middle
+from evenhand_engine.text.long_texts import MARGIN, beginnings, ends
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 from evenhand_engine.text.text_decoder import ByteDecoder, TextDecoder, WindowDecoder
 from evenhand_engine.text.tool_calls import ToolFormat
@@ -131,18 +132,42 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """Token ids of `text`. The batch call is used for its single text because it alone releases the GIL.
+        """Token ids of `text`.
 
-        Raises TextTooLongError if they are more than `max_tokens`; where the bytes alone tell, before any work.
+        Raises TextTooLongError if they are more than `max_tokens`; where the bytes alone tell, before any work, and where the
+        beginning of a long text tells, before the rest is looked at.
         """
-        least = -(-len(text.encode()) // self._longest_token)
-        if max_tokens is not None and least > max_tokens:
-            raise TextTooLongError(max_tokens, least)
-        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        if max_tokens is not None:
+            self._check_length(text.encode(), max_tokens)
+        encoding = self._encoding(text, add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
             raise TextTooLongError(max_tokens, len(encoding))
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_end(self, text: str, num_tokens: int, add_special_tokens: bool = True) -> list[int]:
+        """The last token ids of `text`, so many or all; of a long one no more than its end is looked at."""
+        for part in ends(text.encode(), num_tokens):
+            encoding = self._encoding(part, add_special_tokens)
+            if len(encoding) >= num_tokens + MARGIN:
+                break
+        else:
+            encoding = self._encoding(text, add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids[-num_tokens:]
+
+    def _check_length(self, text: bytes, max_tokens: int) -> None:
+        least = -(-len(text) // self._longest_token)
+        if least > max_tokens:
+            raise TextTooLongError(max_tokens, least)
+        for part in beginnings(text, max_tokens):
+            least = len(self._encoding(part, add_special_tokens=False)) - MARGIN
+            if least > max_tokens:
+                raise TextTooLongError(max_tokens, least)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        """The batch call is used for its single text because it alone releases the GIL."""
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str

@@ -218,3 +218,16 @@ def test_probes(server: Server) -> None:
             assert response.status == 200
             assert (body == b"") == (method == "HEAD" or path in ("/health", "/ready", "/ping"))
     connection.close()
+
+
+def test_only_so_much_is_tokenized_for_nobody(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenhand_engine.openai.tokens._MAX_TOKENS", 300)
+    assert post(server, "/tokenize", {"prompt": "x " * 100})[1]["count"] == 200
+    status, answer = error(server, "/tokenize", {"prompt": "x " * 400})
+    assert (status, answer["code"], answer["param"]) == (400, "context_length_exceeded", "prompt")
+    assert "up to 300 tokens" in answer["message"]
+
+
+def test_a_prompt_cut_to_more_than_the_context_is_refused(server: Server) -> None:
+    body = COMPLETION | {"prompt": "x " * 400, "truncate_prompt_tokens": 100_000}
+    assert error(server, "/v1/completions", body)[1]["code"] == "context_length_exceeded"
