@@ -9,7 +9,7 @@ static float run(long rounds, const Add& add) {
   for (; rounds > 0; rounds--) {
 #pragma GCC unroll 24
     for (int i = 0; i < CHAINS; i++) {
-#if defined(__x86_64__)
+#if defined(__AVX__)
       asm volatile("" : "+v"(left), "+v"(right), "+v"(sums[i]));  // else the compiler sees that all sums are the same
 #endif
       sums[i] = add(sums[i], left, right);

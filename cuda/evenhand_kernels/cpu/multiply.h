@@ -43,7 +43,7 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
       __builtin_prefetch(next, 0, 2);
       next += prefetch.stride;
       Vec right0 = load(row_of_b), right1 = load(row_of_b + (NV - 1) * LANES);
-#if defined(__x86_64__)
+#if defined(__AVX__)
       asm("" : "+v"(right0), "+v"(right1));  // keep them in registers: GCC would load them again for every row
 #endif
 #pragma GCC unroll 12

@@ -27,6 +27,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+typedef __fp16 NativeHalf;  // GCC 12 knows _Float16 for x86 alone
+#else
+typedef _Float16 NativeHalf;
+#endif
 // Two inputs of a product, the first in the lower half: one operand lane of vdpbf16ps.
 struct BFloat16Pair {
   uint32_t bits;
@@ -63,7 +68,7 @@ static inline Vec load(const Float16* p) {
 #else
   Vec result;
   for (int i = 0; i < LANES; i++) {
-    _Float16 value;
+    NativeHalf value;
     std::memcpy(&value, p + i, 2);
     result[i] = value;
   }
@@ -201,7 +206,7 @@ static inline void narrow(float x, Float16* to) {
 #if defined(__F16C__)
   to->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
 #else
-  const _Float16 value = x;
+  const NativeHalf value = x;
   std::memcpy(to, &value, 2);
 #endif
 }
