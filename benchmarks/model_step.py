@@ -27,9 +27,11 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig, load_model_config
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.precision import (
+    ACTIVATION_DTYPES,
     DTYPES,
     QUANTIZATIONS,
     Precision,
+    resolve_activation_dtype,
     resolve_kv_cache_dtype,
     resolve_precision,
 )
@@ -124,17 +126,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--activation-dtype", choices=("auto", *ACTIVATION_DTYPES), default="auto")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     options = parser.parse_args()
     seconds = 0.3 if options.quick else 3.0
-    kernels = TimedKernels(
-        CpuKernels(cache_dir() / "kernels", options.threads) if options.kernels == "cpu" else ReferenceKernels()
-    )
-    torch.set_num_threads(1 if options.kernels == "cpu" else options.threads)
     model_dir = resolve_model_dir(None)
     config = load_model_config(model_dir)
     precision = resolve_precision(options.dtype, options.quantization)
+    activation_dtype = resolve_activation_dtype(options.activation_dtype, precision, config)
+    kernels = TimedKernels(
+        CpuKernels(cache_dir() / "kernels", options.threads, activation_dtype)
+        if options.kernels == "cpu"
+        else ReferenceKernels()
+    )
+    torch.set_num_threads(1 if options.kernels == "cpu" else options.threads)
     kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
     weight_bytes = precision.dtype.itemsize if precision.dtype else checkpoint_bytes(model_dir) / config.num_parameters
     floor = Floor.measured(kernels, config, weight_bytes, kv_dtype.itemsize)
