@@ -146,7 +146,10 @@ class Tokenizer:
         return ids
 
     def encode_end(self, text: str, num_tokens: int, add_special_tokens: bool = True) -> list[int]:
-        """The last token ids of `text`, so many or all; of a long one no more than its end is looked at."""
+        """The last token ids of `text`, so many or all; of a long one no more than its end is looked at.
+
+        Where that is within one word without end, this may be divided otherwise than as a whole.
+        """
         for part in ends(text.encode(), num_tokens):
             encoding = self._encoding(part, add_special_tokens)
             if len(encoding) >= num_tokens + MARGIN:

@@ -228,6 +228,8 @@ def test_only_so_much_is_tokenized_for_nobody(server: Server, monkeypatch: pytes
     assert "up to 300 tokens" in answer["message"]
 
 
-def test_a_prompt_cut_to_more_than_the_context_is_refused(server: Server) -> None:
+def test_a_prompt_cut_to_more_than_the_context_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its bytes alone, as one that is not cut."""
+    monkeypatch.setattr(server.engine.tokenizer, "encode_end", None)
     body = COMPLETION | {"prompt": "x " * 400, "truncate_prompt_tokens": 100_000}
     assert error(server, "/v1/completions", body)[1]["code"] == "context_length_exceeded"

@@ -16,6 +16,7 @@ TEXTS = {
     "one word": "xy" * 60_000,
     "characters": "日本語 é 🪐 " * 6_000,
     "dense behind": "a" * 90_000 + " b c d" * 5_000,
+    "dense before": " b c d" * 5_000 + (" " + 16 * "a") * 5_000,
     "short": "a b c",
 }
 
