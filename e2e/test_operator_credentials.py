@@ -24,6 +24,7 @@ from harness.stage import Stage, conditions, until
 
 OFTEN = ("--relist-seconds=10",)
 MOST_PER_SECOND = 12.0  # some loops and watches, each of which waits for a second
+LISTED = "evenhand_operator_last_list_timestamp_seconds"
 NOTICED_SECONDS = 90.0  # half a minute without an answer, and what goes before and after it
 
 
@@ -182,6 +183,31 @@ def test_lists_whose_pages_expire_are_begun_anew(
         until(lambda: operator.metric("evenhand_operator_policies", condition="Accepted") == num_left)
         operator.program.check_running()
         operator.stop()
+
+
+def test_operator_under_which_etcd_is_restored_ends_and_begins_anew(
+    own_cluster: ControlPlane, own_stage: Stage, operators: Operators
+) -> None:
+    """What it remembers has higher versions than what there is."""
+    operator = operators.start(own_stage.namespace, options=OFTEN)
+    own_cluster.apply(policy(own_stage.namespace, "kept", weight=2))
+    until(lambda: is_accepted(own_stage, "kept"))
+    own_cluster.save_state()
+    own_cluster.apply(policy(own_stage.namespace, "lost", weight=2))
+    for weight in range(3, 9):
+        own_cluster.apply(policy(own_stage.namespace, "kept", weight=weight))
+    until(lambda: is_accepted(own_stage, "lost") and is_accepted(own_stage, "kept"))
+    listed_at = operator.metric(LISTED)
+    until(lambda: operator.metric(LISTED) > listed_at)
+    own_cluster.restore_state()
+    until(operator.program.exit_code)
+    assert "HistoryLostError" in operator.log.read_text()
+    operator.stop()
+    operator.start()
+    until(lambda: operator.metric("evenhand_operator_epoch") > 0 and is_accepted(own_stage, "kept"))
+    stored = own_cluster.find("tenantpolicies.evenhand.dev", own_stage.namespace)
+    assert "lost" not in [each["metadata"]["name"] for each in stored]
+    until(lambda: operator.metric("evenhand_operator_policies", condition="Accepted") == len(stored))
 
 
 def test_operator_learns_of_an_authority_that_took_the_place_of_another(

@@ -90,6 +90,22 @@ class ControlPlane(Cluster, Running):
         self.stop_api_server(grace)
         self.start_api_server()
 
+    def save_state(self) -> None:
+        """Make a backup of etcd. It and the API server are restarted."""
+        self._replace_data("etcd", "backup")
+
+    def restore_state(self) -> None:
+        """Go back to the backup; whatever has happened since did not."""
+        self._replace_data("backup", "etcd")
+
+    def _replace_data(self, source: str, target: str) -> None:
+        self.stop_api_server(grace=0)
+        self.etcd.stop()
+        shutil.rmtree(self.directory / target, ignore_errors=True)
+        shutil.copytree(self.directory / source, self.directory / target)
+        self.etcd.start()
+        self.start_api_server()
+
     def forget_history(self) -> None:
         """Restarts the API server on an etcd that has no earlier state any more: lists cannot be gone on with (410)."""
         self.stop_api_server(grace=0)

@@ -44,6 +44,11 @@ class Scope(NamedTuple):
         return f"{self.resource.plural} of {f'namespace {self.namespace}' if self.namespace else 'all namespaces'}"
 
 
+class HistoryLostError(Exception):
+    """The API server is at an earlier state than before, as after etcd was restored from a backup: what is remembered is of a
+    future that is not going to be, and would be believed rather than what is so. Only a process that begins anew is right."""
+
+
 class Reflector:
     """One kind in one scope.
 
@@ -71,17 +76,19 @@ class Reflector:
         self._access_changed = access_changed
         self._clock = clock
         self._forbidden_since: float | None = None
+        self._listed = 0  # version of the latest list
         self._pause = _FIRST_PAUSE_SECONDS
 
     async def run(self) -> None:
-        """List and watch until cancelled."""
+        """List and watch until cancelled. Raises HistoryLostError."""
         while True:
             version = await self.list()
             while version is not None:
                 version = await self._watch(version)
 
     async def list(self) -> int | None:
-        """List, however often it takes; returns the version of the list, or None where it is forbidden."""
+        """List, however often it takes; returns the version of the list, or None where it is forbidden. Raises
+        HistoryLostError."""
         while True:
             try:
                 version = await self._list()
@@ -102,6 +109,9 @@ class Reflector:
         async for page in self._kube.list_pages(resource, namespace, **parameters):
             present += map(self._sink.take, page.items)
             version = page.version
+        if version < self._listed:
+            raise HistoryLostError(f"{self.scope} were listed at version {self._listed}, and now at {version}")
+        self._listed = version
         self._sink.keep_only(present, version, namespace)
         self.known.set()
         return version

@@ -9,7 +9,7 @@ from evenhand_operator import reflector as reflector_module
 from evenhand_operator.cache import Cache
 from evenhand_operator.clock import Clock
 from evenhand_operator.kube import KubeClient
-from evenhand_operator.reflector import Reflector, Scope
+from evenhand_operator.reflector import HistoryLostError, Reflector, Scope
 from evenhand_operator.resources import PODS
 from harness.builders import make_pod
 
@@ -65,6 +65,18 @@ async def test_expired_page_is_no_end(api: Any, kube: KubeClient, cache: Cache) 
     api.refusals = [(410, {"message": "the provided continue parameter is too old"}, {}), (500, {}, {})]
     assert await pods(kube, cache).list() == 50
     assert len(list(cache.pods)) == 1
+
+
+async def test_api_server_that_goes_back_in_time_is_not_coped_with(api: Any, kube: KubeClient, cache: Cache) -> None:
+    """What is remembered has higher versions than what there is, and would be believed for as long."""
+    api.objects["pods"] = [pod(7)]
+    reflector = pods(kube, cache)
+    for version in (90, 90, 95):
+        api.version = version
+        assert await reflector.list() == version
+    api.version = 94
+    with pytest.raises(HistoryLostError, match="listed at version 95, and now at 94"):
+        await reflector.list()
 
 
 async def test_missing_kind_says_what_to_do_and_is_waited_for(
