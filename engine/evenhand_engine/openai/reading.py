@@ -15,19 +15,19 @@ T = TypeVar("T", bound=tuple[Any, ...])
 async def read_request(request: web.Request, read: Callable[[bytes], T]) -> T:
     """What `read` makes of the body, which is dropped then. `read` runs in a thread if the body is large.
 
-    From then on the tenant is held to account for the token ids and texts in the result alone.
+    From then on the tenant is held to account for the token ids, texts and bytes in the result alone.
     """
     raw = await read_body(request)
     result = await request.app[ENGINE].compute(request[TENANT_ID], len(raw), lambda: read(raw))
     if (held := request.get(BODY)) is not None:
-        held.resize(_num_bytes(result))
+        held.resize(num_bytes(result))
     return result
 
 
-def _num_bytes(value: object) -> int:
-    """Of the arrays and strings in it."""
+def num_bytes(value: object) -> int:
+    """Of the arrays, texts and bytes in it."""
     if isinstance(value, array):
         return len(value) * value.itemsize
     if isinstance(value, list | tuple):
-        return sum(map(_num_bytes, value))
-    return len(value) if isinstance(value, str) else 0
+        return sum(map(num_bytes, value))
+    return len(value) if isinstance(value, str | bytes) else 0

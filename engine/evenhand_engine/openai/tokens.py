@@ -16,7 +16,7 @@ from evenhand_engine.openai.reading import read_request
 from evenhand_engine.openai.schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from evenhand_engine.openai.tools import definitions, read_tools, tool_format
 
-_MAX_TOKENS = 2**18  # or the model's context, if that is more
+_MAX_TOKENS = 2**17  # or the model's context, if that is more: each may be a text of hundreds of bytes
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -68,6 +68,10 @@ def _detokenize(service: EngineService, raw: bytes) -> tuple[bytes]:
     service.check_model(body.model)
     if (tokens := given(body.tokens)) is None:
         raise Refusal(400, "invalid_value", "`tokens` is missing.", param="tokens")
+    limit = max(service.info.max_model_len, _MAX_TOKENS)
+    if bytes(tokens).count(b",") >= limit:
+        message = f"`tokens` holds more than {limit} token ids."
+        raise Refusal(400, "invalid_value", message, param="tokens")
     found = token_ids(tokens, "tokens")
     check_token_ids(service.tokenizer, found, "tokens")
     return (msgspec.json.encode(Detokenized(service.tokenizer.decode(found, skip_special_tokens=False))),)

@@ -18,6 +18,7 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.openai.bodies import first_elements, parse_body, token_ids, without_raw
 from evenhand_engine.openai.prompts import PromptReader
+from evenhand_engine.openai.reading import num_bytes
 from evenhand_engine.openai.schema import ChatCompletionRequest, CompletionRequest
 from evenhand_engine.text.tokenizer import Tokenizer
 
@@ -154,3 +155,8 @@ def test_a_body_of_too_many_values_is_not_decoded(separator: bytes, monkeypatch:
     with pytest.raises(Refusal, match="more than 100 commas") as caught:
         parse_body(body.replace(separator, separator * 2), CompletionRequest)
     assert caught.value.status == 400
+
+
+def test_an_answer_that_is_made_of_a_body_counts_instead_of_it() -> None:
+    """It may be much larger."""
+    assert num_bytes((b"abc", "d", [array("I", [1, 2])], 7, None)) == 3 + 1 + 8

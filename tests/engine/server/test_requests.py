@@ -233,3 +233,9 @@ def test_a_prompt_cut_to_more_than_the_context_is_refused(server: Server, monkey
     monkeypatch.setattr(server.engine.tokenizer, "encode_end", None)
     body = COMPLETION | {"prompt": "x " * 400, "truncate_prompt_tokens": 100_000}
     assert error(server, "/v1/completions", body)[1]["code"] == "context_length_exceeded"
+
+
+def test_only_so_many_tokens_become_text(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenhand_engine.openai.tokens._MAX_TOKENS", 300)
+    assert post(server, "/detokenize", {"tokens": [70] * 300})[0] == 200
+    assert error(server, "/detokenize", {"tokens": [70] * 301})[1]["param"] == "tokens"
