@@ -12,10 +12,11 @@ own are within `kv_tokens`, and (3) a seat is free of those that the upstream sa
 *Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
 its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
 step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
-So it is sent when what is left of those before it is no more than a tenth of its own, so that the upstream seldom lacks a prompt: a step
+So it is sent when what is left of those before it is no more than a twentieth of its own, so that the upstream seldom lacks a prompt: a step
 without a long one is short. What is left is estimated: prompts are taken to be prefilled
 one after another, at the rate seen so far, and none to be done before its first chunk. While a short one is unstarted, which would share
-a full step with it, it is sent when nothing is left of the first of those: too late for the step that takes in the short one, and not for the next.
+a full step with it, it is sent when the first of those is done, or should have been for a tenth of its time: too late for the step that takes in the
+short one, and not for the next.
 
 *The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
 others leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
@@ -40,7 +41,8 @@ from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.prefill_rate import PrefillRate
 
 _MIN_UNSTARTED = 2
-_LEAD = 0.1  # of a long prompt: what is left of those before it when it is sent
+_LEAD = 0.05  # of a long prompt: what is left of those before it when it is sent
+_LATENESS = 0.1  # of the prompt before a short one: how much later than estimated it is taken to be done
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
 _RESERVE = 1 / 32
 _GROWTH = 1.25
@@ -118,8 +120,11 @@ class Window:
         head = next(iter(self._unstarted), None)
         if head is None:
             return 0.0
-        computed = (now - max(head.sent_at, self._head_since)) * self.prefill_rate
-        return self.num_unstarted_tokens - min(computed, head.num_prompt_tokens)
+        return self.num_unstarted_tokens - min(self._num_computed_tokens(head, now), head.num_prompt_tokens)
+
+    def _num_computed_tokens(self, head: Flight, now: float) -> float:
+        """As many as there was time for since the first of the unstarted had its turn upstream."""
+        return (now - max(head.sent_at, self._head_since)) * self.prefill_rate
 
     def room(self, num_prompt_tokens: int, num_expected_tokens: int, now: float) -> Room:
         """Whether such a request may be sent now. What is not FREE is remembered: somebody waits for the window."""
@@ -142,17 +147,16 @@ class Window:
         head = next(iter(self._unstarted), None)
         if head is None:
             return True
-        num_behind, lead = self.num_unstarted_tokens - head.num_prompt_tokens, _LEAD * num_prompt_tokens
-        num_before = num_behind
-        if self._num_short:
+        num_before, lead = self.num_unstarted_tokens - head.num_prompt_tokens, _LEAD * num_prompt_tokens
+        if self._num_short:  # the step that takes these in is to have begun
             num_before -= self._num_short_tokens - (0 if head.is_long else head.num_prompt_tokens)
-            lead = 0.0
-        num_more = self.num_left_tokens(now) - num_behind + num_before - lead
-        if num_more <= _ROUNDING:
-            return True
-        if num_before <= lead:  # else the first chunk of one is awaited
+            lead = -_LATENESS * head.num_prompt_tokens
+        if num_before > max(lead, 0.0):
+            return False  # the first chunk of one is awaited
+        num_more = num_before + head.num_prompt_tokens - self._num_computed_tokens(head, now) - lead
+        if num_more > _ROUNDING:
             self._opens_at = now + num_more / self.prefill_rate
-        return False
+        return num_more <= _ROUNDING
 
     def release(self) -> None:
         """Nobody waits for the window."""
