@@ -24,6 +24,7 @@ from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import ModelConfig
 from evenhand_engine.model.decoder import build_decoder
 from evenhand_engine.model.precision import DTYPES, Precision, name_of, resolve_device_kv_dtype, resolve_precision
+from evenhand_engine.model.progress import Stage
 from evenhand_engine.model.sharding import WHOLE, Shard
 from evenhand_engine.model.weights import Weights
 from evenhand_kernels.cuda.device import CudaDevice
@@ -77,6 +78,7 @@ def _load(
             "free: stop what else runs there, share the model between GPUs (--tensor-parallel-size), hold its weights in less "
             "(--quantization int8), or choose a smaller one"
         )
+    Stage("preparing the kernels", total=0)
     kernels = CudaKernels(device, dtype)
     weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
     return _with_cache(config, model_dir, model_config, kv_dtype, kernels, weights, shard)
@@ -116,6 +118,7 @@ def _with_cache(
         decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
         return DeviceRunner(decoder, kernels, settings, model_config.vocab_size, structures)
 
+    Stage("warming up", total=0)
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         num_tokens = config.max_num_batched_tokens or DEFAULTS.max_num_batched_tokens

@@ -25,6 +25,7 @@ from evenhand_engine.model.precision import (
     resolve_kv_cache_dtype,
     resolve_precision,
 )
+from evenhand_engine.model.progress import Stage
 from evenhand_engine.model.sharding import WHOLE, Shard, sharded_config
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.model.weights import RandomTensors, Weights, assemble, checkpoint_bytes, load_weights
@@ -126,6 +127,7 @@ def _load_with(
     structures = Structures(model_config.vocab_size)
     decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
     runner = ModelRunner(decoder, settings, structures)
+    Stage("warming up", total=0)
     run_largest_step(runner, settings)
     if config.max_num_batched_tokens is None:
         budget = measured_token_budget(runner, settings, _token_budgets(settings))
@@ -150,6 +152,7 @@ def _reference_kernels(device: str, shard: Shard) -> Kernels:
 
 
 def _cpu_kernels(config: EngineConfig, model_config: ModelConfig) -> Kernels:
+    Stage("preparing the kernels", total=0)  # a minute and more, where they are compiled
     precision = resolve_precision(config.dtype, config.quantization)
     activation_dtype = resolve_activation_dtype(config.activation_dtype, precision, model_config)
     try:

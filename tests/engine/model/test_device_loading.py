@@ -12,6 +12,7 @@ from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import load_model
 from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.errors import StartupError
+from evenhand_engine.model.progress import listening
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.quantized import QuantizedLinears
@@ -35,6 +36,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_num_batched_tokens=16,
         kv_cache_bytes=20 * BLOCK_BYTES,
     )
+
+
+@pytest.mark.parametrize("device", ["emulated", "cpu"])
+def test_a_start_says_what_it_does(config: EngineConfig, device: str) -> None:
+    said: list[str] = []
+    with listening(said.append):
+        load_model(replace(config, device=device))
+    stages = [stage for stage in said if "%" not in stage]  # which comes of one that takes long
+    assert stages == ["preparing the kernels", "loading the weights", "warming up"]
 
 
 def test_the_cache_is_as_large_as_asked_for(config: EngineConfig) -> None:
