@@ -36,6 +36,8 @@ from evenhand_kernels.kernels import KvCacheShape
 logger = logging.getLogger(__name__)
 
 DEFAULTS = Defaults(max_num_seqs=256, max_num_batched_tokens=2048, target_step_ms=0)
+VECTOR = 8
+"""Numbers of 16 bits that a kernel reads at a time."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -43,6 +45,7 @@ def load_on_device(
     config: EngineConfig, model_dir: Path, model_config: ModelConfig, shard: Shard = WHOLE
 ) -> LoadedModel:
     """`model_config` is that of the shard. Raises StartupError: no such device, kernels that do not compile, or too little memory."""
+    _require_vectors(model_config, shard)
     dtype = _dtype(config, model_config)
     kv_dtype = resolve_device_kv_dtype(config.kv_cache_dtype, dtype, model_config)
     precision = resolve_precision(config.dtype, config.quantization)
@@ -84,6 +87,17 @@ def _load(
     return _with_cache(config, model_dir, model_config, kv_dtype, kernels, weights, shard)
 
 
+def _require_vectors(model_config: ModelConfig, shard: Shard) -> None:
+    """Kernels read and write 16 bytes at a time. Raises StartupError."""
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := getattr(model_config, name)) % VECTOR:
+            part = f" on each of {shard.size} GPUs" if shard.size > 1 else ""
+            raise StartupError(
+                f"{name} {size}{part} is not supported on a GPU: it must be a multiple of {VECTOR}; choose another model, "
+                "another --tensor-parallel-size, or --device cpu"
+            )
+
+
 def _device(config: EngineConfig, shard: Shard) -> Device:
     if config.device == "emulated":
         return EmulatedDevice(cache_dir() / "kernels", checked=False)
@@ -110,7 +124,7 @@ def _with_cache(
     weights: Weights,
     shard: Shard,
 ) -> LoadedModel:
-    structures = Structures(model_config.vocab_size)
+    structures = Structures(model_config.vocab_size, shard.share)
 
     def make_runner(config: EngineConfig, kv_cache_bytes: int) -> DeviceRunner:
         settings = resolve_settings(config, model_config, kv_dtype, kv_cache_bytes, DEFAULTS)

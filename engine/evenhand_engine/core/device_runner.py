@@ -121,11 +121,12 @@ class DeviceRunner:
 
     def _masks(self, structured: StructuredStep | None) -> dict[int, Mask]:
         """By row. Those of a token can be made when the one before it has come."""
-        if structured is None or structured.is_free:
-            return {}
+        return {} if structured is None else structured.masks(self._catch_up)
+
+    def _catch_up(self) -> None:
+        """Wait for all steps in flight."""
         for step in self._steps:
             step.wait()
-        return structured.masks()
 
     def _learn(self, batch: Batch, results: list[Sampled]) -> None:
         """Which drafts were right is known here; what is laid out next goes on from there."""
@@ -159,15 +160,16 @@ class DeviceRunner:
         return self._send(memory, layout), samples
 
     def _begin(self, layout: StepLayout) -> tuple[HostStep, Tensor]:
-        """Host memory that no copy reads any more."""
-        memory, copied = self._host.popleft()
+        """Host memory that no copy reads any more; if it is not sent, it is the next one again."""
+        memory, copied = self._host[0]
         copied.wait()
         return HostStep(memory.numpy(), layout), memory
 
     def _send(self, memory: Tensor, layout: StepLayout) -> DeviceStep:
         size = layout.num_words
         self._memory[:size].copy_(memory[:size], non_blocking=True)
-        self._host.append((memory, self._device.record()))
+        self._host[0] = (memory, self._device.record())
+        self._host.rotate(-1)
         step = DeviceStep(self._memory, layout)
         if layout.num_new_blocks:
             self._seats.apply_new_blocks(step)

@@ -124,7 +124,7 @@ def _load_with(
     )
     weights = make_weights(config, model_dir, model_config, precision, kernels, shard)
     cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, kv_dtype)
-    structures = Structures(model_config.vocab_size)
+    structures = Structures(model_config.vocab_size, shard.share)
     decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
     runner = ModelRunner(decoder, settings, structures)
     Stage("warming up", total=0)

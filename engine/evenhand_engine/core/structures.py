@@ -2,10 +2,11 @@
 
     begin a step ──▶ masks, while the step runs ──▶ the step's logits are there ──▶ masked, sampled ──▶ followers advance
 
-Who computes steps ahead begins the next one before the last has advanced, and asks for its masks after that.
+Who computes steps ahead begins the next one before the last has advanced, and asks for its masks after that. Of a model in
+several parts the first knows the grammars and shares its masks; seats and steps are those of all parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenhand_engine.core.followers import Follower, Mask
+from evenhand_engine.model.sharding import Share
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
 from evenhand_engine.scheduler.request import FinishReason, Sampled
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 class Structures:
     """Matchers of requests by id, and followers of those that run by seat."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, share: Share | None = None) -> None:
+        """`share`: what the first of several parts makes, on all of them. None: this is all of the model."""
+        self._vocab_size, self._share = vocab_size, share
         self._compiled: dict[str, LLMatcher] = {}
         self._seated: dict[int, Follower] = {}
 
@@ -50,11 +53,13 @@ class Structures:
             if (follower_of := self._seated.get(item.seat)) is not None and not follower_of.has_ended:
                 items.append(_Item(number, row, item, follower_of))
             row += item.num_samples
-        return StructuredStep(items) if items else None
+        return StructuredStep(items, self._share) if items or self._share is not None else None
 
     def _follower(self, started: StartedRequest) -> Follower | None:
-        compiled, reasoning = self._compiled.get(started.request_id), started.sampling_params.reasoning
-        if compiled is None and reasoning is None:
+        """One whose grammar is not here, but another part's, allows everything."""
+        params = started.sampling_params
+        compiled, reasoning = self._compiled.get(started.request_id), params.reasoning
+        if compiled is None and reasoning is None and params.grammar is None:
             return None
         matcher = None if compiled is None else compiled.deep_copy()
         follower = Follower(matcher, reasoning, started.num_prompt_tokens, self._vocab_size)
@@ -74,16 +79,27 @@ class _Item(NamedTuple):
 class StructuredStep:
     """The items of one batch whose outputs are followed, whoever has their seats later."""
 
-    def __init__(self, items: Sequence[_Item]) -> None:
-        self._items = items
+    def __init__(self, items: Sequence[_Item], share: Share | None) -> None:
+        self._items, self._share = items, share
 
     @property
     def is_free(self) -> bool:
         """Whether nothing is masked, whatever the batches before it bring."""
         return all(follower.is_free_until(item.first_output + item.num_samples) for _, _, item, follower in self._items)
 
-    def masks(self) -> dict[int, Mask]:
-        """By row of the batch's logits, once all batches before it have advanced. May run beside the step."""
+    def masks(self, catch_up: Callable[[], object] = lambda: None) -> dict[int, Mask]:
+        """By row of the batch's logits. May run beside the step.
+
+        `catch_up` is called where that needs all batches before it to have advanced; when it returns, they have.
+        """
+        if self._share is not None:
+            return self._share(lambda: self._made(catch_up))
+        return self._made(catch_up)
+
+    def _made(self, catch_up: Callable[[], object]) -> dict[int, Mask]:
+        if self.is_free:
+            return {}
+        catch_up()
         found: dict[int, Mask] = {}
         for _, row, item, follower in self._items:
             found |= {row + place: mask for place, mask in follower.masks(item.draft_token_ids).items()}

@@ -1,11 +1,11 @@
 """Tensor parallelism over the devices of one machine: a process for each part of the model, all computing the same batches.
 
-    core (rank 0)   scheduler ─▶ batch ─┬▶ its own runner ─▶ tokens
-    workers                             └▶ their runners        all parts add up in each layer, by torch.distributed
+    core (rank 0)   scheduler ─▶ batch ─┬▶ its own runner ─▶ masks ─┬▶ tokens
+    workers                             └▶ their runners            └▶ tokens     all parts add up in each layer, by torch.distributed
 
 Every part has all logits and the same seeds, so all sample the same tokens and keep the same seats: nothing but batches goes
-to the workers, and nothing comes back. Who computes a step alone has lost the others' sums: whatever fails in one part is the
-end of all.
+to the workers, and behind each with outputs that follow a grammar or reason the masks of its rows; nothing comes back. Who
+computes a step alone has lost the others' sums: whatever fails in one part is the end of all.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,7 @@ from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import LoadedModel, load_shard, resolve_shard
 from evenhand_engine.core.workers import Lost, Workers, describe, receive
 from evenhand_engine.errors import StartupError
-from evenhand_engine.model.sharding import Shard
+from evenhand_engine.model.sharding import Made, Shard, Share
 from evenhand_engine.scheduler.batch import Batch, Runner
 from evenhand_engine.scheduler.request import Sampled
 
@@ -84,16 +85,25 @@ def load_parallel(config: EngineConfig, lost: Lost) -> LoadedModel:
     with tempfile.TemporaryDirectory() as directory:
         workers = Workers(config, __name__, Path(directory), lost)
         try:
-            model = load_shard(config, _join(config, 0, Path(directory)))
+            model = load_shard(config, _join(config, 0, Path(directory), _telling(workers)))
         except StartupError:
             workers.close()
             raise
         except Exception as error:
             workers.fail(error)
-    return replace(model, runner=ParallelRunner(model.runner, workers), structures=None)  # grammars: told to one part
+    return replace(model, runner=ParallelRunner(model.runner, workers))
 
 
-def _join(config: EngineConfig, rank: int, meeting_place: Path) -> Shard:
+def _telling(workers: Workers) -> Share:
+    def share(make: Callable[[], Made]) -> Made:
+        made = make()
+        workers.tell(made)
+        return made
+
+    return share
+
+
+def _join(config: EngineConfig, rank: int, meeting_place: Path, share: Share) -> Shard:
     """Wait for the other parts."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     size = config.tensor_parallel_size
@@ -111,7 +121,7 @@ def _join(config: EngineConfig, rank: int, meeting_place: Path) -> Shard:
         _reduce(numbers, dist.ReduceOp.MIN)
         return int(numbers.item())
 
-    return Shard(rank, size, add_up, least)
+    return Shard(rank, size, add_up, least, share)
 
 
 def _reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
@@ -125,12 +135,17 @@ def _reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
 
 def work(connection: Connection) -> None:
     """A worker's life: load its part, then compute every batch that it is told of."""
-    task, batches = receive(connection)
+    task, told = receive(connection)
+
+    def share(make: Callable[[], Made]) -> Made:
+        made: Made = told.get()  # it follows the batch that is being computed
+        return made
+
     try:
-        runner = load_shard(task.config, _join(task.config, task.rank, task.meeting_place)).runner
+        runner = load_shard(task.config, _join(task.config, task.rank, task.meeting_place, share)).runner
         num_in_flight = 0
         while True:
-            runner.submit(batches.get())
+            runner.submit(told.get())
             num_in_flight += 1
             if num_in_flight >= runner.pipeline_depth:
                 runner.collect()

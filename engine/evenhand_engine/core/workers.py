@@ -1,6 +1,6 @@
 """Workers: the processes of the ranks 1 and on of a tensor-parallel model, and what their end means.
 
-    core (rank 0)   batches ─▶ pipe ─▶ a thread of the worker ─▶ its runner
+    core (rank 0)   batches, masks ─▶ pipe ─▶ a thread of the worker ─▶ its runner
                     watch   ◀─ pipe ◀─ why it ends, or the end of the pipe
 
 A sum that one part is missing from never comes, and torch would notice after minutes. So a thread waits for the end of any
@@ -21,11 +21,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.errors import StartupError
-from evenhand_engine.scheduler.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class _Worker(NamedTuple):
 
 
 class Workers:
-    """Starts them, tells them of batches, and ends this process when one of them ends by itself."""
+    """Starts them, tells them what the first part does, and ends this process when one of them ends by itself."""
 
     def __init__(self, config: EngineConfig, module: str, meeting_place: Path, lost: Lost) -> None:
         """`module`: runs a worker, given the descriptor of its end of the pipe."""
@@ -64,10 +63,10 @@ class Workers:
         self._watch = threading.Thread(target=self._wait_for_an_end, name="workers", daemon=True)
         self._watch.start()
 
-    def tell(self, batch: Batch) -> None:
-        """Raises BrokenPipeError or ConnectionResetError where one is gone."""
+    def tell(self, message: object) -> None:
+        """A batch, or what they need to compute the last one. Raises BrokenPipeError or ConnectionResetError where one is gone."""
         for worker in self._workers:
-            worker.connection.send(batch)
+            worker.connection.send(message)
 
     def fail(self, error: Exception) -> NoReturn:
         """Something failed in this process, which the workers wait for in vain; or since one of them is gone."""
@@ -104,19 +103,19 @@ class Workers:
             self._lost(f"tensor parallel {why}")
 
 
-def receive(connection: Connection) -> "tuple[Task, SimpleQueue[Batch]]":
-    """In a worker: its task, and the batches to come. From now on it ends when the core does, whatever it does then."""
+def receive(connection: Connection) -> "tuple[Task, SimpleQueue[Any]]":
+    """In a worker: its task, and what it will be told. From now on it ends when the core does, whatever it does then."""
     task: Task = connection.recv()
-    batches: SimpleQueue[Batch] = SimpleQueue()
+    told: SimpleQueue[Any] = SimpleQueue()
 
     def pump() -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                batches.put(connection.recv())
+                told.put(connection.recv())
         os._exit(0)
 
-    threading.Thread(target=pump, name="batches", daemon=True).start()
-    return task, batches
+    threading.Thread(target=pump, name="told", daemon=True).start()
+    return task, told
 
 
 def describe(error: Exception) -> str:

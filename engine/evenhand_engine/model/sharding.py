@@ -7,7 +7,7 @@ before the residual. Embedding, norms and the head are on every device, so that 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class TensorSource(Protocol):
         ...
 
 
+Made = TypeVar("Made")
+
+
+class Share(Protocol):
+    def __call__(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on the first part, on each of them; no other calls it. All parts share as often."""
+        ...
+
+
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUTS = ("o_proj", "down_proj")
 
@@ -41,12 +50,14 @@ class Shard:
     Attributes:
         add_up: the sum of this tensor over all parts, on each of them; may be the tensor itself.
         least: the least of such numbers of all parts.
+        share: what the first part makes, on all of them; None: there is no other.
     """
 
     rank: int = 0
     size: int = 1
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor
     least: Callable[[int], int] = lambda number: number
+    share: Share | None = None
 
 
 WHOLE = Shard()

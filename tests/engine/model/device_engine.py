@@ -144,14 +144,15 @@ class Engine:
         if batch is not None:
             self.runner.submit(batch)
             self._num_in_flight += 1
-        if self._num_in_flight and (batch is None or self._num_in_flight >= self.runner.pipeline_depth):
+        is_due = self._num_in_flight > 0 and (batch is None or self._num_in_flight >= self.runner.pipeline_depth)
+        if is_due:
             for output in self.scheduler.update(self.runner.collect(), self._now):
                 if output.logprobs:
                     self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
                 if output.prompt_logprobs:
                     self.prompt_logprobs[output.request_id] = output.prompt_logprobs
             self._num_in_flight -= 1
-        return batch is not None or self._num_in_flight > 0
+        return batch is not None or is_due
 
     def run(self) -> None:
         while self.step():

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.core.loading import load_model
+from evenhand_engine.core.loading import load_model, load_shard
 from evenhand_engine.core.model_runner import ModelRunner
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.progress import listening
+from evenhand_engine.model.sharding import Shard
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.quantized import QuantizedLinears
@@ -51,6 +52,27 @@ def test_the_cache_is_as_large_as_asked_for(config: EngineConfig) -> None:
     model = load_model(config)
     assert (model.device, model.dtype, model.settings.num_kv_blocks) == ("emulated", "bfloat16", 20)
     assert model.runner.pipeline_depth == 2
+
+
+@pytest.mark.parametrize(
+    "fields, shard, message",
+    [
+        ({"intermediate_size": 140}, Shard(), r"intermediate_size 140 is not supported on a GPU: .* multiple of 8"),
+        ({"hidden_size": 102}, Shard(), "hidden_size 102 is not supported on a GPU"),
+        (
+            {},
+            Shard(0, 2),
+            r"intermediate_size 68 on each of 2 GPUs is not supported on a GPU: .*--tensor-parallel-size",
+        ),
+    ],
+)
+def test_sizes_that_kernels_cannot_read_are_refused(
+    config: EngineConfig, tmp_path: Path, fields: dict[str, int], shard: Shard, message: str
+) -> None:
+    """A kernel would leave what is beyond the last 16 bytes as it was."""
+    directory, _ = make_checkpoint(tmp_path, LlamaConfig, num_hidden_layers=1, **fields)
+    with pytest.raises(StartupError, match=message):
+        load_shard(replace(config, model=str(directory)), shard)
 
 
 def test_an_fp8_cache_holds_twice_as_much(config: EngineConfig) -> None:

@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from evenhand_engine.core.device_runner import DeviceRunner, graph_sizes
+from evenhand_engine.core.device_sampling import StepSampler
+from evenhand_engine.core.device_seats import DeviceSeats
 from evenhand_engine.model.precision import Precision
 from evenhand_engine.scheduler.request import FinishReason
 
@@ -116,10 +118,11 @@ def test_who_leaves_with_steps_in_flight_disturbs_nobody(model: Model, alone: li
         assert outputs(request) == (expected[: request.num_output_tokens] if request in gone else expected)
 
 
+@pytest.mark.parametrize("owner, name", [(DeviceSeats, "lay_out"), (DeviceRunner, "_forward"), (StepSampler, "sample")])
 def test_a_step_without_memory_ends_its_requests_alone(
-    model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, owner: type[Any], name: str
 ) -> None:
-    """However often: nothing of it stays."""
+    """However often, and wherever: nothing of it stays."""
 
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -128,7 +131,7 @@ def test_a_step_without_memory_ends_its_requests_alone(
     for number in range(5):
         request = engine.add(f"large{number}", PROMPTS[1])
         with monkeypatch.context() as patch:
-            patch.setattr(DeviceRunner, "_forward", exhausted)
+            patch.setattr(owner, name, exhausted)
             with pytest.raises(torch.OutOfMemoryError):
                 engine.step()
         engine.scheduler.fail(0.0)
