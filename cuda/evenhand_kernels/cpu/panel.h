@@ -37,6 +37,10 @@ static void multiply_few(const float* x, const float* sums, const char* panel, l
     for (int chain = 1; chain < CHAINS; chain++) result += acc[m][chain][half];
     return result;
   };
+  const auto store_totals = [&]() __attribute__((always_inline)) {
+    for (int m = 0; m < ROWS; m++)
+      for (int half = 0; half < 2; half++) store(c + m * PANEL + half * LANES, load(c + m * PANEL + half * LANES) + total(m, half));
+  };
   if constexpr (F::GROUPED) {
     const long groups = inputs / group;
     for (long g = 0; g < groups; g++) {
@@ -54,6 +58,20 @@ static void multiply_few(const float* x, const float* sums, const char* panel, l
       }
       panel += F::group_bytes(group);
     }
+  } else if constexpr (F::PAIRED) {
+    constexpr int WORDS = std::max(1, CHAINS / 2);  // of pairs
+    long k = 0;
+    const auto add_pairs = [&](int word, const char* at) __attribute__((always_inline)) {
+      F::widen_pair(at, [&](int j, Pair right) __attribute__((always_inline)) { add(x + k + 2 * word + j, (2 * word + j) % CHAINS, right); });
+    };
+    for (; k + 2 * WORDS <= inputs; k += 2 * WORDS, panel += WORDS * PANEL * 4) {
+      for (int line = 0; line < WORDS * PANEL * 4; line += 64) __builtin_prefetch(panel + PREFETCH_BYTES + line, 0, 3);
+#pragma GCC unroll 2
+      for (int word = 0; word < WORDS; word++) add_pairs(word, panel + word * PANEL * 4);
+    }
+    for (; k + 2 <= inputs; k += 2, panel += PANEL * 4) add_pairs(0, panel);
+    if (k < inputs) F::widen_pair(panel, [&](int j, Pair right) { if (j == 0) add(x + k, 0, right); });
+    store_totals();
   } else {
     using T = typename F::Element;
     const T* weights = reinterpret_cast<const T*>(panel);
@@ -65,8 +83,7 @@ static void multiply_few(const float* x, const float* sums, const char* panel, l
       for (int chain = 0; chain < CHAINS; chain++) add(x + k + chain, chain, load_pair(weights + chain * PANEL));
     }
     for (; k < inputs; k++, weights += PANEL) add(x + k, 0, load_pair(weights));
-    for (int m = 0; m < ROWS; m++)
-      for (int half = 0; half < 2; half++) store(c + m * PANEL + half * LANES, load(c + m * PANEL + half * LANES) + total(m, half));
+    store_totals();
   }
 }
 
@@ -87,7 +104,7 @@ constexpr long INPUTS = std::is_same_v<T, BFloat16Pair> ? 2 : 1;
 // c[rows][PANEL] += x[rows][inputs] * panel, in blocks of about MAX_DEPTH rows. T: float or BFloat16Pair, which x consists of.
 template <typename F, typename T>
 static void multiply_many(int rows, const T* x, const char* panel, long inputs, int group, float* c) {
-  constexpr bool AS_IT_LIES = F::WIDE && std::is_same_v<T, float>;
+  constexpr bool AS_IT_LIES = F::template LIES_AS<T>;
   const long most = MAX_DEPTH * INPUTS<T>, num_blocks = (inputs + most - 1) / most, unit = std::max(8, group);
   const long step = ((inputs + num_blocks - 1) / num_blocks + unit - 1) / unit * unit, ldx = (inputs + INPUTS<T> - 1) / INPUTS<T>;
   alignas(64) T block[AS_IT_LIES ? 1 : (MAX_DEPTH + MAX_GROUP) * PANEL];
@@ -96,7 +113,7 @@ static void multiply_many(int rows, const T* x, const char* panel, long inputs, 
     const int depth = static_cast<int>((end - k + INPUTS<T> - 1) / INPUTS<T>);
     const T* b = block;
     if constexpr (AS_IT_LIES)
-      b = reinterpret_cast<const T*>(panel) + k * PANEL;
+      b = reinterpret_cast<const T*>(panel) + k / INPUTS<T> * PANEL;
     else
       F::widen(panel, k, static_cast<int>(end - k), group, Block<T>{block});
     const long bytes = F::panel_bytes(end, group) - F::panel_bytes(k, group);

@@ -1,6 +1,6 @@
 // Weights of a linear layer in memory: plain numbers of 16 or 32 bits, or groups of 4- or 8-bit codes.
 //
-// A panel is PANEL outputs. Of plain numbers it holds element (k, n) at [k][n]. Codes lie in groups of `group` inputs, each
+// A panel is PANEL outputs. Of plain numbers it holds element (k, n) at [k][n], of bfloat16 at [k / 2][n][k % 2]. Codes lie in groups of `group` inputs, each
 //
 //     scales [PANEL]    minima [PANEL], in some formats    codes: [group][PANEL] bytes, or [group / 8][PANEL] words
 //
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -50,8 +51,9 @@ struct Block<BFloat16Pair> {
 template <typename T>
 struct Plain {
   using Element = T;
-  static constexpr bool GROUPED = false;
-  static constexpr bool WIDE = sizeof(T) == 4;
+  static constexpr bool GROUPED = false, PAIRED = false;
+  template <typename To>
+  static constexpr bool LIES_AS = std::is_same_v<T, To>;  // of a right side of products
 
   static long panel_bytes(long inputs, int) { return inputs * PANEL * static_cast<long>(sizeof(T)); }
 
@@ -73,11 +75,50 @@ struct Plain {
   }
 };
 
+// bfloat16 in pairs of inputs, which are what its own products take, and widen by a shift or a mask.
+template <>
+struct Plain<BFloat16> {
+  static constexpr bool GROUPED = false, PAIRED = true;
+  template <typename T>
+  static constexpr bool LIES_AS = std::is_same_v<T, BFloat16Pair>;
+
+  static long panel_bytes(long inputs, int) { return (inputs + 1) / 2 * PANEL * 4; }
+
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const void* weight, const void*, const void*) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(panel);
+    for (int lane = 0; lane < PANEL; lane++)
+      for (long k = 0; k < (inputs + 1) / 2 * 2; k++)
+        to[(k / 2 * PANEL + lane) * 2 + k % 2] =
+            rows[lane] < 0 || k == inputs ? BFloat16{} : static_cast<const BFloat16*>(weight)[rows[lane] * inputs + k];
+  }
+
+  // Calls visit(j, inputs k + j) for a pair whose words begin at `at`.
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void widen_pair(const char* at, const Visit& visit) {
+    const IntVec low = *reinterpret_cast<const IntVec*>(at), high = *reinterpret_cast<const IntVec*>(at + LANES * 4);
+    const int upper = static_cast<int>(0xffff0000);
+    visit(0, Pair{(Vec)(low << 16), (Vec)(high << 16)});
+    visit(1, Pair{(Vec)(low & upper), (Vec)(high & upper)});
+  }
+
+  // k is even.
+  template <typename To>
+  static void widen(const char* panel, long k, int depth, int, Block<To> block) {
+    const char* at = panel + panel_bytes(k, 1);
+    for (int i = 0; i < depth; i += 2, at += PANEL * 4)
+      widen_pair(at, [&](int j, Pair row) __attribute__((always_inline)) {
+        if (i + j < depth) block.add(i + j, row);
+      });
+  }
+};
+
 // Codes of BITS bits; SCALE is the type of scales and minima.
 template <int BITS, typename SCALE, bool MINIMA>
 struct Grouped {
-  static constexpr bool GROUPED = true, WIDE = false, HAS_MINIMA = MINIMA, FOUR_BITS = BITS == 4;
+  static constexpr bool GROUPED = true, HAS_MINIMA = MINIMA, FOUR_BITS = BITS == 4;
   static_assert(MINIMA || BITS == 8);
+  template <typename T>
+  static constexpr bool LIES_AS = false;
   static constexpr int UNIT = 8;  // inputs that `codes` visits together
 
   static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
