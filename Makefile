@@ -99,7 +99,7 @@ gpu:  ## on a machine with a GPU: correctness, parity and every number that need
 gpu-wheels: | $(UV)  ## what `make gpu` needs beside torch, CuPy and transformers for Python 3.12, for a machine without a network
 	rm -rf $(GPU_SITE)
 	$(UV) pip install -q --target $(GPU_SITE) --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
-		--no-deps --only-binary :all: --constraint requirements.lock gguf msgspec rich markdown-it-py mdurl pygments
+		--no-deps --only-binary :all: --constraint requirements.lock gguf msgspec psutil rich markdown-it-py mdurl pygments
 
 kernels: install  ## the CUDA kernels without a GPU: machine code of every variant, every case emulated, every mutant
 	.venv/bin/python -m evenhand_kernels.checks $(CACHE)

@@ -18,6 +18,15 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 """A kernel must be told before it may be launched with more."""
 
 
+def _why() -> str:
+    """What torch says of a driver that is missing or too old, in brackets."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).partition('. ')[0]})"
+    return ""
+
+
 class CudaDevice:
     """Implements `Device`."""
 
@@ -30,7 +39,9 @@ class CudaDevice:
         except OSError as error:  # it makes the folder of its cache as it is imported
             raise DeviceError(f"CuPy has no place for its cache ({error}): set CUPY_CACHE_DIR or HOME") from error
         if not torch.cuda.is_available():
-            raise DeviceError("torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA")
+            raise DeviceError(
+                f"torch finds no CUDA device{_why()}: check nvidia-smi, and that torch was built with CUDA"
+            )
         if index >= torch.cuda.device_count():
             raise DeviceError(f"there is no CUDA device {index}: {torch.cuda.device_count()} are visible")
         properties = torch.cuda.get_device_properties(index)

@@ -73,10 +73,22 @@ def test_cupy_without_a_place_for_its_cache(monkeypatch: pytest.MonkeyPatch) -> 
         CudaDevice()
 
 
+def old_driver() -> None:
+    raise RuntimeError(
+        "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading one."
+    )
+
+
 @pytest.mark.parametrize(
     ("is_available", "index", "capability", "message"),
     [
-        (False, 0, (9, 0), "torch finds no CUDA device: check nvidia-smi, and that torch was built with CUDA"),
+        (
+            False,
+            0,
+            (9, 0),
+            "torch finds no CUDA device (The NVIDIA driver on your system is too old (found version 12040)): check nvidia-smi, "
+            "and that torch was built with CUDA",
+        ),
         (True, 2, (9, 0), "there is no CUDA device 2: 2 are visible"),
         (True, 1, (7, 5), f"Tesla T4 is sm_75; the kernels are for {', '.join(variants.supported_architectures())}"),
     ],
@@ -87,6 +99,7 @@ def test_a_gpu_that_is_missing_or_unfit(
     properties = SimpleNamespace(name="Tesla T4", major=capability[0], minor=capability[1], multi_processor_count=40)
     monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     with pytest.raises(DeviceError) as caught:
