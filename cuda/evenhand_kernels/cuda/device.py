@@ -21,7 +21,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 def _why() -> str:
     """What torch says of a driver that is missing or too old, in brackets."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return f" ({str(error).partition('. ')[0]})"
     return ""
