@@ -6,13 +6,12 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("cases", "parity", "kernels", "engine-1b", "incident")
-NOT_THERE = ("click", "jwt", "kopf", "llguidance", "matplotlib", "prometheus_client", "tenacity", "watchfiles")
+NOT_THERE = ("click", "jwt", "kopf", "llguidance", "prometheus_client", "tenacity", "watchfiles")
 """Of the project's packages: neither on a machine that has torch, CuPy and transformers, nor among `make gpu-wheels`."""
 
 
@@ -43,8 +42,7 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     assert set(figures["prefill"]["tflops_by_variant"]) == {"mma.sync", "wgmma"}
     assert figures["transformers_1b"]["finished"] == figures["throughput_1b"]["requests"]
     assert {"decode", "memory", "incident_fcfs", "batching", "long_prompt"} <= set(figures)
-    bars = ElementTree.parse(tmp_path / "emulated.svg").iterfind("{*}rect[@fill='seagreen']")
-    assert len(list(bars)) == len(figures["decode"]) + len(figures["memory"]) + 1
+    assert (tmp_path / "emulated.png").stat().st_size > 10_000
 
 
 def test_a_part_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None:
