@@ -128,15 +128,14 @@ def device_name(device: str) -> str:
         raise SystemExit(f"make gpu: {error}") from error
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Each kernel's part of its ceiling, as bars. Left out where there is no matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
+def plot(results: Path) -> None:
+    """Each kernel's part of its ceiling, as bars, beside the JSON. Raises ImportError without matplotlib."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figures = json.loads(results.read_text())
     found = figures.get("decode", {}) | figures.get("memory", {})
     bars = {
         f"attention, {name}" if name in figures.get("decode", {}) else name: f["of_copy_rate"]
@@ -149,7 +148,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     axes.axvline(100, color="black", linewidth=1)
     axes.set(xlabel="% of the device's copy rate, measured in the same run")
     axes.set_title(f"Kernels against their ceilings on {figures['device']}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(results.with_suffix(".png"), dpi=120)
 
 
 def main() -> int:
@@ -158,7 +157,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=[part.name for part in parts()])
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw what another machine has measured")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.plot)
+        return 0
     figures: dict[str, Any] = {"benchmark": "gpu", "device": device_name(options.device), "parts": {}}
     path = options.out / f"{re.sub('[^a-z0-9]+', '-', figures['device'].lower())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,10 @@ def main() -> int:
         print(f"{part.name}: {ended.seconds:.0f} s{f', {ended.problem}' if ended.problem else ''}", file=sys.stderr)
         path.write_text(json.dumps(figures, indent=2) + "\n")
     problems += wrong(figures)
-    plot(figures, path.with_suffix(".png"))
+    try:
+        plot(path)
+    except ImportError:  # as on a GPU pod
+        print(f"no matplotlib here: where it is, draw with benchmarks/gpu.py --plot {path.name}", file=sys.stderr)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(json.dumps(figures))

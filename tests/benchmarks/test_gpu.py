@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("cases", "parity", "kernels", "engine-1b", "incident")
-NOT_THERE = ("click", "jwt", "kopf", "llguidance", "prometheus_client", "tenacity", "watchfiles")
+NOT_THERE = ("click", "jwt", "kopf", "llguidance", "matplotlib", "prometheus_client", "tenacity", "watchfiles")
 """Of the project's packages: neither on a machine that has torch, CuPy and transformers, nor among `make gpu-wheels`."""
 
 
@@ -42,6 +42,8 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     assert set(figures["prefill"]["tflops_by_variant"]) == {"mma.sync", "wgmma"}
     assert figures["transformers_1b"]["finished"] == figures["throughput_1b"]["requests"]
     assert {"decode", "memory", "incident_fcfs", "batching", "long_prompt"} <= set(figures)
+    assert "--plot emulated.json" in done.stderr and not (tmp_path / "emulated.png").exists()
+    assert run("--plot", str(tmp_path / "emulated.json")).returncode == 0
     assert (tmp_path / "emulated.png").stat().st_size > 10_000
 
 
