@@ -77,7 +77,7 @@ def test_tenant_that_goes_is_refused_at_once_but_what_runs_is_served(
     key = installation.admit("leaver")
     engines = installation.engines()
     with ExitStack() as stack:
-        streams = [stack.enter_context(engine.stream(key, num_tokens=100)) for engine in engines]
+        streams = [stack.enter_context(engine.stream(key, num_tokens=600)) for engine in engines]
         if end == "delete":
             installation.dismiss("leaver")
         else:
@@ -205,7 +205,7 @@ def test_engines_start_with_the_stored_config_and_are_pushed_to_again(installati
     boots = {engine.report()["bootId"] for engine in (crashed, replaced)}
     installation.wait_stored()
     installation.scale_operator(0)
-    with replaced.stream(key, num_tokens=60) as running:
+    with replaced.stream(key, num_tokens=300) as running:
         installation.kubectl("delete", "pod", replaced.name, "--wait=false")
         os.kill(installation.pods.program(crashed.name).pid, signal.SIGKILL)
         assert last(running) == "length"
