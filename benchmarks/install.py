@@ -77,4 +77,4 @@ if __name__ == "__main__":
         sys.exit(reason)
     if isolation():
         os.execvp(isolated.NAMESPACES[0], [*isolated.NAMESPACES, sys.executable, *sys.argv])
-    run(times=1 if options.quick else 5, changes=10 if options.quick else 100)
+    run(times=1 if options.quick else 3, changes=10 if options.quick else 60)
