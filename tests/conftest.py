@@ -1,6 +1,27 @@
 """Shared by all tests: what they assert is what code does, never how fast a machine that others use too does it."""
 
+import shutil
+from typing import TYPE_CHECKING
+
 import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from evenhand_kernels.kernels import Kernels
 
 hypothesis.settings.register_profile("evenhand", deadline=None)
 hypothesis.settings.load_profile("evenhand")
+
+
+@pytest.fixture(scope="session", params=["torch", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> "Kernels":
+    """Each implementation that runs without a GPU."""
+    from evenhand_engine.model.cache import cache_dir
+    from evenhand_kernels.cpu.kernels import CpuKernels
+    from evenhand_kernels.reference import ReferenceKernels
+
+    if request.param == "torch":
+        return ReferenceKernels()
+    if not any(map(shutil.which, ("g++", "c++"))):
+        pytest.skip("no C++ compiler")
+    return CpuKernels(cache_dir() / "kernels", num_threads=3)

@@ -1,7 +1,6 @@
 """The sampler draws from exactly the distribution that its parameters define, and reproducibly."""
 
 import math
-import shutil
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -13,25 +12,13 @@ from torch import Tensor
 
 from evenhand_engine.core.adjustments import Adjustments
 from evenhand_engine.core.sampler import SamplingRow, Seats, Token, accept, sample
-from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest, StartedRequest
 from evenhand_engine.scheduler.request import Sampled, SamplingParams
-from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Draw, Kernels
 from evenhand_kernels.reference import ReferenceKernels
 
 PROBABILITIES = (0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05)
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.7  # any constant
-
-
-@pytest.fixture(scope="module", params=["torch", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each implementation that runs without a GPU."""
-    if request.param == "torch":
-        return ReferenceKernels()
-    if not any(map(shutil.which, ("g++", "c++"))):
-        pytest.skip("no C++ compiler")
-    return CpuKernels(cache_dir() / "kernels", num_threads=3)
 
 
 def row(index: int = 0, **params: Any) -> SamplingRow:

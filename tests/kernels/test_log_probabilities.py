@@ -1,27 +1,13 @@
 """What is told of a token is what the whole row of logits says, however it is found."""
 
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from evenhand_engine.model.cache import cache_dir
-from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Kernels
 from evenhand_kernels.logarithms import largest
-from evenhand_kernels.reference import ReferenceKernels
-
-
-@pytest.fixture(scope="module", params=["torch", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each implementation that runs without a GPU."""
-    if request.param == "torch":
-        return ReferenceKernels()
-    if not any(map(shutil.which, ("g++", "c++"))):
-        pytest.skip("no C++ compiler")
-    return CpuKernels(cache_dir() / "kernels", num_threads=3)
 
 
 def some_rows(size: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.staging import Staging
-from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.decoder import build_decoder, forward
 from evenhand_engine.model.precision import Precision
 from evenhand_engine.model.weights import load_weights
 from evenhand_engine.scheduler.batch import BatchPlan
 from evenhand_engine.scheduler.request import Request, SamplingParams
-from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.kernels import Kernels, KvCacheShape
-from evenhand_kernels.reference import ReferenceKernels
 
 SHAPE = {
     "vocab_size": 199,
@@ -35,16 +31,6 @@ SHAPE = {
     "head_dim": 32,
     "max_position_embeddings": 256,
 }
-
-
-@pytest.fixture(scope="session", params=["torch", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each implementation that runs without a GPU."""
-    if request.param == "torch":
-        return ReferenceKernels()
-    if not any(map(shutil.which, ("g++", "c++"))):
-        pytest.skip("no C++ compiler")
-    return CpuKernels(cache_dir() / "kernels", num_threads=3)
 
 
 def make_checkpoint(
