@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from evenhand_engine.model.progress import listening
@@ -16,13 +17,13 @@ _PATIENCE_SECONDS = 5.0
 @contextlib.asynccontextmanager
 async def tell_of_loading(listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None]]) -> AsyncIterator[None]:
     """Meanwhile, once it has lasted for some seconds, answer whoever connects. The listeners stay open."""
-    said = ["starting"]
-    with listening(lambda stage: said.__setitem__(0, stage)):
-        async with background(_answer(listeners, said)):
+    last_said = deque(["starting"], maxlen=1)
+    with listening(last_said.append):
+        async with background(_answer(listeners, last_said)):
             yield
 
 
-async def _answer(listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None]], said: list[str]) -> None:
+async def _answer(listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None]], last_said: deque[str]) -> None:
     """Until cancelled."""
     await asyncio.sleep(_PATIENCE_SECONDS)
     from aiohttp import web
@@ -33,7 +34,7 @@ async def _answer(listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None
     keep_out_of_logs()
 
     async def refuse(request: web.Request) -> web.Response:
-        response = error_response(refuse_loading(said[0]))
+        response = error_response(refuse_loading(last_said[0]))
         response.force_close()  # the next request is for another application
         return response
 
