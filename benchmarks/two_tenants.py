@@ -33,10 +33,8 @@ QUIET_KEY, FLOOD_KEY = incident.CHAT_KEY, incident.BATCH_KEY
 POLICIES = incident.POLICIES.replace("weight: 4", "weight: 1").replace("  slo: {interTokenLatency: 100ms}\n", "")
 DEVICE, KV_TOKENS = "h100-8b", 100_000
 DROPPED_SECONDS = 10.0
-ALONE_SECONDS, FCFS_SECONDS = (
-    80.0,
-    40.0,
-)  # alone a wait is never longer than two steps; of fcfs only the flood's rate counts
+ALONE_SECONDS = 80.0  # a wait is never longer than two steps
+FCFS_SECONDS = 40.0  # only the flood's rate counts
 
 
 @dataclass

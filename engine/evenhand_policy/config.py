@@ -47,9 +47,8 @@ Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Weight = Annotated[int, Meta(ge=1, le=1000)]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
-KeyHash = Annotated[
-    str, Meta(min_length=71, max_length=71)
-]  # sha256:HEX; its characters are looked at by `read_document`
+# sha256:HEX; its characters are looked at by `read_document`
+KeyHash = Annotated[str, Meta(min_length=71, max_length=71)]
 
 
 class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel", gc=False):
@@ -143,9 +142,8 @@ class TenantConfig(_Document, frozen=True, kw_only=True):
     latency_class: LatencyClass = LatencyClass.STANDARD
     slo: Slo = Slo()
     key_hashes: tuple[KeyHash, ...] = ()
-    service_accounts: tuple[
-        Name, ...
-    ] = ()  # system:serviceaccount:NAMESPACE:NAME[#UID], or system:serviceaccounts:NAMESPACE
+    # system:serviceaccount:NAMESPACE:NAME[#UID], or system:serviceaccounts:NAMESPACE
+    service_accounts: tuple[Name, ...] = ()
     header_values: tuple[Name, ...] = ()
     limits: Limits = Limits()
     kv_cache: KvCacheShare = KvCacheShare()
