@@ -82,7 +82,7 @@ e2e-kind: install cluster images  ## the same tests on kind, where Docker and ki
 		status=$$?; kind delete cluster --name $(KIND) --kubeconfig build/kind.kubeconfig; exit $$status
 
 soak: install  ## long property searches and churn
-	.venv/bin/pytest -m soak
+	.venv/bin/pytest -m soak --hypothesis-profile=soak
 
 COSMIC_RAY := $(CACHE)/cosmic-ray-8.7.0
 $(COSMIC_RAY)/bin/python: | $(UV)

@@ -9,7 +9,10 @@ import pytest
 if TYPE_CHECKING:
     from evenhand_kernels.kernels import Kernels
 
-hypothesis.settings.register_profile("evenhand", deadline=None)
+# The same examples on every machine; `make soak` looks for others.
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("evenhand", deadline=None, derandomize=True, suppress_health_check=_SLOW)
+hypothesis.settings.register_profile("soak", deadline=None, suppress_health_check=_SLOW)
 hypothesis.settings.load_profile("evenhand")
 
 
