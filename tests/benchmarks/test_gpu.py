@@ -24,10 +24,10 @@ def hiding(directory: Path, *packages: str) -> str:
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=840, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1700, env=os.environ | environment)
 
 
-@pytest.mark.timeout(900)  # where nothing is compiled yet, much is
+@pytest.mark.timeout(1800)  # where nothing is compiled yet, much is
 def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     """With the packages of such a machine alone."""
     only = [word for part in PARTS for word in ("--only", part)]

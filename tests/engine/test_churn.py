@@ -123,7 +123,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # the model is too small to share out
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 280
             while not is_listening(port):
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.1)
@@ -131,7 +131,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
                 psutil.Process(process.pid), f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}", policies
             )
             process.terminate()
-            assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+            assert process.wait(timeout=280) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
             process.wait()

@@ -88,7 +88,7 @@ def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: p
         def __init__(self, *args: Any, **options: Any) -> None: ...
 
         def run(self) -> None:
-            assert prepared.wait(20)
+            assert prepared.wait(120)
 
     loaded = LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", tmp_path, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
     monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
@@ -117,18 +117,18 @@ def test_tenants_take_turns_at_compiling(tokenizer: Tokenizer) -> None:
 
     def load() -> Tokenizer:
         is_busy.set()
-        assert may_go_on.wait(20)
+        assert may_go_on.wait(120)
         return tokenizer
 
     compiling = CompileQueue(Compiler(load), done.put)
     compiling.submit(request("a0", "a", grammars.choice(["0"])))
-    assert is_busy.wait(20), "with the first, while the others come"
+    assert is_busy.wait(120), "with the first, while the others come"
     for number in range(1, 4):
         compiling.submit(request(f"a{number}", "a", grammars.choice([str(number)])))
     compiling.submit(request("b0", "b", grammars.choice(["x"])))
     compiling.submit(request("bad", "c", grammars.regex("((")))
     may_go_on.set()
-    found: list[Compiled] = [done.get(timeout=20) for _ in range(6)]
+    found: list[Compiled] = [done.get(timeout=120) for _ in range(6)]
     assert [compiled.command.request_id for compiled in found] == ["a0", "a1", "b0", "bad", "a2", "a3"]
     assert [compiled.matcher is None for compiled in found] == [False, False, False, True, False, False]
 
@@ -139,7 +139,7 @@ def test_a_request_that_left_while_it_was_compiled_is_taken_once(compiler: Compi
     compiling.submit(request("a", "t", grammars.choice(["x"])))
     assert not compiling.take("b")
     assert compiling.take("a"), "its client left"
-    done.get(timeout=20)
+    done.get(timeout=120)
     assert not compiling.take("a")
 
 
@@ -150,4 +150,4 @@ def test_a_fault_of_the_thread_is_told(compiler: Compiler) -> None:
         raise RuntimeError("no tokenizer")
 
     CompileQueue(Compiler(fail), done.put).submit(request("a", "t", grammars.choice(["x"])))
-    assert isinstance(done.get(timeout=20), RuntimeError)
+    assert isinstance(done.get(timeout=120), RuntimeError)

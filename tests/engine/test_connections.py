@@ -28,7 +28,7 @@ from evenhand_engine.scheduler.request import FinishReason, RequestOutput, Sampl
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_policy.config import SchedulerConfig
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 GREETING = EngineFailed(message="hello")
 
 

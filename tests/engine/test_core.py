@@ -206,7 +206,7 @@ class PacedCompiler:
 
     def compile(self, tenant_id: str, grammar: str) -> Any:
         self.asked.put(grammar)
-        assert self.may_answer.acquire(timeout=30)
+        assert self.may_answer.acquire(timeout=120)
         if grammar == "bad":
             raise GrammarError(grammar)
         return grammar
@@ -239,7 +239,7 @@ def test_grammars_are_compiled_beside_the_loop() -> None:
 
     core = Core(ScriptedRunner(compute), structures=structures, compiler=compiler)
     core.send(add("slow", grammar="good"), add("free"))
-    assert compiler.asked.get(timeout=30) == "good"
+    assert compiler.asked.get(timeout=120) == "good"
     assert core.ends(1)["free"].finish_reason is FinishReason.LENGTH
     core.send(add("gone", grammar="good"), AbortRequest(request_id="gone", reason=FinishReason.ABORT))
     assert core.ends(1)["gone"].finish_reason is FinishReason.ABORT

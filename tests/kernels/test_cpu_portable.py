@@ -17,7 +17,7 @@ PROCESSORS = {
 """Compiler, and what runs the result."""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_linear_layers_and_attention_are_right_on(processor: str, tmp_path: Path) -> None:
     """In NEON on aarch64, emulated."""

@@ -207,7 +207,7 @@ class Changes:
         async with self._changed:
             self._changed.notify_all()
 
-    async def until(self, holds: Callable[[], bool], timeout: float = 10) -> None:
+    async def until(self, holds: Callable[[], bool], timeout: float = 120) -> None:
         """Returns once it holds, looked at after every change and now and then."""
         async with asyncio.timeout(timeout), self._changed:
             while not holds():

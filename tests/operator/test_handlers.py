@@ -42,7 +42,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Kopf:
 
 async def cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
-    await asyncio.wait([task], timeout=10)
+    await asyncio.wait([task], timeout=120)
     assert task.cancelled()
 
 
@@ -81,7 +81,7 @@ def test_what_takes_a_cancellation_for_a_pause_ends_all_the_same(monkeypatch: py
         await asyncio.sleep(0)
         watching.cancel()
         ending.set()
-        await asyncio.wait([watching], timeout=10)
+        await asyncio.wait([watching], timeout=120)
         assert watching.cancelled()
         reaper.cancel()
 

@@ -36,7 +36,7 @@ async def running(lister: Lister) -> AsyncIterator[asyncio.TaskGroup]:
     with contextlib.suppress(*[_Over]):
         try:
             async with asyncio.TaskGroup() as tasks:
-                await asyncio.wait_for(lister.start(tasks), 10)
+                await asyncio.wait_for(lister.start(tasks), 120)
                 yield tasks
                 raise _Over
         except* _Over:
@@ -84,7 +84,7 @@ async def test_namespace_that_cannot_be_read_holds_up_no_other(
         assert cache.unreadable == {"y"}
         assert lister.readable_namespaces == ("x",)
         assert [each.key for each in cache.readable_policies()] == [("x", "a")]
-        await asyncio.wait_for(lister.list_resources(), 5)
+        await asyncio.wait_for(lister.list_resources(), 120)
         notices.take()
         api.forbidden = set()
         await changes.until(lambda: not cache.unreadable)
@@ -138,7 +138,7 @@ async def test_policy_deleted_between_our_list_and_that_of_the_watch_is_dropped(
         del api.objects["tenantpolicies"][1]
         tasks.create_task(lister.run())
         lister.gap_seen()  # Kopf tells what it has found
-        await asyncio.wait_for(lister.caught_up.wait(), 5)
+        await asyncio.wait_for(lister.caught_up.wait(), 120)
         assert names(cache) == {"kept"}
         await changes.until(lambda: not api.watched["tenantpolicies"])  # now Kopf does, and nobody else
         assert api.watched["namespaces"] == 1

@@ -79,7 +79,7 @@ class Stage:
         """Let it run until that holds."""
         running = asyncio.create_task(self.reporter.run())
         self.signals.statuses_changed()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while not until():
                 self.wrote.clear()
                 await self.wrote.wait()

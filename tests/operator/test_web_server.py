@@ -13,7 +13,7 @@ from evenhand_operator.web_server import Health, listen, serving
 
 def reachable(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=5):
+        with socket.create_connection((host, port), timeout=60):
             return True
     except OSError:
         return False

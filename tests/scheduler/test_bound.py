@@ -97,14 +97,14 @@ def check(trial: Trial, changes: list[int | None], data: st.DataObject, num_step
     assert trial.worst_of_users <= 1.0
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(trials(), disturbances, st.data())
 def test_whatever_comes_the_bound_holds(trial: Trial, changes: list[int | None], data: st.DataObject) -> None:
     check(trial, changes, data, 200)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(trials(exemptions=True), disturbances, st.data())
 def test_what_may_not_be_preempted_adds_no_more_than_it_has_left(

@@ -44,7 +44,7 @@ def _resolve_elsewhere(model: str | None, **environment: str) -> str:
         "    print('StartupError', error)\n"
     )
     command, environment = [sys.executable, "-c", code], os.environ | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=True)
     return done.stdout.strip()
 
 

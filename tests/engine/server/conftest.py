@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import tokenizers
@@ -29,6 +30,9 @@ from evenhand_engine.server.startup import Running, start_server, start_sidecar
 from evenhand_engine.text.tokenizer import Tokenizer
 
 from .scripted_core import WAIT_SECONDS, Reply, ScriptedCore
+
+for _each in ("connect", "read", "write", "pool"):  # httpx2's own 5 s may be too few for a machine that others use too
+    setattr(httpx2._config.DEFAULT_TIMEOUT_CONFIG, _each, WAIT_SECONDS)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

@@ -11,7 +11,7 @@ from .conftest import Server
 def post(
     server: Server, path: str, body: bytes | dict[str, Any], headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, Any], dict[str, str]]:
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=120)
     try:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})

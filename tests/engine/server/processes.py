@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +13,10 @@ from typing import Any
 import openai
 import psutil
 
-START_SECONDS = 120.0  # torch alone takes 5 s to import, and the machine may be busy
-STOP_SECONDS = 60.0
+from cluster.ports import free_ports
+
+START_SECONDS = 600.0  # the first time, much is compiled; torch alone takes 5 s to import, and the machine may be busy
+STOP_SECONDS = 120.0
 
 
 @dataclass
@@ -44,8 +45,9 @@ Start = Callable[..., ServeProcess]
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """One that the kernel gives to nobody who connects meanwhile."""
+    [port] = free_ports(1)
+    return port
 
 
 @contextlib.contextmanager

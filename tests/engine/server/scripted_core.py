@@ -29,7 +29,7 @@ from evenhand_engine.messages import (
 )
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 
 
 class _ThreadProcess:

@@ -140,9 +140,11 @@ def test_metrics_are_of_all_processes_whichever_is_asked(
     num_tokens = before + sum(answer["usage"]["completion_tokens"] for answer in answers)
     for client in clients:
         assert complete(client, prompt=7).status_code == 400
-        assert metric(client, "vllm:generation_tokens_total") == num_tokens
-        assert metric(client, "vllm:time_to_first_token_seconds_count") >= 6
-    assert metric(server.admin_url, "evenhand_refusals_total") == 2
+        until(
+            lambda client=client: metric(client, "vllm:generation_tokens_total") == num_tokens, "all tokens are counted"
+        )
+        until(lambda client=client: metric(client, "vllm:time_to_first_token_seconds_count") >= 6, "and all requests")
+    until(lambda: metric(server.admin_url, "evenhand_refusals_total") == 2, "and refusals")
 
 
 def test_a_policy_is_in_force_in_every_process(serve: Serve, say: Say, policies: Path, pinned: Pinned) -> None:
@@ -184,7 +186,10 @@ def test_a_process_that_is_killed_takes_nothing_with_it(
         assert stream.read_until(b"[DONE]") == (stream.origin != server.core.origins[killed])
     until(lambda: len(api_pids() - before) == 1, "another is started in its place")
     assert "an API server died" in caplog.text
-    assert metric(server.admin_url, "evenhand_requests_total") == in_flight - tenant(server)["inFlight"]
+    until(
+        lambda: metric(server.admin_url, "evenhand_requests_total") == in_flight - tenant(server)["inFlight"],
+        "what has ended is counted",
+    )
     server.core.reply = lambda request: [
         RequestOutput(request_id=request.request_id, token_ids=(70,), finish_reason=FinishReason.LENGTH)
     ]

@@ -134,14 +134,14 @@ def test_text_that_cannot_fit_is_not_tokenized(
 def test_a_running_request_holds_its_token_ids_alone(serve: Serve) -> None:
     server = serve()
     body = b'{"prompt":[1,2,3],"stream":true,"junk":"' + b"j" * 50_000 + b'"}'
-    with httpx2.Client(timeout=20) as client, contextlib.suppress(httpx2.HTTPError):
+    with httpx2.Client(timeout=120) as client, contextlib.suppress(httpx2.HTTPError):
         asking = threading.Thread(target=lambda: client.post(f"{server.url}/v1/completions", content=body))
         asking.start()
         server.core.expect(AddRequest)
         tenant = httpx2.get(f"{server.admin_url}/v1/tenants").json()["tenants"][0]
         assert tenant["bodyBytes"] == 3 * 4
         server.core.die()
-        asking.join(20)
+        asking.join(120)
 
 
 @pytest.mark.parametrize("separator", [b",", b"[", b"{"])

@@ -9,7 +9,7 @@ from evenhand_engine.frontend import channel as channel_module
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.door_messages import RefusalCounted
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 KIBIBYTE = 1024
 
 

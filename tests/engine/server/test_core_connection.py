@@ -90,7 +90,7 @@ async def test_garbage_from_the_core_is_its_death() -> None:
     async with connected(core) as backend:
         await backend.start()
         core.send_bytes(b"\xc1")
-        await asyncio.wait_for(backend.died.wait(), 10)
+        await asyncio.wait_for(backend.died.wait(), WAIT_SECONDS)
         assert backend.failure is not None and "unreadable" in backend.failure
 
 
@@ -104,12 +104,12 @@ async def test_progress_is_steps_not_messages() -> None:
         arrived = asyncio.Event()
         backend.on_stats(lambda _: arrived.set())
         core.send(StepOutputs(outputs=(), stats=stats(1)))
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), WAIT_SECONDS)
         before = backend.seconds_without_progress(1e9)
         for step_id, is_progress in ((1, False), (2, True)):
             arrived.clear()
             core.send(StepOutputs(outputs=(), stats=stats(step_id)))
-            await asyncio.wait_for(arrived.wait(), 10)
+            await asyncio.wait_for(arrived.wait(), WAIT_SECONDS)
             assert (backend.seconds_without_progress(1e9) < before) == is_progress
         reading.cancel()
 
@@ -123,7 +123,7 @@ async def test_a_core_that_does_not_read_does_not_block_the_loop() -> None:
     async with connected(core) as backend:
         readers = [asyncio.create_task(collect(backend, str(number))) for number in range(50)]
         blocked = asyncio.ensure_future(anext(read(backend.generate(ask("huge", range(300_000)), Notes()))))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(WAIT_SECONDS):
             for _ in range(100):
                 await asyncio.sleep(0)
         for task in [*readers, blocked]:

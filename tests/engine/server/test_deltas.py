@@ -20,7 +20,7 @@ from evenhand_engine.scheduler.request import FinishReason, RequestOutput, Sampl
 from evenhand_engine.text.detokenizer import Detokenizer, text_of
 from evenhand_engine.text.text_decoder import ByteDecoder
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 LETTERS = {letter: bytes([letter]) for letter in range(128)}
 
 

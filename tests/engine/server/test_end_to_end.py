@@ -164,7 +164,7 @@ def test_client_gone_frees_its_blocks(default_model: ServeProcess, stream: bool)
         client.stream("POST", f"{default_model.url}/v1/completions", json=body) as answer,
     ):
         next(answer.iter_bytes())
-    assert idle(default_model)["generationTokens"] - before < 1000
+    assert idle(default_model)["generationTokens"] - before < 2000
 
 
 def test_metrics_come_from_the_real_engine(default_model: ServeProcess) -> None:

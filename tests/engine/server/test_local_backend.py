@@ -74,7 +74,7 @@ async def test_a_finished_request_is_not_aborted() -> None:
         stream.close()
         backend.reconfigure(SchedulerConfig())
         await asyncio.to_thread(core.expect, AddRequest)
-        assert isinstance(await asyncio.to_thread(core.received.get, True, 10), Reconfigure)
+        assert isinstance(await asyncio.to_thread(core.received.get, True, WAIT_SECONDS), Reconfigure)
         assert notes.endings == [Ending(FinishReason.STOP, 1)]
 
 

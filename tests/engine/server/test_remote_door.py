@@ -29,7 +29,7 @@ from evenhand_policy.credentials import key_hash
 from evenhand_policy.push_protocol import ConfigSource
 
 KEY = "the-key-of-a-tenant-with-limits"
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 
 
 class Idle:

@@ -129,7 +129,7 @@ def test_compressed_bomb_is_a_413(server: Server) -> None:
 def test_header_flood_is_refused(server: Server) -> None:
     host, port = urllib.parse.urlsplit(server.url).netloc.split(":")
     for flood in (b"X-A: " + b"a" * 100_000, b"\r\n".join(b"X-%d: a" % i for i in range(2000))):
-        with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + flood + b"\r\n\r\n")
             assert b" 400 " in connection.recv(1000).split(b"\r\n")[0]
     assert server.client().models.list().data
@@ -209,7 +209,7 @@ def test_tokenize_errors(server: Server) -> None:
 
 
 def test_probes(server: Server) -> None:
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=WAIT_SECONDS)
     for path in ("/health", "/ready", "/ping", "/version", "/metrics"):
         for method in ("GET", "HEAD"):
             connection.request(method, path)

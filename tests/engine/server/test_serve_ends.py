@@ -18,6 +18,9 @@ from evenhand_engine.commands.serve import serve
 
 from .processes import START_SECONDS, STOP_SECONDS, Start, running, tiny_servers
 
+LONG_NAME = "m" * 20_000
+"""In every event: a stream that is not read ends when it is, for its events do not fit between server and client."""
+
 
 @pytest.fixture
 def tiny(model_dir: Path) -> Iterator[Start]:
@@ -27,7 +30,7 @@ def tiny(model_dir: Path) -> Iterator[Start]:
 
 @pytest.mark.parametrize("count", ["1", "2"])
 def test_drain_lets_running_streams_finish(tiny: Start, count: str) -> None:
-    server = tiny("--drain-timeout", "300", "--api-server-count", count)
+    server = tiny("--drain-timeout", "300", "--api-server-count", count, "--served-model-name", LONG_NAME)
     core = server.core
     with server.client() as client:
         model = client.models.list().data[0].id

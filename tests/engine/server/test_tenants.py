@@ -67,14 +67,14 @@ def test_the_user_orders_requests_inside_the_tenant(serve: Serve, say: Say) -> N
 
 
 def test_rate_limit_headers(serve_either: Serve, say: Say, policies: Path) -> None:
-    write(policies, "chat", policy("chat", CHAT_KEY, limits={"requestsPerMinute": 3, "tokensPerMinute": 10_000}))
+    write(policies, "chat", policy("chat", CHAT_KEY, limits={"requestsPerMinute": 3, "tokensPerMinute": 1_000}))
     server = serve_either(say("ok"), policies=policies)
-    headers = complete(server, CHAT_KEY).headers
+    headers = complete(server, CHAT_KEY, prompt=[3] * 200).headers
     assert headers["x-ratelimit-limit-requests"] == "3"
     assert headers["x-ratelimit-remaining-requests"] == "2"
     assert 0 < int(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 20
-    assert headers["x-ratelimit-limit-tokens"] == "10000"
-    assert 9_900 < int(headers["x-ratelimit-remaining-tokens"]) < 10_000
+    assert headers["x-ratelimit-limit-tokens"] == "1000"
+    assert 700 < int(headers["x-ratelimit-remaining-tokens"]) < 1_000
     complete(server, CHAT_KEY)
     complete(server, CHAT_KEY)
     with pytest.raises(openai.RateLimitError) as caught:
@@ -114,6 +114,7 @@ def test_quota_is_what_was_computed_though_the_client_has_left(serve: Serve, pol
 
     write(policies, "chat", policy("chat", CHAT_KEY, limits={"tokensPerMinute": 100}))
     server = serve(core=Ahead(), policies=policies)
+    began_at = time.monotonic()
     with connect(server) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {CHAT_KEY}\r\n"
         body = b'{"prompt": "x", "max_tokens": 90, "stream": true}'
@@ -121,7 +122,8 @@ def test_quota_is_what_was_computed_though_the_client_has_left(serve: Serve, pol
         server.core.output(RequestOutput(request_id=server.core.expect(AddRequest).request_id))
         assert b" 200 " in connection.recv(4096)
     until(lambda: tenant(server, "chat")["inFlight"] == 0, "the core has let go")
-    assert 25 <= tenant(server, "chat")["quota"]["tokens"]["remaining"] <= 40
+    remaining = tenant(server, "chat")["quota"]["tokens"]["remaining"]
+    assert 25 <= remaining <= 30 + (time.monotonic() - began_at) * 100 / 60
 
 
 def test_streams_carry_rate_limit_headers(serve_either: Serve, say: Say, policies: Path) -> None:
@@ -138,16 +140,20 @@ async def test_a_hundred_at_once_do_not_overshoot(serve_either: Serve, policies:
     limits = {"tokensPerMinute": 1_000}
     write(policies, "chat", policy("chat", CHAT_KEY, limits=limits))
     server = serve_either(policies=policies)
+
+    def in_flight() -> int:
+        return int(tenant(server, "chat")["inFlight"])
+
     async with server.async_client(api_key=CHAT_KEY) as client:
         tasks = [
             asyncio.create_task(client.completions.create(model="tiny", prompt=[3] * 40, max_tokens=10))
             for _ in range(100)
         ]
         started = time.monotonic()
-        while sum(task.done() for task in tasks) < 79:  # the refused ones
-            await asyncio.sleep(0.01)
+        while (
+            await asyncio.to_thread(in_flight) + sum(task.done() for task in tasks) < 100
+        ):  # the refused ones are done
             assert time.monotonic() < started + WAIT_SECONDS
-        await asyncio.sleep(0)
         seconds = time.monotonic() - started
         for _ in range(100 - sum(task.done() for task in tasks)):
             request = await asyncio.to_thread(server.core.expect, AddRequest)

@@ -19,7 +19,7 @@ from evenhand_engine.sidecar.service import SidecarService
 from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
 TEAM_KEY = "a-key-of-the-team-0123456789"
 Script = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -160,8 +160,8 @@ async def start() -> AsyncIterator[Start]:
         async def begin(
             url: str,
             *,
-            connect_timeout: float = 0.3,
-            idle_timeout: float = 20.0,
+            connect_timeout: float = WAIT_SECONDS,
+            idle_timeout: float = WAIT_SECONDS,
             socket: Any = None,
             kv_tokens: int | None = None,
             max_num_seqs: int | None = None,

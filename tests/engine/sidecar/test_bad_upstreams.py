@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import gzip
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from aiohttp import web
+
+from cluster.ports import free_ports
 
 from .conftest import DONE, WAIT_SECONDS, ScriptedUpstream, Sidecar, Start, event, open_stream, usage_event
 
@@ -41,10 +42,8 @@ async def raw_upstream(answer: Answer) -> AsyncIterator[str]:
 
 
 async def test_one_that_is_down_is_said_to_be(start: Start) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    sidecar = await start(url)
+    [port] = free_ports(1)
+    sidecar = await start(f"http://127.0.0.1:{port}", connect_timeout=0.3)
     for stream in (True, False):
         async with sidecar.post({"stream": stream}) as response:
             assert (response.status, code_of(await response.read())) == (503, "upstream_unavailable")
@@ -56,9 +55,7 @@ async def test_one_that_is_down_is_said_to_be(start: Start) -> None:
 
 
 async def test_one_that_restarts_is_waited_for_where_nothing_was_sent(start: Start) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     sidecar = await start(f"http://127.0.0.1:{port}", connect_timeout=WAIT_SECONDS)
     asking = asyncio.create_task(sidecar.stream())
     await asyncio.sleep(0.3)

@@ -64,10 +64,10 @@ async def test_what_take_raises_is_raised_and_silence_is_a_timeout() -> None:
         raise ConnectionResetError
 
     runner, url = await serve(answer)
-    for take, expected in ((fail, ConnectionResetError), (bool, TimeoutError)):
+    for take, expected, patience in ((fail, ConnectionResetError, WAIT_SECONDS), (bool, TimeoutError, 0.1)):
         async with aiohttp.ClientSession() as session, session.get(url) as response:
             try:
-                await Relay(response, take, 0.1).run()
+                await Relay(response, take, patience).run()
             except (ConnectionResetError, TimeoutError) as error:
                 assert type(error) is expected
             else:

@@ -73,18 +73,18 @@ async def test_one_that_restarts_midway_ends_what_it_had_and_serves_what_comes(
 
 async def test_a_slow_one_is_waited_for_as_long_as_it_says_something(upstream: ScriptedUpstream, start: Start) -> None:
     """Comments count, such as llama.cpp sends while a request waits for a slot, and as events they count for nothing."""
-    sidecar = await start(upstream.url, idle_timeout=0.5)
+    sidecar = await start(upstream.url, idle_timeout=2.0)
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await open_stream(request)
-        for _ in range(8):
+        for _ in range(5):
             await response.write(b":\n\n")
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
         await response.write(event() + DONE)
         return response
 
     upstream.script = answer
-    assert await sidecar.stream() == (200, b":\n\n" * 8 + event() + DONE)
+    assert await sidecar.stream() == (200, b":\n\n" * 5 + event() + DONE)
     await sidecar.settled()
     assert sidecar.tokens()[1] == 1
 

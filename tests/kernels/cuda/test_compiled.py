@@ -29,7 +29,7 @@ def check(variants: list[Variant], architecture: str) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code(architecture: str) -> None:
     check(list(quick(architecture)), architecture)
