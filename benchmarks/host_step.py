@@ -7,9 +7,10 @@ plan and submit the next, take in the last. Shapes are those of an 8B model on a
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import common
 import numpy as np
@@ -24,7 +25,6 @@ from evenhand_engine.model.decoder import Decoder
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.kernels import CudaKernels
-from evenhand_kernels.cuda.plan import TILE
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import Event, Graph, Launch
 from evenhand_kernels.kernels import AttentionLayer, KvCacheShape
@@ -136,12 +136,23 @@ def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, lis
     return seconds
 
 
-def planning_us(runner: IdleRunner, steps: Iterable[NDArray[np.int32]]) -> float:
-    """Of the plan of a step's attention alone: decodes of requests of these lengths."""
+class Attended(NamedTuple):
+    """A step for the planner: int32 [num_requests], how long requests are, and how many tokens of each are computed."""
+
+    seq_lens: NDArray[np.int32]
+    num_rows: NDArray[np.int32]
+
+
+def decodes(lens: Sequence[int] | NDArray[np.int_]) -> Attended:
+    return Attended(np.array(lens, np.int32), np.ones(len(lens), np.int32))
+
+
+def planning_us(runner: IdleRunner, steps: Iterable[Attended]) -> float:
+    """Of the plan of a step's attention alone."""
     times = []
-    for seq_lens in steps:
-        size = len(seq_lens)
-        shape, cu_seqlens_q = runner.work.shape(size, size), np.arange(size + 1, dtype=np.int32)
+    for seq_lens, num_rows in steps:
+        cu_seqlens_q = np.cumsum([0, *num_rows], dtype=np.int32)
+        shape = runner.work.shape(len(seq_lens), int(cu_seqlens_q[-1]))
         words = torch.zeros(shape.words, dtype=torch.int32).numpy()
         started_at = time.perf_counter()
         runner.work.write(words, seq_lens, cu_seqlens_q, shape)
@@ -149,28 +160,33 @@ def planning_us(runner: IdleRunner, steps: Iterable[NDArray[np.int32]]) -> float
     return 1e6 * statistics.median(times)
 
 
-def growing(lens: NDArray[np.int32], num_steps: int) -> Iterator[NDArray[np.int32]]:
-    return (lens + np.int32(step) for step in range(num_steps))
+def growing(step: Attended, num_steps: int) -> Iterator[Attended]:
+    return (step._replace(seq_lens=step.seq_lens + np.int32(number)) for number in range(num_steps))
 
 
-def changing(lens: NDArray[np.int32], num_steps: int) -> Iterator[NDArray[np.int32]]:
-    """Other lengths in each step, and another number of requests than in the ones before."""
-    return (lens[: len(lens) - step % 16] + np.int32(step * TILE) for step in range(num_steps))
+def changing(step: Attended, num_steps: int) -> Iterator[Attended]:
+    """Other lengths in each step, another number of requests, and other chunks: nothing of a plan is known from another."""
+    rng = np.random.default_rng(1)
+    for number in range(num_steps):
+        kept = slice(number % 16, None)
+        chunk = np.maximum(step.num_rows - number % 200, 1)
+        longer = step.seq_lens * (1 + 0.2 * rng.random(len(chunk)))
+        yield Attended(longer.astype(np.int32)[kept], chunk.astype(np.int32)[kept])
 
 
-def lengths() -> dict[str, NDArray[np.int32]]:
+def attended() -> dict[str, Attended]:
     """Steps whose longest requests must be split, and one of 256 that need not be."""
     rng = np.random.default_rng(0)
     short = rng.integers(50, 1000, 255)
+    beside_a_chunk = decodes([*rng.integers(100, 4000, 248), 9000])
+    beside_a_chunk.num_rows[-1] = 1800
     return {
-        name: np.array(lens, np.int32)
-        for name, lens in {
-            "256 of 100 to 4,000": rng.integers(100, 4000, 256),
-            "28,000 beside 255 of 50 to 1,000": [28_000, *short],
-            "8 of 20,000 beside 248 of 50 to 1,000": [20_000] * 8 + list(short[:248]),
-            "40 of 4,096": [4096] * 40,
-            "32 of 100 to 8,000": rng.integers(100, 8000, 32),
-        }.items()
+        "256 of 100 to 4,000": decodes(rng.integers(100, 4000, 256)),
+        "28,000 beside 255 of 50 to 1,000": decodes([28_000, *short]),
+        "8 of 20,000 beside 248 of 50 to 1,000": decodes([20_000] * 8 + list(short[:248])),
+        "40 of 4,096": decodes([4096] * 40),
+        "32 of 100 to 8,000": decodes(rng.integers(100, 8000, 32)),
+        "a chunk of 1,800 at 9,000 beside 248 of 100 to 4,000": beside_a_chunk,
     }
 
 
@@ -185,14 +201,14 @@ def main() -> None:
     for size in BATCH_SIZES:
         seconds = decode_steps(runner, size, num_steps)
         total = [1e3 * sum(parts) for parts in zip(*seconds.values(), strict=True)]
-        lens = PROMPT + np.arange(size, dtype=np.int32) % 64
-        found[size], planning[size] = statistics.median(total), planning_us(runner, growing(lens, num_steps))
+        step = decodes(PROMPT + np.arange(size) % 64)
+        found[size], planning[size] = statistics.median(total), planning_us(runner, growing(step, num_steps))
         middle = [f"{1e3 * statistics.median(seconds[name]):.3f}" for name in PARTS]
         rows.append([str(size), f"{found[size]:.3f}", *middle, f"{planning[size]:.0f}"])
     headings = ["requests", "step ms", *(f"{part} ms" for part in PARTS), "planning us"]
     common.print_table("The host's part of a decode step, launches stubbed", headings, rows)
-    of_lengths = {name: planning_us(runner, growing(lens, num_steps)) for name, lens in lengths().items()}
-    changed = {name: planning_us(runner, changing(lens, num_steps)) for name, lens in lengths().items()}
+    of_lengths = {name: planning_us(runner, growing(step, num_steps)) for name, step in attended().items()}
+    changed = {name: planning_us(runner, changing(step, num_steps)) for name, step in attended().items()}
     rows = [[name, f"{us:.0f}", f"{changed[name]:.0f}"] for name, us in of_lengths.items()]
     common.print_table("The plan of a step's attention, microseconds", ["requests", "growing", "changing"], rows)
     figures = {"host_step_ms": found, "planning_us": planning, "planning_us_by_lengths": of_lengths}

@@ -6,8 +6,9 @@ parts, which merge.cu puts together: as few as let all places of the device end 
 that becomes free takes the next one, so the short ones fill the gaps (Graham's rule, SIAM J. Appl. Math. 17, 1969). All KV
 heads have the same items; they are the other axis of the grid.
 
-Pure, in numpy, without a loop over requests. What it takes is the number of numpy's calls, so what most decode steps have in
-common with the step before is kept: the units but for their tokens, the splits that were tried, the numbers of parts.
+Pure, in numpy, without a loop over requests. What it takes is the number of numpy's calls. So units are sorted first: those that are
+cut then are the first ones, and no index of them is needed; and what most decode steps have in common with the step before is
+kept: the units but for their tokens, the splits that were tried, the parts.
 """
 
 import math
@@ -18,21 +19,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int32]
+from evenhand_kernels.cuda.units import (
+    BEGIN,
+    END,
+    KEPT,
+    NUM_PARTS,
+    NUM_ROWS,
+    NUMBERS,
+    PARTIAL_ROW,
+    WORDS,
+    Ints,
+    are_decodes,
+    decodes,
+    units_of,
+)
+
 Longs = NDArray[np.int64]
-Floats = NDArray[np.float32]
-
-WORDS = 8
-"""Of an item and of a merge: the structures in attention.cuh and merge.cu, field by field."""
-
-REQUEST, HEAD_ROWS, FIRST_ROW, NUM_ROWS, BEGIN, END, PARTIAL_ROW, IS_PROMPT = range(WORDS)
-NUM_PARTS = BEGIN
+Floats = NDArray[np.float64]
 
 HEADER_WORDS = 8
 """Before the items: how many there are, how many merges."""
-
-DECODE_ROWS = 16
-"""Units of so few rows let the warps share the tokens instead of the rows: decode.cuh."""
 
 TILE_BITS = 6
 TILE = 1 << TILE_BITS
@@ -51,8 +57,6 @@ WAVES = 4
 """Where the longest unit is this much shorter than what each place has to do, the order alone evens out the ends."""
 
 _NO_MERGES = np.empty((0, WORDS), np.int32)
-_KEPT = 64
-"""Of each thing that steps have in common: as many numbers of decodes take turns."""
 
 
 class Capacity(NamedTuple):
@@ -66,8 +70,7 @@ class Capacity(NamedTuple):
         return HEADER_WORDS + WORDS * (self.items + self.merges)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """The work of one step for the layers of one window.
 
     Attributes:
@@ -111,16 +114,12 @@ class Planner:
     @property
     def max_partial_rows(self) -> int:
         """Enough for any step."""
-        return self._head_rows * self.num_kv_heads
+        return MAX_PART_UNITS * self._slots * self.prompt_rows * self.num_kv_heads
 
     @property
     def _slots(self) -> int:
         """For each KV head."""
         return -(-self.num_slots // self.num_kv_heads)
-
-    @property
-    def _head_rows(self) -> int:
-        return MAX_PART_UNITS * self._slots * self.prompt_rows
 
     def plan(self, seq_lens: Ints, cu_seqlens_q: Ints, window: int | None = None) -> Work:
         """The work of a step.
@@ -130,153 +129,134 @@ class Planner:
             cu_seqlens_q: int32 [num_requests + 1], the rows of each in the step; a request may have none.
             window: tokens that a query sees, itself included; None: all.
         """
-        units, request, tokens_after, tokens_from = _units(
-            cu_seqlens_q.tobytes(), self.group, self.prompt_rows, self._head_rows
-        )
-        units, seen = units.copy(), seq_lens.take(request)
-        tokens = seen - tokens_after
+        tokens_from: Ints | int
+        num_tokens, slots = int(cu_seqlens_q[-1]), self._slots
+        head_rows = MAX_PART_UNITS * slots * self.prompt_rows
+        if self.group <= self.prompt_rows and are_decodes(cu_seqlens_q, num_tokens):
+            units = decodes(1 << num_tokens.bit_length(), self.group, head_rows)[:num_tokens].copy()
+            seen = tokens = seq_lens[:num_tokens]
+            tokens_from, most_rows = 1, self.group
+        else:
+            known = units_of(cu_seqlens_q.tobytes(), self.group, self.prompt_rows, head_rows)
+            units, seen, tokens_from = known.units.copy(), seq_lens.take(known.request), known.tokens_from
+            tokens, most_rows = seen - known.tokens_after, self.prompt_rows
         units[:, END] = tokens
         if window is not None:
-            begin = np.maximum(seen - tokens_from - (window - 1), 0) // 16 * 16
-            units[:, BEGIN] = begin
-            tokens -= begin
+            units[:, BEGIN] = begin = np.maximum(seen - tokens_from - (window - 1), 0) // 16 * 16
+            tokens = tokens - begin
         tiles = (tokens + (TILE - 1)) >> TILE_BITS
-        if tiles.size and (longest := int(tiles.max())) * WAVES * self._slots > (total := int(tiles.sum())):
-            split, lengths, parts = self._cuts(tiles, units[:, NUM_ROWS], longest, total)
-            if len(split):
-                return _split(units, split, lengths, parts)
-        return Work(units.take((-tokens).argsort(), axis=0), _NO_MERGES)
-
-    def _cuts(self, tiles: Ints, num_rows: Ints, longest: int, total: int) -> tuple[Longs, Floats, Floats]:
-        """Which units are best cut, their tiles, and each into how many parts.
-
-        All into parts of about one length, which is tried out: that of the longest unit in so many parts.
-        """
-        slots, share, most = self._slots, longest * self._slots // total, max(1, longest // LEAST_TILES)
-        tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
-        counts = tuple(sorted([count for count in tried if 1 <= count <= most]))
-        long = (tiles > longest // (2 * counts[-1])).nonzero()[0]  # others are whole, and shorter than half of any part
-        lengths = tiles.take(long).astype(np.float32)  # exact, and divides several times as fast as an integer
-        parts, num_long = _try(lengths.tobytes(), longest, counts)
-        least = total / slots
-        ends = [
-            max(-(-num // slots) * -(-longest // count), least) for num, count in zip(num_long, counts, strict=True)
-        ]
-        while True:
-            bound, best = min(ends) * (1 + TOLERANCE), 0
-            while ends[best] > bound:
-                best += 1
-            num_parts = parts[best]
-            cut = (num_parts > 1).nonzero()[0]
-            split, num_parts = long.take(cut), num_parts.take(cut)
-            if self._fit(num_parts, num_rows, split):
-                return split, lengths.take(cut), num_parts
-            ends[best] = math.inf
-
-    def _fit(self, num_parts: Floats, num_rows: Ints, split: Longs) -> bool:
-        """Whether there is memory for so many parts of these units."""
-        total = sum(num_parts.tolist())
-        if total <= MAX_PART_UNITS * self._slots:  # whatever their rows
-            return True
-        return bool(total <= MAX_PARTS * self._slots and num_parts @ num_rows.take(split) <= self._head_rows)
+        order = _longest_first(tiles)
+        units, tiles = units.take(order, axis=0), tiles.take(order)
+        if len(tiles) and int(tiles[0]) * WAVES * slots > (total := int(np.add.reduce(tiles))):
+            parts = _parts(tiles, total, slots, _Memory(units, most_rows, MAX_PARTS * slots, head_rows))
+            if len(parts):
+                return _split(units, tiles[: len(parts)], parts)
+        return Work(units, _NO_MERGES)
 
 
-class _Units(NamedTuple):
-    """Whole units as items, in the order of requests, but for their tokens.
+def _longest_first(tiles: Ints) -> Longs:
+    """The order of items of so many tiles each, up to 65,535. A sort by the digits of 16 bits takes half of what one by size does."""
+    return (0xFFFF - tiles).astype(np.uint16).argsort(kind="stable")
 
-    Attributes:
-        units: int32 [num_units, 8].
-        request: int64 [num_units].
-        tokens_after: int32 [num_units], of the request, which no row of the unit sees.
-        tokens_from: int32 [num_units], of the request, from the token of the unit's first row on.
-    """
+
+class _Memory(NamedTuple):
+    """What parts have room in: so many, of so many rows together. `most_rows`: no unit has more."""
 
     units: Ints
-    request: Longs
-    tokens_after: Ints
-    tokens_from: Ints
+    most_rows: int
+    parts: int
+    rows: int
+
+    def fits(self, num_parts: Floats) -> bool:
+        """Whether so many parts of the first units do."""
+        total = float(np.add.reduce(num_parts))
+        if total * self.most_rows <= self.rows:
+            return total <= self.parts
+        return total <= self.parts and float(num_parts @ self.units[: len(num_parts), NUM_ROWS]) <= self.rows
 
 
-@lru_cache(_KEPT)
-def _units(cu_seqlens_q: bytes, group: int, prompt_rows: int, head_rows: int) -> _Units:
-    offsets = np.frombuffer(cu_seqlens_q, np.int32)
-    lens = offsets[1:] - offsets[:-1]
-    rows = lens * group
-    if rows.size and rows.max() > prompt_rows:
-        count = -(-rows // prompt_rows)
-        request = np.arange(len(rows)).repeat(count)
-        first_row = (np.arange(len(request)) - (count.cumsum() - count)[request]) * prompt_rows
-        num_rows = np.minimum(rows[request] - first_row, prompt_rows)
-        tokens_after = (lens[request] - (first_row + num_rows - 1) // group - 1).astype(np.int32)
-        tokens_from = (lens[request] - first_row // group).astype(np.int32)
-    else:  # one of each request that has rows
-        request = rows.nonzero()[0]
-        num_rows, tokens_from = rows.take(request), lens.take(request)
-        first_row = tokens_after = np.zeros_like(num_rows)
-    units = np.zeros((len(request), WORDS), np.int32)
-    units[:, REQUEST] = request
-    units[:, HEAD_ROWS] = head_rows
-    units[:, FIRST_ROW] = first_row
-    units[:, NUM_ROWS] = num_rows
-    units[:, PARTIAL_ROW] = -1
-    units[:, IS_PROMPT] = num_rows > DECODE_ROWS
-    return _Units(units, request, tokens_after, tokens_from)
+def _parts(tiles: Ints, total: int, slots: int, memory: _Memory) -> Floats:
+    """Into how many parts the first of the units, of so many tiles, longest first, are best cut; the others stay whole.
+
+    All into parts of about one length, which is tried out: that of the longest unit in so many parts.
+    """
+    longest = int(tiles[0])
+    share = longest * slots // total
+    most = min(max(1, longest // LEAST_TILES), max(5, 3 * share + 1))
+    # the others are shorter than half of any part
+    long = tiles[: np.count_nonzero(tiles > longest // (2 * most))]
+    parts, ends = _try(long.tobytes(), share, most, slots)
+    least = total / slots
+    ends = [max(end, least) for end in ends]
+    while True:
+        bound, best = min(ends) * (1 + TOLERANCE), 0
+        while ends[best] > bound:
+            best += 1
+        num_parts: Floats = parts[best][: np.count_nonzero(parts[best] > 1)]
+        if memory.fits(num_parts):
+            return num_parts
+        ends[best] = math.inf
 
 
-@lru_cache(_KEPT)
-def _try(lengths: bytes, longest: int, counts: tuple[int, ...]) -> tuple[Floats, list[float]]:
-    """Into how many parts units of these lengths are cut where the longest is cut into so many: [num_counts, num_units]; and
-    how many parts then are longer than half of the longest, so that two of them do not fit a gap."""
-    count = np.array(counts, np.float32)[:, None]
-    half = np.array([-(-longest // count) // 2 for count in counts], np.float32)[:, None]
-    tiles = np.frombuffer(lengths, np.float32)
-    parts = np.ceil(tiles * count / longest)
-    return parts, (parts * (tiles > parts * half)).sum(axis=1).tolist()
+@lru_cache(KEPT)
+def _counts(share: int, most: int) -> Floats:
+    """float64 [num_counts, 1]: into how many parts, up to `most`, to cut the longest unit, which is `share` times what each place has
+    to do."""
+    tried = {1, 2, 3, 4, 5, share, share + 1, 2 * share + 1, 3 * share + 1}
+    return np.array(sorted(count for count in tried if 1 <= count <= most), np.float64)[:, None]
 
 
-class _Parts(NamedTuple):
-    """Of units that are split, one unit's after the other's.
+@lru_cache(KEPT)
+def _try(tiles: bytes, share: int, most: int, slots: int) -> tuple[Floats, list[float]]:
+    """Into how many parts units of so many tiles, longest first, are cut where the first is cut into each of `_counts`: [num_counts,
+    num_units]; and when the last part ends where so many places take one after the other, in tiles."""
+    units, counts = np.frombuffer(tiles, np.int32), _counts(share, most)
+    longest, scaled = int(units[0]), units * counts  # floats, exact here, divide several times as fast as integers
+    parts = np.ceil(scaled / longest)
+    # what is no longer than half of the longest part fits a gap beside another
+    num_long = np.add.reduce(parts, axis=1, where=scaled > longest / 2)
+    return parts, (np.ceil(num_long / slots) * np.ceil(longest / counts)[:, 0]).tolist()
+
+
+class _Cuts(NamedTuple):
+    """How units are cut.
 
     Attributes:
-        unit, part: int64 [num_parts], whose part, and the how manyeth.
-        first: int64 [num_units], the unit's first part.
-        partial_row: int32 [num_parts].
+        num_parts, first: int32 [num_units], of each unit, and the first of them among all.
+        size, offset, partial_row: int32 [num_parts], tokens of a part, where in its unit it begins, and its first row in memory.
     """
 
-    unit: Longs
-    part: Ints
-    first: Longs
+    num_parts: Ints
+    first: Ints
+    size: Ints
+    offset: Ints
     partial_row: Ints
 
 
-@lru_cache(_KEPT)
-def _parts(num_parts: bytes, num_rows: bytes) -> _Parts:
-    """Of units that have so many rows, int32, in so many parts, float32."""
-    count, rows = np.frombuffer(num_parts, np.float32).astype(np.int64), np.frombuffer(num_rows, np.int32)
-    unit, first = np.arange(len(count)).repeat(count), count.cumsum() - count
-    row = rows[unit]
-    part = (np.arange(len(unit)) - first[unit]).astype(np.int32)
-    return _Parts(unit, part, first, (row.cumsum() - row).astype(np.int32))
+@lru_cache(KEPT)
+def _cuts(tiles: bytes, parts: bytes, num_rows: bytes) -> _Cuts:
+    """Of units of so many tiles and rows, into parts of equal length, which begin at tiles; those at the end that this leaves
+    empty are no parts."""
+    units = np.frombuffer(tiles, np.int32)
+    length = np.ceil(units / np.frombuffer(parts, np.float64))
+    num_parts = np.ceil(units / length).astype(np.int32)
+    first = np.add.accumulate(num_parts, dtype=np.int32) - num_parts
+    size, rows = (length * TILE).astype(np.int32).repeat(num_parts), np.frombuffer(num_rows, np.int32).repeat(num_parts)
+    offset = size * (NUMBERS[: len(size)] - first.repeat(num_parts))
+    return _Cuts(num_parts, first, size, offset, np.add.accumulate(rows, dtype=np.int32) - rows)
 
 
-def _split(units: Ints, split: Longs, tiles: Floats, parts: Floats) -> Work:
-    """These units, of so many tiles, in parts of equal length, which begin at tiles; those at the end that this leaves empty
-    are no parts.
-
-    `take` copies rows several times as fast as an index does.
-    """
-    length = np.ceil(tiles / parts)
-    num_parts = np.ceil(tiles / length)
-    whole = units.take(split, axis=0)
-    unit, part, first, partial_row = _parts(num_parts.tobytes(), whole[:, NUM_ROWS].tobytes())
-    cut, size = whole.take(unit, axis=0), (length * TILE).astype(np.int32).take(unit)
+def _split(units: Ints, tiles: Ints, parts: Floats) -> Work:
+    """The first of these units, of so many tiles, in so many parts or fewer."""
+    whole = units[: len(tiles)]
+    num_parts, first, size, offset, partial_row = _cuts(tiles.tobytes(), parts.tobytes(), whole[:, NUM_ROWS].tobytes())
+    cut = whole.repeat(num_parts, axis=0)
     begin, end = cut[:, BEGIN], cut[:, END]
-    begin += size * part
+    begin += offset
     np.minimum(begin + size, end, out=end)
     cut[:, PARTIAL_ROW] = partial_row
     merges = cut.take(first, axis=0)
     merges[:, NUM_PARTS] = num_parts
-    units[split] = 0  # of no length, so that they go last
-    items = np.concatenate((units, cut))
-    order = (items[:, BEGIN] - items[:, END]).argsort()
-    return Work(items.take(order[: len(items) - len(split)], axis=0), merges)
+    items = np.concatenate((cut, units[len(tiles) :]))
+    order = _longest_first((items[:, END] - items[:, BEGIN] + (TILE - 1)) >> TILE_BITS)
+    return Work(items.take(order, axis=0), merges)

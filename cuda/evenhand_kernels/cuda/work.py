@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evenhand_kernels.cuda.plan import HEADER_WORDS, WORDS, Capacity, Planner
+from evenhand_kernels.cuda.plan import HEADER_WORDS, Capacity, Planner
+from evenhand_kernels.cuda.units import WORDS
 from evenhand_kernels.kernels import AttentionBatch, AttentionPlan
 
 

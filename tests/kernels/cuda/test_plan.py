@@ -7,24 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenhand_kernels.cuda import plan
-from evenhand_kernels.cuda.plan import (
+from evenhand_kernels.cuda import plan, units
+from evenhand_kernels.cuda.plan import HEADER_WORDS, LEAST_TILES, TILE, Planner, Work
+from evenhand_kernels.cuda.units import (
     BEGIN,
     DECODE_ROWS,
     END,
     FIRST_ROW,
     HEAD_ROWS,
-    HEADER_WORDS,
     IS_PROMPT,
-    LEAST_TILES,
     NUM_PARTS,
     NUM_ROWS,
     PARTIAL_ROW,
     REQUEST,
-    TILE,
     WORDS,
-    Planner,
-    Work,
 )
 
 REQUESTS = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5000)), max_size=40)
@@ -145,7 +141,7 @@ def test_what_is_kept_of_a_step_changes_no_other() -> None:
     ]
     kept = [planner.plan(*step) for planner, *step in steps]
     for (planner, *step), before in zip(steps, kept, strict=True):
-        for cache in (plan._units, plan._try, plan._parts):
+        for cache in (units.decodes, units.units_of, plan._counts, plan._try, plan._cuts):
             cache.cache_clear()
         fresh = planner.plan(*step)
         assert (before.items == fresh.items).all() and (before.merges == fresh.merges).all() and len(fresh.merges)
