@@ -15,6 +15,7 @@ from cluster import build
 from cluster.client import KubectlError
 from cluster.control_plane import ISSUER, ControlPlane
 from cluster.kubeconfig import write_kubeconfig
+from harness.stage import until
 
 CONFIG_MAP = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"answer": "42"}}
 
@@ -48,7 +49,7 @@ def test_service_account_may_do_what_rbac_allows_and_no_more(cluster: ControlPla
     cluster.kubectl(
         "create", "rolebinding", "reader", "--role=reader", f"--serviceaccount={namespace}:reader", "-n", namespace
     )
-    assert "kube-root-ca.crt" in cluster.kubectl("get", "configmaps", kubeconfig=reader)
+    until(lambda: "kube-root-ca.crt" in cluster.kubectl("get", "configmaps", kubeconfig=reader))
     with pytest.raises(KubectlError, match="Forbidden"):
         cluster.apply(CONFIG_MAP, kubeconfig=reader)
 
@@ -135,11 +136,11 @@ def test_it(cluster):
     ]
     environment = os.environ | {"PYTHONPATH": str(build.SOURCES.parent)}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=280
     )
     assert done.returncode, done.stdout
     processes = [psutil.Process(int(pid)) for pid in pids.read_text().split() if psutil.pid_exists(int(pid))]
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert [each.name() for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
     assert len(pids.read_text().split()) == 3
 

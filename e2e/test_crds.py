@@ -10,6 +10,7 @@ from cluster.client import KubectlError, Object
 from cluster.control_plane import ControlPlane
 from evenhand_policy.decode import decode
 from evenhand_policy.spec import TenantPolicy
+from harness.stage import until
 
 
 def resource(kind: str, namespace: str, name: str, spec: Any) -> Object:
@@ -135,9 +136,13 @@ def test_kubectl_get_shows_how_far_a_pool_is(cluster: ControlPlane, crds: None, 
 
 
 def test_kubectl_explain_tells_what_a_field_means(cluster: ControlPlane, crds: None) -> None:
-    text = " ".join(cluster.kubectl("explain", "tenantpolicy.spec.latencyClass").split())
-    assert "ENUM: Interactive Standard Batch" in text
-    assert "never how much over time" in text
+    """Soon after the kind is known: the API server publishes schemas in the background."""
+
+    def text() -> str:
+        return " ".join(cluster.kubectl("explain", "tenantpolicy.spec.latencyClass").split())
+
+    until(lambda: "ENUM: Interactive Standard Batch" in text())
+    assert "never how much over time" in text()
 
 
 def test_the_examples_are_accepted_to_the_last_field(cluster: ControlPlane, crds: None) -> None:

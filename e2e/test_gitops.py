@@ -12,7 +12,7 @@ from cluster.control_plane import ControlPlane
 from cluster.pod_runner import PodRunner
 from harness.fixtures import Operators
 from harness.objects import light_engines, policy, pool
-from harness.stage import Stage
+from harness.stage import Stage, until
 
 MANAGER = "kustomize-controller"
 APPLY = ["apply", "--server-side", f"--field-manager={MANAGER}", "--validate=strict"]
@@ -43,6 +43,11 @@ class Repository(Stage):
         """What a sync would change. Raises KubectlError, with it, where there is any."""
         options = ["diff", "--server-side", f"--field-manager={MANAGER}"]
         return self.cluster.kubectl(*options, "-f", str(self.folder))
+
+    def judged(self) -> dict[str, str]:
+        """What kstatus says of each policy."""
+        found = self.cluster.kstatus(self.cluster.find("tpol", self.namespace))
+        return {each["name"]: each["status"] for each in found}
 
     def names(self) -> set[str]:
         """The policies in the cluster."""
@@ -89,7 +94,7 @@ def test_what_leaves_the_repository_leaves_the_cluster(repository: Repository) -
     repository.cluster.kubectl(*prune)
     repository.wait_ready("search")
     assert repository.names() == {"search", "of-another-team"}
-    assert "chat" not in repository.tenants()[0]
+    until(lambda: "chat" not in repository.tenants()[0])
 
 
 def test_policy_that_breaks_the_schema_holds_up_no_other(repository: Repository) -> None:
@@ -108,11 +113,8 @@ def test_policy_that_the_operator_refuses_shows_red_and_holds_up_no_other(reposi
     repository.sync()
     repository.wait_ready("chat", "search")
     repository.wait("Stalled", "thief")
-    told = {
-        each["name"]: each["status"]
-        for each in repository.cluster.kstatus(repository.cluster.find("tpol", repository.namespace))
-    }
-    assert told == {"chat": "Current", "search": "Current", "thief": "Failed"}
+    expected = {"chat": "Current", "search": "Current", "thief": "Failed"}
+    until(lambda: repository.judged() == expected)
     assert repository.difference() == ""
 
 

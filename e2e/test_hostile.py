@@ -54,6 +54,7 @@ def guest(stage: Stage, other_namespace: str, operator: OperatorProcess) -> Iter
     role = ["--clusterrole=evenhand-tenant-editor", f"--user={EDITOR}", "-n", other_namespace]
     stage.cluster.kubectl("create", "rolebinding", EDITOR, *role)
     guest = Stage(stage.cluster, other_namespace)
+    until(lambda: stage.cluster.can_i("create", "tpol", "-n", other_namespace, f"--as={EDITOR}"))
     yield guest
     guest.kubectl("delete", "tpol", "--all")
     guest.kubectl("delete", "rolebinding", EDITOR)
@@ -80,8 +81,7 @@ CLAIMS: dict[str, Object] = {
 @pytest.mark.parametrize("what", CLAIMS)
 def test_editor_without_a_grant_gets_no_more_than_a_guest(stage: Stage, guest: Stage, what: str) -> None:
     claim(stage, guest, "grab", **CLAIMS[what])
-    guest.wait("Accepted=false", "grab")
-    assert guest.conditions("grab")["Accepted"] == ("False", "ExceedsGrant")
+    guest.wait_refused("grab", "ExceedsGrant")
     assert_victim_is_well(stage)
 
 
@@ -105,14 +105,12 @@ def test_editor_without_a_grant_claims_nobodys_account_nor_more_by_more_policies
     theirs = {"name": "account", "type": "ServiceAccount"}
     theirs |= {"serviceAccount": {"name": "victim", "namespace": stage.namespace}}
     claim(stage, guest, "grab", identities=[theirs])
-    guest.wait("Accepted=false", "grab")
-    assert guest.conditions("grab")["Accepted"] == ("False", "NotAllowed")
+    guest.wait_refused("grab", "NotAllowed")
     assert_victim_is_well(stage)
     claim(stage, guest, "one")
     guest.wait_ready("one")
     claim(stage, guest, "two")
-    guest.wait("Accepted=false", "two")
-    assert guest.conditions("two")["Accepted"] == ("False", "ExceedsGrant")
+    guest.wait_refused("two", "ExceedsGrant")
 
 
 def test_editor_writes_no_status_no_pool_and_reads_no_secret_of_others(stage: Stage, guest: Stage) -> None:
@@ -178,8 +176,7 @@ def test_two_installations_that_start_at_once_agree_whose_the_pool_is(
             cluster.apply(policy(namespace, "contested", weight=4))
             stage.wait_ready("contested")
             assert stage.enforced("contested", "weight") == [4, 4]
-            after = stage.pool()["status"]
-            assert (after["operator"], after["epoch"]) == (before["operator"], before["epoch"])
+            assert stage.pool()["status"]["operator"] == before["operator"]
             loser = next(rival for rival in rivals if rival.metric("evenhand_operator_foreign_pools"))
             loser.stop()
             until(lambda: "ForeignOperator" not in conditions(stage.pool()))

@@ -32,7 +32,8 @@ class Scene(Stage):
         self.cluster.apply(policy(self.namespace, name, **spec))
 
     def stop_operator(self) -> None:
-        """Nobody sees what happens from now on."""
+        """Nobody sees what happens from now on; what has happened is told."""
+        until(lambda: self.judged()["default"] == "Current")
         self._operator.stop()
         self._afterwards.callback(self._operator.start)
 
@@ -200,4 +201,4 @@ LIFE: dict[Callable[[Scene], None], dict[str, str]] = {
 @pytest.mark.parametrize("come_to_point", LIFE, ids=lambda point: point.__name__)
 def test_pipelines_are_told_the_truth(scene: Scene, come_to_point: Callable[[Scene], None]) -> None:
     come_to_point(scene)
-    until(lambda: scene.judged() == LIFE[come_to_point], timeout=10)  # the pool's own status may come a moment later
+    until(lambda: scene.judged() == LIFE[come_to_point])  # the pool's own status may come a moment later

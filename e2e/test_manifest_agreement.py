@@ -156,7 +156,7 @@ def test_every_probe_is_answered_by_the_running_programs(installation: Installat
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             get = container[probe]["httpGet"]
             url = f"http://{pod['status']['podIP']}:{ports(container)[get['port']]}{get['path']}"
-            with urllib.request.urlopen(url, timeout=10) as response:
+            with urllib.request.urlopen(url, timeout=60) as response:
                 assert response.status == 200
 
 

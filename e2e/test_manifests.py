@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tenacity
 import yaml
 
 from cluster import build
@@ -17,12 +16,12 @@ from cluster.client import KubectlError
 from cluster.control_plane import ControlPlane
 from cluster.fixtures import new_control_plane
 from harness.kustomize import render
+from harness.stage import until
 
 REPOSITORY = build.SOURCES.parents[1]
 OPERATOR_NAMESPACE, ENGINE_NAMESPACE = "evenhand-system", "inference"
 
 Object = dict[str, Any]
-eventually = tenacity.retry(stop=tenacity.stop_after_delay(30), wait=tenacity.wait_fixed(0.2), reraise=True)
 
 
 @pytest.fixture(scope="module", params=["dev", "prod"])
@@ -35,7 +34,7 @@ def installed(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A control plane of its own, since what is installed here reaches beyond one namespace."""
     with new_control_plane(tmp_path_factory.mktemp("manifests")) as cluster:
         cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
-        cluster.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        cluster.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=120s")
         cluster.kubectl("apply", "--server-side", "--validate=strict", "-k", overlay)
         yield cluster
 
@@ -48,6 +47,7 @@ def operator_may(installed: ControlPlane) -> Callable[..., bool]:
     def may(verb: str, resource: str, namespace: str = "default", subresource: str = "") -> bool:
         return installed.can_i(verb, resource, "-n", namespace, "--subresource", subresource, kubeconfig=kubeconfig)
 
+    until(lambda: may("create", "leases.coordination.k8s.io", OPERATOR_NAMESPACE))  # rights are in force soon
     return may
 
 
@@ -61,7 +61,7 @@ def test_pods_are_made_in_namespaces_that_enforce_restricted(installed: ControlP
         name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
         replicas = deployment["spec"]["replicas"]
         wait = ["wait", f"deployment/{name}", "-n", namespace, f"--for=jsonpath={{.status.replicas}}={replicas}"]
-        installed.kubectl(*wait, "--timeout=30s")
+        installed.kubectl(*wait, "--timeout=120s")
     for namespace in (OPERATOR_NAMESPACE, ENGINE_NAMESPACE):
         with pytest.raises(KubectlError, match='violates PodSecurity "restricted:latest"'):
             installed.kubectl("run", "intruder", "--image=intruder", "-n", namespace)
@@ -197,27 +197,32 @@ def test_lease_is_renewed_apart_from_all_other_requests(installed: ControlPlane)
     def flow(path: str) -> str:
         request = urllib.request.Request(installed.server + path, headers={"Authorization": f"Bearer {token}"})
         try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+            with urllib.request.urlopen(request, context=context, timeout=60) as answer:
                 return str(answer.headers["X-Kubernetes-PF-FlowSchema-UID"])
         except urllib.error.HTTPError as error:  # there is no Lease yet
             return str(error.headers["X-Kubernetes-PF-FlowSchema-UID"])
 
     own = installed.get("flowschema", "evenhand-operator-lease")["metadata"]["uid"]
     leases = f"/apis/coordination.k8s.io/v1/namespaces/{OPERATOR_NAMESPACE}/leases"
-    assert flow(f"{leases}/evenhand-operator") == own
+    until(lambda: flow(f"{leases}/evenhand-operator") == own)  # what is told apart, too
     assert flow(f"/apis/evenhand.dev/v1alpha1/namespaces/{ENGINE_NAMESPACE}/tenantpolicies") != own
 
 
 def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None:
     kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
 
-    def write(
-        name: str, kind: str = "evenhand.dev/bootstrap", namespace: str = ENGINE_NAMESPACE, **annotations: str
-    ) -> None:
-        metadata = {"name": name, "namespace": namespace, "annotations": annotations}
+    def write(name: str, kind: str = "evenhand.dev/bootstrap", *options: str, **annotations: str) -> None:
+        metadata = {"name": name, "namespace": ENGINE_NAMESPACE, "annotations": annotations}
         document = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": {"part": "AA=="}}
         verb = "replace" if name == "of-a-tenant" else "create"
-        installed.kubectl(verb, "-f", "-", stdin=json.dumps(document), kubeconfig=kubeconfig)
+        installed.kubectl(verb, "-f", "-", *options, stdin=json.dumps(document), kubeconfig=kubeconfig)
+
+    def is_in_force() -> bool:
+        try:
+            write("planted", "evenhand.dev/bootstrap", "--dry-run=server")
+        except KubectlError as refused:
+            return "the operator writes no Secrets but those" in str(refused)
+        return False
 
     write("evenhand-bootstrap-default-0")
     installed.kubectl(
@@ -225,19 +230,16 @@ def test_operator_writes_bootstrap_secrets_only(installed: ControlPlane) -> None
     )
     anybody = {"kubernetes.io/service-account.name": "evenhand-engine"}
 
-    @eventually  # an admission policy is in force a moment after it was applied
-    def refused() -> None:
-        for name in ("planted", "evenhand-signing-key"):
-            with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-                write(name)
+    until(is_in_force)  # a moment after it was applied
+    for name in ("planted", "evenhand-signing-key"):
         with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-            write("of-a-tenant", "Opaque")
-        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-            write("evenhand-bootstrap-x", "kubernetes.io/service-account-token", **anybody)
-        with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
-            write("evenhand-bootstrap-x", "Opaque")
-
-    refused()
+            write(name)
+    with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+        write("of-a-tenant", "Opaque")
+    with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+        write("evenhand-bootstrap-x", "kubernetes.io/service-account-token", **anybody)
+    with pytest.raises(KubectlError, match="the operator writes no Secrets but those"):
+        write("evenhand-bootstrap-x", "Opaque")
     own = {
         "metadata": {"name": "evenhand-signing-key", "namespace": OPERATOR_NAMESPACE},
         "type": "evenhand.dev/signing-key",
@@ -278,12 +280,8 @@ def test_roles_for_people(installed: ControlPlane, role: str, policies: str, poo
         where = ("-n", namespace, "--subresource", subresource)
         return installed.can_i(verb, f"{resource}.evenhand.dev", f"--as=jane-{role}", *where)
 
-    @eventually  # the controllers aggregate roles
-    def may_what_it_says() -> None:
-        assert all(may(verb, "tenantpolicies") for verb in policies.split())
-        assert all(may(verb, "enginepools") for verb in pools.split())
-
-    may_what_it_says()
+    until(lambda: all(may(verb, "tenantpolicies") for verb in policies.split()))  # the controllers aggregate roles
+    until(lambda: all(may(verb, "enginepools") for verb in pools.split()))
     writing = ("create", "update", "patch", "delete", "deletecollection")
     for resource, granted in (("tenantpolicies", policies), ("enginepools", pools)):
         assert not any(may(verb, resource) for verb in writing if verb not in granted.split())

@@ -99,7 +99,7 @@ def fetch(mirror: Mirror, volume: Path, home: Path) -> subprocess.CompletedProce
     }
     [script] = container["args"]
     command = [*container["command"], script.replace("/models", str(volume))]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, input="", timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, input="", timeout=280)
 
 
 def test_model_is_fetched_from_the_mirror_once(mirror: Mirror, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_engine_that_fetches_its_model_says_so(mirror: Mirror, tmp_path: Path) -
         f"print(resolve_model_dir({MODEL!r}))"
     )
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HF_ENDPOINT": mirror.address}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert {f"fetching {MODEL}", f"fetching {MODEL}: 100 %"} <= set(done.stderr.splitlines())
     assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]

@@ -1,5 +1,6 @@
 """Pools and namespaces of an operator that serves several: who has which pods, who may come in, and what is left of one that goes."""
 
+import contextlib
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from cluster.control_plane import ControlPlane
 from cluster.ports import free_ports
 from harness.fixtures import Operators, new_served_namespace
 from harness.objects import ENGINE_LABELS, Object, policy, pool
-from harness.operator_process import OperatorProcess
+from harness.operator_process import ANSWER_SECONDS, OperatorProcess
 from harness.stage import Stage, conditions, until
 
 UNTAGGED = {"matchExpressions": [{"key": "tier", "operator": "DoesNotExist"}]}
@@ -69,7 +70,7 @@ def test_pool_that_selects_the_pods_of_another_is_told_so_and_tells_them_nothing
     try:
         until(lambda: conditions(stage.pool("twin"))["Accepted"] == ("False", "Overlapping"))
         assert "(of default)" in message(stage.pool("twin"), "Accepted")
-        assert conditions(stage.pool())["Ready"] == ("True", "Ready")
+        until(lambda: conditions(stage.pool())["Ready"] == ("True", "Ready"))
         assert [document["config"]["pool"]["name"] for document in stage.documents()] == before == ["default"] * 2
         assert stage.enforced("of-the-twin", "weight") == [None, None]
         stage.cluster.apply(pool(stage.namespace, "twin", selector={"matchLabels": ENGINE_LABELS | {"tier": "twin"}}))
@@ -83,12 +84,11 @@ def test_namespace_of_unknown_labels_matches_no_selector(stage: Stage, guest: St
     """An operator of single namespaces does not see their labels: not even DoesNotExist lets anybody in."""
     change_pool(stage, allowedNamespaces={"from": "Selector", "selector": UNTAGGED})
     stage.cluster.apply(guest_policy(stage, guest, "web"))
-    guest.wait("Accepted=false", "web")
-    assert guest.conditions("web")["Accepted"] == ("False", "NamespaceUnknown")
+    guest.wait_refused("web", "NamespaceUnknown")
     assert stage.enforced(f"{guest.namespace}/web", "weight") == [None, None]
     change_pool(stage, allowedNamespaces={"from": "All"}, grants=[{"namespaces": UNTAGGED, "maxWeight": 1000}])
-    guest.wait("Accepted=false", "web")
     until(lambda: "grant" in message(guest.policy("web"), "Accepted"))
+    assert guest.conditions("web")["Accepted"][0] == "False"
     by_name = {"matchLabels": {"kubernetes.io/metadata.name": guest.namespace}}
     change_pool(stage, allowedNamespaces={"from": "Selector", "selector": by_name})
     guest.wait_ready("web")
@@ -106,7 +106,7 @@ def test_accounts_of_a_namespace_and_defaults_of_a_pool(stage: Stage, guest: Sta
     stage.cluster.apply(guest_policy(stage, guest, "team", identities=whole, limits={"maxOutputTokens": 5}))
     guest.wait_ready("team")
     for document in stage.documents():
-        [team] = document["config"]["tenants"]
+        [team] = [each for each in document["config"]["tenants"] if each["tenantId"] == f"{guest.namespace}/team"]
         assert team["serviceAccounts"] == [f"system:serviceaccounts:{guest.namespace}"]
         assert (team["limits"]["requestsPerMinute"], team["limits"]["maxOutputTokens"]) == (60, 5)
         issuer = document["config"]["serviceAccounts"]
@@ -119,9 +119,9 @@ def test_next_leader_sends_documents_to_nobody_who_has_them(stage: Stage, operat
     before = stage.pool()["status"]
     operator.stop()
     operator.start()
-    until(lambda: stage.pool()["status"]["epoch"] == before["epoch"] + 1)
-    until(lambda: stage.pool()["status"]["applied"] == "2/2")
-    assert {document["epoch"] for document in stage.documents()} == {before["epoch"] + 1}
+    until(lambda: stage.pool()["status"]["epoch"] > before["epoch"])
+    stage.wait_serving(2)
+    assert min(document["epoch"] for document in stage.documents()) > before["epoch"]
     assert operator.metric("evenhand_operator_documents_sent_total") == 0
     stage.kubectl("delete", "tpol", "steady")
 
@@ -131,12 +131,11 @@ def test_metrics_port_is_reached_by_either_family(operators: Operators, stage: S
     [port] = free_ports(1)
     replica = operators.start(stage.namespace, name="both", wait=False, options=("--host=::", f"--metrics-port={port}"))
     addresses = ["127.0.0.1"]
-    with socket.socket(socket.AF_INET6) as probe:
-        if probe.connect_ex(("::1", 9)) != 99:  # EADDRNOTAVAIL: the machine has no IPv6
-            addresses.append("[::1]")
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):  # not everywhere
+        addresses.append("[::1]")
 
     def answers(address: str) -> bool:
-        with urllib.request.urlopen(f"http://{address}:{port}/healthz", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{address}:{port}/healthz", timeout=ANSWER_SECONDS) as response:
             return bool(response.status == 200)
 
     try:
@@ -153,7 +152,7 @@ def test_deleted_namespace_stops_no_other(stage: Stage, operator: OperatorProces
     change_pool(stage, allowedNamespaces={"from": "All"})
     cluster.apply(policy(doomed, "last", poolRef=reference), policy(stage.namespace, "resident"))
     Stage(cluster, doomed).wait_ready("last")
-    cluster.kubectl("delete", "namespace", doomed, timeout=120)
+    cluster.kubectl("delete", "namespace", doomed, timeout=240)
     until(lambda: stage.enforced(f"{doomed}/last", "weight") == [None, None])
     cluster.apply(policy(stage.namespace, "resident", weight=2))
     stage.wait_ready("resident")
@@ -163,5 +162,5 @@ def test_deleted_namespace_stops_no_other(stage: Stage, operator: OperatorProces
     cluster.apply(policy(stage.namespace, "resident", weight=3))
     stage.wait_ready("resident")
     assert stage.enforced("resident", "weight") == [3, 3]
-    assert operator.metric("evenhand_operator_unreadable_namespaces") == 1
+    until(lambda: operator.metric("evenhand_operator_unreadable_namespaces") == 1)
     change_pool(stage)

@@ -55,7 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     with new_control_plane(tmp_path_factory.mktemp("cluster")) as plane:
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/crds")
-        plane.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        plane.kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=120s")
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", f"{REPOSITORY}/manifests/overlays/dev")
         plane.kubectl("apply", "--server-side", "--validate=strict", "-k", str(directory))
         yield plane
@@ -64,7 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 @pytest.fixture(scope="module")
 def pod(cluster: ControlPlane) -> dict[str, Any]:
     """What the Deployment's controllers made, in a namespace that enforces restricted Pods."""
-    wait = ["wait", "deployment/vllm", "-n", NAMESPACE, "--for=jsonpath={.status.replicas}=1", "--timeout=30s"]
+    wait = ["wait", "deployment/vllm", "-n", NAMESPACE, "--for=jsonpath={.status.replicas}=1", "--timeout=120s"]
     cluster.kubectl(*wait)
     [found] = yaml.safe_load(cluster.kubectl("get", "pods", "-n", NAMESPACE, "-l", "app=vllm", "-o", "yaml"))["items"]
     return dict(found)

@@ -37,7 +37,7 @@ class ApiClient:
         self._session = aiohttp.ClientSession(
             server,
             connector=aiohttp.TCPConnector(ssl=tls),
-            timeout=aiohttp.ClientTimeout(total=10),
+            timeout=aiohttp.ClientTimeout(total=60),
             read_bufsize=2**21,  # an event is one line, and an object may have 1.5 MiB
         )
 
@@ -71,7 +71,7 @@ class ApiClient:
                 replace(objects)
                 parameters = {"watch": "1", "resourceVersion": listing["metadata"]["resourceVersion"]}
                 async with self._session.get(
-                    path, params=parameters, timeout=aiohttp.ClientTimeout(connect=10)
+                    path, params=parameters, timeout=aiohttp.ClientTimeout(connect=60)
                 ) as events:
                     if events.status >= 400:
                         raise ApiError(events.status, await events.text())

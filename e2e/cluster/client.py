@@ -23,7 +23,7 @@ class Cluster:
         self._programs = programs
 
     def kubectl(
-        self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None, timeout: float = 60
+        self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None, timeout: float = 180
     ) -> str:
         """What kubectl prints on standard output, run as admin unless a kubeconfig is given. Raises KubectlError."""
         environment = {
@@ -59,6 +59,17 @@ class Cluster:
         items: list[Object] = json.loads(answer)["items"]
         return items
 
+    def everything(self) -> set[str]:
+        """Namespace, kind and name of all objects that can be listed and deleted, but for those that come and go by themselves,
+        and for those of the cluster's own namespaces, which its controllers make when they come to it."""
+        kinds = self.kubectl("api-resources", "--verbs=list,delete", "-o", "name").split()
+        lasting = [kind for kind in kinds if kind.partition(".")[0] not in ("events", "leases", "controllerrevisions")]
+        columns = "NAMESPACE:.metadata.namespace,KIND:.kind,NAME:.metadata.name"
+        lines = self.kubectl(
+            "get", ",".join(lasting), "-A", "--no-headers", "-o", f"custom-columns={columns}"
+        ).splitlines()
+        return {" ".join(line.split()) for line in lines if not line.startswith(("kube-", "default "))}
+
     def can_i(self, *question: str, kubeconfig: Path | None = None) -> bool:
         """kubectl's yes or no."""
         try:
@@ -71,7 +82,7 @@ class Cluster:
         """Kind, namespace, name, status and message of each object, as Flux would see it."""
         lines = "".join(json.dumps(each) + "\n" for each in objects)
         done = subprocess.run(
-            [self._programs["kstatus"]], input=lines, capture_output=True, text=True, check=True, timeout=60
+            [self._programs["kstatus"]], input=lines, capture_output=True, text=True, check=True, timeout=180
         )
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -88,7 +99,7 @@ class Cluster:
         self._wait_for_service_account(name)
 
     def _wait_for_service_account(self, namespace: str) -> None:
-        self.kubectl("wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=60s", timeout=90)
+        self.kubectl("wait", "--for=create", "serviceaccount/default", "-n", namespace, "--timeout=120s")
 
 
 def in_namespace(namespace: str | None) -> list[str]:

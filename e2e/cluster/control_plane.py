@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.api_client import ApiClient
 from cluster.client import Cluster
-from cluster.etcd import compact
+from cluster.etcd import compact, write
 from cluster.kubeconfig import CertificateAuthority, client_certificate, write_kubeconfig, write_signing_key
 from cluster.ports import free_ports
 from cluster.programs import Program, Running, Watchdog
@@ -111,6 +111,11 @@ class ControlPlane(Cluster, Running):
         self.stop_api_server(grace=0)
         compact(self._etcd_url)
         self.start_api_server()
+
+    def pass_versions(self, count: int) -> None:
+        """As many writes of somebody's: what is stored next has a version that is higher by so many."""
+        for _ in range(count):
+            write(self._etcd_url)
 
     def rotate_service_account_key(self) -> None:
         """Tokens are signed by another key from now on; those of earlier ones stay good. The API server is restarted."""

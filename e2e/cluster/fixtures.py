@@ -41,7 +41,7 @@ def install_crds(cluster: ControlPlane) -> None:
     """Returns once the API server knows Evenhand's own kinds."""
     files = [f"--filename={path}" for path in sorted(CRDS.glob("evenhand.dev_*.yaml"))]
     cluster.kubectl("apply", "--server-side", "--validate=strict", *files)
-    cluster.kubectl("wait", "--for=condition=Established", *files)
+    cluster.kubectl("wait", "--for=condition=Established", "--timeout=120s", *files)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ class Program:
         process.wait()
         self._watchdog.unwatch(process.pid)
 
-    def wait_until_ready(self, is_ready: Callable[[], bool], timeout: float = 60) -> None:
+    def wait_until_ready(self, is_ready: Callable[[], bool], timeout: float = 180) -> None:
         """Returns once `is_ready()` is true. Raises ProgramDied, or TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not is_ready():

@@ -64,7 +64,7 @@ class CuttingProxy:
             time.sleep(seconds)
 
     def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
 
     async def _end_all(self) -> int:
         connections = list(self._connections)

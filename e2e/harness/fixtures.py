@@ -62,10 +62,13 @@ class Operators:
         wait: bool = True,
         kubeconfig: Path | None = None,
         options: Sequence[str] = (),
+        module: str = "evenhand_operator",
     ) -> OperatorProcess:
-        """A replica that serves these namespaces, with another kubeconfig where one is given."""
+        """A replica that serves these namespaces, with another kubeconfig or program where one is given."""
         log = self._logs / f"{name}.log"
-        operator = OperatorProcess(self._cluster, kubeconfig or self._kubeconfig, log, namespaces, *options)
+        operator = OperatorProcess(
+            self._cluster, kubeconfig or self._kubeconfig, log, namespaces, *options, module=module
+        )
         self._started.append(operator)
         operator.start(wait)
         return operator

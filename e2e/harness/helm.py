@@ -35,7 +35,7 @@ class Helm:
         if kubeconfig is not None:
             self._environment["KUBECONFIG"] = str(kubeconfig)
 
-    def __call__(self, *arguments: str | Path, timeout: float = 120) -> str:
+    def __call__(self, *arguments: str | Path, timeout: float = 300) -> str:
         """What it prints on standard output. Raises HelmError."""
         command = [str(self._program), *map(str, arguments)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, input="", timeout=timeout)

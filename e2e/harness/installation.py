@@ -35,8 +35,8 @@ MOST_RUNNING = 8
 _SIZES = [
     f"--max-num-batched-tokens={TOKENS_PER_STEP}",
     f"--max-num-seqs={MOST_RUNNING}",
-    "--max-model-len=1024",
-    "--kv-cache-memory-bytes=128M",
+    "--max-model-len=8192",
+    "--kv-cache-memory-bytes=384M",
 ]
 
 Object = dict[str, Any]
@@ -51,7 +51,7 @@ class Engine:
 
     def client(self, api_key: str) -> openai.OpenAI:
         """The official client, as a tenant uses it."""
-        return openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=300)
 
     @property
     def url(self) -> str:
@@ -113,7 +113,7 @@ class Installation(Stage):
             self._install()
             self.pods = stack.enter_context(PodRunner(self.cluster, NAMESPACE, _launch_engine))
             self.operator_pods = stack.enter_context(PodRunner(self.cluster, OPERATOR_NAMESPACE, self._launch_operator))
-            until(lambda: self.pool()["status"]["applied"] == f"{self._num_engines}/{self._num_engines}", timeout=180)
+            until(lambda: self.pool()["status"]["applied"] == f"{self._num_engines}/{self._num_engines}", timeout=600)
             self._running = stack.pop_all()
         return self
 
@@ -123,7 +123,7 @@ class Installation(Stage):
     def _install(self) -> None:
         kubectl = self.cluster.kubectl
         kubectl("apply", "--server-side", "-k", str(REPOSITORY / "crds"))
-        kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=120s")
         self._directory.mkdir()
         write_kustomization(self._directory, self._num_engines)
         kubectl("apply", "--server-side", "-k", str(self._directory))
@@ -176,7 +176,7 @@ class Installation(Stage):
         """Returns once so many run."""
         deployment = [f"deployment/{OPERATOR}", "-n", OPERATOR_NAMESPACE]
         self.cluster.kubectl("scale", *deployment, f"--replicas={replicas}")
-        self.cluster.kubectl("rollout", "status", *deployment, "--timeout=60s")
+        self.cluster.kubectl("rollout", "status", *deployment, "--timeout=120s")
         until(lambda: len(self.cluster.find("pods", OPERATOR_NAMESPACE)) == replicas)
 
     def operator_pid(self) -> int:

@@ -16,26 +16,37 @@ from cluster.ports import free_ports
 
 Object = dict[str, Any]
 
+ANSWER_SECONDS = 60.0  # for what a machine that does nothing else answers in milliseconds
+
 
 class OperatorProcess:
-    """One replica, with the rights of `kubeconfig`. Entered, it runs; left, it is stopped as a kubelet would."""
+    """One replica, with the rights of `kubeconfig`. Entered, it runs; left, it is stopped as a kubelet would.
+
+    `module` is the program: the operator, or one that is the operator but for something.
+    """
 
     def __init__(
-        self, cluster: ControlPlane, kubeconfig: Path, log: Path, namespaces: Sequence[str] = (), *options: str
+        self,
+        cluster: ControlPlane,
+        kubeconfig: Path,
+        log: Path,
+        namespaces: Sequence[str] = (),
+        *options: str,
+        module: str = "evenhand_operator",
     ) -> None:
         [self._port] = free_ports(1)
         command = [
             sys.executable,
             "-m",
-            "evenhand_operator",
+            module,
             "--host=127.0.0.1",
             f"--metrics-port={self._port}",
             *(f"--namespace={each}" for each in namespaces),
             *options,
         ]
-        environment = os.environ | {"KUBECONFIG": str(kubeconfig), "POD_NAME": log.stem}
+        own = {"KUBECONFIG": str(kubeconfig), "POD_NAME": log.stem, "PYTHONPATH": str(Path(__file__).parents[1])}
         self.log = log
-        self.program = cluster.program(log.stem, command, log, environment)
+        self.program = cluster.program(log.stem, command, log, os.environ | own)
 
     def __enter__(self) -> Self:
         self.start()
@@ -52,7 +63,7 @@ class OperatorProcess:
 
     def stop(self) -> None:
         """SIGTERM."""
-        self.program.stop(grace=10)
+        self.program.stop(grace=60)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -65,7 +76,7 @@ class OperatorProcess:
     def probe(self, name: str) -> int:
         """Status of a probe; 0 while nobody listens."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/{name}", timeout=5) as response:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/{name}", timeout=ANSWER_SECONDS) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -74,7 +85,7 @@ class OperatorProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the samples of that name that have these labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=ANSWER_SECONDS) as response:
             text = response.read().decode()
         return sum(
             sample.value
@@ -86,6 +97,6 @@ class OperatorProcess:
 
 def read_json(url: str) -> Object:
     """A document from a pod."""
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
         document: Object = json.load(response)
     return document

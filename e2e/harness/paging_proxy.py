@@ -55,7 +55,7 @@ class PagingProxy:
         return path
 
     def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
 
     async def _start(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None)

@@ -12,7 +12,8 @@ from harness.operator_process import read_json
 
 Object = dict[str, Any]
 
-PATIENCE = 40.0
+PATIENCE = 120.0
+"""Seconds for what takes one: how fast a machine that others use too does something is not what is tested."""
 
 
 class Stage:
@@ -78,7 +79,24 @@ class Stage:
     def wait(self, condition: str, *names: str, timeout: float = PATIENCE) -> None:
         """`kubectl wait` for a condition, such as `Accepted=false`."""
         resources = [f"tpol/{name}" for name in names]
-        self.kubectl("wait", f"--for=condition={condition}", f"--timeout={timeout:.0f}s", *resources)
+        self.kubectl(
+            "wait", f"--for=condition={condition}", f"--timeout={timeout:.0f}s", *resources, timeout=2 * timeout
+        )
+
+    def wait_refused(self, name: str, reason: str) -> None:
+        """Returns once the policy, in the generation that it has now, is not accepted for this reason: until all that was
+        changed before is seen, it may be another."""
+
+        def is_refused() -> bool:
+            obj = self.policy(name)
+            is_observed = obj["status"]["observedGeneration"] == obj["metadata"]["generation"]
+            return is_observed and conditions(obj)["Accepted"] == ("False", reason)
+
+        until(is_refused)
+
+    def wait_enforced(self, tenant: str, field: str, expected: list[Any]) -> None:
+        """Returns once the ready pods are as many, and enforce this."""
+        until(lambda: self.enforced(tenant, field) == expected)
 
     def conditions(self, name: str) -> dict[str, tuple[str, str]]:
         """Status and reason by type."""
@@ -118,3 +136,14 @@ def until(holds: Callable[[], object], timeout: float = PATIENCE) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"never came to hold within {timeout} s") from failure
         time.sleep(0.1)
+
+
+def until_still(read: Callable[[], object], seconds: float) -> None:
+    """Returns once it reads the same before and after so many seconds."""
+
+    def is_still() -> bool:
+        before = read()
+        time.sleep(seconds)
+        return read() == before
+
+    until(is_still)
