@@ -12,7 +12,7 @@ own are within `kv_tokens`, and (3) a seat is free of those that the upstream sa
 *Turns of prompts.* A *short* prompt, within `batch_tokens`, is sent while fewer than two short ones are unstarted, or they and
 its own are together within `batch_tokens`. Two, because one computes while the other waits: with one the upstream would run a
 step without a prompt for each prompt. A *long* one keeps the upstream busy for many steps, in which whoever comes later waits.
-So it is sent when what is left of those before it is no more than a twentieth of its own, so that the upstream seldom lacks a prompt: a step
+So it is sent when what is left of those before it is no more than a twelfth of its own, so that the upstream seldom lacks a prompt: a step
 without a long one is short. What is left is estimated: prompts are taken to be prefilled
 one after another, at the rate seen so far, and none to be done before its first chunk. While a short one is unstarted, which would share
 a full step with it, it is sent when the first of those is done, or should have been for a tenth of its time: too late for the step that takes in the
@@ -41,7 +41,7 @@ from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.prefill_rate import PrefillRate
 
 _MIN_UNSTARTED = 2
-_LEAD = 0.05  # of a long prompt: what is left of those before it when it is sent
+_LEAD = 1 / 12  # of a long prompt: what is left of those before it when it is sent
 _LATENESS = 0.1  # of the prompt before a short one: how much later than estimated it is taken to be done
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
 _RESERVE = 1 / 32
