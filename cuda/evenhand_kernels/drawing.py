@@ -24,6 +24,7 @@ SET = 16
 
 def draw_rows(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """See `Kernels.draw`."""
+    logits = _masked(logits, draws)
     token_ids: list[int | None] = [None] * len(draws)
     drawn = []
     is_valid = logits.amax(dim=-1).isfinite().tolist() if draws else []
@@ -38,6 +39,21 @@ def draw_rows(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         for number, row in zip(drawn, probabilities, strict=True):
             token_ids[number] = _draw_one(row, draws[number])
     return token_ids
+
+
+def _masked(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """With -infinity for what may not come."""
+    masks = {number: draw.allowed for number, draw in enumerate(draws) if draw.allowed is not None}
+    if masks:
+        logits = logits.clone()
+    for number, mask in masks.items():
+        logits[number].numpy()[~allowed_tokens(mask, logits.shape[1])] = -np.inf
+    return logits
+
+
+def allowed_tokens(mask: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
+    """bool [vocab_size]: whether a token may come, by `Draw.allowed`."""
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def _draw_one(probabilities: NDArray[np.float32], draw: Draw) -> int:

@@ -129,7 +129,8 @@ class Draw(NamedTuple):
 
     Temperature 0: the likeliest, the first of equals. `top_k` 0 and `top_p` 1 keep all tokens; top_p counts the mass that
     top_k left, and what is as likely as the last token kept is kept too. `seed`, below 2**64, and `counter` give the number
-    by which a token is drawn: the first output of numpy's Philox(key=seed, counter=counter).
+    by which a token is drawn: the first output of numpy's Philox(key=seed, counter=counter). `allowed`,
+    [ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is set where token t may come; None: all may.
     """
 
     temperature: float
@@ -137,6 +138,7 @@ class Draw(NamedTuple):
     top_k: int
     seed: int
     counter: int
+    allowed: NDArray[np.int32] | None = None
 
 
 class LogProbabilities(NamedTuple):
@@ -214,7 +216,7 @@ class Kernels(Protocol):
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         """A token of each row of `logits`, float32 [num_rows, vocab_size].
 
-        None for a row that holds a NaN or an infinity, or allows no token.
+        None for a row in which a token that may come has a NaN or an infinity, or in which none may come.
         """
         ...
 

@@ -5,9 +5,10 @@ from array import array
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from evenhand_engine.core.structures import StructuredStep, Structures, forbidden
+from evenhand_engine.core.structures import StructuredStep, Structures
 from evenhand_engine.scheduler.batch import Batch, StartedRequest
 from evenhand_engine.scheduler.request import Sampled, SamplingParams
+from evenhand_kernels.drawing import allowed_tokens
 
 from .conftest import VOCAB_SIZE
 
@@ -27,7 +28,7 @@ def allowed(structures: Structures, batch: Batch, *sampled: tuple[int, ...]) -> 
 
 
 def allowed_in(step: StructuredStep) -> dict[int, set[int]]:
-    return {row: set(np.flatnonzero(~forbidden(mask, VOCAB_SIZE)).tolist()) for row, mask in step.masks().items()}
+    return {row: set(np.flatnonzero(allowed_tokens(mask, VOCAB_SIZE)).tolist()) for row, mask in step.masks().items()}
 
 
 def token_ids_of(text: bytes) -> list[int]:

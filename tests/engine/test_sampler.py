@@ -2,12 +2,13 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.core.adjustments import Adjustments
@@ -140,16 +141,44 @@ def test_no_stop_token_before_min_tokens(kernels: Kernels) -> None:
     assert [ids(logits.clone(), [row(index=index, **params)], kernels)[0] for index in range(5)] == [3, 3, 3, 1, 1]
 
 
-def test_forbidden_tokens_are_not_drawn(kernels: Kernels) -> None:
-    """Of the rows that have any; what is told of the distribution is the model's own."""
+def mask_of(tokens: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[list(tokens)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def test_masked_tokens_are_not_drawn(kernels: Kernels) -> None:
+    """Of the rows that have a mask; what is told of the distribution is the model's own."""
     logits = torch.stack([LOGITS, LOGITS])
     rows = [row(temperature=0, num_logprobs=1)] * 2
-    first, second = sample(logits, rows, kernels, {1: np.array([True, True, True, True, False, True, True, True])})
+    first, second = sample(logits, rows, kernels, {1: mask_of([4], 8)})
     assert first is not None and second is not None
     assert (first.token_id, second.token_id) == (1, 4)
     assert second.logprobs is not None and second.logprobs.top_token_ids == (1,)
-    assert ids(LOGITS[None].clone(), [row()], kernels) != [None]
-    assert sample(LOGITS[None].clone(), [row()], kernels, {0: np.ones(8, np.bool_)}) == [None]
+    assert sample(LOGITS[None].clone(), [row()], kernels, {0: mask_of([], 8)}) == [None]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 16, 31, 33, 300, 5_000])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.6, "temperature": 0.3}, {"min_p": 0.2}]
+)
+def test_a_mask_is_as_if_all_other_logits_were_nothing(
+    kernels: Kernels, vocab_size: int, params: dict[str, Any]
+) -> None:
+    """Also where these are no numbers: whatever may not come does not matter."""
+    generator = np.random.default_rng(vocab_size)
+    logits = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 3
+    rows = [row(index=index, seed=2, **params) for index in range(40)]
+    masks, without = {}, logits.clone()
+    for number in range(0, 40, 2):
+        num_allowed = 1 + number * vocab_size // 40
+        tokens = generator.permutation(vocab_size)[:num_allowed]
+        masks[number] = mask_of(tokens, vocab_size)
+        others = np.setdiff1d(np.arange(vocab_size), tokens)
+        without[number, others] = -math.inf
+        logits[number, others[::2]] = math.nan
+    found = [None if token is None else token.token_id for token in sample(logits, rows, kernels, masks)]
+    assert found == ids(without, rows, kernels)
 
 
 def test_no_rows_no_tokens(kernels: Kernels) -> None:

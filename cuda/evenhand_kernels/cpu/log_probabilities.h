@@ -73,7 +73,7 @@ static void log_probabilities(Pool& pool, const float* logits, long rows, long s
     const float* values = logits + row * size;
     Top best{.num = num_top, .tokens = top_token_ids + row * num_top, .values = top + row * num_top};
     find_top(values, size, best);
-    const double total = log_total(values, size, highest(values, size));
+    const double total = log_total(values, size, highest(AllLogits{values}, size));
     const float chosen = values[token_ids[row]];
     own[row] = static_cast<float>(chosen - total);
     ranks[row] = static_cast<int32_t>(count_above(values, size, chosen) + 1);

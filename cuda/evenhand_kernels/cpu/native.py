@@ -72,6 +72,7 @@ class DrawStructure(ctypes.Structure):
         *((name, c_float) for name in ("temperature", "top_p")),
         ("top_k", c_int32),
         *((name, c_uint64) for name in ("seed", "counter")),
+        ("allowed", c_void_p),
     )
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -15,6 +16,7 @@ struct Draw {
   float temperature, top_p;  // temperature 0: the likeliest token; top_p 1: all
   int32_t top_k;             // 0: all
   uint64_t seed, counter;
+  const uint32_t* allowed;  // bit t % 32 of word t / 32 is set where token t may come; null: all may
 };
 
 constexpr int32_t INVALID = -1;  // instead of a token: the row holds a NaN or an infinity, or allows no token
@@ -35,13 +37,38 @@ static inline double uniform(uint64_t seed, uint64_t start) {
   return static_cast<double>(counter[0] >> 11) * 0x1p-53;
 }
 
+// A row of logits; those of tokens that may not come are -infinity, whatever they are. A vector begins at a multiple of LANES.
+struct AllLogits {
+  const float* logits;
+
+  bool is_void(long) const { return false; }  // whether no token of the vector that begins there may come
+  Vec vec(long i) const { return load(logits + i); }
+  float operator[](long i) const { return logits[i]; }
+};
+
+struct AllowedLogits {
+  const float* logits;
+  const uint32_t* allowed;
+
+  uint32_t bits(long i) const { return allowed[i / 32] >> i % 32 & ((1u << LANES) - 1); }
+  bool is_void(long i) const { return bits(i) == 0; }
+  Vec vec(long i) const {
+    IntVec lane;
+    for (int l = 0; l < LANES; l++) lane[l] = 1 << l;
+    return (lane & static_cast<int32_t>(bits(i))) != 0 ? load(logits + i) : splat(-INFINITY);
+  }
+  float operator[](long i) const { return allowed[i / 32] >> i % 32 & 1 ? logits[i] : -INFINITY; }
+};
+
 // The largest logit; NaN if there is one.
-static inline float highest(const float* logits, long size) {
+template <typename Logits>
+static inline float highest(const Logits& logits, long size) {
   Vec high = splat(-INFINITY);
   IntVec unordered = {};
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
-    const Vec v = load(logits + i);
+    if (logits.is_void(i)) continue;
+    const Vec v = logits.vec(i);
     high = max(high, v), unordered |= v != v;
   }
   float result = largest(high);
@@ -50,12 +77,22 @@ static inline float highest(const float* logits, long size) {
   return has_nan ? NAN : result;
 }
 
+// The first token with this logit, which there is.
+template <typename Logits>
+static inline int32_t first(const Logits& logits, long size, float logit) {
+  long i = 0;
+  while (i + LANES <= size && (logits.is_void(i) || !any(logits.vec(i) == logit))) i += LANES;
+  while (logits[i] != logit) i++;
+  return static_cast<int32_t>(i);
+}
+
 // Weights relative to the largest one's; what is below e^-87 counts as 0, as an excluded token does.
-static inline void weigh(const float* logits, float* weights, long size, float high, float temperature) {
+template <typename Logits>
+static inline void weigh(const Logits& logits, float* weights, long size, float high, float temperature) {
   const float factor = 1.0f / temperature;
   long i = 0;
   for (; i + LANES <= size; i += LANES) {
-    const Vec x = (load(logits + i) - high) * factor;
+    const Vec x = logits.is_void(i) ? splat(-INFINITY) : (logits.vec(i) - high) * factor;
     store(weights + i, x > -87.0f ? exp(x) : Vec{});
   }
   for (; i < size; i++) {
@@ -145,11 +182,12 @@ static float least_kept(const float* weights, long size, const Draw& draw, std::
   return least;
 }
 
-static int32_t draw_row(const float* logits, long size, const Draw& draw) {
+template <typename Logits>
+static int32_t draw_row(const Logits& logits, long size, const Draw& draw) {
   thread_local std::vector<float> scratch;  // stays in the core's cache from one row to the next
   const float high = highest(logits, size);
   if (!std::isfinite(high)) return INVALID;
-  if (draw.temperature == 0) return static_cast<int32_t>(std::find(logits, logits + size, high) - logits);
+  if (draw.temperature == 0) return first(logits, size, high);
   if (scratch.size() < static_cast<size_t>(size)) scratch.resize(size);
   float* weights = scratch.data();
   weigh(logits, weights, size, high, draw.temperature);
@@ -169,6 +207,33 @@ static int32_t draw_row(const float* logits, long size, const Draw& draw) {
   return token;
 }
 
+// The same where few may come: of these alone, whatever the size of the vocabulary.
+static int32_t draw_of_few(const float* logits, long size, const Draw& draw) {
+  thread_local std::vector<float> few;
+  thread_local std::vector<int32_t> tokens;
+  few.clear(), tokens.clear();
+  for (long word = 0; word * 32 < size; word++) {
+    for (uint32_t bits = draw.allowed[word]; bits != 0; bits &= bits - 1) {
+      const long token = word * 32 + std::countr_zero(bits);
+      if (token < size) few.push_back(logits[token]), tokens.push_back(static_cast<int32_t>(token));
+    }
+  }
+  const int32_t place = draw_row(AllLogits{few.data()}, static_cast<long>(few.size()), draw);
+  return place == INVALID ? INVALID : tokens[place];
+}
+
+static int32_t draw_allowed(const float* logits, long size, const Draw& draw) {
+  constexpr long FEW = 16;  // of so many tokens one, at most
+  long num_allowed = 0;
+  for (long word = 0; word * 32 < size; word++) num_allowed += std::popcount(draw.allowed[word]);
+  return num_allowed * FEW <= size ? draw_of_few(logits, size, draw)
+                                   : draw_row(AllowedLogits{logits, draw.allowed}, size, draw);
+}
+
 static void draw_rows(Pool& pool, const float* logits, long rows, long size, const Draw* draws, int32_t* token_ids) {
-  pool.run(rows, [&](long row) { token_ids[row] = draw_row(logits + row * size, size, draws[row]); });
+  pool.run(rows, [&](long row) {
+    const Draw& draw = draws[row];
+    const float* begin = logits + row * size;
+    token_ids[row] = draw.allowed == nullptr ? draw_row(AllLogits{begin}, size, draw) : draw_allowed(begin, size, draw);
+  });
 }

@@ -13,9 +13,15 @@ from evenhand_kernels.kernels import Draw, LogProbabilities
 def draw(native: Native, logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     """See `Kernels.draw`."""
     token_ids = (ctypes.c_int32 * len(draws))()
-    structures = (DrawStructure * len(draws))(*(DrawStructure(*draw) for draw in draws))
+    structures = (DrawStructure * len(draws))(*map(_structure, draws))
     native.library.evenhand_draw(native.pool, logits.data_ptr(), *logits.shape, structures, token_ids)
     return [None if token_id < 0 else token_id for token_id in token_ids]
+
+
+def _structure(draw: Draw) -> DrawStructure:
+    """Valid for as long as `draw` is."""
+    *numbers, allowed = draw
+    return DrawStructure(*numbers, None if allowed is None else allowed.ctypes.data)
 
 
 def log_probabilities(native: Native, logits: Tensor, token_ids: Sequence[int], num_top: int) -> LogProbabilities:

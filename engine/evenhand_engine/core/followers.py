@@ -100,12 +100,11 @@ class Follower:
 
     def _of_grammar(self, matcher: "LLMatcher") -> Mask:
         """No token where the grammar became too complex: the request has no next token then, and ends."""
-        words = np.zeros(self._num_words, np.int32)
         bits = b"" if matcher.is_error() else matcher.compute_bitmask()
-        if not matcher.is_error():
-            known = np.frombuffer(bits, np.int32)[: self._num_words]
-            words[: len(known)] = known
-        return words
+        if matcher.is_error():
+            return np.zeros(self._num_words, np.int32)
+        known = np.frombuffer(bits, np.int32)[: self._num_words]
+        return known if len(known) == self._num_words else np.pad(known, (0, self._num_words - len(known)))
 
     def _of(self, token_id: int) -> Mask:
         """That token alone."""

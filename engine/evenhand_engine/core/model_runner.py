@@ -14,7 +14,7 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.prompt_logprobs import PromptLogprobs, ScoredPart
 from evenhand_engine.core.sampler import Seats, accept, sample
 from evenhand_engine.core.staging import Staging
-from evenhand_engine.core.structures import Structures, forbidden
+from evenhand_engine.core.structures import Structures
 from evenhand_engine.core.token_logprobs import describe
 from evenhand_engine.model.decoder import Decoder, forward
 from evenhand_engine.scheduler.batch import Batch
@@ -58,8 +58,7 @@ class ModelRunner:
         if prompt_rows:
             logits = logits[np.delete(np.arange(len(logits)), places)]
         found = {} if masks is None else masks.result()
-        not_allowed = {row: forbidden(mask, logits.shape[1]) for row, mask in found.items()}
-        results = accept(batch, sample(logits, rows, self._decoder.kernels, not_allowed))
+        results = accept(batch, sample(logits, rows, self._decoder.kernels, found))
         if structured is not None:
             structured.advance(results)
         for number, told in of_prompts.items():

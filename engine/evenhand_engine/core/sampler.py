@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evenhand_engine.core.adjustments import MIN_TEMPERATURE, Adjustments
+from evenhand_engine.core.followers import Mask
 from evenhand_engine.core.token_logprobs import describe
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, SamplingParams, TokenLogprobs
+from evenhand_kernels.drawing import allowed_tokens
 from evenhand_kernels.kernels import Draw, Kernels
 
-_NONE: Mapping[int, NDArray[np.bool_]] = {}
+_NONE: Mapping[int, Mask] = {}
 
 
 def _no_tokens() -> NDArray[np.int32]:
@@ -104,33 +106,32 @@ def accept(batch: Batch, tokens: Sequence[Token | None]) -> list[Sampled]:
 
 
 def sample(
-    logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels, forbidden: Mapping[int, NDArray[np.bool_]] = _NONE
+    logits: Tensor, rows: Sequence[SamplingRow], kernels: Kernels, masks: Mapping[int, Mask] = _NONE
 ) -> list[Token | None]:
     """A token for each row of `logits`, float32 [num_rows, vocab_size], which may be overwritten.
 
-    `forbidden`: by row, [vocab_size], tokens that may not come.
+    `masks`: by row; where there is none, all tokens may come.
 
     None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
     """
     asked = [number for number, row in enumerate(rows) if row.params.num_logprobs is not None]
-    own = _untouched(logits, asked, rows, forbidden)
-    for number, tokens in forbidden.items():
-        logits[number].numpy()[tokens] = -np.inf
+    own = _untouched(logits, asked, rows)
     for number, row in enumerate(rows):
         if row.adjustments is not None:
-            row.adjustments.apply(logits[number].numpy(), row.token_ids, row.index)
-    token_ids = kernels.draw(logits, [_draw(row) for row in rows])
+            adjusted = logits[number].numpy()
+            if (mask := masks.get(number)) is not None:  # the draw knows it, but min_p must too
+                adjusted[~allowed_tokens(mask, len(adjusted))] = -np.inf
+            row.adjustments.apply(adjusted, row.token_ids, row.index)
+    token_ids = kernels.draw(logits, [_draw(row, masks.get(number)) for number, row in enumerate(rows)])
     told = _told(kernels, own, asked, token_ids, rows) if asked else {}
     return [
         None if token_id is None else Token(token_id, told.get(number)) for number, token_id in enumerate(token_ids)
     ]
 
 
-def _untouched(
-    logits: Tensor, asked: Sequence[int], rows: Sequence[SamplingRow], forbidden: Mapping[int, NDArray[np.bool_]]
-) -> Tensor:
+def _untouched(logits: Tensor, asked: Sequence[int], rows: Sequence[SamplingRow]) -> Tensor:
     """The logits of those rows as the model gave them, whatever is done to them for the draw."""
-    is_changed = any(rows[number].adjustments is not None or number in forbidden for number in asked)
+    is_changed = any(rows[number].adjustments is not None for number in asked)
     return logits[asked] if is_changed or len(asked) < len(rows) else logits
 
 
@@ -152,7 +153,7 @@ def _told(
     return {number: one for (_, number, _), one in zip(drawn, found, strict=True)}
 
 
-def _draw(row: SamplingRow) -> Draw:
+def _draw(row: SamplingRow, allowed: Mask | None) -> Draw:
     params = row.params
     temperature = 0.0 if params.temperature < MIN_TEMPERATURE else params.temperature
-    return Draw(temperature, params.top_p, params.top_k, params.seed % 2**64, row.index)
+    return Draw(temperature, params.top_p, params.top_k, params.seed % 2**64, row.index, allowed)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from evenhand_engine.core.followers import Follower, Mask
 from evenhand_engine.model.sharding import Share
@@ -112,9 +110,3 @@ class StructuredStep:
             follower.advance(results[number].token_ids)
             if not results[number].token_ids and follower.has_failed:
                 results[number] = msgspec.structs.replace(results[number], failure=FinishReason.GRAMMAR)
-
-
-def forbidden(mask: Mask, vocab_size: int) -> NDArray[np.bool_]:
-    """[vocab_size]: the tokens that may not come."""
-    found: NDArray[np.bool_] = np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little") == 0
-    return found
