@@ -44,4 +44,5 @@ class Refusal(EvenhandError):
     def renamed(self, params: Mapping[str, str]) -> "Refusal":
         """The same for a body that was translated: `params` are its own fields, by those that they became."""
         param = params.get(self.param or "", self.param)
-        return Refusal(self.status, self.code, self.message, param=param, retry_after=self.retry_after)
+        message = self.message.replace(f"`{self.param}", f"`{param}")
+        return Refusal(self.status, self.code, message, param=param, retry_after=self.retry_after)

@@ -1,6 +1,6 @@
 """Bodies of /v1/messages, as the body of a chat that asks the same."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -41,7 +41,7 @@ class InputBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputMessage(msgspec.Struct, frozen=True):
-    role: str
+    role: Literal["user", "assistant", "system"]
     content: Annotated[Raw, holds(str, list[InputBlock])] | UnsetType = UNSET
 
 
@@ -84,6 +84,7 @@ class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: Annotated[Raw, holds(list[MessageTool])] | UnsetType = UNSET
     tool_choice: Annotated[Raw, holds(MessageToolChoice)] | UnsetType = UNSET
     output_config: Annotated[Raw, holds(OutputConfig)] | UnsetType = UNSET
+    output_format: Annotated[Raw, holds(Object)] | UnsetType = UNSET
     metadata: MessageMetadata | None = None
     container: Raw | UnsetType = UNSET
     mcp_servers: Raw | UnsetType = UNSET
@@ -119,9 +120,22 @@ def as_chat(body: CountTokensRequest, *, tells_reasoning: bool = True) -> bytes:
         config = decode_raw(output, OutputConfig, "output_config")
         chat["reasoning_effort"] = config.effort
         if config.format is not None:
-            named = {"name": "output", "schema": config.format.get("schema"), "strict": True}
-            chat["response_format"] = {"type": config.format.get("type"), "json_schema": named}
+            chat["response_format"] = _response_format(config.format)
+    if (output := given(body.output_format)) is not None:  # its name before it was part of `output_config`
+        chat["response_format"] = _response_format(decode_raw(output, Object, "output_format"))
+    if chat["messages"] and _begins_answer(chat["messages"][-1]):
+        chat["continue_final_message"] = True
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})
+
+
+def _response_format(form: dict[str, Any]) -> dict[str, Any]:
+    named = {"name": "output", "schema": form.get("schema"), "strict": True}
+    return {"type": form.get("type"), "json_schema": named}
+
+
+def _begins_answer(message: dict[str, Any]) -> bool:
+    """Whether this last message is the beginning of the answer, which is to go on from there."""
+    return message["role"] == "assistant" and "tool_calls" not in message
 
 
 def _thinking(asked: Thinking, tells_reasoning: bool) -> dict[str, Any]:

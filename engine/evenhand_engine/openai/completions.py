@@ -153,6 +153,8 @@ def read_completion(service: EngineService, raw: bytes) -> ReadCompletion:
     if body.limit == 0 and not body.echo:
         message = "`max_tokens` is at least 1, or 0 for an `echo` alone."
         raise Refusal(400, "invalid_value", message, param="max_tokens")
+    if 1 < (body.best_of or 1) < (body.n or 1):
+        raise Refusal(400, "invalid_value", "`best_of` is at least `n`.", param="best_of")
     most = service.info.max_model_len
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, body.limit))
     suffix = reader.suffix(body)

@@ -29,6 +29,7 @@ PARAMS = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "response_format": "text",
+    "verbosity": "text",
     "reasoning_effort": "reasoning",
 }
 """Fields of the body, by those of the chat body that they became."""
@@ -40,6 +41,7 @@ class ResponseReasoning(msgspec.Struct, frozen=True):
 
 class ResponseText(msgspec.Struct, frozen=True):
     format: Object | None = None
+    verbosity: str | None = None
 
 
 class InputPart(msgspec.Struct, frozen=True):
@@ -93,6 +95,8 @@ def as_chat(body: ResponseRequest) -> bytes:
     """The chat body; raises Refusal 400 that names the field."""
     refuse_fields(body, _REFUSED)
     _check_include(body)
+    if (metadata := _echoed(body.metadata, "metadata")) is not None:
+        decode_raw(metadata, Object, "metadata")
     chat: dict[str, Any] = {
         "model": body.model,
         "messages": _messages(body),
@@ -107,7 +111,8 @@ def as_chat(body: ResponseRequest) -> bytes:
     if (choice := given(body.tool_choice)) is not None:
         chat["tool_choice"] = _tool_choice(choice)
     if (text := _echoed(body.text, "text")) is not None:
-        chat["response_format"] = _response_format(decode_raw(text, ResponseText, "text").format)
+        asked = decode_raw(text, ResponseText, "text")
+        chat["response_format"], chat["verbosity"] = _response_format(asked.format), asked.verbosity
     if (reasoning := given(body.reasoning)) is not None:
         chat["reasoning_effort"] = decode_raw(reasoning, ResponseReasoning, "reasoning").effort
     return msgspec.json.encode({name: value for name, value in chat.items() if value is not None})

@@ -36,6 +36,7 @@ def server(serve: Serve, say: Say) -> Server:
         ({"max_tokens": "7"}, "max_tokens"),
         ({"best_of": 0}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 2, "n": 3}, "best_of"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"logprobs": 1, "echo": True, "stream": True}, "logprobs"),

@@ -113,6 +113,15 @@ def test_what_came_of_a_tool(speaking: Callable[..., Server]) -> None:
     assert "<|im_start|>tool\n27 C<|im_end|>\n<|im_start|>user\nSo?<|im_end|>" in prompt_of(server)
 
 
+def test_a_last_message_of_the_assistant_is_gone_on_with(server: Server) -> None:
+    begun: Any = [*MESSAGES, {"role": "assistant", "content": "It is in "}]
+    assert ask(server, messages=begun).content[0].text == "Paris, 東京."
+    assert prompt_of(server).endswith("<|im_start|>assistant\nIt is in ")
+    done: Any = [*begun, {"role": "user", "content": "Sure?"}]
+    ask(server, messages=done)
+    assert prompt_of(server).endswith("<|im_start|>assistant\n")
+
+
 def test_thinking_is_a_block(speaking: Callable[..., Server]) -> None:
     server = speaking("<think>hm</think>So.", reasoning_parser="qwen3")
     thinking, text = ask(server).content
@@ -150,8 +159,11 @@ def test_a_budget_of_thinking_that_cannot_be_held_is_refused(speaking: Callable[
     assert isinstance(caught.value.body, dict) and caught.value.body["error"]["param"] == "thinking"
 
 
-def test_a_schema(server: Server) -> None:
-    ask(server, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+def test_a_schema(server: Server, name: str) -> None:
+    """By its field, and by the one that it had at first."""
+    form = {"type": "json_schema", "schema": SCHEMA}
+    ask(server, extra_body={name: form if name == "output_format" else {"format": form}})
     assert server.core.expect(AddRequest).sampling_params.grammar is not None
 
 
@@ -191,6 +203,7 @@ def test_an_end_in_mid_stream_is_an_error(serve: Serve) -> None:
         ({"max_tokens": None}, "max_tokens", "invalid_value"),
         ({"max_tokens": 10_000}, "max_tokens", "context_length_exceeded"),
         ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "invalid_value"),
         ({"stop_sequences": [""]}, "stop_sequences", "invalid_value"),
         ({"temperature": 1.5}, "temperature", "invalid_value"),

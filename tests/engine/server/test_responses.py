@@ -167,7 +167,8 @@ def test_an_end_in_mid_stream_is_told(serve: Serve) -> None:
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text", "invalid_grammar"),
         ({"text": {"format": {"type": "text", "x": "y" * 70_000}}}, "text", "invalid_value"),
         ({"tools": [WEATHER]}, "tools", "unsupported_parameter"),
-        ({"verbosity": "high"}, "verbosity", "unsupported_parameter"),
+        ({"text": {"verbosity": "low"}}, "text", "unsupported_parameter"),
+        ({"metadata": 5}, "metadata", "invalid_value"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(
@@ -176,3 +177,4 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         server.client().responses.create(model="tiny", input="x", extra_body=fields)
     assert (caught.value.param, caught.value.code) == (param, code), caught.value.message
+    assert "`messages`" not in caught.value.message and "`response_format`" not in caught.value.message
