@@ -5,20 +5,23 @@ clients that note when each token comes. The first part sends more than one core
 written yet is coalesced, and each token counts. The second sends the steps of a calm engine: how much later than the core
 sent it does a token reach its client. Then both again with two API servers (`_2`), each with as many streams.
 
-`tokens_per_s_per_core`: tokens delivered for each second of CPU that the server used. `added_ms`: from the core's `send` to the
-client's `recv`, so with the pipe, the socket and the client's own share.
+`tokens_per_s_per_core`: tokens delivered for each second of CPU that the server used. `added_ms`: from the core's `send` until the
+token is in its client's socket, by the time stamp that the kernel gives it there (Linux): what the clients take to read it, all
+of them in one process, is no part of it.
 """
 
 import asyncio
 import json
 import multiprocessing
+import select
 import socket
+import struct
 import tempfile
 import time
 from array import array
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import common
 import psutil
@@ -42,6 +45,9 @@ _KEYS = {
     "rss_mib": "MiB",
 }
 LETTER = 97  # the token, and the character that it is
+SO_TIMESTAMPNS = 35  # Linux's, which Python has no name for; the time of a message's arrival comes with it
+_TIME = struct.Struct("qq")
+_ROOM_FOR_TIME = socket.CMSG_SPACE(_TIME.size)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -77,6 +83,9 @@ def run_core(
     time.sleep(0.5)
     times, due = array("d"), time.monotonic()
     for step in range(num_steps):
+        time.sleep(
+            max(0.0, due + step_seconds / 2 - time.monotonic())
+        )  # the server has a core of its own for the last step
         reason = FinishReason.LENGTH if step == num_steps - 1 else None
         outputs = [
             RequestOutput(request_id=i, token_ids=(LETTER,), finish_reason=reason, num_output_tokens=num_steps)
@@ -84,7 +93,7 @@ def run_core(
         ]
         due += step_seconds
         time.sleep(max(0.0, due - time.monotonic()))
-        times.append(time.monotonic())
+        times.append(time.time())
         connections.publish(outputs)
     sent.send(times)
     while not isinstance(connections.commands.get(), Shutdown):
@@ -119,27 +128,22 @@ def usage() -> tuple[float, int]:
     return seconds, num_bytes
 
 
-class Reader(asyncio.Protocol):
-    """One client: asks, then notes what came when; what it was is read afterwards, so that the client is no part of the delay."""
+class Stream:
+    """One client: asks, then notes what came when; what it was is read afterwards."""
 
-    def __init__(self, body: bytes, opened: "asyncio.Queue[None]", ended: "asyncio.Queue[Reader]") -> None:
-        self._body = body
-        self._opened = opened
-        self._ended = ended
+    def __init__(self, address: tuple[str, int], body: bytes) -> None:
+        self.socket = socket.create_connection(address)
+        self.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.socket.sendall(head.encode() + body)
         self._parts: list[tuple[float, bytes]] = []
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is not registered as one
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(self._body)}\r\n\r\n"
-        transport.write(head.encode() + self._body)
-
-    def data_received(self, data: bytes) -> None:
-        if not self._parts:
-            self._opened.put_nowait(None)
-        self._parts.append((time.monotonic(), data))
-        if b"[DONE]" in data[-32:]:
-            self._ended.put_nowait(self)
-            self._transport.close()
+    def read(self) -> bool:
+        """What has come; returns whether more will."""
+        data, told, _, _ = self.socket.recvmsg(65536, _ROOM_FOR_TIME)
+        seconds, nanoseconds = _TIME.unpack(told[0][2]) if told else (time.time(), 0)  # told of all but the first
+        self._parts.append((seconds + 1e-9 * nanoseconds, data))
+        return bool(data) and b"[DONE]" not in data[-32:]
 
     def times(self) -> "array[float]":
         """When each token came."""
@@ -153,26 +157,28 @@ class Reader(asyncio.Protocol):
         return times
 
 
-async def read_streams(url: str, num_streams: int, num_tokens: int, control: Connection) -> "list[array[float]]":
+def read_streams(url: str, num_streams: int, num_tokens: int, control: Connection) -> "list[array[float]]":
+    """Never sleeps: to wake a process of the same machine costs the server as much as the event, and it has no such clients."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "x", "stream": True, "max_tokens": num_tokens, "ignore_eos": True}).encode()
-    opened: asyncio.Queue[None] = asyncio.Queue()
-    ended: asyncio.Queue[Reader] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def spin() -> None:
-        """Never sleep: to wake a process of the same machine costs the server as much as the event, and it has no such clients."""
-        loop.call_soon(spin)
-
-    for _ in range(num_streams):
-        await loop.create_connection(lambda: Reader(body, opened, ended), host, int(port))
-    for _ in range(num_streams):
-        await opened.get()
+    streams = [Stream((host, int(port)), body) for _ in range(num_streams)]
+    for stream in streams:
+        stream.read()  # the first event: it runs
     control.send("open")
-    spin()
-    readers = [await ended.get() for _ in range(num_streams)]
+    with select.epoll() as events:
+        by_descriptor = {stream.socket.fileno(): stream for stream in streams}
+        for descriptor in by_descriptor:
+            events.register(descriptor, select.EPOLLIN)
+        num_open = len(streams)
+        while num_open:
+            for descriptor, _ in events.poll(0):
+                if not by_descriptor[descriptor].read():
+                    events.unregister(descriptor)
+                    num_open -= 1
     control.send("ended")
-    return [reader.times() for reader in readers]
+    for stream in streams:
+        stream.socket.close()
+    return [stream.times() for stream in streams]
 
 
 def measure(
@@ -194,7 +200,7 @@ def measure(
     for end in (to_core, from_server, cores_doors, doors):
         end.close()
     try:
-        received = uvloop.run(read_streams(control.recv(), num_streams, num_steps, control))
+        received = read_streams(control.recv(), num_streams, num_steps, control)
         cpu_seconds, num_bytes = control.recv()
         times = sent.recv()
     finally:

@@ -6,7 +6,6 @@ It reads bodies, authenticates, tokenizes, detokenizes and streams, with a pipe 
 
 import asyncio
 import contextlib
-import gc
 import logging
 import socket
 import sys
@@ -25,7 +24,14 @@ from evenhand_engine.logs import configure_logging
 from evenhand_engine.server.app import build_app
 from evenhand_engine.server.listener import tls_context, watch_certificate
 from evenhand_engine.server.malformed import keep_out_of_logs
-from evenhand_engine.server.tasks import GRACE_SECONDS, background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.server.tasks import (
+    GRACE_SECONDS,
+    background,
+    first_of,
+    in_daemon_thread,
+    keep_loop_free,
+    serve_app,
+)
 from evenhand_engine.signals import leave_to_the_first
 from evenhand_engine.text.tokenizer import Tokenizer
 
@@ -99,7 +105,6 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     await serve_app(stack, build_app(service), arguments.listener, tls, decompress=False)  # `read_body` does
     if tls is not None:
         await stack.enter_async_context(background(watch_certificate(settings, tls)))
-    gc.collect()
-    gc.freeze()  # what lives as long as the server need not be looked at again
+    keep_loop_free()
     service.compiler.prepare_aside()
     return backend

@@ -5,7 +5,6 @@ needs for HTTP is imported meanwhile.
 """
 
 import contextlib
-import gc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,7 +26,7 @@ from evenhand_engine.server.listener import (
     watch_certificate,
 )
 from evenhand_engine.server.loading import tell_of_loading
-from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, serve_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app
 
 if TYPE_CHECKING:
     from evenhand_engine.backends.upstream import UpstreamSettings
@@ -134,8 +133,7 @@ async def start_server(
             if tls is not None:
                 await stack.enter_async_context(background(watch_certificate(settings, tls)))
         await stack.enter_async_context(_watch_policies(service))
-        gc.collect()
-        gc.freeze()  # what lives as long as the server need not be looked at again
+        keep_loop_free()
         if engine is not None:
             engine.compiler.prepare_aside()
         url = url_of("http" if tls is None else "https", publics[0])
@@ -191,8 +189,7 @@ async def start_sidecar(
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
             await stack.enter_async_context(background(watch_certificate(settings, tls)))
-        gc.collect()
-        gc.freeze()
+        keep_loop_free()
         yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +17,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SWITCH_SECONDS = 0.001
+_NUM_YOUNG_OBJECTS = (
+    10_000  # that come before garbage is looked for: a step of a thousand streams brings fewer, and they go at once
+)
 GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is gone
+
+
+def keep_loop_free() -> None:
+    """Once a server has started: keep from its loop what else the interpreter would do first.
+
+    What lives as long as the server need not be looked at for garbage again, nor is every step a reason to look: each of 256 streams
+    would set off a collection, of 0.2 to 0.9 ms. And a thread that reads a large body hands over after a millisecond, or when the
+    call that it is in has ended, instead of after five.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NUM_YOUNG_OBJECTS)
 
 
 async def serve_app(
