@@ -15,7 +15,7 @@ from harness.node_installation import (
 )
 from harness.stage import is_ready, until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def installation(node_installation: NodeInstallation) -> NodeInstallation:
 @pytest.fixture(scope="module")
 def before(installation: NodeInstallation) -> set[str]:
     """Everything in the cluster before anything of ours was."""
-    return installation.everything()
+    return installation.cluster.everything()
 
 
 def test_engines_answer_a_pod_once_they_are_installed(installation: NodeInstallation, before: set[str]) -> None:
@@ -70,17 +70,17 @@ def test_token_of_a_service_account_is_an_identity_and_a_change_is_enforced(
 
 def test_rolling_update_under_load_fails_no_request(installation: NodeInstallation, before: set[str]) -> None:
     old = {pod["metadata"]["uid"] for pod in installation.cluster.find("pods", NAMESPACE)}
-    with installation.under_load(requests=1000, at_once=4, seconds=75) as outcomes:
+    with installation.under_load(at_once=4, per_second=13) as outcomes:
         installation.kubectl("set", "env", ENGINES, "GENERATION=2")
         installation.roll_out()
-    assert outcomes == {"ok": 1000}
+    assert outcomes.keys() == {"ok"}
     assert not old & {pod["metadata"]["uid"] for pod in installation.ready_pods()}
 
 
 def test_update_to_an_image_that_is_not_there_is_rolled_back_without_a_failed_request(
     installation: NodeInstallation, before: set[str]
 ) -> None:
-    with installation.under_load(requests=200, at_once=2, seconds=25) as outcomes:
+    with installation.under_load(at_once=2, per_second=8) as outcomes:
         installation.kubectl("set", "image", ENGINES, "engine=evenhand.dev/engine:missing")
 
         def pulling_fails() -> bool:
@@ -93,19 +93,19 @@ def test_update_to_an_image_that_is_not_there_is_rolled_back_without_a_failed_re
                 state.get("waiting", {}).get("reason") in ("ErrImagePull", "ImagePullBackOff") for state in states
             )
 
-        until(pulling_fails, timeout=60)
+        until(pulling_fails)
         assert len(installation.ready_pods()) == 1, "the other engine was left alone"
         installation.kubectl("rollout", "undo", ENGINES)
         installation.roll_out()
-    assert outcomes == {"ok": 200}
+    assert outcomes.keys() == {"ok"}
 
 
 def test_operator_is_replaced_while_engines_run(installation: NodeInstallation, before: set[str]) -> None:
     engines = {pod["metadata"]["uid"] for pod in installation.ready_pods()}
-    with installation.under_load(requests=100, at_once=2, seconds=10) as outcomes:
+    with installation.under_load(at_once=2, per_second=10) as outcomes:
         installation.cluster.kubectl("rollout", "restart", OPERATOR, "-n", OPERATOR_NAMESPACE)
         installation.roll_out(OPERATOR)
-    assert outcomes == {"ok": 100}
+    assert outcomes.keys() == {"ok"}
     installation.kubectl("patch", "tpol", "chat", "--type=merge", "-p", '{"spec": {"weight": 7}}')
     installation.wait_ready("chat")
     assert engines == {pod["metadata"]["uid"] for pod in installation.ready_pods()}
@@ -115,6 +115,6 @@ def test_operator_is_replaced_while_engines_run(installation: NodeInstallation, 
 def test_uninstalling_leaves_nothing(installation: NodeInstallation, before: set[str]) -> None:
     installation.uninstall()
 
-    until(lambda: installation.everything() <= before, timeout=60)
+    until(lambda: installation.cluster.everything() <= before)
     with pytest.raises(KubectlError, match="not found"):
         installation.cluster.get("namespace", NAMESPACE)

@@ -10,7 +10,7 @@ from harness.node_chart import install, uninstall, upgrade
 from harness.node_installation import NodeInstallation
 from harness.stage import until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def helm(node_installation: NodeInstallation, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def before(node_installation: NodeInstallation) -> set[str]:
     """Everything in the cluster before anything of ours was."""
-    return node_installation.everything()
+    return node_installation.cluster.everything()
 
 
 def test_engines_answer_a_pod_once_they_are_installed(
@@ -33,14 +33,14 @@ def test_engines_answer_a_pod_once_they_are_installed(
 
 def test_update_by_values_fails_no_request(node_installation: NodeInstallation, helm: Helm, before: set[str]) -> None:
     node_installation.wait_serving(2)
-    with node_installation.under_load(requests=300, at_once=2, seconds=60) as outcomes:
+    with node_installation.under_load(at_once=2, per_second=5) as outcomes:
         upgrade(helm, *setting(pools__default__podAnnotations={"example.org/generation": "2"}))
         node_installation.roll_out()
-    assert outcomes == {"ok": 300}
+    assert outcomes.keys() == {"ok"}
 
 
 def test_uninstalling_leaves_what_others_may_have_things_in(
     node_installation: NodeInstallation, helm: Helm, before: set[str]
 ) -> None:
     uninstall(node_installation, helm)
-    until(lambda: node_installation.everything() <= before, timeout=60)
+    until(lambda: node_installation.cluster.everything() <= before)

@@ -10,7 +10,7 @@ from cluster.client import KubectlError
 from harness.node_installation import OPERATOR, OPERATOR_NAMESPACE, REPOSITORY, NodeInstallation
 from harness.stage import until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 HOGS = """
 import os, time
@@ -26,11 +26,11 @@ os.wait()
 @pytest.fixture(scope="module")
 def installation(node_installation: NodeInstallation) -> Iterator[NodeInstallation]:
     """Two engines that serve one tenant, and nothing at the end."""
-    before = node_installation.everything()
+    before = node_installation.cluster.everything()
     node_installation.install()
     yield node_installation
     node_installation.uninstall()
-    until(lambda: node_installation.everything() <= before, timeout=60)
+    until(lambda: node_installation.cluster.everything() <= before)
 
 
 def test_drained_node_keeps_an_engine_until_another_serves(installation: NodeInstallation) -> None:
@@ -40,13 +40,13 @@ def test_drained_node_keeps_an_engine_until_another_serves(installation: NodeIns
     if len(installation.cluster.find("nodes")) > 1:
         pytest.skip("there are several nodes: what is evicted finds a place")
     drain = ["drain", *nodes, "--pod-selector=app=evenhand-engine", "--delete-emptydir-data", "--timeout=30s"]
-    with installation.under_load(requests=150, at_once=2, seconds=45) as outcomes:
+    with installation.under_load(at_once=2, per_second=3) as outcomes:
         with pytest.raises(KubectlError, match="disruption budget"):
-            installation.cluster.kubectl(*drain, timeout=60)
+            installation.cluster.kubectl(*drain)
         until(lambda: len(installation.ready_pods()) == 1)
         installation.cluster.kubectl("uncordon", *nodes)
-    assert outcomes == {"ok": 150}
-    until(lambda: len(installation.ready_pods()) == 2, timeout=90)
+    assert outcomes.keys() == {"ok"}
+    until(lambda: len(installation.ready_pods()) == 2)
 
 
 def test_engine_killed_for_its_memory_comes_back_with_its_config(installation: NodeInstallation) -> None:
@@ -62,10 +62,10 @@ def test_engine_killed_for_its_memory_comes_back_with_its_config(installation: N
 
     inside = ["exec", "-i", victim, "-n", installation.namespace, "--", "python", "-"]
     with contextlib.suppress(KubectlError):  # the hogs end with their container, however that is told
-        installation.cluster.kubectl(*inside, stdin=HOGS, timeout=120)
-    until(lambda: status()["restartCount"] == 1)
+        installation.cluster.kubectl(*inside, stdin=HOGS, timeout=180)
+    until(lambda: status()["restartCount"] >= 1)
     assert status()["lastState"]["terminated"]["reason"] == "OOMKilled"
-    until(lambda: len(installation.ready_pods()) == 2, timeout=90)
+    until(lambda: len(installation.ready_pods()) == 2)
     assert installation.load(20, 2) == {"ok": 20}, "the tenant is known to both"
     installation.cluster.kubectl(*scale, "--replicas=1")
     installation.wait_serving(2)

@@ -12,7 +12,7 @@ from cluster.node import NAME
 from harness.node_installation import ENGINES, NAMESPACE, REPOSITORY, NodeInstallation
 from harness.stage import until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 RESOURCE, GPUS = "nvidia.com/gpu", 3
 NO_GPU = r"evenhand: (CuPy cannot be imported|torch finds no CUDA device).*"
@@ -38,7 +38,7 @@ def test_production_overlay_has_its_gpus_and_says_that_there_are_none(
 ) -> None:
     if (node := node_installation.node) is None:
         pytest.skip("the kubelet of the node is not ours to tell of devices")
-    before = node_installation.everything()
+    before = node_installation.cluster.everything()
     kubectl = node_installation.cluster.kubectl
     kubectl("apply", "-k", f"{REPOSITORY}/crds")
     kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
@@ -63,4 +63,4 @@ def test_production_overlay_has_its_gpus_and_says_that_there_are_none(
     node_installation.kubectl("delete", ENGINES, "--cascade=foreground", "--timeout=60s", timeout=90)
     kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--timeout=120s", timeout=150)
     kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=60s", timeout=90)
-    until(lambda: node_installation.everything() <= before, timeout=60)
+    until(lambda: node_installation.cluster.everything() <= before)

@@ -7,7 +7,7 @@ import pytest
 from harness.node_installation import CLIENT, OPERATOR, OPERATOR_NAMESPACE, TENANTS, NodeInstallation
 from harness.stage import until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 CONNECT = """
 import socket, sys
@@ -25,12 +25,12 @@ for target in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def installation(node_installation: NodeInstallation) -> Iterator[NodeInstallation]:
     """Installed, and answering a tenant: so names, the API server, the public port and the operator's pushes get through."""
-    before = node_installation.everything()
+    before = node_installation.cluster.everything()
     node_installation.install()
     node_installation.wait_serving(2)
     yield node_installation
     node_installation.uninstall()
-    until(lambda: node_installation.everything() <= before, timeout=60)
+    until(lambda: node_installation.cluster.everything() <= before)
 
 
 def reached(installation: NodeInstallation, namespace: str, name: str, *targets: str) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from harness.node_installation import NAMESPACE, REQUESTS, SIZES, NodeInstallation
 from harness.stage import until
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
 FOREIGN = "deployment/foreign"
 LABELS = {"app": "foreign"}
@@ -56,7 +56,7 @@ SERVICE = {
 @pytest.fixture(scope="module")
 def installation(node_installation: NodeInstallation) -> Iterator[NodeInstallation]:
     """With the sidecar before two foreign engines, and the operator that tells it; gone at the end."""
-    before = node_installation.everything()
+    before = node_installation.cluster.everything()
     deployment = yaml.safe_load(DEPLOYMENT)
     [engine] = deployment["spec"]["template"]["spec"]["containers"]
     engine["command"] += SIZES
@@ -80,11 +80,11 @@ def installation(node_installation: NodeInstallation) -> Iterator[NodeInstallati
     node_installation.install(overlay)
     yield node_installation
     node_installation.uninstall(overlay)
-    until(lambda: node_installation.everything() <= before, timeout=60)
+    until(lambda: node_installation.cluster.everything() <= before)
 
 
 def test_operator_knows_sidecars_for_what_they_are(installation: NodeInstallation) -> None:
-    until(lambda: installation.pool()["status"]["applied"] == "2/2", timeout=120)
+    until(lambda: installation.pool()["status"]["applied"] == "2/2", timeout=180)
     assert {row["backend"] for row in installation.rows().values()} == {"evenhand"}  # what it stands before
 
 
@@ -99,10 +99,10 @@ def test_policy_holds_for_an_engine_that_knows_none(installation: NodeInstallati
 def test_rolling_update_under_load_fails_no_request(installation: NodeInstallation) -> None:
     """The sidecar drains first, then the engine ends, then the sidecar."""
     old = {pod["metadata"]["uid"] for pod in installation.cluster.find("pods", NAMESPACE)}
-    with installation.under_load(requests=300, at_once=2, seconds=60) as outcomes:
+    with installation.under_load(at_once=2, per_second=5) as outcomes:
         installation.kubectl("set", "env", FOREIGN, "GENERATION=2")
         installation.roll_out(FOREIGN)
-    assert outcomes == {"ok": 300}
+    assert outcomes.keys() == {"ok"}
     until(lambda: not old & {pod["metadata"]["uid"] for pod in installation.cluster.find("pods", NAMESPACE)})
     statuses = [
         status

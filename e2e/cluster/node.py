@@ -75,9 +75,9 @@ class Node(Running):
         for program in (self._scheduler(), self._kubelet(), self._kube_proxy(), self._coredns()):
             self._start(program)
         kubectl = self._cluster.kubectl
-        kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=60s", timeout=90)
+        kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=180s", timeout=200)
         self._start(self._network_policies())  # which wants to find the node
-        kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s", timeout=90)
+        kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=180s", timeout=200)
         for program in self._started:
             program.check_running()
 
@@ -85,7 +85,7 @@ class Node(Running):
         """From now on the node has so many devices of a kind, none of which is there."""
         self._start(self._program("device-plugin", DEVICE_PLUGINS, resource, str(count)))
         allocatable = f"jsonpath={{.status.allocatable.{resource.replace('.', chr(92) + '.')}}}={count}"
-        self._cluster.kubectl("wait", f"node/{NAME}", f"--for={allocatable}", "--timeout=60s", timeout=90)
+        self._cluster.kubectl("wait", f"node/{NAME}", f"--for={allocatable}", "--timeout=180s", timeout=200)
 
     def stop(self) -> None:
         """Ends containers, then programs, the runtime last, and takes back what the kubelet mounted and its control groups."""

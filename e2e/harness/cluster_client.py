@@ -1,9 +1,12 @@
 """A tenant's program in a Pod of its own: sends requests to the engines by their Service's name, with its ServiceAccount's token.
 
-Run in the Pod with `exec`: prints one JSON object, answers by what came of them.
+Run in the Pod with `exec`, with how many to send at once, how many a second, and how many (0: until there is the file STOP):
+prints one JSON object, answers by what came of them.
 """
 
+import itertools
 import json
+import os
 import sys
 import threading
 import time
@@ -13,6 +16,7 @@ from collections import Counter
 
 URL = "http://evenhand-engine.inference:8000/v1/chat/completions"
 TOKEN = "/var/run/evenhand/token"
+STOP = "/tmp/stop"
 
 
 def ask(timeout: float = 60) -> str:
@@ -31,10 +35,11 @@ def ask(timeout: float = 60) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def load(requests: int, at_once: int, seconds: float) -> Counter[str]:
-    """What came of so many requests, from a few threads, spread over so many seconds."""
+def load(at_once: int, per_second: float, requests: int) -> Counter[str]:
+    """What came of requests from a few threads, no more often than so many a second."""
     outcomes: Counter[str] = Counter()
-    numbers, lock, began = iter(range(requests)), threading.Lock(), time.monotonic()
+    endless = itertools.takewhile(lambda _: not os.path.exists(STOP), itertools.count())
+    numbers, lock, began = iter(range(requests)) if requests else endless, threading.Lock(), time.monotonic()
 
     def work() -> None:
         while True:
@@ -42,7 +47,7 @@ def load(requests: int, at_once: int, seconds: float) -> Counter[str]:
                 number = next(numbers, None)
             if number is None:
                 return
-            time.sleep(max(0.0, began + number * seconds / requests - time.monotonic()))
+            time.sleep(max(0.0, began + number / per_second - time.monotonic()))
             outcome = ask()
             with lock:
                 outcomes[outcome] += 1
@@ -56,4 +61,4 @@ def load(requests: int, at_once: int, seconds: float) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(load(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))  # noqa: T201
+    print(json.dumps(load(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))))  # noqa: T201

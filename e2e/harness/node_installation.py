@@ -49,7 +49,7 @@ class NodeInstallation(Stage):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cluster.kubectl("delete", "namespace", TENANTS, "--timeout=60s", timeout=90)
+        self.cluster.kubectl("delete", "namespace", TENANTS, "--timeout=180s", timeout=200)
 
     def install(self, overlay: Path | None = None) -> float:
         """As manifests/README.md says; the seconds from an empty cluster to the first answer to the tenant's Pod."""
@@ -57,7 +57,7 @@ class NodeInstallation(Stage):
         kubectl = self.cluster.kubectl
         began = time.monotonic()
         kubectl("apply", "-k", str(REPOSITORY / "crds"))
-        kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=30s")
+        kubectl("wait", "crd", "--all", "--for=condition=Established", "--timeout=120s")
         kubectl("apply", "-k", str(overlay or self.overlay()))
         self.cluster.apply(policy(NAMESPACE, TENANTS, identities=[IDENTITY]))
         self.wait_pool()
@@ -66,25 +66,19 @@ class NodeInstallation(Stage):
 
     def wait_client(self) -> None:
         """Returns once the tenant's Pod can be told what to run."""
-        ready = [f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=60s"]
-        self.cluster.kubectl("wait", *ready, timeout=90)
+        ready = [f"pod/{CLIENT}", "-n", TENANTS, "--for=condition=Ready", "--timeout=180s"]
+        self.cluster.kubectl("wait", *ready, timeout=200)
 
     def wait_pool(self) -> None:
         """Returns once the pool is ready."""
-        self.kubectl("wait", "enginepool/default", "--for=condition=Ready", "--timeout=180s", timeout=200)
+        self.kubectl("wait", "enginepool/default", "--for=condition=Ready", "--timeout=600s", timeout=620)
 
     def uninstall(self, overlay: Path | None = None) -> None:
         """Deletes what was installed, what it serves with it."""
         kubectl = self.cluster.kubectl
-        self.kubectl("delete", "deployments", "--all", "--cascade=foreground", "--timeout=60s", timeout=90)
-        kubectl("delete", "-k", str(overlay or self.overlay()), "--ignore-not-found", "--timeout=120s", timeout=150)
-        kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=60s", timeout=90)
-
-    def everything(self) -> set[str]:
-        """Names of all objects of every kind that can be listed and deleted, but for those that come and go by themselves."""
-        kinds = self.cluster.kubectl("api-resources", "--verbs=list,delete", "-o", "name").split()
-        lasting = [kind for kind in kinds if kind.partition(".")[0] not in ("events", "leases", "controllerrevisions")]
-        return set(self.cluster.kubectl("get", ",".join(lasting), "-A", "-o", "name").split())
+        self.kubectl("delete", "deployments", "--all", "--cascade=foreground", "--timeout=180s", timeout=200)
+        kubectl("delete", "-k", str(overlay or self.overlay()), "--ignore-not-found", "--timeout=180s", timeout=200)
+        kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=180s", timeout=200)
 
     def overlay(self) -> Path:
         """The dev overlay with two small engines."""
@@ -115,26 +109,43 @@ class NodeInstallation(Stage):
         (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | paths))
         return directory
 
-    def load(self, requests: int, at_once: int = 1, seconds: float = 0) -> dict[str, int]:
-        """What came of requests that the tenant's Pod sent to the Service, over so many seconds."""
-        command = ["exec", "-i", CLIENT, "-n", TENANTS, "--", "python", "-", str(requests), str(at_once), str(seconds)]
+    def load(self, requests: int, at_once: int = 1, per_second: float = 1000) -> dict[str, int]:
+        """What came of requests that the tenant's Pod sent to the Service; 0: until it is told to stop."""
+        command = [
+            "exec",
+            "-i",
+            CLIENT,
+            "-n",
+            TENANTS,
+            "--",
+            "python",
+            "-",
+            str(at_once),
+            str(per_second),
+            str(requests),
+        ]
         program = Path(cluster_client.__file__).read_text()
-        outcomes: dict[str, int] = json.loads(self.cluster.kubectl(*command, stdin=program, timeout=280))
+        outcomes: dict[str, int] = json.loads(self.cluster.kubectl(*command, stdin=program, timeout=1200))
         return outcomes
 
     @contextlib.contextmanager
-    def under_load(self, requests: int, at_once: int, seconds: float) -> Iterator[dict[str, int]]:
-        """The tenant's Pod sends requests meanwhile; what came of them is there when the block has ended."""
+    def under_load(self, at_once: int, per_second: float) -> Iterator[dict[str, int]]:
+        """The tenant's Pod sends requests for as long as the block takes; what came of them is there when it has ended."""
         outcomes: dict[str, int] = {}
+        in_client = ["exec", CLIENT, "-n", TENANTS, "--"]
+        self.cluster.kubectl(*in_client, "rm", "-f", cluster_client.STOP)
         with concurrent.futures.ThreadPoolExecutor(1) as background:
-            load = background.submit(self.load, requests, at_once, seconds)
-            yield outcomes
+            load = background.submit(self.load, 0, at_once, per_second)
+            try:
+                yield outcomes
+            finally:
+                self.cluster.kubectl(*in_client, "touch", cluster_client.STOP)
             outcomes |= load.result()
 
     def roll_out(self, deployment: str = ENGINES) -> None:
         """Returns once the Deployment is rolled out."""
         namespace = OPERATOR_NAMESPACE if deployment == OPERATOR else NAMESPACE
-        self.cluster.kubectl("rollout", "status", deployment, "-n", namespace, "--timeout=180s", timeout=200)
+        self.cluster.kubectl("rollout", "status", deployment, "-n", namespace, "--timeout=600s", timeout=620)
 
     def api_server(self) -> str:
         """ADDRESS:PORT of one, as the Service `kubernetes` leads to it."""
