@@ -34,14 +34,33 @@ LEFT_OUT = {
 }
 
 
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS = "text/event-stream"
+
+
 def strict() -> dict[str, Any]:
-    """The document, by which an answer has nothing that is not described."""
+    """The document, by which an answer has nothing that is not described; schemathesis takes what is said of a stream for what
+    is said of each of its events."""
     described = document()
+    for content in contents(described):
+        if EVENTS in content:
+            content[EVENTS]["schema"] = EVENT | {"additionalProperties": False}
     schemas = described["components"]["schemas"]
     answers = {kind.__name__ for route in ROUTES for kind in _structs(route.answer)} | {"Error", "ErrorDetails"}
     for name in answers:
         schemas[name]["additionalProperties"] = False
     return described
+
+
+def contents(described: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """By media type, of the answer where nothing is wrong, of each operation."""
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            yield operation["responses"]["200"].get("content", {})
 
 
 def _structs(hint: Any) -> Iterator[Any]:
@@ -55,12 +74,13 @@ def _structs(hint: Any) -> Iterator[Any]:
 
 SCHEMA = schemathesis.openapi.from_dict(strict())
 OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operations()}
+STREAMED = ["POST /v1/completions", "POST /v1/chat/completions", "POST /v1/responses", "POST /v1/messages"]
 load_all_checks()
 
 
 @pytest.fixture
 def server(serve: Serve, say: Say) -> Server:
-    return serve(core=ScriptedCore(say('{"a": [1]}'), max_model_len=1024), api_key=KEY)
+    return serve(core=ScriptedCore(say('{"a": [1]}'), max_model_len=1024, scores_prompts=False), api_key=KEY)
 
 
 def test_the_server_publishes_it(server: Server) -> None:
@@ -80,9 +100,23 @@ def test_it_says_what_every_member_holds_that_is_not_refused(body: type[msgspec.
     assert {name for name in raw if "anyOf" not in described[name]} <= refused
 
 
+def test_what_is_streamed_is_tried_in_events() -> None:
+    assert sum(EVENTS in content for content in contents(document())) == len(STREAMED)
+
+
+@pytest.mark.parametrize("label", STREAMED)
+def test_schemathesis_in_events(server: Server, label: str) -> None:
+    check(server, label, GenerationMode.POSITIVE, stream=True)
+
+
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as it says", "otherwise"])
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_schemathesis(server: Server, label: str, mode: GenerationMode) -> None:
+    check(server, label, mode)
+
+
+def check(server: Server, label: str, mode: GenerationMode, **always: Any) -> None:
+    """Ask as the document says, or otherwise, with these members at any rate."""
     operation = OPERATIONS[label]
     checks = [check for check in CHECKS.get_all() if check.__name__ not in LEFT_OUT]
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -98,6 +132,7 @@ def test_schemathesis(server: Server, label: str, mode: GenerationMode) -> None:
     def ask(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
             case.body.pop("model", None)  # or hardly any would name the one that is served
+            case.body |= always
         answer = case.call(base_url=server.url, headers=headers, timeout=WAIT_SECONDS)
         case.validate_response(answer, checks=checks, headers=headers)
 
