@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.messages import AddRequest
+from evenhand_engine.openai import prompts
 from evenhand_engine.openai.bodies import first_elements, parse_body, token_ids, without_raw
 from evenhand_engine.openai.prompts import PromptReader
 from evenhand_engine.openai.reading import num_bytes
@@ -112,6 +113,19 @@ def test_what_are_no_token_ids(raw: bytes, chunk: int, monkeypatch: pytest.Monke
     with pytest.raises(Refusal) as caught:
         token_ids(msgspec.Raw(raw), "prompt")
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("place", [0, 4, 5, 11])
+def test_an_unknown_token_is_found_wherever_it_is(
+    tokenizer: Tokenizer, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "_IDS_AT_A_TIME", 5)
+    ids = array("I", range(12))
+    prompts.check_token_ids(tokenizer, array("I"), "prompt")
+    prompts.check_token_ids(tokenizer, ids, "prompt")
+    ids[place] = tokenizer.vocab_size
+    with pytest.raises(Refusal, match=f"Token id {tokenizer.vocab_size} is not"):
+        prompts.check_token_ids(tokenizer, ids.tolist(), "prompt")
 
 
 def test_first_elements() -> None:
