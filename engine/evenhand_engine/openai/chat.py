@@ -23,7 +23,7 @@ from evenhand_engine.openai.reasoning import check_end, read_reasoning
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
-from evenhand_engine.openai.structure import Structure, check_structure, read_structure
+from evenhand_engine.openai.structure import Structure, check_structure, read_answer, read_structure
 from evenhand_engine.openai.tools import Tools, definitions, read_tools, tool_format
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
@@ -128,8 +128,9 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     tools = read_tools(body, tool_format(service))
     reader = PromptReader(service.tokenizer, most, max_prompt_tokens(body, most, max_tokens))
     prompt = reader.chat(body, definitions(body, tools))
-    grammar = None if tools is None else tools.grammar(service.tokenizer)
-    structure = read_structure(service, body, of_tools=grammar)
+    answer = read_answer(body) if tools is not None and tools.takes_answer else None
+    grammar = None if tools is None else tools.grammar(service.tokenizer, answer)
+    structure = read_structure(service, body, of_tools=grammar, has_answer=answer is not None)
     reasoning = read_reasoning(service, body, is_structured=structure is not None)
     params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar, reasoning)
     check_end(reasoning, params)

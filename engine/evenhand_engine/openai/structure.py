@@ -11,6 +11,7 @@ from evenhand_engine.openai.members import Choices, ResponseFormat, StructuredOu
 from evenhand_engine.openai.schema import SamplingFields
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured.grammars import GrammarError
+from evenhand_engine.structured.tools import Answer
 
 _FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
@@ -33,15 +34,29 @@ async def check_structure(service: EngineService, tenant_id: str, structure: Str
         raise Refusal(400, "invalid_grammar", f"`{param}` cannot be followed: {error}", param=param) from error
 
 
-def read_structure(service: EngineService, body: SamplingFields, *, of_tools: str | None = None) -> Structure | None:
-    """None where the output is free. `of_tools`: the grammar of its calls.
+def read_answer(body: SamplingFields) -> Answer | None:
+    """The JSON that `response_format` asks for. Raises Refusal 400."""
+    raw = given(body.response_format)
+    return (
+        None
+        if raw is None
+        else _answer(decode_raw(_checked(raw, "response_format"), ResponseFormat, "response_format"))
+    )
+
+
+def read_structure(
+    service: EngineService, body: SamplingFields, *, of_tools: str | None = None, has_answer: bool = False
+) -> Structure | None:
+    """None where the output is free. `of_tools`: the grammar of its calls, and of `read_answer` if it `has_answer`.
 
     Raises Refusal 400 that names the field: what it holds is no grammar, or the engine knows none.
     """
     asked = [
         (name, text)
         for name in _FIELDS
-        if (raw := given(getattr(body, name))) is not None and (text := _read(name, raw, body)) is not None
+        if not (has_answer and name == "response_format")
+        and (raw := given(getattr(body, name))) is not None
+        and (text := _read(name, _checked(raw, name), body)) is not None
     ]
     if of_tools is not None:
         asked.insert(0, ("tools", of_tools))
@@ -61,14 +76,19 @@ def read_structure(service: EngineService, body: SamplingFields, *, of_tools: st
     return Structure(grammar, name)
 
 
-def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
+def _checked(raw: Raw, name: str) -> Raw:
     if len(bytes(raw)) > grammars.MAX_BYTES:
         raise Refusal(400, "invalid_value", f"`{name}` has more than {grammars.MAX_BYTES} bytes.", param=name)
+    return raw
+
+
+def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
     whitespace = body.guided_whitespace_pattern
     try:
         match name:
             case "response_format":
-                return _response_format(decode_raw(raw, ResponseFormat, name), whitespace)
+                answer = _answer(decode_raw(raw, ResponseFormat, name))
+                return answer and grammars.json_schema(answer.schema, strict=answer.is_strict, whitespace=whitespace)
             case "structured_outputs":
                 return _structured(decode_raw(raw, StructuredOutputs, name))
             case "guided_json":
@@ -83,18 +103,18 @@ def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
         raise Refusal(400, "invalid_grammar", f"`{name}`: {error}", param=name) from error
 
 
-def _response_format(asked: ResponseFormat, whitespace: str | None) -> str | None:
+def _answer(asked: ResponseFormat) -> Answer | None:
     match asked.type:
         case "text":
             return None
         case "json_object":
-            return grammars.json_object(whitespace)
+            return Answer('{"type": "object"}', is_strict=True)
         case "json_schema":
             schema = None if asked.json_schema is None else given(asked.json_schema.schema)
             if asked.json_schema is None or schema is None:
                 message = "`response_format.json_schema.schema` is missing."
                 raise Refusal(400, "invalid_value", message, param="response_format")
-            return _schema(schema, "response_format", strict=bool(asked.json_schema.strict), whitespace=whitespace)
+            return Answer(_schema_text(schema, "response_format"), is_strict=bool(asked.json_schema.strict))
     message = f"`response_format.type` {asked.type[:50]!r} is not supported: text, json_object or json_schema."
     raise Refusal(400, "unsupported_parameter", message, param="response_format")
 
@@ -119,6 +139,9 @@ def _structured(asked: StructuredOutputs) -> str:
 
 
 def _schema(raw: Raw, name: str, *, strict: bool, whitespace: str | None) -> str:
+    return grammars.json_schema(_schema_text(raw, name), strict=strict, whitespace=whitespace)
+
+
+def _schema_text(raw: Raw, name: str) -> str:
     """A schema is an object, or text that holds one."""
-    text = decode_raw(raw, str, name) if bytes(raw)[:1] == b'"' else bytes(raw).decode()
-    return grammars.json_schema(text, strict=strict, whitespace=whitespace)
+    return decode_raw(raw, str, name) if bytes(raw)[:1] == b'"' else bytes(raw).decode()

@@ -13,7 +13,7 @@ from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.structured import grammars
 from evenhand_engine.structured import tools as structured_tools
 from evenhand_engine.structured.grammars import GrammarError
-from evenhand_engine.structured.tools import Function
+from evenhand_engine.structured.tools import Answer, Function
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_engine.text.tool_calls import FORMATS, ToolFormat
 
@@ -39,9 +39,17 @@ class Tools:
     is_named: bool
     is_parallel: bool
 
-    def grammar(self, tokenizer: Tokenizer) -> str | None:
-        """What the output must look like; None where the model is free to write what it likes. Raises Refusal 400."""
-        if not self.is_required and not any(function.is_strict for function in self.functions):
+    @property
+    def takes_answer(self) -> bool:
+        """Whether one grammar can have calls and an answer in JSON: where calls have a marker to begin with, or no answer may come."""
+        return self.is_required or bool(self.form.markers)
+
+    def grammar(self, tokenizer: Tokenizer, answer: Answer | None = None) -> str | None:
+        """What the output must look like; None where the model is free to write what it likes. Raises Refusal 400.
+
+        `answer`: what it must look like where it is no call.
+        """
+        if not self.is_required and answer is None and not any(function.is_strict for function in self.functions):
             return None
         try:
             return structured_tools.calls(
@@ -50,6 +58,7 @@ class Tools:
                 tokenizer,
                 is_required=self.is_required,
                 is_parallel=self.is_parallel and not self.is_named,
+                answer=answer,
             )
         except GrammarError as error:
             raise _invalid(f"`tools`: {error}", "tools", code="invalid_grammar") from error

@@ -27,17 +27,37 @@ class Function(NamedTuple):
     is_strict: bool = False
 
 
+class Answer(NamedTuple):
+    """JSON that is said instead of a call.
+
+    Attributes:
+        schema: JSON of what it must look like.
+        is_strict: as a function's.
+    """
+
+    schema: str
+    is_strict: bool
+
+
 def calls(
-    form: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, is_required: bool, is_parallel: bool
+    form: ToolFormat,
+    functions: Sequence[Function],
+    tokenizer: Tokenizer,
+    *,
+    is_required: bool,
+    is_parallel: bool,
+    answer: Answer | None = None,
 ) -> str:
-    """The grammar of an output that is calls of these functions (`is_required`), or text with calls in it."""
+    """The grammar of an output that is calls of these functions (`is_required`), or text with calls in it; or, with an `answer`,
+    either calls or that."""
     begin = _terminals(form.begin, form, tokenizer)
     more = f"({_terminals(form.between, form, tokenizer)} call)*" if is_parallel else ""
     close = _terminals(form.close, form, tokenizer)
     rules = [f"sequence: {begin} call {more} {close}"]
     marker = form.markers[0] if form.markers else ""
-    if is_required:
-        rules.append(f"start: {_terminals(marker, form, tokenizer)} sequence")
+    if is_required or answer is not None:
+        other = "" if answer is None or is_required else " | answer"
+        rules.append(f"start: {_terminals(marker, form, tokenizer)} sequence{other}")
     elif not marker:
         rules += ["start: OTHER | sequence", "OTHER: /([^{](.|\\n)*)?/"]
     else:
@@ -48,7 +68,10 @@ def calls(
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
     for number, function in enumerate(functions):
         rules.append(f"call_{number}: {_call(function, number, form, tokenizer)}")
-        rules.append(f"arguments_{number}: %json {_schema(function)}")
+        told = f"The parameters of {function.name}"
+        rules.append(f"arguments_{number}: %json {_schema(function.parameters, told, is_strict=function.is_strict)}")
+    if answer is not None and not is_required:
+        rules.append(f"answer: %json {_schema(answer.schema, 'The schema of the answer', is_strict=answer.is_strict)}")
     return lark("\n".join(rules))
 
 
@@ -59,14 +82,15 @@ def _call(function: Function, number: int, form: ToolFormat, tokenizer: Tokenize
     return f'{opening} arguments_{number} "}}"'
 
 
-def _schema(function: Function) -> str:
+def _schema(text: str, told: str, *, is_strict: bool) -> str:
+    """`told`: what an error calls it."""
     try:
-        schema = msgspec.json.decode(function.parameters, type=dict[str, Any])
+        schema = msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise GrammarError(f"The parameters of {function.name} are no schema: {error}") from error
+        raise GrammarError(f"{told} cannot be read as a JSON object: {error}") from error
     except RecursionError as error:
-        raise GrammarError(f"The parameters of {function.name} are nested too deeply.") from error
-    options = {"whitespace_pattern": f"(?:{WHITESPACE})?", "lenient": not function.is_strict}
+        raise GrammarError(f"{told} cannot be read: nested too deeply.") from error
+    options = {"whitespace_pattern": f"(?:{WHITESPACE})?", "lenient": not is_strict}
     return msgspec.json.encode({**schema, "x-guidance": options}).decode()
 
 

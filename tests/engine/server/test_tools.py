@@ -10,7 +10,7 @@ import pytest
 
 from evenhand_engine.messages import AddRequest
 from evenhand_engine.structured.compiler import Compiler
-from evenhand_engine.structured.tools import Function, calls
+from evenhand_engine.structured.tools import Answer, Function, calls
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_engine.text.tool_calls import FORMATS
 
@@ -119,6 +119,14 @@ def test_what_the_core_is_told(speaking: Callable[..., Server], model_dir: Path)
             calls(form, [weather._replace(is_strict=True)], tokenizer, is_required=False, is_parallel=False),
         ),
     ]
+    answer = Answer(json.dumps(SCHEMA), is_strict=True)
+    form_of_answer: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    both = calls(form, [weather, clock], tokenizer, is_required=False, is_parallel=True, answer=answer)
+    cases += [
+        ({"response_format": form_of_answer}, both),
+        ({"response_format": form_of_answer, "tool_choice": "required"}, cases[2][1]),
+        ({"response_format": {"type": "text"}}, None),
+    ]
     for fields, expected in cases:
         ask(server, **fields)
         found = server.core.expect(AddRequest).sampling_params.grammar
@@ -157,7 +165,8 @@ def test_declined_tools_are_none(speaking: Callable[..., Server], model_dir: Pat
             },
             "tools",
         ),
-        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required", "extra_body": {"guided_json": {"type": "object"}}}, "guided_json"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "tools"),
     ],
 )
 def test_tools_that_cannot_be(speaking: Callable[..., Server], fields: dict[str, Any], param: str) -> None:
@@ -205,8 +214,8 @@ def test_grammars_of_calls(model_dir: Path, form: str, whole: str) -> None:
     compiler = Compiler(lambda: tokenizer)
     eos = min(tokenizer.eos_token_ids)
 
-    def fits(text: str, *, is_required: bool) -> bool:
-        grammar = calls(FORMATS[form], FUNCTIONS, tokenizer, is_required=is_required, is_parallel=True)
+    def fits(text: str, *, is_required: bool = False, answer: Answer | None = None) -> bool:
+        grammar = calls(FORMATS[form], FUNCTIONS, tokenizer, is_required=is_required, is_parallel=True, answer=answer)
         matcher = compiler.compile("t", grammar).deep_copy()
         ids = tokenizer.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.consume_token(eos)
@@ -218,3 +227,12 @@ def test_grammars_of_calls(model_dir: Path, form: str, whole: str) -> None:
         assert not fits(wrong, is_required=True) and not fits(wrong, is_required=False)
     if form != "llama3_json":
         assert fits(f"First. {whole}", is_required=False)
+    answer = Answer(
+        '{"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}', True
+    )
+    if form == "llama3_json":
+        return  # its calls begin as any JSON does
+    assert fits(whole, answer=answer) and fits('{"a": 5}', answer=answer)
+    for wrong in ("Just text.", '{"b": 5}', f'{{"a": 5}}{whole}', whole.replace("clock", "other")):
+        assert not fits(wrong, answer=answer), wrong
+    assert not fits('{"a": 5}', is_required=True, answer=answer)
