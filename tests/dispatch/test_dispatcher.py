@@ -12,7 +12,13 @@ _ids = itertools.count()
 
 
 def errand(
-    tenant_id: str = "a", prompt: int = 100, output: int = 50, now: float = 0.0, user: str = "", priority: int = 0
+    tenant_id: str = "a",
+    prompt: int = 100,
+    output: int = 50,
+    now: float = 0.0,
+    user: str = "",
+    priority: int = 0,
+    num_choices: int = 1,
 ) -> Errand:
     return Errand(
         f"{next(_ids)}",
@@ -22,6 +28,7 @@ def errand(
         max_output_tokens=output,
         user=user,
         priority=priority,
+        num_choices=num_choices,
     )
 
 
@@ -155,4 +162,47 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
         dispatcher.end(one, FinishReason.ABORT)
     assert list(dispatcher.dispatch(0.0)) == [] and dispatcher.refused() == []
     assert dispatcher.window.num_in_flight == 0
+    dispatcher.request_table.check_integrity()
+
+
+def at_most(limit: int) -> SchedulerConfig:
+    return SchedulerConfig(tenants=(TenantConfig(tenant_id="a", limits=Limits(max_concurrent_requests=limit)),))
+
+
+def test_each_choice_counts_against_the_concurrency_limit() -> None:
+    dispatcher = Dispatcher(Window(), at_most(4))
+    several = [errand(num_choices=num) for num in (3, 1, 2, 1)]
+    for one in several:
+        dispatcher.add(one, 0.0)
+    assert list(dispatcher.dispatch(0.0)) == several[:2]
+    dispatcher.end(several[1])
+    assert not list(dispatcher.dispatch(1.0)), "two do not fit, and the one behind them does not pass them"
+    dispatcher.end(several[0])
+    assert list(dispatcher.dispatch(2.0)) == several[2:]
+    for one in several[2:]:
+        dispatcher.end(one)
+    dispatcher.request_table.check_integrity()
+
+
+def test_one_with_more_choices_than_a_limit_that_was_lowered_runs_alone() -> None:
+    dispatcher = Dispatcher(Window(), at_most(8))
+    first, large, last = (errand(num_choices=num) for num in (8, 8, 1))
+    for one in (first, large, last):
+        dispatcher.add(one, 0.0)
+    assert list(dispatcher.dispatch(0.0)) == [first]
+    dispatcher.reconfigure(at_most(2))
+    dispatcher.end(first)
+    assert list(dispatcher.dispatch(1.0)) == [large]
+    dispatcher.end(large)
+    assert list(dispatcher.dispatch(2.0)) == [last]
+
+
+def test_the_choices_of_a_tenant_that_was_deleted_are_the_default_tenants() -> None:
+    dispatcher = Dispatcher(Window(), at_most(8))
+    sent = errand(num_choices=3)
+    dispatcher.add(sent, 0.0)
+    assert list(dispatcher.dispatch(0.0)) == [sent]
+    dispatcher.reconfigure(SchedulerConfig())
+    assert dispatcher.request_table.tenants["default"].num_running_choices == 3
+    dispatcher.end(sent)
     dispatcher.request_table.check_integrity()

@@ -100,6 +100,12 @@ class Admission:
                 room = min(room, math.floor(account.tokens.capacity) - num_prompt_tokens)
         return max(room, 1)
 
+    def max_concurrent_requests(self, tenant_id: str) -> int | None:
+        """This engine's part of the tenant's limit of requests that run at once; None: there is none that is enforced."""
+        account = self.account(tenant_id)
+        limit = None if account.audits else account.config.limits.max_concurrent_requests
+        return None if limit is None else math.ceil(limit / self._num_replicas)
+
     def expected_output_tokens(self, tenant_id: str) -> int:
         """What a request that names no limit is likely to need: the tenant's own 95th percentile."""
         return self.account(tenant_id).expected_output_tokens

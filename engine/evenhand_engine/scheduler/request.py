@@ -164,6 +164,7 @@ class Request:
         "token_ids",
         "user",
     )
+    num_choices = 1  # answers that run at once for it: here each is a request of its own
 
     def __init__(
         self,

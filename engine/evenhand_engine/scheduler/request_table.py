@@ -116,6 +116,7 @@ class RequestTable:
         request.num_sent_blocks = 0
         tenant.waiting.remove(request)
         tenant.prefilling[request.request_id] = request
+        tenant.num_running_choices += request.num_choices
         tenant.num_bypasses = 0
         self.running_tenants[tenant.tenant_id] = tenant
 
@@ -181,6 +182,7 @@ class RequestTable:
         assert all(not r.block_table and r.started_at is None for r in waiting)
         assert set(self.active) == {t.tenant_id for t in tenants if t.has_prompts}
         assert sorted(self.active) == sorted(tenant_id for _, _, tenant_id in self._shares.in_order())
+        assert all(t.num_running_choices == sum(r.num_choices for r in t.running()) for t in tenants)
         assert set(self.running_tenants) == {t.tenant_id for t in tenants if t.num_running}
         table_blocks = {block for r in running for block in r.block_table}
         assert len(table_blocks) == sum(self.blocks.num_held_blocks(t.tenant_id) for t in tenants)
@@ -193,6 +195,7 @@ class RequestTable:
         self.blocks.release(request)
         self.capacity.leave_seat(request.seat)
         request.seat = -1
+        tenant.num_running_choices -= request.num_choices
         if tenant.prefilling.pop(request.request_id, None) is None:
             del tenant.decoding[request.request_id]
         if not tenant.num_running:
@@ -220,6 +223,7 @@ class RequestTable:
         heir.waiting.extend(tenant.waiting)
         heir.prefilling |= tenant.prefilling
         heir.decoding |= tenant.decoding
+        heir.num_running_choices += tenant.num_running_choices
         if heir.num_running:
             self.running_tenants[heir.tenant_id] = heir
         if heir.has_prompts:

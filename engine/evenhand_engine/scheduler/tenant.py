@@ -18,6 +18,7 @@ class Tenant:
         prefilling: running requests whose prompt (or recompute) is not finished, in order of admission, by id.
         decoding: running requests that generate, by id; where there is no room for all, those whose turn comes first.
         service: cost of everything computed for the tenant, in units of price. Grows only.
+        num_running_choices: answers that running requests compute at once.
         paused: running requests that may not compute in this step, since the tenant is too far ahead.
         num_bypasses: requests of others admitted past the head of the queue while it lacked memory.
     """
@@ -27,6 +28,7 @@ class Tenant:
         self.decoding: dict[str, Request] = {}
         self.paused: dict[str, Request] = {}
         self.service = 0
+        self.num_running_choices = 0
         self.num_bypasses = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -104,13 +106,19 @@ class Tenant:
 
     @property
     def may_start(self) -> bool:
-        """Whether its own concurrency limit lets one more request run."""
-        return self.max_running == _NEVER or self.num_running < self.max_running
+        """Whether its own concurrency limit lets the next of its requests run, with all its choices. One with more choices
+        than that, as before the limit was lowered, runs alone."""
+        if self.max_running == _NEVER or self.num_running_choices == 0:
+            return True
+        request = self.waiting.first((), may_start=True)
+        return self.num_running_choices + (1 if request is None else request.num_choices) <= self.max_running
 
     @property
     def num_deferred(self) -> int:
         """How many of its waiting requests its own concurrency limit holds back."""
-        return 0 if self.max_running == _NEVER else max(0, len(self.waiting) - int(self.max_running) + self.num_running)
+        if self.max_running == _NEVER:
+            return 0
+        return min(len(self.waiting), max(0, len(self.waiting) - int(self.max_running) + self.num_running_choices))
 
     def next_prompt(self, *, may_start: bool = True) -> Request | None:
         """The prompt that computes next: one in progress, or one from the queue if one more may start."""

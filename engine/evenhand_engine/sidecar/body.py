@@ -12,6 +12,7 @@ import msgspec
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
+from evenhand_engine.sidecar.sampling import Sampling
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
 _SMOOTHING_UP, _SMOOTHING_DOWN = (
@@ -24,15 +25,7 @@ _MEDIA = re.compile(rb'"(?:url|image_url|file_data|data)"\s*:\s*"(?:data:[^",]{1
 _MEDIA_WEIGHT = 1 / 16  # of a byte of a picture, beside one of text
 _TRUE = {"true", "1", "1.0", "on", "t", "y", "yes"}  # as lenient engines read it
 _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
-_OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
-_OUTPUT_LIMIT_OF = {  # where none is named
-    **dict.fromkeys(("/v1/completions", "/v1/chat/completions", "/v1/messages"), "max_tokens"),
-    **dict.fromkeys(("/completion", "/completions", "/infill"), "n_predict"),
-    **dict.fromkeys(("/chat/completions", "/api/chat"), "max_tokens"),  # llama.cpp's other names
-    "/v1/responses": "max_output_tokens",
-}
-_CHOICES = ("n", "best_of", "n_cmpl")
-_PROMPTS = ("prompt", "prompt_embeds", "input_ids", "text")
+_PROMPTS = ("prompt", "prompt_embeds", "input_ids", "text", "token_ids", "instances")
 _JSON_BEGINS = (b"{", b"\xef\xbb\xbf{")  # some engines look at no Content-Type, and some leave out a byte order mark
 MAX_CHOICES = 256  # of all prompts of one body, as in the engine
 _MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
@@ -131,29 +124,27 @@ class Body:
     def priority(self) -> int:
         return bounded_priority(self.value("priority"))
 
+    @functools.cached_property
+    def _sampling(self) -> Sampling:
+        return Sampling({} if self.fields is None else self.fields)
+
     @property
     def num_choices(self) -> int:
-        """How many answers it asks for, over all its prompts."""
-        return self.num_prompts * max(_count(self.value(name)) or 1 for name in _CHOICES)
+        """How many answers it asks for, over all its prompts. Raises Refusal 400 where that cannot be looked at."""
+        return self.num_prompts * self._sampling.num_choices
 
     @property
     def num_prompts(self) -> int:
         return max(map(_num_prompts, self._prompts()), default=1)
 
-    @property
-    def max_output_tokens(self) -> int | None:
-        """The limit of one choice, the largest that it names; None: it names none, or one that is no number above 0."""
-        limits = [_count(self.value(name)) for name in self._named_limits()]
-        return None if None in limits else max(filter(None, limits), default=None)
+    def max_output_tokens(self, path: str) -> int | None:
+        """The limit of one choice; None: there is none that holds at this path. See `Sampling`."""
+        return self._sampling.max_output_tokens(path)
 
     def limit_outputs(self, path: str, limit: int) -> None:
-        """Name no other limit than this."""
-        for name in self._named_limits() or filter(None, [_OUTPUT_LIMIT_OF.get(path)]):
-            self.set(name, limit)
-
-    def _named_limits(self) -> list[str]:
-        fields = self.fields or {}
-        return [name for name in _OUTPUT_LIMITS if name in fields and bytes(fields[name]) != b"null"]
+        """Have no choice of more tokens, as far as engines at this path are known."""
+        self._sampling.bound(path, limit)
+        self._is_changed = True
 
     def _prompts(self) -> list[bytes]:
         fields = self.fields or {}
@@ -180,19 +171,13 @@ def is_true(value: Any) -> bool:
 
 def _num_prompts(raw: bytes) -> int:
     """Of a prompt as JSON: a text or a list of token ids is one, else each text and each list in it."""
-    if raw[1:].lstrip()[:1] not in (b'"', b"[") or not raw.startswith(b"["):
+    first = raw[1:].lstrip()[:1]
+    if first == b"{" and raw.startswith(b"["):  # Vertex's instances
+        return raw.count(b"{")
+    if first not in (b'"', b"[") or not raw.startswith(b"["):
         return 1
     bare = raw.replace(rb"\\", b"").replace(rb"\"", b"")  # so that each quote left begins or ends a text
     num_texts = bare.count(b'"') // 2
     if num_texts > MAX_CHOICES:
         return num_texts
     return max(1, num_texts + sum(part.count(b"[") for part in bare.split(b'"')[::2]) - 1)
-
-
-def _count(value: Any) -> int | None:
-    """A number above 0 as lenient engines read it; None: it is none."""
-    try:
-        number = float(value) if isinstance(value, str | int | float) else 0.0
-    except (ValueError, OverflowError):
-        return None
-    return int(number) if 0 < number < 2**31 and number == int(number) else None

@@ -68,6 +68,10 @@ class Passage:
         self._num_prompts, room = num_prompts, service.info.max_model_len
         if num_choices > MAX_CHOICES:
             raise Refusal(400, "invalid_value", f"A body asks for at most {MAX_CHOICES} answers, over all its prompts.")
+        most = service.admission.max_concurrent_requests(self.tenant_id)
+        if most is not None and num_choices > most:
+            message = f"The engine runs all {num_choices} answers of a body at once; the policy of tenant {self.tenant_id} allows {most}."
+            raise Refusal(400, "invalid_value", message)
         if num_prompts > 1 and self.num_prompt_tokens > room:  # so that nobody waits for more than one long prompt
             message = (
                 f"The prompts of one body have at most {room} tokens together; send others in requests of their own."
@@ -75,7 +79,7 @@ class Passage:
             raise Refusal(400, "invalid_value", message, param="prompt")
         self.num_prompt_tokens = min(self.num_prompt_tokens, room - 1)  # what is too long, the upstream refuses
         length = math.ceil(self.num_prompt_tokens / num_prompts)
-        asked = None if body is None else body.max_output_tokens
+        asked = None if body is None else body.max_output_tokens(self.path)
         self._limit = min(asked or service.admission.max_output_tokens(self.tenant_id, length), room - length)
         expected = None if asked else service.admission.expected_output_tokens(self.tenant_id)
         costs = [Cost(length, self._limit, expected)] * num_choices
@@ -136,7 +140,7 @@ class Passage:
             body.set("cache_salt", salt)
         limits = self.service.admission.account(self.tenant_id).config.limits
         is_limited = limits.max_output_tokens is not None or limits.tokens_per_minute is not None
-        if body.max_output_tokens is None and is_limited:
+        if is_limited and body.max_output_tokens(self.path) is None:
             body.limit_outputs(self.path, self._limit)
         if self.path in OPENAI_STREAMS and self.is_stream:
             options = body.value("stream_options")

@@ -16,25 +16,6 @@ def body(**fields: Any) -> Body:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, None),
-        ({"max_tokens": None, "n_predict": 7}, 7),
-        ({"max_completion_tokens": 1, "max_tokens": 5_000}, 5_000),
-        ({"max_tokens": 1, "n_predict": 5_000}, 5_000),
-        ({"max_tokens": "5000"}, 5_000),
-        ({"max_tokens": 5e3}, 5_000),
-        ({"max_tokens": 1, "n_predict": -1}, None),
-        ({"max_tokens": 1, "max_completion_tokens": "0" * 9_000 + "9"}, None),
-        ({"max_tokens": 1, "max_completion_tokens": [5]}, None),
-        ({"max_tokens": 10**400}, None),
-    ],
-)
-def test_of_all_limits_the_largest_counts(fields: dict[str, Any], expected: int | None) -> None:
-    assert body(**fields).max_output_tokens == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
         ({"prompt": "a"}, 1),
         ({"prompt": [1, 2, 3], "n": 3}, 3),
         ({"prompt": [[1, 2], [3]], "n": 2}, 4),
@@ -45,6 +26,12 @@ def test_of_all_limits_the_largest_counts(fields: dict[str, Any], expected: int 
         ({"messages": [], "n": "5"}, 5),
         ({"messages": [], "n": 1, "best_of": 4.0}, 4),
         ({"messages": [], "n": -3}, 1),
+        ({"text": "a", "sampling_params": {"n": 3}}, 3),
+        ({"text": ["a", "b"], "n": 2, "sampling_params": [{"n": 3}, {"n": "4"}]}, 8),
+        ({"text": "a", "sampling_params": [{"n": 3}, 7]}, 1),
+        ({"inputs": "a", "parameters": {"best_of": 5}}, 5),
+        ({"instances": [{"text": "a"}, {"text": "b"}], "parameters": {}}, 2),
+        ({"token_ids": [1, 2, 3], "sampling_params": {"n": 2}}, 2),
     ],
 )  # fmt: skip
 def test_every_answer_that_is_asked_for_counts(fields: dict[str, Any], expected: int) -> None:

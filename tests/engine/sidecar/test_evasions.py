@@ -88,6 +88,8 @@ async def test_a_packed_object_is_looked_at_too(upstream: ScriptedUpstream, side
         ("/v1/responses", {}, {"max_output_tokens": 7}),
         ("/completion", {"n_predict": -1}, {"n_predict": 7}),
         ("/infill", {}, {"n_predict": 7}),
+        ("/v1/chat/completions", {"n_predict": 1}, {"n_predict": 1, "max_tokens": 7}),
+        ("/generate", {"sampling_params": {"n": 2}}, {"sampling_params": {"n": 2, "max_new_tokens": 7}}),
     ],
 )  # fmt: skip
 async def test_the_policys_limit_is_the_only_one_that_goes_on(
@@ -127,6 +129,36 @@ async def test_each_answer_is_charged_and_takes_a_seat(upstream: ScriptedUpstrea
         assert [await several, *await asyncio.gather(*others)] == [200] * 11
     await sidecar.settled()
     assert sidecar.tokens("team") == (200_000, 36 * 50) and window.num_seats_taken == 0
+
+
+async def test_a_limit_in_an_object_of_its_own_is_the_policys_too(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    sidecar.apply(limited(max_output_tokens=7))
+    async with sidecar.post({"sampling_params": {"max_new_tokens": 8}}, "/generate", headers=KEY) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (400, "max_output_tokens")
+    assert not upstream.received
+    await sidecar.settled()
+
+
+async def test_answers_of_one_body_count_against_the_concurrency_limit(
+    upstream: ScriptedUpstream, sidecar: Sidecar
+) -> None:
+    release = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return web.json_response({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    upstream.script = answer
+    sidecar.apply(limited(max_concurrent_requests=4))
+    assert await ask(sidecar, {"prompt": "x", "n": 5}, KEY) == 400, "the engine would run all five at once"
+    asked = [asyncio.create_task(ask(sidecar, {"prompt": ["x"] * num, "max_tokens": 9}, KEY)) for num in (3, 3, 1)]
+    await sidecar.until(lambda: len(sidecar.upstream.dispatcher.request_table.requests) == 3)
+    await sidecar.until(lambda: upstream.num_open == 1)
+    assert sidecar.upstream.dispatcher.request_table.num_waiting == 2, "the last is not sent past the one before it"
+    release.set()
+    async with asyncio.timeout(WAIT_SECONDS):
+        assert await asyncio.gather(*asked) == [200] * 3
+    await sidecar.settled()
 
 
 async def ask(sidecar: Sidecar, fields: dict[str, Any], headers: dict[str, str] | None = None) -> int:
