@@ -3,10 +3,11 @@
 Lives in the HTTP process, on its event loop. Owns what one proxied request holds until it ends; the door is `frontend`'s, the
 queue `dispatch`'s, the connection to the engine `backends.upstream`'s. Bytes that need not be understood are not.
 
-    passing              one request from end to end: identity, quota, queue, then its exchange with the upstream
-    passage              what it holds of quota, queue and metrics, given back exactly once, also when its client leaves
-    exchange             the HTTP exchange itself: the request as it goes, the answer as it comes; cancelled with its client
-    body, counting       what the request is by its body; how many tokens its prompt has
-    relay, events        the answer's bytes handed on as they come; what is read of them in passing
-    service              what all requests share
+    passing                 one request from end to end: identity, quota, queue, then its exchange with the upstream
+    passage                 what it holds of quota, queue and metrics, given back exactly once, also when its client leaves
+    exchange                the HTTP exchange itself: the request as it goes, the answer as it comes; cancelled with its client
+    body, sampling, members what the request is by its body: prompts, users; choices and limits; its members
+    counting                how many tokens its prompt has
+    relay, events           the answer's bytes handed on as they come; what is read of them in passing
+    service                 what all requests share
 """

@@ -12,6 +12,7 @@ import msgspec
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
+from evenhand_engine.sidecar.members import decode_members
 from evenhand_engine.sidecar.sampling import Sampling
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
@@ -73,7 +74,7 @@ class Body:
         start = raw.lstrip()[:1] if is_json else b""
         try:
             if start == b"{":
-                self.fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+                self.fields = decode_members(raw)
             elif start:
                 msgspec.json.decode(raw, type=msgspec.Raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

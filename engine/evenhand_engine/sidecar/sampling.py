@@ -10,8 +10,7 @@ What is counted is the most of all. What is bounded is every limit that is named
 import msgspec
 
 from evenhand_engine.errors import Refusal
-
-Members = dict[str, msgspec.Raw]
+from evenhand_engine.sidecar.members import Members, decode_members, is_named
 
 _OBJECTS = ("sampling_params", "parameters", "options")
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict", "num_predict")
@@ -86,10 +85,6 @@ class Sampling:
         return [level[name] for level in self._levels() for name in names if is_named(level, name)]
 
 
-def is_named(members: Members, name: str) -> bool:
-    return name in members and bytes(members[name]) != b"null"
-
-
 def count(raw: msgspec.Raw) -> int | None:
     """A number above 0 as lenient engines read it, "5" and 5.0 too; None: it is none."""
     try:
@@ -105,7 +100,7 @@ def _read(name: str, raw: msgspec.Raw) -> list[Members]:
     text = bytes(raw)
     try:
         if text.startswith(b"{"):
-            return [msgspec.json.decode(raw, type=Members)]
+            return [decode_members(raw)]
         if text.startswith(b"["):
             if len(text) > _MAX_LIST_BYTES:
                 message = f"A list as `{name}` has at most {_MAX_LIST_BYTES} bytes; give one object for all prompts."

@@ -76,3 +76,16 @@ def test_users_are_told_apart_in_both_vendors_words() -> None:
     assert body(user="u", metadata={"user_id": "v"}).user == "u"
     assert body(metadata={"user_id": "v"}).user == "v"
     assert body(metadata={"user_id": 5}).user == body(metadata=[1]).user == ""
+
+
+@pytest.mark.parametrize("start", [b"{", b'{"messages":[],"sampling_params":{'])
+def test_an_object_of_very_many_members_is_refused_undecoded(start: bytes) -> None:
+    """Three million of them would take 500 MB and seconds, for each body."""
+    raw = start + b",".join(b'"%d":1' % number for number in range(20_000)) + b"}" * start.count(b"{")
+    with pytest.raises(Refusal, match="more than 16384 members"):
+        Body(raw).num_choices  # noqa: B018
+
+
+def test_what_is_inside_of_a_prompt_is_no_member() -> None:
+    fields = {"messages": [{"role": "user", "content": ":" * 90_000}] * 3, "tools": [{"a": 1}] * 20_000, "n": 2}
+    assert body(**fields).num_choices == 2
