@@ -81,7 +81,7 @@ class AttentionCase:
     def _plan(self, kernels: CudaKernels, batch: AttentionBatch) -> CudaPlan:
         if not self.padding:
             return kernels.plan(batch)
-        shape = kernels.work.shape(len(batch.seq_lens), len(batch.positions))
+        shape = replace(kernels.work.shape(len(batch.seq_lens), len(batch.positions)), num_merges=(2,))
         words = np.full(shape.words, -1, np.int32)
         kernels.work.write(words, batch.seq_lens.cpu().numpy(), batch.cu_seqlens_q.cpu().numpy(), shape)
         return kernels.work.plan_of(batch, torch.from_numpy(words).to(batch.seq_lens.device), shape)
@@ -192,6 +192,9 @@ def _cases() -> dict[str, AttentionCase]:
         "chunks at block borders": AttentionCase(requests=CHUNKS),
         "decodes beside chunks and an empty request": AttentionCase(requests=MIXED, rotated=True, normed=True),
         "a graph's padding": AttentionCase(requests=[(1, 40), (1, 9)], padding=3),
+        "a graph's merges, more than it has blocks": AttentionCase(
+            requests=[(1, 600)] * 3, num_kv_heads=1, group=2, padding=1
+        ),
         "window, decodes": AttentionCase(requests=LENGTHS, window=50),
         "window, chunks": AttentionCase(requests=CHUNKS, window=20),
         "window of one": AttentionCase(requests=[(1, 40), (18, 40)], window=1),

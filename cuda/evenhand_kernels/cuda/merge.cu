@@ -1,7 +1,7 @@
 // merge: puts the parts of split attention items together.
 //
-// A block is one KV head (blockIdx.x) of one merge (blockIdx.z); its warps, and those of blockIdx.y, deal out the rows. Reads the
-// parts once: bound by that.
+// A block takes one KV head (blockIdx.x) of merges, which the blocks of blockIdx.z deal out; its warps, and those of blockIdx.y, deal out
+// the rows. Reads the parts once: bound by that.
 #include "device.cuh"
 #include "kv_layout.cuh"
 
@@ -31,9 +31,8 @@ struct Merge {
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 constexpr int LANE_PAIRS = (HEAD_DIM / 2 + 31) / 32;
 
-KERNEL(merge) {
-  if (static_cast<int>(blockIdx.z) >= arguments.counts[1]) return;
-  const uint4 one = load_16B(arguments.merges + blockIdx.z * 8), two = load_16B(arguments.merges + blockIdx.z * 8 + 4);
+DEVICE void put_together(const Arguments& arguments, int number) {
+  const uint4 one = load_16B(arguments.merges + number * 8), two = load_16B(arguments.merges + number * 8 + 4);
   const Merge merge{static_cast<int32_t>(one.x), static_cast<int32_t>(one.y), static_cast<int32_t>(one.z),
                     static_cast<int32_t>(one.w), static_cast<int32_t>(two.x), 0, static_cast<int32_t>(two.z)};
   const int kv_head = blockIdx.x;
@@ -73,4 +72,8 @@ KERNEL(merge) {
       if (dimension < HEAD_DIM) *reinterpret_cast<uint32_t*>(to + dimension) = pack(low[i] * factor, high[i] * factor);
     }
   }
+}
+
+KERNEL(merge) {
+  for (int number = blockIdx.z; number < arguments.counts[1]; number += gridDim.z) put_together(arguments, number);
 }

@@ -17,6 +17,9 @@ from evenhand_kernels.cuda.plan import HEADER_WORDS, Capacity, Planner
 from evenhand_kernels.cuda.units import WORDS
 from evenhand_kernels.kernels import AttentionBatch, AttentionPlan
 
+MERGE_BLOCKS = 16
+"""In a recorded graph, for each window, KV head and block of rows: most steps merge little, and blocks with nothing to do take time too."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkShape:
@@ -24,7 +27,7 @@ class WorkShape:
 
     Attributes:
         capacity: of the words of each window.
-        num_items, num_merges: blocks to launch for each window, which may be more than there is work for.
+        num_items, num_merges: blocks to launch for each window, which may be more than there is work for, or fewer than there are merges.
     """
 
     capacity: Capacity
@@ -85,7 +88,8 @@ class AttentionWork:
         """What is enough for any step of so many requests and tokens: for recorded graphs, and to size buffers."""
         capacity = self._plans.capacity(num_requests, num_tokens)
         count = len(self._windows)
-        return WorkShape(capacity, (capacity.items,) * count, (capacity.merges,) * count)
+        merges = min(capacity.merges, MERGE_BLOCKS)
+        return WorkShape(capacity, (capacity.items,) * count, (merges,) * count)
 
     def write(
         self,

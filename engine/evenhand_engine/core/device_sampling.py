@@ -87,17 +87,31 @@ class SamplingStep:
         self._asked, self._told, self._of_prompts = asked, told, of_prompts
         self._listeners = listeners
         self._results: list[Sampled] | None = None
+        self._error: Exception | None = None
 
     def wait(self) -> list[Sampled]:
-        """Block until it has come, and tell who goes on from there; one result for each item with samples."""
+        """Block until it has come, and tell who goes on from there; one result for each item with samples.
+
+        Who has failed once fails again: a part of those who go on may have been told.
+        """
+        if self._error is not None:
+            raise self._error
         if self._results is None:
-            self._event.wait()
-            self._results = self._read()
-            for number, take in self._listeners:
-                take(self._results[number].token_ids)
-            if self.planned.structured is not None:
-                self.planned.structured.advance(self._results)
+            try:
+                self._results = self._take()
+            except Exception as error:
+                self._error = error
+                raise
         return self._results
+
+    def _take(self) -> list[Sampled]:
+        self._event.wait()
+        results = self._read()
+        for number, take in self._listeners:
+            take(results[number].token_ids)
+        if self.planned.structured is not None:
+            self.planned.structured.advance(results)
+        return results
 
     def _read(self) -> list[Sampled]:
         token_ids, told = self._token_ids.tolist(), self._told

@@ -25,6 +25,7 @@ from evenhand_engine.core.connections import Connections, send
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.core.step_recorder import StepRecorder, load_token_budgets
 from evenhand_engine.core.structures import Structures
+from evenhand_engine.core.workers import describe
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
     AbortRequest,
@@ -110,7 +111,7 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
         logger.info("the HTTP process is gone; the engine core ends")
     except Exception as error:
         logger.exception("the engine core failed")
-        send(connection, EngineFailed(message=f"{type(error).__name__}: {error}"))
+        send(connection, EngineFailed(message=describe(error)))
         raise SystemExit(1) from error
 
 

@@ -86,6 +86,7 @@ class Model:
         precision: Precision = SIXTEEN_BITS,
         settings: SchedulerSettings = SETTINGS,
         kv_dtype: torch.dtype = torch.float16,
+        device: CountingDevice | None = None,
     ) -> Self:
         """`precision` of the weights on the device; on the CPU they are the same numbers, rounded to 16 bits."""
         config = load_model_config(directory)
@@ -95,7 +96,7 @@ class Model:
             cache = KvCacheShape(settings.num_kv_blocks, settings.block_size, dtype)
             return build_decoder(config, weights, kernels, cache, settings.max_model_len)
 
-        device = CountingDevice()
+        device = device or CountingDevice()
         kernels = CudaKernels(device, torch.float16)
         of_device, of_cpu = Structures(config.vocab_size), Structures(config.vocab_size)
         on_device = DeviceRunner(decoder(kernels, precision, kv_dtype), kernels, settings, config.vocab_size, of_device)
