@@ -19,7 +19,7 @@ from evenhand_engine.openai.logprobs import prompt_logprobs as listed_prompt_log
 from evenhand_engine.openai.messages import MessageReader
 from evenhand_engine.openai.prompts import PromptReader, max_prompt_tokens
 from evenhand_engine.openai.reading import read_request
-from evenhand_engine.openai.reasoning import check_end, read_reasoning
+from evenhand_engine.openai.reasoning import begins_as_reasoning, check_end, read_reasoning
 from evenhand_engine.openai.sampling import check_answerable, sampling_params
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.openai.stream import answer
@@ -27,7 +27,7 @@ from evenhand_engine.openai.structure import Structure, check_structure, read_an
 from evenhand_engine.openai.tools import Tools, definitions, read_tools, tool_format
 from evenhand_engine.scheduler.request import SamplingParams, TokenLogprobs
 from evenhand_engine.text.detokenizer import Piece, text_of
-from evenhand_engine.text.reasoning import BEGIN, END, PARSERS, ReasoningParser
+from evenhand_engine.text.reasoning import BEGIN, END, ReasoningParser
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -91,8 +91,9 @@ class _ChatFormat:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
     num_taken = await service.door.check(tenant_id)
-    body, prompt, params, tools, structure = await read_request(request, functools.partial(read_chat, service))
-    await check_structure(service, tenant_id, structure)
+    asked = await read_request(request, functools.partial(read_chat, service))
+    body, prompt, params = asked.body, asked.prompt, asked.params
+    await check_structure(service, tenant_id, asked.structure)
     form = _ChatFormat(
         completion_id=f"chatcmpl-{body.request_id or request[REQUEST_ID]}",
         model=body.model or service.model_names[0],
@@ -100,7 +101,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
         tokenizer=service.tokenizer,
         body=body,
         prompt=prompt,
-        readers=[message_reader(service, body, tools) for _ in range(body.n or 1)],
+        readers=[message_reader(service, asked) for _ in range(body.n or 1)],
     )
     max_tokens = body.max_completion_tokens or body.max_tokens
     async with begin(service, tenant_id, body, [prompt], params, max_tokens, num_taken=num_taken) as generations:
@@ -108,13 +109,14 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
 
 
 class ReadChat(NamedTuple):
-    """What a body of a chat asks of the engine."""
+    """What a body of a chat asks of the engine. `starts_inside`: see `begins_as_reasoning`."""
 
     body: ChatCompletionRequest
     prompt: "array[int]"
     params: SamplingParams
     tools: Tools | None
     structure: Structure | None
+    starts_inside: bool
 
 
 def read_chat(service: EngineService, raw: bytes) -> ReadChat:
@@ -131,7 +133,8 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     answer = read_answer(body) if tools is not None and tools.takes_answer else None
     grammar = None if tools is None else tools.grammar(service.tokenizer, answer)
     structure = read_structure(service, body, of_tools=grammar, has_answer=answer is not None)
-    reasoning = read_reasoning(service, body, is_structured=structure is not None)
+    starts_inside = begins_as_reasoning(service, body)
+    reasoning = read_reasoning(service, body, starts_inside=starts_inside, is_structured=structure is not None)
     params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar, reasoning)
     check_end(reasoning, params)
     markers = () if tools is None else tools.form.markers
@@ -139,11 +142,11 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
         markers = (*markers, BEGIN, END)
     if any(service.tokenizer.special_id(marker) is not None for marker in markers):
         body = msgspec.structs.replace(body, skip_special_tokens=False)  # or calls and reasoning could not be seen
-    return ReadChat(without_raw(body), prompt, params, tools, structure)
+    return ReadChat(without_raw(body), prompt, params, tools, structure, starts_inside)
 
 
-def message_reader(service: EngineService, body: ChatCompletionRequest, tools: Tools | None) -> MessageReader:
+def message_reader(service: EngineService, asked: ReadChat) -> MessageReader:
     """Of one choice."""
-    parser = service.settings.reasoning_parser
-    reasoning = None if parser is None else ReasoningParser(starts_inside=PARSERS[parser])
-    return MessageReader(tools, reasoning, shows_reasoning=body.include_reasoning is not False)
+    is_told = service.settings.reasoning_parser is not None
+    reasoning = ReasoningParser(starts_inside=asked.starts_inside) if is_told else None
+    return MessageReader(asked.tools, reasoning, shows_reasoning=asked.body.include_reasoning is not False)

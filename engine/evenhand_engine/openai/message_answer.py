@@ -56,7 +56,7 @@ async def answer_message(
     await check_structure(service, tenant_id, asked.structure)
     prompts, limit = [asked.prompt], chat.max_completion_tokens
     async with begin(service, tenant_id, chat, prompts, asked.params, limit, num_taken=num_taken) as generations:
-        reader = message_reader(service, chat, asked.tools)
+        reader = message_reader(service, asked)
         answer = _Answer(Deltas(generations, service.door), reader, make_form(generations, reader))
         try:
             if not is_streamed:

@@ -191,6 +191,13 @@ def _messages(raw: Raw | None, untyped: _Untyped) -> list[dict[str, Any]]:
     return [_message(decode_raw(message, ChatMessage, "messages"), untyped) for message in found]
 
 
+def final_text(body: ChatFields) -> str:
+    """The content of the last message of a body that `PromptReader.chat` has taken."""
+    raw = given(body.messages)
+    messages = [] if raw is None else first_elements(raw, _MAX_MESSAGES, "messages")
+    return _content(given(decode_raw(messages[-1], ChatMessage, "messages").content)) if messages else ""
+
+
 def _message(message: ChatMessage, untyped: _Untyped) -> dict[str, Any]:
     tool_calls = untyped.decode(given(message.tool_calls), list[dict[str, Any]], "messages")
     reasoning = message.reasoning_content or message.reasoning  # templates read it by either name

@@ -2,6 +2,7 @@
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.openai.prompts import final_text
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.scheduler.request import Reasoning, SamplingParams
 from evenhand_engine.text.reasoning import BEGIN, END, PARSERS
@@ -9,11 +10,22 @@ from evenhand_engine.text.reasoning import BEGIN, END, PARSERS
 _BUDGET = "thinking_token_budget"
 
 
-def read_reasoning(service: EngineService, body: ChatCompletionRequest, *, is_structured: bool) -> Reasoning | None:
+def begins_as_reasoning(service: EngineService, body: ChatCompletionRequest) -> bool:
+    """Whether an output does: as the parser says, or as the final message that it goes on with has ended."""
+    parser = service.settings.reasoning_parser
+    if parser is None or not body.continue_final_message:
+        return parser is not None and PARSERS[parser]
+    begun = final_text(body)
+    return begun.rfind(BEGIN) > begun.rfind(END)
+
+
+def read_reasoning(
+    service: EngineService, body: ChatCompletionRequest, *, starts_inside: bool, is_structured: bool
+) -> Reasoning | None:
     """How an output's reasoning is told from what follows; None where nothing depends on that.
 
-    `is_structured`: the output follows a grammar, which what is thought before need not. Raises Refusal 400 where a budget
-    cannot be held.
+    `starts_inside`: see `begins_as_reasoning`. `is_structured`: the output follows a grammar, which what is thought before need
+    not. Raises Refusal 400 where a budget cannot be held.
     """
     budget = None if body.thinking_token_budget == -1 else body.thinking_token_budget
     if budget is None and not is_structured:
@@ -21,7 +33,7 @@ def read_reasoning(service: EngineService, body: ChatCompletionRequest, *, is_st
     parser = service.settings.reasoning_parser
     begin, end = service.tokenizer.added_id(BEGIN), service.tokenizer.added_id(END)
     if parser is not None and begin is not None and end is not None and service.info.knows_grammars:
-        return Reasoning(begin, end, PARSERS[parser], budget)
+        return Reasoning(begin, end, starts_inside, budget)
     if budget is None:
         return None
     if parser is None:

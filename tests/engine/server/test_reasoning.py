@@ -35,6 +35,23 @@ def test_it_is_told_in_tokens(thinking_model: Path, serve: Serve, say: Say, pars
     assert told(server, **FORMAT)[0] == Reasoning(begin, end, starts_inside), "a grammar holds from its end on"
 
 
+@pytest.mark.parametrize(
+    ("begun", "said"),
+    [
+        ("So far", "None|hm</think>So."),
+        ("<think>well</think>So far", "None|hm</think>So."),
+        ("<think>well, ", "hm|So."),
+    ],
+)
+@pytest.mark.parametrize("parser", ["qwen3", "deepseek_r1"])
+def test_an_output_goes_on_as_its_beginning_was(serve: Serve, say: Say, parser: str, begun: str, said: str) -> None:
+    """Whatever templates open for an answer of their own."""
+    server = serve(say("hm</think>So."), reasoning_parser=parser)
+    messages: Any = [*MESSAGES, {"role": "assistant", "content": begun}]
+    fields = {"continue_final_message": True, "messages": messages}
+    assert told(server, **fields)[1] == said
+
+
 def test_each_choice_has_it_streamed_or_not(thinking_model: Path, serve: Serve, say: Say) -> None:
     server = serve(say("<think>hm</think>So."), reasoning_parser="qwen3")
     chunks = server.client().chat.completions.create(
