@@ -54,7 +54,7 @@ def guest(stage: Stage, other_namespace: str, operator: OperatorProcess) -> Iter
     role = ["--clusterrole=evenhand-tenant-editor", f"--user={EDITOR}", "-n", other_namespace]
     stage.cluster.kubectl("create", "rolebinding", EDITOR, *role)
     guest = Stage(stage.cluster, other_namespace)
-    until(lambda: stage.cluster.can_i("create", "tpol", "-n", other_namespace, f"--as={EDITOR}"))
+    until(lambda: stage.cluster.allows(EDITOR, "create", "tenantpolicies.evenhand.dev", other_namespace))
     yield guest
     guest.kubectl("delete", "tpol", "--all")
     guest.kubectl("delete", "rolebinding", EDITOR)

@@ -42,10 +42,11 @@ def installed(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture
 def operator_may(installed: ControlPlane) -> Callable[..., bool]:
     """Whether the operator's ServiceAccount may do something, by the API server's own judgement."""
-    kubeconfig = installed.service_account_kubeconfig(OPERATOR_NAMESPACE, "evenhand-operator")
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{OPERATOR_NAMESPACE}"]
 
     def may(verb: str, resource: str, namespace: str = "default", subresource: str = "") -> bool:
-        return installed.can_i(verb, resource, "-n", namespace, "--subresource", subresource, kubeconfig=kubeconfig)
+        user = f"system:serviceaccount:{OPERATOR_NAMESPACE}:evenhand-operator"
+        return installed.allows(user, verb, resource, namespace, subresource, *groups)
 
     until(lambda: may("create", "leases.coordination.k8s.io", OPERATOR_NAMESPACE))  # rights are in force soon
     return may
@@ -277,8 +278,7 @@ def test_roles_for_people(installed: ControlPlane, role: str, policies: str, poo
     installed.kubectl("create", "rolebinding", f"jane-{role}", f"--clusterrole={role}", user, "-n", ENGINE_NAMESPACE)
 
     def may(verb: str, resource: str, subresource: str = "", namespace: str = ENGINE_NAMESPACE) -> bool:
-        where = ("-n", namespace, "--subresource", subresource)
-        return installed.can_i(verb, f"{resource}.evenhand.dev", f"--as=jane-{role}", *where)
+        return installed.allows(f"jane-{role}", verb, f"{resource}.evenhand.dev", namespace, subresource)
 
     until(lambda: all(may(verb, "tenantpolicies") for verb in policies.split()))  # the controllers aggregate roles
     until(lambda: all(may(verb, "enginepools") for verb in pools.split()))

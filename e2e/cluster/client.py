@@ -70,14 +70,6 @@ class Cluster:
         ).splitlines()
         return {" ".join(line.split()) for line in lines if not line.startswith(("kube-", "default "))}
 
-    def can_i(self, *question: str, kubeconfig: Path | None = None) -> bool:
-        """kubectl's yes or no."""
-        try:
-            return self.kubectl("auth", "can-i", *question, kubeconfig=kubeconfig).strip() == "yes"
-        except KubectlError as refused:
-            assert str(refused).splitlines()[-1].split()[-1] == "no", refused
-            return False
-
     def kstatus(self, objects: Iterable[Object]) -> list[Object]:
         """Kind, namespace, name, status and message of each object, as Flux would see it."""
         lines = "".join(json.dumps(each) + "\n" for each in objects)

@@ -5,6 +5,7 @@ data. Mostly no node runs: Pods are kept by `cluster.pod_runner`, so the control
 `cluster.node` adds a real node.
 """
 
+import json
 import shutil
 import ssl
 import urllib.error
@@ -138,6 +139,34 @@ class ControlPlane(Cluster, Running):
         self._tls = self._admin_context()
         self.start_api_server()
         self.controller_manager.start()
+
+    def allows(
+        self, user: str, verb: str, resource: str, namespace: str = "", subresource: str = "", *groups: str
+    ) -> bool:
+        """Whether a user may do something, by the API server's own judgement.
+
+        `resource` is PLURAL.GROUP or PLURAL, with /NAME where one object is meant, or a path that begins with a slash.
+        """
+        what, _, name = resource.partition("/")
+        plural, _, group = what.partition(".")
+        found = {"group": group, "resource": plural, "subresource": subresource, "name": name, "namespace": namespace}
+        about = (
+            {"nonResourceAttributes": {"path": resource, "verb": verb}}
+            if resource.startswith("/")
+            else {"resourceAttributes": found | {"verb": verb}}
+        )
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SubjectAccessReview",
+            "spec": {"user": user, "groups": ["system:authenticated", *groups], **about},
+        }
+        request = urllib.request.Request(
+            f"{self.server}/apis/authorization.k8s.io/v1/subjectaccessreviews",
+            json.dumps(review).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, context=self._tls, timeout=60) as response:
+            return bool(json.load(response)["status"]["allowed"])
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig with which a program is that ServiceAccount, and may do what RBAC lets it do."""
