@@ -38,6 +38,8 @@ class SchedulerSettings:
             results must be known before the next is planned (`Runner.pipeline_depth` 1).
         target_step_seconds: no prompt makes a step longer than this while anybody runs whose policy sets no inter-token
             objective; None: any length.
+        target_step_cost: the part of the rate at which prompts are computed, in steps of as many tokens as they may have, that
+            `target_step_seconds` may cost, the prompts' context left out; where it would be more, steps are longer. 1: any.
         objective_hold_seconds: how long an inter-token objective goes on to bound steps after the tenant's last stream
             ended, so that the next turn of a conversation does not meet a long step.
     """
@@ -58,6 +60,7 @@ class SchedulerSettings:
     max_refunded_tokens: int = 8
     num_speculative_tokens: int = 0
     target_step_seconds: float | None = None
+    target_step_cost: float = 1.0
     objective_hold_seconds: float = 1.0
 
     @property
@@ -90,8 +93,8 @@ class EngineConfig:
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.
         max_num_batched_tokens: None: on the CPU the least by which prompts are computed as fast as by 256, measured at
             start; 2048 on a GPU.
-        target_step_ms: milliseconds that prompts may make a step take where no policy sets an objective, 0: any; None: 200 on
-            the CPU, 0 on a GPU.
+        target_step_ms: milliseconds that prompts may make a step take where no policy sets an objective, 0: any; None: on
+            the CPU 200, or more where that would cost more than 2 % of the rate of prompts; 0 on a GPU.
         kv_cache_bytes: memory for the KV cache; None: 1 GiB on the CPU, what is left on a GPU.
         speculative: "none", or "ngram": guess a stream's next tokens from what followed the same ones before.
         num_speculative_tokens: most guesses of a stream in one step.

@@ -69,6 +69,20 @@ def test_it_costs_little_of_the_throughput_where_steps_cost_little() -> None:
     assert bound.end_time < 1.02 * free.end_time
 
 
+def test_by_default_it_gives_way_where_steps_cost_much() -> None:
+    """A step costs 32 ms and each token 2.5, as with float32 weights on two old cores: 200 ms would cost a tenth."""
+    device = replace(
+        DEVICES["cpu-135m"], small_step=LinearStepTime(0.032, per_token=2.5e-3), max_num_batched_tokens=256
+    )
+    trace = [TraceRequest("flood", 0.0, 1000, 60) for _ in range(100)]
+    made = Scenario.of_trace(trace, device).with_settings(num_kv_blocks=16_384)
+    free = made.run("fair")
+    asked = made.with_settings(target_step_seconds=0.2).run("fair")
+    default = made.with_settings(target_step_seconds=0.2, target_step_cost=0.015).run("fair")
+    assert longest_gap(asked) < 0.21 and asked.end_time > 1.08 * free.end_time
+    assert longest_gap(default) < 0.55 < 0.65 < longest_gap(free) and default.end_time < 1.02 * free.end_time
+
+
 def longest_gap(run: Run) -> float:
     """Seconds between two tokens of any stream."""
     return max(float(np.diff(record.token_times).max()) for record in run.records if record.token_times is not None)

@@ -52,6 +52,9 @@ class Defaults:
 
 CPU_DEFAULTS = Defaults(max_num_seqs=32, max_num_batched_tokens=256, target_step_ms=200)
 DEFAULT_KV_CACHE_BYTES = 1 << 30
+DEFAULT_TARGET_COST = 0.015
+"""See `SchedulerSettings.target_step_cost`: with what plans miss, at most 2 %. A step that somebody asks for is kept to,
+whatever it costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,7 @@ def resolve_settings(
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
         target_step_seconds=target_step_ms / 1e3 or None,
+        target_step_cost=DEFAULT_TARGET_COST if config.target_step_ms is None else 1.0,
         num_speculative_tokens=config.num_speculative_tokens if config.speculative == "ngram" else 0,
     )
 

@@ -116,12 +116,20 @@ class Pace:
         """
         if self._settings.scheduling_policy is not SchedulingPolicy.FAIR:
             return []
-        objectives = set()
+        objectives, target = set(), self._target_seconds()
         for tenant_id, tenant in self._request_table.running_tenants.items():
             if tenant.inter_token_latency != _NEVER:
                 self._held_until[tenant_id] = now + self._settings.objective_hold_seconds
-            elif self._settings.target_step_seconds is not None:
-                objectives.add(self._settings.target_step_seconds)
+            elif target is not None:
+                objectives.add(target)
         self._held_until = {tenant_id: until for tenant_id, until in self._held_until.items() if until >= now}
         objectives |= {self._request_table.tenant(tenant_id).inter_token_latency for tenant_id in self._held_until}
         return list(objectives)
+
+    def _target_seconds(self) -> float | None:
+        """The default step's, or as long as prompts need not to lose more than it may cost."""
+        settings = self._settings
+        if settings.target_step_seconds is None or not self.step_time.is_fitted:
+            return settings.target_step_seconds
+        needed = self.step_time.seconds_at(1 - settings.target_step_cost, settings.max_num_batched_tokens)
+        return max(settings.target_step_seconds, needed)

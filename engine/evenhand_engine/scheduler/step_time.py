@@ -88,6 +88,15 @@ class StepTimeModel:
         """Seconds that a step of this shape takes."""
         return sum(value * seconds for value, seconds in zip(_features(shape), self.coefficients, strict=True))
 
+    def seconds_at(self, part: float, num_tokens: int) -> float:
+        """The shortest step that computes prompts at this part of the rate of a step of `num_tokens`, their context left
+        out; 0: any does. n tokens take a + b * n, so it has the least n with n / (a + b * n) >= part * N / (a + b * N)."""
+        per_step, per_token, _, _ = self.coefficients
+        if per_step == 0:
+            return 0.0
+        least = part * num_tokens * per_step / (per_step + (1 - part) * per_token * num_tokens)
+        return per_step + per_token * least
+
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from one step."""
         features = [value * scale for value, scale in zip(_features(shape), _SCALES, strict=True)]
