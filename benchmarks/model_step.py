@@ -134,7 +134,7 @@ def main() -> None:
     model_dir = resolve_model_dir(None)
     config = load_model_config(model_dir)
     precision = resolve_precision(options.dtype, options.quantization)
-    activation_dtype = resolve_activation_dtype(options.activation_dtype, precision, config)
+    activation_dtype = resolve_activation_dtype(options.activation_dtype)
     kernels = TimedKernels(
         CpuKernels(cache_dir() / "kernels", options.threads, activation_dtype)
         if options.kernels == "cpu"

@@ -91,6 +91,23 @@ def test_activations_are_bfloat16_by_choice_where_the_processor_multiplies_it(
     assert (chosen.activation_dtype is torch.bfloat16) == kernels_of_level(torch.bfloat16).has_products
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_chosen_loses_nothing_of_plain_weights(
+    dtype: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
+) -> None:
+    """Beside float16 and float32 activations stay float32; beside bfloat16 and codes they are as precise as those."""
+    chosen = kernels_of_level(None)
+    x, bias = randn(13, 257, seed=2), randn(40, seed=1)
+    weight = randn(40, 257).to(dtype)
+    entering = x.to(chosen.activation_dtype) if dtype is torch.bfloat16 else x
+    expected = functional.linear(entering.double(), weight.double(), bias.double())
+    for rows in (slice(0, 1), slice(0, 13)):
+        assert_close(chosen.linear(weight, bias)(x[rows].contiguous()), expected[rows], 1e-5)
+    coded = quantized(40, 256, 4, 32, torch.float16, True)
+    expected = functional.linear(x[:, :256].to(chosen.activation_dtype).double(), coded.dequantized().double())
+    assert_close(chosen.linear(coded, None)(x[:, :256].contiguous()), expected, 1e-5)
+
+
 @pytest.mark.parametrize("outputs, inputs", [(17, 257), (95, 32), (120, 1536)])
 def test_linear_in_int8(outputs: int, inputs: int, int8_kernels: CpuKernels) -> None:
     """Plain weights are multiplied in float32."""

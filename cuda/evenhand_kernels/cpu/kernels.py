@@ -63,10 +63,11 @@ class CpuKernels:
             activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which
                 plain weights are rounded too where many rows pass over them; or int8, codes with a scale for each row and
                 group of the weight, or for 32 inputs. Sums, and all else, are float32. None: bfloat16 if the processor
-                multiplies it itself, else float32.
+                multiplies it itself, but float32 if not, and beside plain weights of float32 or float16, which would lose.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
+        self._keeps_floats = activation_dtype is None
         if activation_dtype is None:
             activation_dtype = torch.bfloat16 if self._multiplies(torch.bfloat16) else torch.float32
         self.activation_dtype = activation_dtype
@@ -126,7 +127,8 @@ class CpuKernels:
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
         packed = _packed(self._native, weight, bias, gated=gated)
-        packed.structure.activations = ACTIVATION_DTYPES[self.activation_dtype]
+        is_kept = self._keeps_floats and isinstance(weight, Tensor) and weight.dtype != torch.bfloat16
+        packed.structure.activations = ACTIVATION_DTYPES[torch.float32 if is_kept else self.activation_dtype]
         return packed
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -36,7 +36,7 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
     "--activation-dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
     default="auto",
-    help="Of what linear layers multiply on the CPU; auto: bfloat16 if the processor does, beside weights of 16 bits or fewer.",
+    help="Of what linear layers multiply on the CPU; auto: bfloat16 if the processor does, beside codes and bfloat16.",
 )
 @click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."

@@ -107,7 +107,7 @@ def load_shard(config: EngineConfig, shard: Shard) -> LoadedModel:
     if config.kernels == "reference":
         return _load_with(_reference_kernels(device, shard), config, model_dir, model_config, device, shard)
     if device == "cpu":
-        return _load_with(_cpu_kernels(config, model_config), config, model_dir, model_config, device, shard)
+        return _load_with(_cpu_kernels(config), config, model_dir, model_config, device, shard)
     from evenhand_engine.core.device_loading import load_on_device
 
     return load_on_device(config, model_dir, model_config, shard)
@@ -154,12 +154,12 @@ def _reference_kernels(device: str, shard: Shard) -> Kernels:
     return ReferenceKernels(torch.device("cuda", shard.rank))
 
 
-def _cpu_kernels(config: EngineConfig, model_config: ModelConfig) -> Kernels:
+def _cpu_kernels(config: EngineConfig) -> Kernels:
     Stage("preparing the kernels", total=0)  # a minute and more, where they are compiled
-    precision = resolve_precision(config.dtype, config.quantization)
-    activation_dtype = resolve_activation_dtype(config.activation_dtype, precision, model_config)
     try:
-        kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=activation_dtype)
+        kernels = CpuKernels(
+            cache_dir() / "kernels", activation_dtype=resolve_activation_dtype(config.activation_dtype)
+        )
     except CompileError as error:
         logger.warning("no C++ kernels, falling back to several times slower ones in torch: %s", error)
         return ReferenceKernels()

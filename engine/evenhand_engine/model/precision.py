@@ -48,12 +48,9 @@ def resolve_precision(dtype: str, quantization: str) -> Precision:
     return Precision(DTYPES.get(dtype), quantization == "int8")
 
 
-def resolve_activation_dtype(activation_dtype: str, precision: Precision, config: ModelConfig) -> torch.dtype | None:
-    """`--activation-dtype` on the CPU; None: what suits the processor. auto loses nothing of weights that are float32."""
-    if activation_dtype != "auto":
-        return ACTIVATION_DTYPES[activation_dtype]
-    is_float32 = (precision.dtype or DTYPES[config.dtype]) is torch.float32 and not precision.int8
-    return torch.float32 if is_float32 else None
+def resolve_activation_dtype(activation_dtype: str) -> torch.dtype | None:
+    """`--activation-dtype` on the CPU; None for auto: what suits processor and weight (`CpuKernels`)."""
+    return None if activation_dtype == "auto" else ACTIVATION_DTYPES[activation_dtype]
 
 
 def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: str, config: ModelConfig) -> torch.dtype:
