@@ -1,8 +1,8 @@
 """Output tokens per second with 1, 8 and 32 requests in flight, time to first token, time per token and start-up.
 
 `bandwidth_fraction` is what reading weights, keys and values once for each token takes at the best rate that this machine reads
-memory at, over the time between two tokens of one stream; `matmul_fraction` what the prompt's arithmetic takes at the best rate
-of the instruction in use, over the time to the first token. At least 0.7 and 0.75 are asked for.
+memory at in those minutes, over the time between two tokens of one stream; `matmul_fraction` what the prompt's arithmetic takes at
+the best rate of the instruction in use, over the time to the first token. At least 0.7 and 0.75 are asked for.
 
 Closed loops of requests over HTTP: prompts of random tokens, no two alike, and a fixed number of output tokens. A peer
 that is installed takes the same loops by turns with Evenhand, so that both meet the same state of the machine:
@@ -25,6 +25,7 @@ from typing import Any
 
 import common
 import openai
+from machine_limits import Machine
 from serve_limits import fractions
 from serving import MODEL, await_port, free_port, serve
 
@@ -69,6 +70,7 @@ def main() -> None:
     loads = LOADS[:2] if options.quick else LOADS
     model = [options.model] if options.model else []
     flags = options.flags.split()
+    machine = Machine()
     with contextlib.ExitStack() as stack:
         contenders = [stack.enter_context(_evenhand([*model, *flags]))]
         if options.peer:
@@ -76,7 +78,7 @@ def main() -> None:
             if peer_model is None:
                 parser.error("--peer-model is needed: the peer has no default model")
             contenders.append(stack.enter_context(_peer(options.peer, peer_model, options.peer_flags.split())))
-        results = asyncio.run(_measure(contenders, loads, options.seed, 1 if options.quick else 2))
+        results = asyncio.run(_measure(contenders, machine, loads, options.seed, 1 if options.quick else 2))
     common.print_table(
         f"{NUM_PROMPT_TOKENS} tokens in, {NUM_OUTPUT_TOKENS} out",
         ["", *(f"{load} in flight, tokens/s" for load in loads), "TTFT p50, s", "TPOT p50, ms", "start, s"],
@@ -92,9 +94,8 @@ def main() -> None:
         ],
     )
     ours = results.pop("evenhand")
-    ours |= fractions(
-        options.model, flags, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, ours["ttft_p50_s"], ours["tpot_p50_ms"] / 1e3
-    )
+    seconds = ours["ttft_p50_s"], ours["tpot_p50_ms"] / 1e3
+    ours |= fractions(machine.limits, options.model, flags, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, *seconds)
     common.console.print(
         f"one stream: {ours['bandwidth_fraction']:.2f} of {ours['bandwidth_gb_per_s']:.1f} GB/s between tokens, "
         f"{ours['matmul_fraction']:.2f} of {ours['matmul_gflop_per_s']:.0f} GFLOP/s in the prompt"
@@ -138,9 +139,10 @@ def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
 
 
 async def _measure(
-    contenders: Sequence[Contender], loads: Sequence[int], seed: int, rounds: int
+    contenders: Sequence[Contender], machine: Machine, loads: Sequence[int], seed: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Each load by each contender, by turns, `rounds` times; the median of the rounds' rates."""
+    """Each load by each contender, by turns, `rounds` times; the median of the rounds' rates. The machine is measured beside
+    each loop of one stream."""
     generator = random.Random(seed)
     rates: dict[tuple[str, int], list[float]] = {}
     alone: dict[str, list[Answer]] = {contender.name: [] for contender in contenders}
@@ -149,6 +151,8 @@ async def _measure(
     for _ in range(rounds):
         for load in loads:
             for contender in contenders:
+                if load == 1:
+                    machine.measure()
                 num_requests = max(MIN_REQUESTS, REQUESTS_PER_PLACE * load)
                 started_at = time.monotonic()
                 answers = await _loop(contender, generator, load, num_requests)

@@ -4,21 +4,27 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from machine_limits import measured_limits
+from machine_limits import Limits
 from step_floor import Floor
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import weight_bytes
-from evenhand_engine.model.config import load_model_config
-from evenhand_engine.model.precision import resolve_activation_dtype, resolve_kv_cache_dtype, resolve_precision
+from evenhand_engine.model.config import ModelConfig, load_model_config
+from evenhand_engine.model.precision import (
+    DTYPES,
+    Precision,
+    resolve_activation_dtype,
+    resolve_kv_cache_dtype,
+    resolve_precision,
+)
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.scheduler.batch import ScheduledRequest
 
 
 def fractions(
-    model: str | None, flags: Sequence[str], num_prompt: int, num_output: int, ttft: float, tpot: float
+    limits: Limits, model: str | None, flags: Sequence[str], num_prompt: int, num_output: int, ttft: float, tpot: float
 ) -> dict[str, float]:
-    """Of the machine's limits, measured here and now, by the seconds to the first token and between two tokens.
+    """Of the machine's limits, by the seconds to the first token and between two tokens.
 
     Seconds are those of the client, so what HTTP, tokenizer and scheduler take counts as time that the machine was idle.
     """
@@ -30,12 +36,9 @@ def fractions(
     model_dir = resolve_model_dir(model)
     config, precision = load_model_config(model_dir), resolve_precision(options.dtype, options.quantization)
     num_bytes = weight_bytes(EngineConfig(model=model), model_dir, config, precision)
-    limits = measured_limits()
-    activations = resolve_activation_dtype(options.activation_dtype, precision, config)
-    if activations is None:
-        activations = torch.bfloat16 if torch.bfloat16 in limits.flops else torch.float32
-    if num_bytes >= 2 * config.num_parameters and activations is torch.int8:
-        activations = torch.float32  # plain weights are multiplied so
+    activations = _multiplied_as(
+        options.activation_dtype, precision, config, is_coded=num_bytes < 2 * config.num_parameters
+    )
     peak = limits.flops.get(activations, limits.flops[torch.float32])
     kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
     floor = Floor(peak, limits.bandwidth, config, num_bytes / config.num_parameters, kv_dtype.itemsize)
@@ -47,3 +50,12 @@ def fractions(
         "matmul_gflop_per_s": peak / 1e9,
         "matmul_fraction": operations / ttft / peak,
     }
+
+
+def _multiplied_as(activation_dtype: str, precision: Precision, config: ModelConfig, *, is_coded: bool) -> torch.dtype:
+    """What products of the weights take, where the processor has an instruction for it. `is_coded`: most weights are codes."""
+    weights = torch.int8 if is_coded else precision.dtype or DTYPES[config.dtype]
+    chosen = resolve_activation_dtype(activation_dtype)
+    if chosen is None:
+        chosen = torch.float32 if weights in (torch.float32, torch.float16) else torch.bfloat16
+    return torch.float32 if chosen is torch.int8 and not is_coded else chosen
