@@ -42,13 +42,14 @@ static inline long source_row(const Weight& weight, long panel, int lane) {
   return row >= rows ? -1 : lane < rows_per_panel(weight.gated) ? row : rows + row;
 }
 
-// Calls visit(panel) for all panels, those of a piece in order, so that the end of one prefetches the next.
+// Calls visit(panel) for all panels. A piece is half a fair share of what is left then, so threads read memory in long runs and yet
+// end together (guided self-scheduling, Polychronopoulos and Kuck, 1987).
 template <typename Visit>
 static void for_each_panel(Pool& pool, long panels, const Visit& visit) {
-  const long per_piece = std::max(1L, panels / (pool.num_threads() * PIECES_PER_THREAD));
-  pool.run((panels + per_piece - 1) / per_piece, [&](long piece) {
-    const long end = std::min(panels, (piece + 1) * per_piece);
-    for (long panel = piece * per_piece; panel < end; panel++) visit(panel);
+  std::vector<long> ends;
+  for (long end = 0; end < panels;) ends.push_back(end += std::max(1L, (panels - end) / (2 * pool.num_threads())));
+  pool.run(static_cast<long>(ends.size()), [&](long piece) {
+    for (long panel = piece ? ends[piece - 1] : 0; panel < ends[piece]; panel++) visit(panel);
   });
 }
 

@@ -53,9 +53,10 @@ class ModelRunner:
         structured = self._structures.begin(batch)
         masks = None if structured is None else self._thread.submit(structured.masks)
         logits = forward(self._decoder, model_input).cpu()
-        places = np.searchsorted(model_input.logits_indices.cpu().numpy(), prompt_rows)
-        of_prompts = _score(self._decoder.kernels, parts, logits, places)
-        if prompt_rows:
+        of_prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
+        if parts:
+            places = np.searchsorted(model_input.logits_indices.cpu().numpy(), prompt_rows)
+            of_prompts = _score(self._decoder.kernels, parts, logits, places)
             logits = logits[np.delete(np.arange(len(logits)), places)]
         found = {} if masks is None else masks.result()
         results = accept(batch, sample(logits, rows, self._decoder.kernels, found))

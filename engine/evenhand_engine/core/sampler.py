@@ -115,7 +115,7 @@ def sample(
     None for a row whose logits hold a NaN or an infinity, or of which no token may be drawn.
     """
     asked = [number for number, row in enumerate(rows) if row.params.num_logprobs is not None]
-    own = _untouched(logits, asked, rows)
+    own = _untouched(logits, asked, rows) if asked else logits
     for number, row in enumerate(rows):
         if row.adjustments is not None:
             adjusted = logits[number].numpy()

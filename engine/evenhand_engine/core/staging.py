@@ -32,6 +32,7 @@ class Staging:
         self._slot_mapping = np.zeros(num_tokens, np.int32)
         self._seq_lens = np.zeros(num_seats, np.int32)
         self._cu_seqlens_q = np.zeros(num_seats + 1, np.int32)
+        self._one_each = np.arange(num_seats + 1, dtype=np.int32)  # instead, where each request has one row
 
     def fill(self, batch: Batch, more_rows: Sequence[int] = ()) -> ModelInput:
         """Take in what the batch tells of its seats, and lay out its step.
@@ -42,18 +43,22 @@ class Staging:
         items = batch.scheduled
         seats = np.array([item.seat for item in items])
         starts = np.array([item.num_computed_tokens for item in items])
-        counts = np.array([item.num_scheduled_tokens for item in items])
-        num_samples = np.array([item.num_samples for item in items])
-
-        ends = np.cumsum(counts, out=self._cu_seqlens_q[1 : len(items) + 1])
-        rows = np.arange(ends[-1])
-        owners = np.repeat(np.arange(len(items)), counts)
-        positions = self._positions[: len(rows)]
-        positions[:] = rows - np.repeat(ends - counts, counts) + starts[owners]
-        input_ids, slot_mapping = self._input_ids[: len(rows)], self._slot_mapping[: len(rows)]
-        input_ids[:] = self._token_ids[seats[owners], positions]
-        blocks = self._block_tables[seats[owners], positions // self._block_size]
-        slot_mapping[:] = blocks * self._block_size + positions % self._block_size
+        positions = self._positions[: batch.num_tokens]
+        if not more_rows and all(item.num_scheduled_tokens == item.num_samples == 1 for item in items):
+            # A token for each stream, as in most steps: weights have gone through the caches since the last one, and what
+            # is not called need not be read into them again.
+            counts, owners, cu_seqlens_q = np.array([1]), seats, self._one_each[: len(items) + 1]
+            sampled, positions[:] = self._one_each[: len(items)], starts
+        else:
+            counts = np.array([item.num_scheduled_tokens for item in items])
+            owners, cu_seqlens_q = np.repeat(seats, counts), self._cu_seqlens_q[: len(items) + 1]
+            ends = np.cumsum(counts, out=cu_seqlens_q[1:])
+            positions[:] = np.arange(len(positions)) + np.repeat(starts + counts - ends, counts)
+            sampled = _merged(_last_of_each(ends, np.array([item.num_samples for item in items])), more_rows)
+        input_ids, slot_mapping = self._input_ids[: len(positions)], self._slot_mapping[: len(positions)]
+        input_ids[:] = self._token_ids[owners, positions]
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slot_mapping[:] = self._block_tables[owners, blocks] * self._block_size + offsets
         seq_lens = np.add(starts, counts, out=self._seq_lens[: len(items)])
         max_num_blocks = -(-int(seq_lens.max()) // self._block_size)
         attention = AttentionBatch(
@@ -61,15 +66,13 @@ class Staging:
             slot_mapping=torch.from_numpy(slot_mapping),
             block_table=torch.from_numpy(self._block_tables[seats, :max_num_blocks]),
             seq_lens=torch.from_numpy(seq_lens),
-            cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: len(items) + 1]),
+            cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
             num_decodes=batch.num_decodes,
         )
         return ModelInput(
             input_ids=torch.from_numpy(input_ids).to(self._torch_device),
             plan=self._plan(attention),
-            logits_indices=torch.from_numpy(_merged(_last_of_each(ends, num_samples), more_rows)).to(
-                self._torch_device
-            ),
+            logits_indices=torch.from_numpy(sampled).to(self._torch_device),
         )
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:
