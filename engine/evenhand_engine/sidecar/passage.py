@@ -68,6 +68,9 @@ class Passage:
         self._num_prompts, room = num_prompts, service.info.max_model_len
         if num_choices > MAX_CHOICES:
             raise Refusal(400, "invalid_value", f"A body asks for at most {MAX_CHOICES} answers, over all its prompts.")
+        if body is not None and is_true(body.value("background")):  # it would be answered at once, and computed past us
+            message = "An answer in the background is not passed on: it would be computed past every queue and quota."
+            raise Refusal(400, "unsupported", message, param="background")
         most = service.admission.max_concurrent_requests(self.tenant_id)
         if most is not None and num_choices > most:
             message = f"The engine runs all {num_choices} answers of a body at once; the policy of tenant {self.tenant_id} allows {most}."

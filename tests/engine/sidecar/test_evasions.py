@@ -246,3 +246,24 @@ async def test_a_stream_tells_its_usage_however_it_was_asked_for(
     assert (b"prompt_tokens" not in text) == is_hidden
     await sidecar.settled()
     assert sidecar.tokens() == (7, 3)
+
+
+@pytest.mark.parametrize("background", [True, "true", 1])
+async def test_nothing_is_computed_in_the_background(
+    upstream: ScriptedUpstream, sidecar: Sidecar, background: Any
+) -> None:
+    """It would be answered at once, and cost nothing."""
+    fields = {"input": "x", "background": background, "store": True}
+    async with sidecar.post(fields, "/v1/responses") as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (400, "unsupported")
+    assert not upstream.received
+    await sidecar.settled()
+
+
+async def test_a_background_that_is_none_passes(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
+    upstream.script = say_three
+    for background in (False, None, "transparent"):
+        async with sidecar.post({"stream": True, "background": background}) as response:
+            assert response.status == 200
+            await response.read()
+    await sidecar.settled()
