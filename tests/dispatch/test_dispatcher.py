@@ -3,6 +3,8 @@
 import itertools
 from collections import Counter
 
+import pytest
+
 from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
 from evenhand_engine.dispatch.window import Window
 from evenhand_engine.scheduler.request import FinishReason
@@ -205,4 +207,27 @@ def test_the_choices_of_a_tenant_that_was_deleted_are_the_default_tenants() -> N
     dispatcher.reconfigure(SchedulerConfig())
     assert dispatcher.request_table.tenants["default"].num_running_choices == 3
     dispatcher.end(sent)
+    dispatcher.request_table.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_silent", "expected"),
+    [
+        (0.5, True, 0),  # its prompt takes a second
+        (11.0, True, 200),
+        (1_000.0, True, 500),  # no more than it may have had
+        (11.0, False, 0),  # a stream shows what came
+    ],
+)
+def test_an_answer_as_a_whole_that_nobody_waited_for_is_charged_by_time(
+    seconds: float, is_silent: bool, expected: int
+) -> None:
+    dispatcher = Dispatcher(Window(prefill_rate=100.0), SchedulerConfig())
+    one = errand("default", prompt=100, output=500)
+    one.is_silent = is_silent
+    dispatcher.add(one, 0.0)
+    assert list(dispatcher.dispatch(0.0)) == [one]
+    dispatcher.left(one, seconds)
+    assert dispatcher.request_table.tenants["default"].num_generation_tokens == expected
+    assert one.num_charged_outputs == expected and dispatcher.window.num_tokens == 0
     dispatcher.request_table.check_integrity()

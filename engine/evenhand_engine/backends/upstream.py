@@ -130,6 +130,9 @@ class Upstream:
         self.pump()
         try:
             yield await future
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.dispatcher.left(errand, time.monotonic())
+            raise
         finally:
             self._turns.pop(errand.request_id, None)
             self.dispatcher.end(errand, FinishReason.ABORT)

@@ -28,6 +28,7 @@ from evenhand_policy.config import KvCacheShare, SchedulerConfig
 
 _OUTPUT_SMOOTHING = 0.05  # weight of the newest request in the mean length of outputs
 _FIRST_EXPECTED_TOKENS = 256.0
+_UNSEEN_TOKENS_PER_SECOND = 20  # of an answer that nobody waited for; engines are rarely slower
 
 
 class Errand(Request):
@@ -217,6 +218,14 @@ class Dispatcher:
             errand.flight = None
         self.request_table.finish(errand, reason)
         self.request_table.outputs.pop()  # whoever ends it knows
+
+    def left(self, errand: Errand, now: float) -> None:
+        """Its client is gone, queued or in flight. Of an answer that would have come as a whole nothing tells how far it was,
+        and to have it computed must not be free: it is charged by time."""
+        if errand.flight is not None and errand.is_silent:
+            num_tokens = int(max(0.0, now - errand.flight.due) * _UNSEEN_TOKENS_PER_SECOND) * errand.num_choices
+            self.counted(errand, min(num_tokens, errand.max_output_tokens))
+        self.end(errand, FinishReason.ABORT)
 
     def correct(self, gauges: Gauges, now: float) -> None:
         """A report of the upstream's gauges."""

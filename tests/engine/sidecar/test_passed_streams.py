@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from evenhand_engine.dispatch import dispatcher
 from evenhand_policy.config import Limits, SchedulerConfig, TenantConfig
 from evenhand_policy.credentials import key_hash
 
@@ -56,6 +57,26 @@ async def test_a_client_that_leaves_is_charged_what_came_and_ends_it_upstream(
         while not upstream.num_cancelled:
             await asyncio.sleep(0.01)
     assert sidecar.tokens()[1] == 5 and sidecar.tokens()[0] > 100
+
+
+async def test_a_client_that_leaves_before_a_whole_answer_is_charged_for_its_time(
+    upstream: ScriptedUpstream, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever asks for long answers and leaves before their end would have them computed for nothing."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(dispatcher, "_UNSEEN_TOKENS_PER_SECOND", 10**9)
+    upstream.script = answer
+    asked = asyncio.create_task(sidecar.stream(stream=False, max_tokens=40))
+    await sidecar.until(lambda: upstream.num_open == 1)
+    await sidecar.until(lambda: sidecar.upstream.dispatcher.window.num_unstarted == 0)  # its prompt should be prefilled
+    asked.cancel()
+    await sidecar.settled()
+    await sidecar.until(lambda: upstream.num_cancelled == 1)
+    assert sidecar.tokens()[1] == 40
 
 
 async def test_a_queued_client_that_leaves_sends_nothing(upstream: ScriptedUpstream, sidecar: Sidecar) -> None:
