@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from evenhand_engine.core.followers import Follower, Mask
 from evenhand_engine.model.sharding import Share
@@ -91,7 +93,7 @@ class StructuredStep:
         `catch_up` is called where that needs all batches before it to have advanced; when it returns, they have.
         """
         if self._share is not None:
-            return self._share(lambda: self._made(catch_up))
+            return _unpacked(self._share(lambda: _packed(self._made(catch_up))))
         return self._made(catch_up)
 
     def _made(self, catch_up: Callable[[], object]) -> dict[int, Mask]:
@@ -110,3 +112,12 @@ class StructuredStep:
             follower.advance(results[number].token_ids)
             if not results[number].token_ids and follower.has_failed:
                 results[number] = msgspec.structs.replace(results[number], failure=FinishReason.GRAMMAR)
+
+
+def _packed(masks: dict[int, Mask]) -> tuple[list[int], NDArray[np.int32]] | None:
+    """Their rows, and all of them in one array, [num_masks, num_words]; None: there are none."""
+    return (list(masks), np.stack(list(masks.values()))) if masks else None
+
+
+def _unpacked(packed: tuple[list[int], NDArray[np.int32]] | None) -> dict[int, Mask]:
+    return {} if packed is None else dict(zip(*packed, strict=True))

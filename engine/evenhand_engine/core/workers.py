@@ -19,7 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from pickle import HIGHEST_PROTOCOL
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 
@@ -65,8 +67,9 @@ class Workers:
 
     def tell(self, message: object) -> None:
         """A batch, or what they need to compute the last one. Raises BrokenPipeError or ConnectionResetError where one is gone."""
+        pickled = ForkingPickler.dumps(message, HIGHEST_PROTOCOL)  # once: masks of many rows have megabytes
         for worker in self._workers:
-            worker.connection.send(message)
+            worker.connection.send_bytes(pickled)
 
     def fail(self, error: Exception) -> NoReturn:
         """Something failed in this process, which the workers wait for in vain; or since one of them is gone."""
