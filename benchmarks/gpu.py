@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,11 +76,11 @@ def run(part: Part, device: str, seed: int, left: float) -> Ended:
     started_at = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         problem = None
-        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started, which hold the device too
             process.wait()
             problem = f"its {limit:.0f} s were up"
         else:

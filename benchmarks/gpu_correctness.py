@@ -6,12 +6,13 @@ engine's token must be the best one or as good up to rounding.
 """
 
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_common import Loop, Options, options, report
@@ -27,8 +28,9 @@ from transformers import (
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import load_model
+from evenhand_kernels.checks.case import Case
 from evenhand_kernels.checks.mutants import CASES
-from evenhand_kernels.device import Device
+from evenhand_kernels.device import CompileError, Device
 
 SHAPE = {
     "vocab_size": 199,
@@ -57,25 +59,62 @@ TOLERANCE = 0.03
 def check_cases(options: Options, selected: str) -> None:
     """`selected`: all; or few, one of each kernel: what a sanitizer has time for."""
     numbers = [number for number, case in enumerate(CASES) if selected == "all" or case.small]
+    name = "cases" if selected == "all" else "sanitized"
     if selected == "few" or options.is_tiny:
         numbers = list({kernel: number for number in numbers for kernel in CASES[number].kernels}.values())
-        problems = [problem_of(options, number) for number in numbers]
-    else:  # compilers are what takes the time
+        tell(name, (outcome_of(options, number) for number in numbers))
+    else:
+        tell(name, outcomes_of_all(options, numbers))
+
+
+def tell(name: str, outcomes: Iterable["Outcome"]) -> None:
+    """As they come: what is known when the time is up is kept."""
+    failed: list[str] = []
+    for number, outcome in enumerate(outcomes, 1):
+        failed += [outcome.problem] if outcome.problem else []
+        report(**{name: {"cases": number, "failed": failed}})
+
+
+class Outcome(NamedTuple):
+    """Of a case: what is wrong, if anything is. `has_run`: else the process has lost its device to another case."""
+
+    problem: str | None
+    has_run: bool = True
+
+
+def outcomes_of_all(options: Options, numbers: list[int]) -> Iterator[Outcome]:
+    """By several processes, since compilers are what takes the time. What they leave after an error that no later call of a
+    process survives, such as an illegal address, new ones run."""
+    while numbers:
+        left = []
         with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as processes:
-            problems = list(processes.map(problem_of, repeat(options), numbers))
-    failed = [problem for problem in problems if problem is not None]
-    report(**{"cases" if selected == "all" else "sanitized": {"cases": len(numbers), "failed": failed}})
+            for number, outcome in zip(numbers, processes.map(outcome_of, repeat(options), numbers), strict=True):
+                if outcome.has_run:
+                    yield outcome
+                else:
+                    left.append(number)
+        numbers = left
 
 
-def problem_of(options: Options, number: int) -> str | None:
-    """What is wrong with a case, on this process's device."""
+def outcome_of(options: Options, number: int) -> Outcome:
+    """On this process's device."""
+    if _lost:
+        return Outcome(f"{CASES[number]}: not run", has_run=False)
     case, device = CASES[number], _device(options)
     try:
         with device.stream():
             case.run(device)
-    except AssertionError as error:
-        return f"{case}: {str(error)[:200]}"
-    return None
+            device.record().wait()
+    except (AssertionError, CompileError) as error:
+        return Outcome(f"{case}: {str(error)[:200]}")
+    except Exception as error:
+        _lost.append(case)
+        return Outcome(f"{case}: {type(error).__name__}: {str(error)[:200]}")
+    return Outcome(None)
+
+
+_lost: list[Case] = []
+"""Which case has cost this process its device."""
 
 
 @cache

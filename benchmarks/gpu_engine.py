@@ -43,8 +43,8 @@ def lengths(options: Options) -> Lengths:
     return kept[:NUM_REQUESTS]
 
 
-def decode_steps(options: Options, model: LoadedModel, shape: str, rate: float) -> dict[str, Any]:
-    """Steps of as many decodes as the engine takes at once."""
+def decode_steps(options: Options, model: LoadedModel, shape: str, name: str, rate: float) -> None:
+    """Steps of as many decodes as the engine takes at once; told before the profiler runs, and with what it finds."""
     number, context = (2, 12) if options.is_tiny else (NUM_REQUESTS, CONTEXT)
     warm, timed, traced = (1, 2, 1) if options.is_tiny else (WARM_STEPS, TIMED_STEPS, TRACED_STEPS)
     loop = Loop(model, model.settings, seed=options.seed)
@@ -61,17 +61,12 @@ def decode_steps(options: Options, model: LoadedModel, shape: str, rate: float) 
     step = statistics.median(b - a for a, b in pairwise(ends))
     num_tokens = sum(request.num_tokens for request in loop.scheduler.request_table.requests.values())
     floor = (weight_bytes(shape) + num_tokens * kv_bytes(shape)) / rate
-    idle = None if options.is_tiny else traced_idle(loop, traced)
-    for name in list(loop.timings):
-        loop.scheduler.abort(name, FinishReason.ABORT)
+    found = {"requests": number, "step_ms": 1e3 * step, "floor_ms": 1e3 * floor, "over_floor": step / floor}
+    report(**{name: found})
+    report(**{name: found | {"idle": None if options.is_tiny else traced_idle(loop, traced)}})
+    for request_id in list(loop.timings):
+        loop.scheduler.abort(request_id, FinishReason.ABORT)
     loop.drain()
-    return {
-        "requests": number,
-        "step_ms": 1e3 * step,
-        "floor_ms": 1e3 * floor,
-        "over_floor": step / floor,
-        "idle": idle,
-    }
 
 
 def weight_bytes(shape: str) -> int:
@@ -88,8 +83,8 @@ def kv_bytes(shape: str) -> int:
     return 2 * 2 * int(c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"])
 
 
-def traced_idle(loop: Loop, num_steps: int) -> float:
-    """The part of some steps' time in which nothing ran on the GPU."""
+def traced_idle(loop: Loop, num_steps: int) -> float | None:
+    """The part of some steps' time in which nothing ran on the GPU; None where the profiler sees nothing of it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(num_steps):
             loop.step()
@@ -97,7 +92,7 @@ def traced_idle(loop: Loop, num_steps: int) -> float:
     spans = [
         (event.time_range.start, event.time_range.end) for event in profile.events() if event.device_type.name == "CUDA"
     ]
-    return idle_part(spans)
+    return idle_part(spans) if spans else None
 
 
 def idle_part(spans: Iterable[tuple[float, float]]) -> float:
@@ -159,7 +154,7 @@ def main() -> None:
     started_at = time.perf_counter()
     model = load(opts, shape, enable_prefix_caching=False, gpu_memory_utilization=0.7, **settings)
     report(**{f"start_{chosen.shape}_s": time.perf_counter() - started_at})
-    report(**{f"decode_step_{chosen.shape}": decode_steps(opts, model, shape, rate)})
+    decode_steps(opts, model, shape, f"decode_step_{chosen.shape}", rate)
     ours = throughput(model, requests, opts.seed)
     report(**{f"throughput_{chosen.shape}": {"output_tokens_per_s": ours, "requests": len(requests)}})
     del model

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from evenhand_kernels.checks.case import Case
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("cases", "parity", "kernels", "engine-1b", "incident")
@@ -48,15 +51,48 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None:
-    """The kernels cannot be compiled: no part that needs them ends well, and what is known is written all the same."""
+    """The kernels cannot be compiled: no case ends well, nor the part that needs them, and what is known is written all the same."""
     done = run(
         *("--device", "emulated", "--out", str(tmp_path), "--only", "cases", "--only", "kernels"),
         XDG_CACHE_HOME=str(tmp_path / "cache"),
         CXX="/bin/false",
     )
     assert done.returncode == 1
-    parts = json.loads((tmp_path / "emulated.json").read_text())["parts"]
-    assert all("exit status 1" in part["problem"] for part in parts.values()) and len(parts) == 2
+    figures = json.loads((tmp_path / "emulated.json").read_text())
+    assert len(figures["cases"]["failed"]) == figures["cases"]["cases"] > 5
+    assert "exit status 1" in figures["parts"]["kernels"]["problem"]
+
+
+def test_a_case_that_costs_a_process_its_device_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an illegal address does on a GPU: what that process has left is run by another, and each case is told of once."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    correctness, options = import_module("gpu_correctness"), import_module("gpu_common").Options("emulated", 0)
+    has_run: list[str] = []
+
+    def case(name: str, error: Exception | None = None) -> Case:
+        def run(_: object) -> None:
+            has_run.append(name)
+            if error is not None:
+                raise error
+
+        return Case(name, frozenset({name}), run)
+
+    class Processes(ThreadPoolExecutor):
+        """One after the other, each as if it were a process."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(1)
+            correctness._lost.clear()
+
+    cases = [case("a"), case("b", AssertionError("off")), case("c", RuntimeError("illegal")), case("d"), case("e")]
+    monkeypatch.setattr(correctness, "CASES", cases)
+    monkeypatch.setattr(correctness, "ProcessPoolExecutor", Processes)
+    correctness.tell("cases", correctness.outcomes_of_all(options, list(range(5))))
+    told = [json.loads(line)["cases"] for line in capsys.readouterr().out.splitlines()]
+    assert [each["cases"] for each in told] == [1, 2, 3, 4, 5] and has_run == ["a", "b", "c", "d", "e"]
+    assert told[-1]["failed"] == ["b: off", "c: RuntimeError: illegal"]
 
 
 def test_idle_is_what_no_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
