@@ -95,7 +95,8 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` asks for. It must have run once before, allocate nothing, and read nothing back."""
+        """Record what `work` asks for. It must have run once before and read nothing back; what it allocates must be gone when it
+        returns, since all recorded work shares the memory for that."""
         ...
 
     def seconds(self, work: Callable[[], object], rounds: int) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from evenhand_kernels.cuda import variants
-from evenhand_kernels.cuda.device import first_error
+from evenhand_kernels.cuda.device import compiler_options, first_error
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.cuda.variants import RESERVED_BYTES, SHARED_KIB, AttentionChoice
 from evenhand_kernels.device import CompileError
@@ -97,7 +97,8 @@ def quick(architecture: str) -> Iterator[Variant]:
     """Attention takes seconds to compile: here at two head sizes, another pair for each architecture."""
     head_dim = {"sm_80": 64, "sm_89": 256, "sm_90": 128, "sm_100": 96}[architecture]
     for kv_dtype, size in ((BF16, head_dim), (FP8, 128 if head_dim != 128 else 64)):
-        yield from _attention(BF16, kv_dtype, size, architecture)
+        portable, *others = _attention(BF16, kv_dtype, size, architecture)
+        yield from (portable, *others[-1:])  # the last has all that the others have
         yield variants.write_kv(BF16, kv_dtype, size, 16)
         yield variants.merge(BF16, kv_dtype, size, 16)
     yield from _small()
@@ -142,7 +143,7 @@ def compile_variant(variant: Variant, architecture: str, cache_dir: Path) -> Com
     from cupy_backends.cuda.libs import nvrtc
 
     target = variant.architecture or architecture
-    options = ("-std=c++17", f"-arch={target}", "--ptxas-options=-v", *variant.definitions)
+    options = (*compiler_options(variant), *added_by_cupy(architecture), "--ptxas-options=-v")
     key = hashlib.sha256(repr((variant.text, options, nvrtc.getVersion())).encode()).hexdigest()[:16]
     remembered = cache_dir / f"{variant.kernel}-{target}-{key}"
     if not remembered.exists():
@@ -153,6 +154,11 @@ def compile_variant(variant: Variant, architecture: str, cache_dir: Path) -> Com
         Path(file.name).rename(remembered)
     log_bytes, cubin = remembered.read_bytes().split(_SEPARATOR, 1)
     return _examine(variant, architecture, log_bytes.decode(), _disassembled(cubin))
+
+
+def added_by_cupy(architecture: str) -> tuple[str, ...]:
+    """To the options of a RawModule, by CuPy 14."""
+    return "-ftz=true", f"-arch={architecture}", "--device-as-default-execution-space"
 
 
 def faults(variant: Variant, compiled: Compiled) -> list[str]:

@@ -53,7 +53,9 @@ class CudaDevice:
         self.num_multiprocessors: int = properties.multi_processor_count
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(index)
+        self._cupy.cuda.Device(index).use()  # CuPy has a runtime of its own
         self._stream = torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+        self._graph_memory = torch.cuda.graph_pool_handle()
         self._loaded: dict[Variant, CudaLaunch] = {}
 
     def load(self, variant: Variant) -> Launch:
@@ -75,18 +77,29 @@ class CudaDevice:
         return _CudaEvent(event)
 
     def capture(self, work: Callable[[], None]) -> Graph:
+        """All graphs share the memory that they take for what lives within one of them: they run one after the other.
+
+        Calls of other threads, as of NCCL's, do not disturb it.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
 
     def seconds(self, work: Callable[[], object], rounds: int) -> float:
+        """By a graph, or what is measured is the time that Python takes for a launch."""
+
+        def all_rounds() -> None:
+            for _ in range(rounds):
+                work()
+
+        work()
+        graph = self.capture(all_rounds)
+        graph.replay()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         stream = torch.cuda.current_stream()
-        work()
         begin.record(stream)
-        for _ in range(rounds):
-            work()
+        graph.replay()
         end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
@@ -118,16 +131,17 @@ class CudaLaunch:
     """Implements `Launch`. All arguments are one structure, which CuPy passes by value."""
 
     def __init__(self, cupy: Any, variant: Variant) -> None:
-        """Compiles at once, and not at the first launch, which may be while a graph is recorded."""
-        options = ("-std=c++17", *variant.definitions)
-        if variant.architecture is not None:  # beside the one that CuPy adds
-            options += (f"--gpu-architecture={variant.architecture}",)
+        """Compiles at once, and not at the first launch, which may be while a graph is recorded. Raises CompileError, DeviceError."""
         try:
-            module = cupy.RawModule(code=variant.text, options=options)
+            module = cupy.RawModule(code=variant.text, options=compiler_options(variant))
             self._kernel = module.get_function(variant.kernel)
             self._kernel.compile()
         except cupy.cuda.compiler.CompileException as error:
             raise CompileError(f"{variant}: {first_error(str(error))}") from error
+        except cupy.cuda.driver.CUDADriverError as error:
+            raise DeviceError(
+                f"the driver does not load {variant} ({error}): update it, or install an older CuPy"
+            ) from error
         if variant.shared_bytes > DEFAULT_SHARED_BYTES:
             self._kernel.max_dynamic_shared_size_bytes = variant.shared_bytes
         self._values = np.zeros(1, variant.argument_dtype)
@@ -148,6 +162,14 @@ class CudaLaunch:
         for name in self._numbers:
             values[name] = arguments[name]
         self._kernel((*axes, 1, 1)[:3], self._block, self._argument, shared_mem=self._shared_bytes, stream=self._stream)
+
+
+def compiler_options(variant: Variant) -> tuple[str, ...]:
+    """What CuPy is given for NVRTC. It adds the device's architecture, as -arch, and others that `checks/compiled.py` has."""
+    options = ("-std=c++17", *variant.definitions)
+    if variant.architecture is not None:  # NVRTC follows the long name of the option, wherever it stands
+        options += (f"--gpu-architecture={variant.architecture}",)
+    return options
 
 
 def first_error(log: str) -> str:

@@ -114,10 +114,15 @@ class DeviceRunner:
         return results
 
     def warm_up(self) -> None:
-        """Run the largest step, and record the graphs of decodes, so that no user waits for what happens at first use."""
+        """Record the graphs of decodes and run the largest step, so that no user waits for what happens at first use.
+
+        The largest graph first: the others find room in its memory. The largest step last: to record a graph gives back what
+        memory is not in use, and this step takes again what prompts need.
+        """
+        sizes = graph_sizes(self.settings.max_num_seqs)
+        recorded = {size: self._record(size) for size in reversed(sizes)}
+        self._graphs = {size: recorded[size] for size in sizes}
         run_largest_step(self, self.settings, scores_prompt=True)
-        for size in graph_sizes(self.settings.max_num_seqs):
-            self._record(size)
 
     def _masks(self, structured: StructuredStep | None) -> dict[int, Mask]:
         """By row. Those of a token can be made when the one before it has come."""
@@ -211,7 +216,7 @@ class DeviceRunner:
         num_rows = batch.num_tokens if self.settings.num_speculative_tokens else batch.num_decodes
         return next((self._graphs[size] for size in self._graphs if size >= num_rows), None)
 
-    def _record(self, size: int) -> None:
+    def _record(self, size: int) -> _RecordedStep:
         """Record the decodes of `size` requests; while it is recorded, all of them are padding."""
         shape = self._kernels.work.shape(size, size)
         layout = StepLayout(size, size, size, shape.words)
@@ -223,7 +228,7 @@ class DeviceRunner:
         with self._device.stream(), torch.inference_mode():
             self._copy(empty, layout, shape)
             compute()
-            self._graphs[size] = _RecordedStep(self._device.capture(compute), layout, shape)
+            return _RecordedStep(self._device.capture(compute), layout, shape)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:

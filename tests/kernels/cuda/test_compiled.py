@@ -3,13 +3,17 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from evenhand_engine.model.cache import cache_dir
 from evenhand_kernels.checks import compiled
 from evenhand_kernels.checks.compiled import ARCHITECTURES, Compiled, compile_variant, faults, quick, shipped
 from evenhand_kernels.cpu.cores import num_cores
+from evenhand_kernels.cuda import variants
+from evenhand_kernels.cuda.device import compiler_options
 from evenhand_kernels.cuda.source import SOURCE_DIR, Variant
 from evenhand_kernels.device import CompileError
 
@@ -46,6 +50,27 @@ def test_every_kernel_is_compiled() -> None:
     for architecture in ARCHITECTURES:
         kernels = {variant.kernel for variant in quick(architecture)}
         assert kernels == {path.stem for path in SOURCE_DIR.glob("*.cu")}
+
+
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_what_is_checked_is_what_cupy_makes_of_a_module(monkeypatch: pytest.MonkeyPatch, wgmma: bool) -> None:
+    """CuPy's own way from a source to a module, up to the compiler: without a device, which it would ask for its architecture."""
+    from cupy.cuda import compiler
+
+    asked: list[tuple[str, ...]] = []
+
+    def remember(self: object, options: tuple[str, ...], log_stream: object = None) -> tuple[bytes, None]:
+        asked.append(options)
+        return b"", None
+
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    monkeypatch.setattr(compiler._NVRTCProgram, "compile", remember)
+    monkeypatch.setattr(compiler.function, "Module", lambda: Mock())
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
+    choice = variants.AttentionChoice(wgmma=wgmma)
+    variant = variants.attention(torch.bfloat16, torch.bfloat16, 128, 16, "sm_90", choice=choice)
+    compiler._compile_module_with_cache(variant.text, compiler_options(variant), arch="90")
+    assert asked[-1] == (*compiler_options(variant), *compiled.added_by_cupy("sm_90"))
 
 
 def test_faults_are_found() -> None:

@@ -1,8 +1,11 @@
 """The CUDA device without a GPU: what is missing is said in one line, and what a launch hands to CuPy is what the kernel reads."""
 
+import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,10 +22,15 @@ class CompileException(Exception):
     """As CuPy's."""
 
 
-class Kernel:
-    """Remembers its launches; `log`: why it does not compile."""
+class CUDADriverError(RuntimeError):
+    """As CuPy's."""
 
-    def __init__(self, log: str = "") -> None:
+
+class Kernel:
+    """Remembers its launches; `log`: why it does not compile; `driver_error`: why it is not loaded."""
+
+    def __init__(self, log: str = "", driver_error: str = "") -> None:
+        self._driver_error = driver_error
         self.launches: list[tuple[Any, ...]] = []
         self.max_dynamic_shared_size_bytes = 0
         self._log = log
@@ -30,6 +38,8 @@ class Kernel:
     def compile(self) -> None:
         if self._log:
             raise CompileException(self._log)
+        if self._driver_error:
+            raise CUDADriverError(self._driver_error)
 
     def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int, stream: Any) -> None:
         self.launches.append((grid, block, arguments[0].copy(), shared_mem))
@@ -40,7 +50,11 @@ def fake_cupy(kernel: Kernel) -> Any:
     module = SimpleNamespace(get_function=lambda name: kernel)
     return SimpleNamespace(
         RawModule=lambda code, options: module,
-        cuda=SimpleNamespace(compiler=SimpleNamespace(CompileException=CompileException), function=function),
+        cuda=SimpleNamespace(
+            compiler=SimpleNamespace(CompileException=CompileException),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError),
+            function=function,
+        ),
     )
 
 
@@ -117,6 +131,23 @@ def test_a_kernel_that_does_not_compile_is_told_by_its_first_error() -> None:
         CudaLaunch(fake_cupy(Kernel(log)), SILU_MUL)
 
 
+def test_a_kernel_that_the_driver_does_not_load_is_told_in_one_line() -> None:
+    error = "CUDA_ERROR_UNSUPPORTED_PTX_VERSION: the provided PTX was compiled with an unsupported toolchain."
+    with pytest.raises(
+        DeviceError, match=r"^the driver does not load silu_mul BF16 \(CUDA_ERROR_UNSUPPORTED.*: update it"
+    ):
+        CudaLaunch(fake_cupy(Kernel(driver_error=error)), SILU_MUL)
+
+
+def test_what_is_used_of_cupy_is_there() -> None:
+    """Without a device nothing of it runs; but names can be looked up."""
+    cupy = pytest.importorskip("cupy")
+    assert issubclass(cupy.cuda.driver.CUDADriverError, Exception)
+    assert issubclass(cupy.cuda.compiler.CompileException, Exception)
+    assert isinstance(cupy.cuda.function.CNumpyArray(np.zeros(1, SILU_MUL.argument_dtype)), cupy.cuda.function.CPointer)
+    assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes") and hasattr(cupy.cuda.Device, "use")
+
+
 def test_a_launch_hands_over_addresses_and_numbers() -> None:
     kernel = Kernel()
     launch = CudaLaunch(fake_cupy(kernel), SILU_MUL)
@@ -131,3 +162,59 @@ def test_a_launch_hands_over_addresses_and_numbers() -> None:
     assert (values["gate_up"], values["output"]) == (gate_up.data_ptr(), output.data_ptr())
     assert (values["num_rows"], values["size"]) == (2, 4)
     assert second[0]["output"] == 0, "a null pointer, and not what the launch before had"
+
+
+def test_cupy_asks_a_stream_for_its_handle_alone() -> None:
+    """Before it launches anything: torch's current stream is enough for it."""
+    function = pytest.importorskip("cupy.cuda.function")
+
+    class Stream:
+        @property
+        def ptr(self) -> int:
+            raise LookupError("the handle")
+
+    kernel = function.Function.__new__(function.Function)
+    with pytest.raises(LookupError, match="the handle"):
+        kernel((1, 1, 1), (32, 1, 1), (), shared_mem=0, stream=Stream())
+
+
+def test_all_recorded_graphs_share_memory_and_a_measurement_is_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of some thirty would keep its own; and of launches one by one Python's time would be measured."""
+    done: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 2000.0
+
+    asked = inspect.signature(torch.cuda.graph)
+
+    @contextmanager
+    def recording(*args: Any, **options: Any) -> Iterator[None]:
+        done.append(asked.bind(*args, **options).arguments)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    device = CudaDevice.__new__(CudaDevice)
+    device._graph_memory, device._stream = (0, 1), cast(torch.cuda.Stream, "stream")
+    device.capture(lambda: done.append("first"))
+    assert device.seconds(lambda: done.append("work"), 3) == 2.0
+    options = [each for each in done if isinstance(each, dict)]
+    assert len(options) == 2 and all(each["pool"] == (0, 1) and each["stream"] == "stream" for each in options)
+    after = done[done.index(options[1]) + 1 :]
+    assert after == ["work"] * 3 + ["replay", "record", "replay", "record", "wait"]
