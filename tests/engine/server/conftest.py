@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -205,7 +206,8 @@ def say(model_dir: Path) -> Say:
         def reply(request: AddRequest) -> Iterator[RequestOutput]:
             yield RequestOutput(request_id=request.request_id, num_cached_tokens=3)
             limit = request.sampling_params.max_tokens
-            for number, token_id in enumerate(token_ids[:limit], 1):
+            endless = itertools.chain(token_ids, itertools.repeat(eos))  # where the end is ignored
+            for number, token_id in enumerate(itertools.islice(endless, limit), 1):
                 reason = None
                 if token_id in request.sampling_params.stop_token_ids:
                     reason = FinishReason.STOP
