@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
 
 if TYPE_CHECKING:
     from evenhand_kernels.kernels import Kernels
 
-# The same examples on every machine; `make soak` looks for others.
+# The same examples on every machine; `make soak` looks for others. Hypothesis would also try values that it finds in our modules,
+# in those that happen to be imported by then.
+providers._get_local_constants = providers.Constants
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("evenhand", deadline=None, derandomize=True, suppress_health_check=_SLOW)
 hypothesis.settings.register_profile("soak", deadline=None, suppress_health_check=_SLOW)
