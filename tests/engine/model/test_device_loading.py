@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 from transformers import LlamaConfig
 
+from evenhand_engine.commands.serve import serve
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import load_model, load_shard
 from evenhand_engine.core.model_runner import ModelRunner
@@ -17,6 +19,7 @@ from evenhand_engine.model.sharding import Shard
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.quantized import QuantizedLinears
+from evenhand_kernels.device import CompileError
 from evenhand_kernels.emulation.device import EmulatedDevice
 from evenhand_kernels.kernels import Linear
 from evenhand_kernels.quantized import QuantizedTensor
@@ -122,6 +125,22 @@ def test_memory_that_runs_out_on_the_way_is_said_with_what_helps(
     monkeypatch.setattr("evenhand_engine.core.device_runner.DeviceRunner.warm_up", exhausted)
     with pytest.raises(StartupError, match=r"tried to allocate 2\.00 GiB; lower --gpu-memory-utilization"):
         load_model(config)
+
+
+def test_a_kernel_that_does_not_compile_is_named_with_its_line(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> None:
+        raise CompileError('rms_norm: rms_norm.cu(6): error: identifier "x" is undefined')
+
+    monkeypatch.setattr(EmulatedDevice, "load", wrong)
+    with pytest.raises(StartupError, match=r"^rms_norm: rms_norm\.cu\(6\): error: identifier"):
+        load_model(config)
+
+
+def test_the_emulated_device_is_for_tests_and_not_in_the_help() -> None:
+    shown = CliRunner().invoke(serve, ["--help"]).output
+    assert "[auto|cpu|cuda]" in shown and "emulated" not in shown
 
 
 @pytest.mark.parametrize(
