@@ -28,8 +28,10 @@ def test_rope_kinds() -> None:
 
 
 def test_quantisations() -> None:
-    listed = re.findall(r"[A-Z][A-Z0-9_]+", section("Quantisations of GGUF files"))
+    kinds, _, in_memory = section("Quantisations of GGUF files").partition("In memory")
+    listed = re.findall(r"[A-Z][A-Z0-9_]+", kinds)
     assert sorted(listed) == sorted(kind.name for kind in STORAGE)
+    assert set(re.findall(r"\bI?Q\d\w+", in_memory)) <= set(listed)
 
 
 def test_pre_tokenizers() -> None:
