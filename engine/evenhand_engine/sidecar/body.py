@@ -12,7 +12,7 @@ import msgspec
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
-from evenhand_engine.sidecar.members import decode_members
+from evenhand_engine.sidecar.members import decode_members, small_value
 from evenhand_engine.sidecar.sampling import Sampling
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
@@ -29,7 +29,6 @@ _TOKEN_IDS = re.compile(rb"\[\s*(?:\[\s*)?\d")
 _PROMPTS = ("prompt", "prompt_embeds", "input_ids", "text", "token_ids", "instances")
 _JSON_BEGINS = (b"{", b"\xef\xbb\xbf{")  # some engines look at no Content-Type, and some leave out a byte order mark
 MAX_CHOICES = 256  # of all prompts of one body, as in the engine
-_MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
 
 
 class BytesPerToken:
@@ -83,12 +82,7 @@ class Body:
     def value(self, name: str) -> Any:
         """A member's value; None where there is none, or none that can be read, or one too large to be of use."""
         raw = None if self.fields is None else self.fields.get(name)
-        if raw is None or len(bytes(raw)) > _MAX_VALUE_BYTES:
-            return None
-        try:
-            return msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
+        return None if raw is None else small_value(raw)
 
     def set(self, name: str, value: Any) -> None:
         """Set a member, or with None take it away; an object is needed."""

@@ -12,22 +12,31 @@ from evenhand_engine.errors import Refusal
 Members = dict[str, msgspec.Raw]
 
 _MAX_MEMBERS = 16_384
-_LARGE = (  # members that may be long and have many of their own
-    *(
-        "messages",
-        "prompt",
-        "prompts",
-        "input",
-        "inputs",
-        "instances",
-        "text",
-        "texts",
-        "documents",
-        "query",
-        "queries",
-    ),
-    *("tools", "functions", "response_format", "image_data", "input_extra", "content", "instructions"),
-    *("system", "suffix", "input_prefix", "input_suffix"),
+_MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
+# members that may be long and have many of their own
+_LARGE = (
+    "messages",
+    "prompt",
+    "prompts",
+    "input",
+    "inputs",
+    "instances",
+    "text",
+    "texts",
+    "documents",
+    "query",
+    "queries",
+    "tools",
+    "functions",
+    "response_format",
+    "image_data",
+    "input_extra",
+    "content",
+    "instructions",
+    "system",
+    "suffix",
+    "input_prefix",
+    "input_suffix",
 )
 _Large: Any = msgspec.defstruct("_Large", [(name, msgspec.Raw, msgspec.Raw()) for name in _LARGE])
 
@@ -41,6 +50,16 @@ def decode_members(raw: bytes | msgspec.Raw) -> Members:
     if num_colons > _MAX_MEMBERS:
         raise Refusal(400, "invalid_value", f"An object of the body has more than {_MAX_MEMBERS} members, or may have.")
     return msgspec.json.decode(raw, type=Members)
+
+
+def small_value(raw: msgspec.Raw) -> Any:
+    """What it says; None where it cannot be read, or is too large to be of use."""
+    if len(bytes(raw)) > _MAX_VALUE_BYTES:
+        return None
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def is_named(members: Members, name: str) -> bool:

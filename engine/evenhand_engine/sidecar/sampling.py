@@ -10,7 +10,7 @@ What is counted is the most of all. What is bounded is every limit that is named
 import msgspec
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.sidecar.members import Members, decode_members, is_named
+from evenhand_engine.sidecar.members import Members, decode_members, is_named, small_value
 
 _OBJECTS = ("sampling_params", "parameters", "options")
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict", "num_predict")
@@ -28,7 +28,6 @@ _OWN_LIMITS: dict[str, tuple[tuple[str, ...], ...]] = {  # what counts at a path
     "/vertex_generate": (("parameters", "max_new_tokens"),),
 }
 _MAX_LIST_BYTES = 64 * 1024
-_MAX_VALUE_BYTES = 4096  # of a number
 
 
 class Sampling:
@@ -87,10 +86,10 @@ class Sampling:
 
 def count(raw: msgspec.Raw) -> int | None:
     """A number above 0 as lenient engines read it, "5" and 5.0 too; None: it is none."""
+    value = small_value(raw)
     try:
-        value = msgspec.json.decode(raw) if len(bytes(raw)) <= _MAX_VALUE_BYTES else None
         number = float(value) if isinstance(value, str | int | float) else 0.0
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError):
+    except (ValueError, OverflowError):
         return None
     return int(number) if 0 < number < 2**31 and number == int(number) else None
 
