@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,6 @@ def complete(client: httpx2.Client, **body: object) -> httpx2.Response:
 
 
 Pinned = Callable[[Server], list[httpx2.Client]]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {WAIT_SECONDS} s: {what}"
-        time.sleep(0.01)
 
 
 def tenant(server: Server, tenant_id: str = "chat") -> dict[str, Any]:

@@ -13,8 +13,9 @@ from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server import api_servers
 from evenhand_engine.server.startup import start_server
 
-from .api_clients import api_pids, until
+from .api_clients import api_pids
 from .conftest import Serve
+from .policies import until
 from .scripted_core import ScriptedCore
 
 

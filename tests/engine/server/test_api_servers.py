@@ -15,8 +15,9 @@ import pytest
 from evenhand_engine.messages import AbortRequest, AddRequest
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
 
-from .api_clients import HEADERS, Pinned, Stream, api_pids, ask, complete, metric, spoken, tenant, until, write_policy
+from .api_clients import HEADERS, Pinned, Stream, api_pids, ask, complete, metric, spoken, tenant, write_policy
 from .conftest import Say, Serve, Server
+from .policies import until
 from .scripted_core import WAIT_SECONDS, ScriptedCore
 
 
