@@ -83,9 +83,8 @@ def run_core(
     time.sleep(0.5)
     times, due = array("d"), time.monotonic()
     for step in range(num_steps):
-        time.sleep(
-            max(0.0, due + step_seconds / 2 - time.monotonic())
-        )  # the server has a core of its own for the last step
+        # until then the server has a core of its own for the last step
+        time.sleep(max(0.0, due + step_seconds / 2 - time.monotonic()))
         reason = FinishReason.LENGTH if step == num_steps - 1 else None
         outputs = [
             RequestOutput(request_id=i, token_ids=(LETTER,), finish_reason=reason, num_output_tokens=num_steps)

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SWITCH_SECONDS = 0.001
-_NUM_YOUNG_OBJECTS = (
-    10_000  # that come before garbage is looked for: a step of a thousand streams brings fewer, and they go at once
-)
+# before garbage is looked for: a step of a thousand streams brings fewer, and they go at once
+_NUM_YOUNG_OBJECTS = 10_000
 GRACE_SECONDS = 1.0  # for the last events of the streams, once the engine is gone
 
 
