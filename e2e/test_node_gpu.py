@@ -60,7 +60,5 @@ def test_production_overlay_has_its_gpus_and_says_that_there_are_none(
     until(says_that_there_are_none, timeout=120)
     pods = node_installation.cluster.find("pods", NAMESPACE)
     assert {each["spec"].get("nodeName") for each in pods} == {NAME}
-    node_installation.kubectl("delete", ENGINES, "--cascade=foreground", "--timeout=60s", timeout=90)
-    kubectl("delete", "-k", str(overlay), "--ignore-not-found", "--timeout=120s", timeout=150)
-    kubectl("delete", "-k", f"{REPOSITORY}/crds", "--timeout=60s", timeout=90)
+    node_installation.uninstall(overlay)
     until(lambda: node_installation.cluster.everything() <= before)

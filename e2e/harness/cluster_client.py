@@ -1,7 +1,7 @@
 """A tenant's program in a Pod of its own: sends requests to the engines by their Service's name, with its ServiceAccount's token.
 
-Run in the Pod with `exec`, with how many to send at once, how many a second, and how many (0: until there is the file STOP):
-prints one JSON object, answers by what came of them.
+Run in the Pod with `exec`, with how many to send at once, how many a second, how many at least, and whether to go on until there
+is the file STOP (1) or not (0): prints one JSON object, answers by what came of them.
 """
 
 import itertools
@@ -35,11 +35,15 @@ def ask(timeout: float = 60) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def load(at_once: int, per_second: float, requests: int) -> Counter[str]:
+def load(at_once: int, per_second: float, at_least: int, goes_on: bool) -> Counter[str]:
     """What came of requests from a few threads, no more often than so many a second."""
     outcomes: Counter[str] = Counter()
-    endless = itertools.takewhile(lambda _: not os.path.exists(STOP), itertools.count())
-    numbers, lock, began = iter(range(requests)) if requests else endless, threading.Lock(), time.monotonic()
+    lock, began = threading.Lock(), time.monotonic()
+
+    def is_wanted(number: int) -> bool:
+        return number < at_least or (goes_on and not os.path.exists(STOP))
+
+    numbers = itertools.takewhile(is_wanted, itertools.count())
 
     def work() -> None:
         while True:
@@ -61,4 +65,5 @@ def load(at_once: int, per_second: float, requests: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(load(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))))  # noqa: T201
+    at_once, per_second, at_least, goes_on = sys.argv[1:]
+    print(json.dumps(load(int(at_once), float(per_second), int(at_least), goes_on == "1")))  # noqa: T201

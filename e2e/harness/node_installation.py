@@ -109,33 +109,24 @@ class NodeInstallation(Stage):
         (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | paths))
         return directory
 
-    def load(self, requests: int, at_once: int = 1, per_second: float = 1000) -> dict[str, int]:
-        """What came of requests that the tenant's Pod sent to the Service; 0: until it is told to stop."""
-        command = [
-            "exec",
-            "-i",
-            CLIENT,
-            "-n",
-            TENANTS,
-            "--",
-            "python",
-            "-",
-            str(at_once),
-            str(per_second),
-            str(requests),
-        ]
+    def load(
+        self, requests: int, at_once: int = 1, per_second: float = 1000, *, goes_on: bool = False
+    ) -> dict[str, int]:
+        """What came of requests that the tenant's Pod sent to the Service; `goes_on`: of more, until it is told to stop."""
+        arguments = [str(at_once), str(per_second), str(requests), "1" if goes_on else "0"]
+        command = ["exec", "-i", CLIENT, "-n", TENANTS, "--", "python", "-", *arguments]
         program = Path(cluster_client.__file__).read_text()
         outcomes: dict[str, int] = json.loads(self.cluster.kubectl(*command, stdin=program, timeout=1200))
         return outcomes
 
     @contextlib.contextmanager
-    def under_load(self, at_once: int, per_second: float) -> Iterator[dict[str, int]]:
-        """The tenant's Pod sends requests for as long as the block takes; what came of them is there when it has ended."""
+    def under_load(self, at_once: int, per_second: float, at_least: int = 1) -> Iterator[dict[str, int]]:
+        """The tenant's Pod sends requests for as long as the block takes, and so many; what came of them is there then."""
         outcomes: dict[str, int] = {}
         in_client = ["exec", CLIENT, "-n", TENANTS, "--"]
         self.cluster.kubectl(*in_client, "rm", "-f", cluster_client.STOP)
         with concurrent.futures.ThreadPoolExecutor(1) as background:
-            load = background.submit(self.load, 0, at_once, per_second)
+            load = background.submit(self.load, at_least, at_once, per_second, goes_on=True)
             try:
                 yield outcomes
             finally:
