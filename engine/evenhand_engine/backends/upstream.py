@@ -1,22 +1,20 @@
-"""Upstream: the connection to an engine that somebody else wrote, and the queue before it.
+"""Upstream: an engine that somebody else wrote, and the queue before it.
 
-Lives in the HTTP process, on its event loop. Owns the pooled session, the dispatcher and who waits for it. A request asks for
-its turn (`turn`), is sent by whoever asked, and tells what comes back; the dispatcher decides nothing by itself, so every
-event ends with `pump`. The upstream may be down, or restart, at any time: that is news for a probe, never an end of ours.
+Lives in the HTTP process that owns what tenants share, on its event loop. Owns the dispatcher and who waits for it. A request is
+queued here, sent by whoever asked, in whichever process that is, and what comes back is told; the dispatcher decides nothing by
+itself, so every event ends with `pump`. The upstream may be down, or restart, at any time: that is news for a probe, never an end
+of ours.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import aiohttp
-from yarl import URL
 
 from evenhand_engine.backends.backend import ModelInfo
-from evenhand_engine.backends.pool import LiveTCPConnector, LiveUnixConnector
+from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.backends.upstream_metrics import backend_name, read_gauges, read_slots
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.dispatch.dispatcher import Dispatcher, Errand
@@ -24,60 +22,35 @@ from evenhand_engine.messages import EngineStats
 from evenhand_engine.scheduler.request import FinishReason
 from evenhand_policy.config import SchedulerConfig
 
+Called = Callable[[FinishReason | None], None]
+
 _PROBE_SECONDS = 1.0
-_KEEPALIVE_SECONDS = 4.0  # uvicorn and llama.cpp close after 5 s of silence, perhaps while a request is on its way
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 _PROBES_PER_SIZING = 30
 _STATS_SECONDS = 0.1
 _MAX_METRICS_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpstreamSettings:
-    """How the upstream is reached.
-
-    Attributes:
-        url: its origin, such as http://127.0.0.1:8001; with `socket`, only the Host header is taken from it.
-        socket: path of a Unix socket to connect to instead.
-        api_key: sent as its bearer token; a client's own credential is ours and never goes on.
-        connect_timeout: seconds for a connection; one that cannot be made is tried again until then, as nothing was sent.
-        idle_timeout: seconds without a byte of an answer after which it has failed.
-        max_model_len: the upstream's context.
-        kv_tokens: size of its KV cache in tokens; None: what it says of itself.
-        max_num_seqs: requests that it runs at once; None: what it says of itself.
-    """
-
-    url: str
-    socket: Path | None = None
-    api_key: str | None = None
-    connect_timeout: float = 5.0
-    idle_timeout: float = 600.0
-    max_model_len: int = 131_072
-    kv_tokens: int | None = None
-    max_num_seqs: int | None = None
-
-
 class Upstream:
     """An `Enforcer` whose engine is another server.
 
     Attributes:
+        connection: of this process, for probes at least.
         dispatcher: who is sent next.
         problem: why the upstream cannot be used now, by the last probe; None: it can.
         metrics_text: its `/metrics` as last scraped.
-        backend: which engine it is, as far as it says.
     """
 
-    def __init__(self, settings: UpstreamSettings, dispatcher: Dispatcher) -> None:
-        self.settings = settings
+    def __init__(self, connection: UpstreamConnection, dispatcher: Dispatcher) -> None:
+        self.connection = connection
+        self.settings = settings = connection.settings
         self.dispatcher = dispatcher
         self.problem: str | None = "the upstream was not reached yet"
         self.metrics_text = b""
-        self.backend = "unknown"
         self.stats: EngineStats | None = None
         self.died = asyncio.Event()  # never set: the upstream may come back
         self._loop = asyncio.get_running_loop()
-        self._origin = settings.url.rstrip("/")
-        self._turns: dict[str, asyncio.Future[FinishReason | None]] = {}
+        self._waiting: dict[str, Called] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._recorder = StatsRecorder(dispatcher)
         self._listeners: list[Callable[[EngineStats], None]] = []
@@ -85,75 +58,41 @@ class Upstream:
         dispatcher.window.resize_kv(settings.kv_tokens)
         dispatcher.window.num_seats = settings.max_num_seqs or float("inf")
         self._tasks: list[asyncio.Task[None]] = []
-        self.session = self._session()
-
-    def _session(self) -> aiohttp.ClientSession:
-        settings = self.settings
-        # No limit of connections: aiohttp's own of 100 would be a window that nobody sees.
-        connector: aiohttp.BaseConnector
-        if settings.socket is not None:
-            connector = LiveUnixConnector(str(settings.socket), limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
-        else:
-            connector = LiveTCPConnector(limit=0, ttl_dns_cache=10, keepalive_timeout=_KEEPALIVE_SECONDS)
-        return aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=settings.connect_timeout, sock_read=settings.idle_timeout
-            ),
-        )
 
     def start(self) -> None:
         """Begin to probe the upstream and to tell the state."""
         self._tasks = [asyncio.create_task(self._probe()), asyncio.create_task(self._report())]
 
-    def url(self, raw_path: str) -> URL:
-        """Where a request for this path and query, as the client wrote it, goes."""
-        return URL(self._origin + raw_path, encoded=True)
-
-    @property
-    def authorization(self) -> dict[str, str]:
-        """The header that proves to the upstream who asks; empty where it wants none."""
-        return {} if self.settings.api_key is None else {"Authorization": f"Bearer {self.settings.api_key}"}
-
     # -- turns
 
-    @contextlib.asynccontextmanager
-    async def turn(self, errand: Errand) -> AsyncIterator[FinishReason | None]:
-        """Wait until the request may be sent; yields None, or why it never will be. On leaving it has ended, and what it
-        was charged stands."""
-        future: asyncio.Future[FinishReason | None] = self._loop.create_future()
-        self._turns[errand.request_id] = future
+    def queue(self, errand: Errand, called: Called) -> None:
+        """Have `called` once, perhaps at once: with None when the request is to be sent, else with why it never will be. Whoever
+        queues it must `end` it."""
+        self._waiting[errand.request_id] = called
         self.dispatcher.add(errand, time.monotonic())
         self.pump()
-        try:
-            yield await future
-        except (asyncio.CancelledError, ConnectionResetError):
-            self.dispatcher.left(errand, time.monotonic())
-            raise
-        finally:
-            self._turns.pop(errand.request_id, None)
-            self.dispatcher.end(errand, FinishReason.ABORT)
-            self.pump()
+
+    def end(self, errand: Errand) -> None:
+        """Queued, sent or ended, it is no more; what it was charged stands."""
+        self._waiting.pop(errand.request_id, None)
+        self.dispatcher.end(errand, FinishReason.ABORT)
+        self.pump()
 
     def pump(self) -> None:
         """Send whoever may be sent now, and tell whoever may not be at all."""
         for errand in self.dispatcher.dispatch(time.monotonic()):
-            self._resolve(errand.request_id, None)
+            self._call(errand.request_id, None)
         for request_id, reason in self.dispatcher.refused():
-            self._resolve(request_id, reason)
+            self._call(request_id, reason)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if (due := self.dispatcher.next_event) != float("inf"):
             self._timer = self._loop.call_later(max(0.0, due - time.monotonic()) + 1e-3, self.pump)
 
-    def _resolve(self, request_id: str, reason: FinishReason | None) -> None:
-        future = self._turns.get(request_id)
-        if future is not None and not future.done():
-            future.set_result(reason)
+    def _call(self, request_id: str, reason: FinishReason | None) -> None:
+        if (called := self._waiting.pop(request_id, None)) is not None:
+            called(reason)
 
     # -- backend.Enforcer
 
@@ -186,7 +125,7 @@ class Upstream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
-        await self.session.close()
+        await self.connection.close()
 
     # -- what the upstream says of itself
 
@@ -204,7 +143,7 @@ class Upstream:
     async def _check_health(self) -> str | None:
         try:
             async with self._get("/health") as response:
-                self.backend = backend_name(response.headers.get("Server", ""), self.metrics_text)
+                self.connection.backend = backend_name(response.headers.get("Server", ""), self.metrics_text)
                 if response.status >= 500:
                     return f"the upstream answers {response.status} to /health"
                 return None
@@ -235,8 +174,9 @@ class Upstream:
             self.pump()
 
     def _get(self, path: str) -> "aiohttp.client._RequestContextManager":
-        return self.session.get(
-            self.url(path), timeout=_PROBE_TIMEOUT, headers=self.authorization, allow_redirects=False
+        connection = self.connection
+        return connection.session.get(
+            connection.url(path), timeout=_PROBE_TIMEOUT, headers=connection.authorization, allow_redirects=False
         )
 
     async def _report(self) -> None:

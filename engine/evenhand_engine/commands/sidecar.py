@@ -74,7 +74,7 @@ def sidecar(**options: Any) -> None:
 
     import uvloop
 
-    from evenhand_engine.backends.upstream import UpstreamSettings
+    from evenhand_engine.backends.upstream_connection import UpstreamSettings
     from evenhand_engine.errors import StartupError
     from evenhand_engine.logs import configure_logging
     from evenhand_engine.server.run import run_until_stopped

@@ -136,7 +136,7 @@ class OwnDoor:
         return self._service.health(time.monotonic())
 
     async def metrics_text(self) -> bytes:
-        return self._service.metrics.public_text()
+        return self._service.public_metrics()
 
     async def load(self) -> int:
         return self._service.backend.num_in_flight

@@ -119,7 +119,7 @@ class Doorkeeper:
             case door_messages.AskHealth():
                 return service.health(now)
             case door_messages.AskMetrics():
-                return service.metrics.public_text()
+                return service.public_metrics()
             case door_messages.AskLoad():
                 return service.backend.num_in_flight
 

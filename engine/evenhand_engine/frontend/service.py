@@ -152,6 +152,10 @@ class Service:
         stalled = self.backend.seconds_without_progress(now)
         return f"the engine has made no progress for {stalled:.0f} s" if stalled > self.settings.stall_timeout else None
 
+    def public_metrics(self) -> bytes:
+        """What the public port shows of the metrics, in Prometheus' text format: nothing of tenants."""
+        return self.metrics.public_text()
+
     def ailment(self) -> str | None:
         """What is wrong with how the config in force is enforced, or with the engine; None: nothing."""
         if problem := self.health(time.monotonic()):

@@ -5,6 +5,7 @@ needs for HTTP is imported meanwhile.
 """
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,11 +30,12 @@ from evenhand_engine.server.loading import tell_of_loading
 from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app
 
 if TYPE_CHECKING:
-    from evenhand_engine.backends.upstream import UpstreamSettings
+    from evenhand_engine.backends.upstream_connection import UpstreamSettings
     from evenhand_engine.frontend.config_in_force import ConfigInForce
     from evenhand_engine.frontend.push_receiver import PushReceiver
     from evenhand_engine.frontend.service import EngineService, Service
     from evenhand_engine.server.api_servers import ApiServers
+    from evenhand_engine.sidecar.front import Front
 
 SpawnCore = Callable[[EngineConfig], tuple[Core, Connection]]
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class Running:
 
     Attributes:
         engine: what serves the public port of our own engine in this process; None where nothing does.
+        front: what serves that of a sidecar.
         api_servers: the processes that serve it instead; None where this one does.
     """
 
@@ -52,6 +55,7 @@ class Running:
     url: str
     admin_url: str
     engine: "EngineService | None" = None
+    front: "Front | None" = None
     api_servers: "ApiServers | None" = None
 
     @property
@@ -137,7 +141,7 @@ async def start_server(
         if engine is not None:
             engine.compiler.prepare_aside()
         url = url_of("http" if tls is None else "https", publics[0])
-        yield Running(service, url, url_of("http", admin), engine, api_servers)
+        yield Running(service, url, url_of("http", admin), engine, api_servers=api_servers)
 
 
 @contextlib.asynccontextmanager
@@ -154,12 +158,16 @@ async def start_sidecar(
     `tokenizer`: directory of the model's, to count prompts with. Raises StartupError.
     """
     from evenhand_engine.backends.upstream import Upstream
+    from evenhand_engine.backends.upstream_connection import UpstreamConnection
     from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings
     from evenhand_engine.dispatch.window import Window
+    from evenhand_engine.frontend.door import OwnDoor
     from evenhand_engine.server.admin import build_admin_app
     from evenhand_engine.server.malformed import keep_out_of_logs
     from evenhand_engine.server.sidecar_app import build_sidecar_app
-    from evenhand_engine.sidecar.service import SidecarService, UpstreamPriority
+    from evenhand_engine.sidecar.front import Front, PassingOptions, UpstreamPriority
+    from evenhand_engine.sidecar.service import SidecarService
+    from evenhand_engine.sidecar.ticket import OwnTickets
     from evenhand_engine.text.tokenizer import Tokenizer
 
     async with contextlib.AsyncExitStack() as stack:
@@ -171,26 +179,30 @@ async def start_sidecar(
         dispatcher = Dispatcher(
             Window(), in_force.config, DispatchSettings(max_model_len=upstream_settings.max_model_len)
         )
-        upstream = Upstream(upstream_settings, dispatcher)
+        upstream = Upstream(UpstreamConnection(upstream_settings), dispatcher)
         stack.push_async_callback(upstream.close)
-        service = SidecarService(
+        service = SidecarService(settings, upstream, in_force)
+        front = Front(
             settings,
-            upstream,
-            in_force,
-            priority=UpstreamPriority(priority),
-            salts_caches=salts_caches,
-            tokenizer=None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer)),
+            upstream.connection,
+            OwnDoor(service),
+            OwnTickets(service),
+            PassingOptions(
+                priority=UpstreamPriority(priority), salt_key=secrets.token_bytes(32) if salts_caches else None
+            ),
+            None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer)),
         )
-        stack.callback(service.close)
+        stack.callback(front.close)
         upstream.start()
         keep_out_of_logs()
         await serve_app(stack, build_admin_app(service, _push_receiver(service), tells_of_drains=True), admin, None)
-        await serve_app(stack, build_sidecar_app(service), public, tls, decompress=False)  # `read_body` does
+        await serve_app(stack, build_sidecar_app(front), public, tls, decompress=False)  # `read_body` does
         await stack.enter_async_context(_watch_policies(service))
         if tls is not None:
             await stack.enter_async_context(background(watch_certificate(settings, tls)))
         keep_loop_free()
-        yield Running(service, url_of("http" if tls is None else "https", public), url_of("http", admin))
+        url = url_of("http" if tls is None else "https", public)
+        yield Running(service, url, url_of("http", admin), front=front)
 
 
 def _initial_config(settings: ServerSettings) -> "ConfigInForce":

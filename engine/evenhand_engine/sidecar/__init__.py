@@ -4,10 +4,12 @@ Lives in the HTTP process, on its event loop. Owns what one proxied request hold
 queue `dispatch`'s, the connection to the engine `backends.upstream`'s. Bytes that need not be understood are not.
 
     passing                 one request from end to end: identity, quota, queue, then its exchange with the upstream
-    passage                 what it holds of quota, queue and metrics, given back exactly once, also when its client leaves
+    passage                 the same with its body made ready and its answer counted, and its ticket, closed whatever happens
+    ticket                  what it holds of quota, queue and metrics, given back exactly once; who has tickets, and by which seam
     exchange                the HTTP exchange itself: the request as it goes, the answer as it comes; cancelled with its client
     body, sampling, members what the request is by its body: prompts, users; choices and limits; its members
     counting                how many tokens its prompt has
     relay, events           the answer's bytes handed on as they come; what is read of them in passing
-    service                 what all requests share
+    front                   what a process at the public port has
+    service                 what all requests share, in the process that owns it
 """

@@ -7,7 +7,7 @@ the policy depends on the count; the body's bytes, by what was learned of the te
 import aiohttp
 import msgspec
 
-from evenhand_engine.backends.upstream import Upstream
+from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.openai.bodies import parse_body
@@ -45,10 +45,10 @@ class PromptCounter:
         bytes_per_token: of each tenant's bodies, for estimates.
     """
 
-    def __init__(self, upstream: Upstream, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, upstream: UpstreamConnection, tokenizer: Tokenizer | None) -> None:
         self.bytes_per_token = BytesPerToken()
         self._upstream = upstream
-        self._reader = None if tokenizer is None else PromptReader(tokenizer, upstream.info.max_model_len)
+        self._reader = None if tokenizer is None else PromptReader(tokenizer, upstream.settings.max_model_len)
         self._executor = FairExecutor(_THREADS)
 
     def close(self) -> None:

@@ -13,15 +13,16 @@ import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
-from evenhand_engine.backends.upstream import Upstream
+from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
-from evenhand_engine.frontend.service import REQUEST_ID, SERVICE, WRITES
+from evenhand_engine.frontend.service import REQUEST_ID, WRITES
 from evenhand_engine.openai.errors import error_body
 from evenhand_engine.sidecar.events import EventReader, usage_of
+from evenhand_engine.sidecar.front import FRONT
 from evenhand_engine.sidecar.passage import OPENAI_STREAMS, Passage
 from evenhand_engine.sidecar.relay import Relay
-from evenhand_engine.sidecar.service import SIDECAR
 
 _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
@@ -37,7 +38,7 @@ async def exchange(
     request: web.Request, body: bytes | AsyncIterator[bytes] | None, passage: Passage | None
 ) -> web.StreamResponse:
     """Send the request and hand its answer on."""
-    upstream = request.app[SIDECAR].upstream
+    upstream = request.app[FRONT].connection
     response = None
     try:
         response = await _send(upstream, request, body)
@@ -62,7 +63,7 @@ async def exchange(
 
 
 async def _send(
-    upstream: Upstream, request: web.Request, body: bytes | AsyncIterator[bytes] | None
+    upstream: UpstreamConnection, request: web.Request, body: bytes | AsyncIterator[bytes] | None
 ) -> aiohttp.ClientResponse:
     """The upstream's answer, as far as its headers. A connection that cannot be made is tried again; nothing else is."""
     is_decoded = isinstance(body, bytes | None)  # what is streamed goes on in the encoding in which it came
@@ -175,7 +176,7 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
         return send(out) and failure is None
 
     try:
-        relay = Relay(upstream, take, request.app[SIDECAR].upstream.settings.idle_timeout)
+        relay = Relay(upstream, take, request.app[FRONT].connection.settings.idle_timeout)
         while failure is None and not relay.has_ended:
             await relay.run()
             await writes.wait(send.drain())
@@ -193,7 +194,7 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
         passage.finish(upstream.status)
     else:
         passage.fail(failure, was_sent=True)
-        request.app[SERVICE].metrics.count_refusal(passage.tenant_id, failure.code)
+        request.app[DOOR].count_refusal(passage.tenant_id, failure.code)
         out += b"\n\ndata: " + msgspec.json.encode(error_body(failure)) + b"\n\n"
     if out:
         await writes.wait(response.write(out))

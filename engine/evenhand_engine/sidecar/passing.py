@@ -1,37 +1,36 @@
 """Passing: one client's request on its way to the upstream, by way of identity, quota and the dispatcher's queue."""
 
-import time
-
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.requests import read_body, read_start, stream_body
 from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange
+from evenhand_engine.sidecar.front import FRONT, is_management
 from evenhand_engine.sidecar.passage import Passage
-from evenhand_engine.sidecar.service import SIDECAR
 
 _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize", "/v1/detokenize"}
 
 
 async def pass_on(request: web.Request) -> web.StreamResponse:
     """Any path, known or not. What computes waits for its turn; the rest costs the tenant a request of its quota."""
-    service, tenant_id = request.app[SIDECAR], request[TENANT_ID]
+    front, door, tenant_id = request.app[FRONT], request.app[DOOR], request[TENANT_ID]
     if not request.raw_path.startswith("/"):
         raise Refusal(400, "invalid_value", "The request's target must be a path.")
     if "upgrade" in request.headers.get("Connection", "").lower():
         raise Refusal(
             501, "unsupported", "Connections that change their protocol, such as WebSockets, are not passed on."
         )
-    if service.is_management(request.path):
+    if is_management(request.path):
         raise Refusal(403, "management_path", "This path changes the engine for all tenants, and is not passed on.")
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return await exchange(request, None, None)
     if request.path in _TOKENIZER_PATHS:
-        service.admission.count_request(tenant_id, time.monotonic())
+        await door.count_request(tenant_id)
         return await exchange(request, await read_body(request), None)
-    num_taken = service.admission.check(tenant_id, time.monotonic())
+    num_taken = await door.check(tenant_id)
     start, is_json = b"", request.content_type.endswith("json") or request.content_length == 0
     if not is_json and "Content-Encoding" not in request.headers:
         start = await read_start(request)
@@ -39,17 +38,14 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if is_json or request.content_length is None:
         raw = await read_body(request, start)
         body = Body(raw, is_json=is_json or is_json_object(raw))
-        passage = Passage(service, request, body, body.size, num_taken)
-        limits = service.admission.account(tenant_id).config.limits
+        passage = Passage(front, request, body, body.size, num_taken)
+        limits = front.tickets.tenant(tenant_id).limits
         is_limited = limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None
-        passage.num_prompt_tokens = await service.prompts.count(tenant_id, body, is_limited=is_limited)
+        passage.num_prompt_tokens = await front.prompts.count(tenant_id, body, is_limited=is_limited)
     else:  # such as audio: streamed, and sized by what its header says
-        passage = Passage(service, request, None, request.content_length or 0, num_taken)
-    with passage:
-        async with service.upstream.turn(passage.errand) as reason:
-            if reason is not None:
-                raise passage.refused(reason)
-            passage.start()
-            if passage.body is None:
-                return await exchange(request, stream_body(request, start), passage)
-            return await exchange(request, passage.prepare(), passage)
+        passage = Passage(front, request, None, request.content_length or 0, num_taken)
+    async with passage:
+        await passage.turn()
+        if passage.body is None:
+            return await exchange(request, stream_body(request, start), passage)
+        return await exchange(request, passage.prepare(), passage)

@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from evenhand_engine.backends.upstream import UpstreamSettings
+from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
-from evenhand_engine.backends.upstream import UpstreamSettings
+from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.scheduler.request import RequestOutput
 from evenhand_engine.server.startup import start_sidecar

@@ -11,10 +11,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from evenhand_engine.backends.upstream import Upstream, UpstreamSettings
+from evenhand_engine.backends.upstream import Upstream
+from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.startup import start_sidecar
+from evenhand_engine.sidecar.counting import PromptCounter
 from evenhand_engine.sidecar.service import SidecarService
 from evenhand_policy.config import SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
@@ -96,6 +98,7 @@ class Sidecar:
     url: str
     admin_url: str
     service: SidecarService
+    prompts: PromptCounter
     session: aiohttp.ClientSession
 
     @property
@@ -122,7 +125,7 @@ class Sidecar:
         window = dispatcher.window
         assert (window.num_tokens, window.num_unstarted_tokens, window.num_in_flight) == (0, 0, 0)
         dispatcher.request_table.check_integrity()
-        assert not self.upstream._turns
+        assert not self.upstream._waiting
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_SECONDS):
@@ -179,7 +182,8 @@ async def start() -> AsyncIterator[Start]:
             running = await stack.enter_async_context(start_sidecar(settings, reached, **options))
             session = await stack.enter_async_context(aiohttp.ClientSession())
             assert isinstance(running.service, SidecarService)
-            return Sidecar(running.url, running.admin_url, running.service, session)
+            assert running.front is not None
+            return Sidecar(running.url, running.admin_url, running.service, running.front.prompts, session)
 
         yield begin
 

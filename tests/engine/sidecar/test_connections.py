@@ -60,7 +60,7 @@ async def test_small_packets_are_not_delayed(upstream: ScriptedUpstream, sidecar
         return response
 
     def transports() -> list[asyncio.Transport]:
-        connector = sidecar.upstream.session.connector
+        connector = sidecar.upstream.connection.session.connector
         assert connector is not None
         return [protocol.transport for protocol in connector._acquired if protocol.transport is not None]
 
@@ -135,7 +135,7 @@ async def test_a_connection_that_the_upstream_has_just_closed_is_used_no_more(st
         serving = threads.submit(serve, listener)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         for number in range(2):
-            async with sidecar.upstream.session.post(url, data=b"x") as response:
+            async with sidecar.upstream.connection.session.post(url, data=b"x") as response:
                 assert await response.read() == b"{}"
             if number == 0:
                 may_close.set()

@@ -99,9 +99,9 @@ async def test_the_upstreams_tokenizer_is_asked_in_its_own_words(
     upstream.script, upstream.server = reply, server
     sidecar = await start(upstream.url)
     await sidecar.until(lambda: sidecar.upstream.problem is None)
-    assert await sidecar.service.prompts.count("team", body, is_limited=False) == len(body.raw) // 4
+    assert await sidecar.prompts.count("team", body, is_limited=False) == len(body.raw) // 4
     assert not upstream.received, "asked although no limit depends on it"
-    assert await sidecar.service.prompts.count("team", body, is_limited=True) == pytest.approx(expected, abs=3)
+    assert await sidecar.prompts.count("team", body, is_limited=True) == pytest.approx(expected, abs=3)
     assert upstream.received[-1][0] == path and asked in upstream.body()
 
 
@@ -163,7 +163,7 @@ async def test_no_more_is_sent_than_llama_cpp_has_slots(upstream: ScriptedUpstre
     sidecar = await start(upstream.url)
     window = sidecar.upstream.dispatcher.window
     await sidecar.until(lambda: window.num_seats == 2 and bool(sidecar.upstream.metrics_text))
-    assert sidecar.upstream.backend == "llama.cpp" and window.kv_tokens == float("inf")
+    assert sidecar.upstream.connection.backend == "llama.cpp" and window.kv_tokens == float("inf")
 
 
 @pytest.mark.parametrize("kv_tokens", [None, 5_000])

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from evenhand_engine.backends.upstream import UpstreamSettings
+from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.run import run_until_stopped
 from evenhand_engine.server.startup import Running, start_sidecar

@@ -77,7 +77,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 async def before(peer: Peer, start: Start) -> Sidecar:
     sidecar = await start(peer.url, idle_timeout=120.0)
     await sidecar.until(lambda: sidecar.upstream.dispatcher.window.num_seats == NUM_SLOTS)
-    assert sidecar.upstream.backend == "llama.cpp"
+    assert sidecar.upstream.connection.backend == "llama.cpp"
     return sidecar
 
 
@@ -91,7 +91,7 @@ async def test_what_it_counts_is_what_is_charged(peer: Peer, start: Start, path:
     sidecar = await before(peer, start)
     prompt = {"messages": [{"role": "user", "content": "Say hi."}]} if "chat" in path else {"prompt": "Say hi."}
     body = {**prompt, "max_tokens": 5, "cache_prompt": False}
-    counted = await sidecar.service.prompts.count("default", Body(json.dumps(body).encode()), is_limited=True)
+    counted = await sidecar.prompts.count("default", Body(json.dumps(body).encode()), is_limited=True)
     async with sidecar.post(body, path) as response:
         usage = (await response.json())["usage"]
     assert usage["prompt_tokens"] == counted

@@ -160,7 +160,7 @@ async def test_probes_and_metrics_tell_of_the_upstream(upstream: ScriptedUpstrea
     async with sidecar.session.get(sidecar.url + "/metrics") as response:
         text = await response.text()
     assert "vllm:num_requests_waiting" in text and "evenhand_sidecar_upstream_up 1.0" in text
-    await sidecar.until(lambda: sidecar.upstream.backend == "vllm")
+    await sidecar.until(lambda: sidecar.upstream.connection.backend == "vllm")
     async with sidecar.session.get(sidecar.admin_url + "/metrics") as response:
         text = await response.text()
     assert "evenhand_sidecar_queued_requests" in text and 'evenhand_backend_info{backend="vllm"} 1.0' in text
