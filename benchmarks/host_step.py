@@ -21,9 +21,11 @@ from torch import Tensor
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.device_runner import DeviceRunner
 from evenhand_engine.core.structures import Structures
+from evenhand_engine.model.cache import cache_dir
 from evenhand_engine.model.decoder import Decoder
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cpu.library import load_planner
 from evenhand_kernels.cuda.kernels import CudaKernels
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import Event, Graph, Launch
@@ -90,7 +92,7 @@ class IdleRunner(DeviceRunner):
     """The runner of an 8B model's decodes, without the model."""
 
     def __init__(self, settings: SchedulerSettings) -> None:
-        kernels = CudaKernels(IdleDevice(), torch.bfloat16)
+        kernels = CudaKernels(IdleDevice(), torch.bfloat16, planner=load_planner(cache_dir() / "kernels"))
         kernels.attention(AttentionLayer(32, 8, 128, 1e-5), KvCacheShape(1, settings.block_size, torch.bfloat16))
 
         def compute(input_ids: Tensor, plan: object, logits_indices: Tensor) -> Tensor:

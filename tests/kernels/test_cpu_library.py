@@ -8,7 +8,7 @@ import pytest
 
 from evenhand_kernels.cpu import library
 from evenhand_kernels.cpu.levels import LEVELS, compiler_flags, usable_levels
-from evenhand_kernels.cpu.library import CompileError, compile_ahead, load_library
+from evenhand_kernels.cpu.library import CompileError, compile_ahead, load_library, load_planner
 
 V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
 V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -51,13 +51,15 @@ def test_every_level_is_compiled_ahead_and_the_best_usable_one_is_loaded(
 ) -> None:
     compile_ahead(tmp_path / "shipped")
     asked = compiler.read_text().splitlines()
-    assert all(" ".join(compiler_flags(level)) in line for level, line in zip(LEVELS, asked, strict=True))
+    assert all(" ".join(compiler_flags(level)) in line for level, line in zip(LEVELS, asked[:-1], strict=True))
+    assert "plan.cpp" in asked[-1] and "-march" not in asked[-1]
     assert "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vbmi " in asked[0] and "-mavx512bf16" not in asked[1]
     monkeypatch.setenv("CXX", "/nowhere/compiler")
     for level in LEVELS:
         monkeypatch.setattr(library, "usable_levels", lambda level=level: [level])
         loaded = load_library(tmp_path / "cache", tmp_path / "shipped")
         assert Path(loaded._name).name.startswith(f"cpu-{level}-")
+    assert Path(load_planner(tmp_path / "cache", tmp_path / "shipped")._name).name.startswith("plan-")
     assert not (tmp_path / "cache").exists()
 
 
@@ -74,5 +76,6 @@ def test_libraries_of_other_sources_are_not_loaded(
 def test_without_library_and_compiler_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/compiler")
     monkeypatch.setattr(library, "usable_levels", list)
-    with pytest.raises(CompileError, match="/nowhere/compiler"):
-        load_library(tmp_path / "cache", tmp_path / "shipped")
+    for load in (load_library, load_planner):
+        with pytest.raises(CompileError, match="/nowhere/compiler"):
+            load(tmp_path / "cache", tmp_path / "shipped")

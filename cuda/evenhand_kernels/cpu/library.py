@@ -1,4 +1,4 @@
-"""Loads the C++ kernels: compiled ahead of time for a level of processor, or here and now for this very one.
+"""Loads the C++ kernels, and the planner of a GPU's host: compiled ahead of time for a level of processor, or here and now.
 
 `python -m evenhand_kernels.cpu.library DIRECTORY` compiles them ahead of time, for every level.
 """
@@ -28,6 +28,10 @@ FLAGS = [
     "-fPIC",
     "-shared",
 ]
+PLANNER = SOURCE_DIR / "plan.cpp"
+PLANNER_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+"""For any processor: nothing in it would gain from a newer one."""
+
 SHIPPED_DIR = Path(sys.prefix, "share/evenhand/kernels")
 """Where an installation, as that of a container image, has kernels that were compiled ahead of time."""
 
@@ -50,27 +54,50 @@ def load_library(cache_dir: Path, shipped_dir: Path = SHIPPED_DIR) -> ctypes.CDL
         compiler = _compiler()
         library = cache_dir / f"cpu-{_key(compiler)}.so"
         if not library.exists():
-            _compile(compiler, NATIVE, library)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise CompileError(f"{library}: cannot be loaded: {error}") from error
+            _compile([*compiler, *FLAGS, *compiler_flags(NATIVE)], SOURCE, library)
+    return _load(library)
+
+
+def load_planner(cache_dir: Path, shipped_dir: Path = SHIPPED_DIR) -> ctypes.CDLL:
+    """What plans the steps of a GPU's host: that of `shipped_dir`, else that in `cache_dir`, where it is compiled once.
+
+    Raises CompileError.
+    """
+    library = shipped_dir / _planner_name()
+    if not library.exists():
+        library = cache_dir / _planner_name()
+    if not library.exists():
+        _compile([*_compiler(), *PLANNER_FLAGS], PLANNER, library)
+    return _load(library)
 
 
 def compile_ahead(directory: Path) -> None:
-    """Compiles the kernels for every level into `directory`, where `load_library` looks. Raises CompileError."""
+    """Compiles the kernels for every level into `directory`, where `load_library` and `load_planner` look. Raises CompileError."""
     for level in LEVELS:
-        _compile(_compiler(), level, directory / _shipped_name(level))
+        _compile([*_compiler(), *FLAGS, *compiler_flags(level)], SOURCE, directory / _shipped_name(level))
+    _compile([*_compiler(), *PLANNER_FLAGS], PLANNER, directory / _planner_name())
 
 
 def is_compiled_ahead(directory: Path) -> bool:
     """Whether that was done there, of these sources."""
-    return all((directory / _shipped_name(level)).exists() for level in LEVELS)
+    return all((directory / name).exists() for name in (*map(_shipped_name, LEVELS), _planner_name()))
 
 
 def _shipped_name(level: str) -> str:
     """With a digest, so that sources never meet a library that was compiled from others."""
     return f"cpu-{level}-{_sources_digest().hexdigest()[:16]}.so"
+
+
+def _planner_name() -> str:
+    digest = hashlib.sha256("\0".join(PLANNER_FLAGS).encode() + PLANNER.read_bytes())
+    return f"plan-{platform.machine()}-{digest.hexdigest()[:16]}.so"
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompileError(f"{library}: cannot be loaded: {error}") from error
 
 
 def _compiler() -> list[str]:
@@ -101,13 +128,13 @@ def _processor_features() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _compile(compiler: list[str], level: str, library: Path) -> None:
+def _compile(command: list[str], source: Path, library: Path) -> None:
     """Compile into a temporary file that takes its name in one step, so that two processes may do it at once."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             result = Path(directory) / library.name
-            _output([*compiler, *FLAGS, *compiler_flags(level), str(SOURCE), "-o", str(result)])
+            _output([*command, str(source), "-o", str(result)])
             result.rename(library)
     except OSError as error:
         raise CompileError(f"cannot write to {library.parent}: {error}") from error

@@ -3,6 +3,7 @@
 Activations, weights and the residual are bfloat16 or float16; norms, softmax and rotations are computed in float32.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -41,11 +42,19 @@ class CudaKernels:
 
     name = "cuda"
 
-    def __init__(self, device: Device, dtype: torch.dtype, *, choice: variants.AttentionChoice | None = None) -> None:
-        """`dtype` of activations and weights: bfloat16 or float16. `choice` of attention; None: the fastest here."""
+    def __init__(
+        self,
+        device: Device,
+        dtype: torch.dtype,
+        *,
+        choice: variants.AttentionChoice | None = None,
+        planner: ctypes.CDLL | None = None,
+    ) -> None:
+        """`dtype` of activations and weights: bfloat16 or float16. `choice` of attention; None: the fastest here. `planner`: as
+        AttentionWork takes it."""
         self.device, self.dtype = device, dtype
         self._choice = choice
-        self.work = AttentionWork(device.torch_device)
+        self.work = AttentionWork(device.torch_device, planner)
         self._quantized = QuantizedLinears(device, dtype)
         self._silu_mul = device.load(variants.silu_mul(dtype))
         self._embedding = device.load(variants.embedding(dtype))

@@ -5,6 +5,7 @@ plan is made on the host (`write`), goes to the device with the step's other dat
 (`plan_of`). `plan` does all three, for callers that do not care for the time it takes.
 """
 
+import ctypes
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evenhand_kernels.cuda.native_plan import NativePlanner
 from evenhand_kernels.cuda.plan import HEADER_WORDS, Capacity, Planner
 from evenhand_kernels.cuda.units import WORDS
 from evenhand_kernels.kernels import AttentionBatch, AttentionPlan
@@ -65,16 +67,19 @@ class WindowWork(NamedTuple):
 class AttentionWork:
     """Plans for the layers of one model, which have all been added before the first plan."""
 
-    def __init__(self, torch_device: torch.device) -> None:
-        self._torch_device = torch_device
+    def __init__(self, torch_device: torch.device, library: ctypes.CDLL | None = None) -> None:
+        """`library`: of `cpu.library.load_planner`; None: plans are made in numpy, which takes ten times as long."""
+        self._torch_device, self._library = torch_device, library
         self._windows: list[int | None] = []
         self._planner: Planner | None = None
+        self._writer: Planner | NativePlanner | None = None
         self._partials: tuple[Tensor, Tensor] | None = None
 
     def add_layer(self, planner: Planner, head_dim: int, window: int | None) -> None:
         """A layer's planner must be that of all; `window` is the tokens that a query sees, None: all. Raises ValueError."""
         if self._planner is None:
             self._planner, rows = planner, planner.max_partial_rows
+            self._writer = planner if self._library is None else NativePlanner(self._library, planner)
             self._partials = (
                 torch.empty(rows, head_dim, device=self._torch_device),
                 torch.empty(rows, 2, device=self._torch_device),
@@ -106,17 +111,15 @@ class AttentionWork:
             shape: launch as much as this, whatever the work is (a recorded graph's); None: no more than there is.
         """
         bound = shape or self.shape(len(seq_lens), int(cu_seqlens_q[-1]))
-        size = bound.capacity.words
-        works = []
-        for index, window in enumerate(self._windows):
-            work = self._plans.plan(seq_lens, cu_seqlens_q, window)
-            work.write(words[index * size : (index + 1) * size], bound.capacity)
-            works.append(work)
+        size, capacity = bound.capacity.words, bound.capacity
+        assert self._writer is not None
+        counts = [
+            self._writer.write(words[index * size : (index + 1) * size], capacity, seq_lens, cu_seqlens_q, window)
+            for index, window in enumerate(self._windows)
+        ]
         if shape is not None:
             return shape
-        return WorkShape(
-            bound.capacity, tuple(len(work.items) for work in works), tuple(len(work.merges) for work in works)
-        )
+        return WorkShape(capacity, tuple(each.items for each in counts), tuple(each.merges for each in counts))
 
     def plan_of(self, batch: AttentionBatch, words: Tensor, shape: WorkShape) -> CudaPlan:
         """The plan whose words have been copied to the device; nothing is read here."""

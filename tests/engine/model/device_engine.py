@@ -20,6 +20,7 @@ from evenhand_engine.model.weights import load_weights
 from evenhand_engine.scheduler.batch import Runner
 from evenhand_engine.scheduler.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cpu.library import load_planner
 from evenhand_kernels.cuda.kernels import CudaKernels
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import Graph, Launch
@@ -97,7 +98,7 @@ class Model:
             return build_decoder(config, weights, kernels, cache, settings.max_model_len)
 
         device = device or CountingDevice()
-        kernels = CudaKernels(device, torch.float16)
+        kernels = CudaKernels(device, torch.float16, planner=load_planner(cache_dir() / "kernels"))
         of_device, of_cpu = Structures(config.vocab_size), Structures(config.vocab_size)
         on_device = DeviceRunner(decoder(kernels, precision, kv_dtype), kernels, settings, config.vocab_size, of_device)
         on_device.warm_up()

@@ -18,6 +18,7 @@ from evenhand_engine.model.progress import listening
 from evenhand_engine.model.sharding import Shard
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
+from evenhand_kernels.cpu.library import CompileError as NoCompilerError
 from evenhand_kernels.cuda.quantized import QuantizedLinears
 from evenhand_kernels.device import CompileError
 from evenhand_kernels.emulation.device import EmulatedDevice
@@ -136,6 +137,19 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_line(
     monkeypatch.setattr(EmulatedDevice, "load", wrong)
     with pytest.raises(StartupError, match=r"^rms_norm: rms_norm\.cu\(6\): error: identifier"):
         load_model(config)
+
+
+def test_without_a_compiler_steps_are_planned_in_numpy(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(cache_dir: Path) -> None:
+        raise NoCompilerError("no g++ here")
+
+    monkeypatch.setattr("evenhand_engine.core.device_loading.load_planner", no_compiler)
+    load_model(config)  # whose warm-up plans the largest step
+    assert [record.getMessage() for record in caplog.records if "planned" in record.msg] == [
+        "steps are planned in Python, which takes some 0.1 ms longer for each: no g++ here"
+    ]
 
 
 def test_the_emulated_device_is_for_tests_and_not_in_the_help() -> None:

@@ -1,13 +1,17 @@
-"""The plan: every row meets every token that it sees exactly once, whatever the lengths, in few and even items."""
+"""The plan: every row meets every token that it sees exactly once, whatever the lengths, in few and even items. In numpy and compiled."""
 
+import ctypes
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenhand_kernels.cuda import plan, units
+from evenhand_engine.model.cache import cache_dir
+from evenhand_kernels.cpu.library import load_planner
+from evenhand_kernels.cuda.native_plan import NativePlanner
 from evenhand_kernels.cuda.plan import HEADER_WORDS, LEAST_TILES, TILE, Planner, Work
 from evenhand_kernels.cuda.units import (
     BEGIN,
@@ -89,10 +93,10 @@ def test_rows_meet_their_tokens_once(
 
 def test_the_words_are_what_the_kernels_read() -> None:
     planner = Planner(2, 4, prompt_rows=128, num_slots=8)
-    work = planner.plan(*arrays([(1, 3000), (1, 5), (40, 0)]))
-    capacity = planner.capacity(3, 42)
+    step = arrays([(1, 3000), (1, 5), (40, 0)])
+    work, capacity = planner.plan(*step), planner.capacity(3, 42)
     words = np.full(capacity.words, -1, np.int32)
-    work.write(words, capacity)
+    planner.write(words, capacity, *step)
     assert words[:2].tolist() == [len(work.items), len(work.merges)] and len(work.merges) == 1
     assert (words[HEADER_WORDS:].reshape(-1, WORDS)[: len(work.items)] == work.items).all()
     assert (words[HEADER_WORDS + capacity.items * WORDS :].reshape(-1, WORDS)[:1] == work.merges).all()
@@ -123,30 +127,73 @@ def test_short_units_are_never_split() -> None:
     assert [int(merge[NUM_PARTS]) for merge in work.merges] == [3]
 
 
-def test_what_is_kept_of_a_step_changes_no_other() -> None:
-    """Steps that are alike in turn what plans keep: lengths, windows, heads of a group, rows of a unit."""
-    first = np.array([27_900, 20_000, *range(100, 140)], np.int32)
-    decodes, drafts = np.arange(len(first) + 1, dtype=np.int32), 2 * np.arange(len(first) + 1, dtype=np.int32)
-    planners = [
-        Planner(8, group, prompt_rows, num_slots)
-        for group in (4, 1)
-        for prompt_rows in (128, 64)
-        for num_slots in (264, 80)
-    ]
-    steps = [
-        (planner, first + np.int32(step), cu_seqlens_q, window)
-        for step in range(0, 130, 13)
-        for cu_seqlens_q, window in ((decodes, None), (decodes, 9000), (drafts, None))
-        for planner in planners
-    ]
-    kept = [planner.plan(*step) for planner, *step in steps]
-    for (planner, *step), before in zip(steps, kept, strict=True):
-        for cache in (units.decodes, units.units_of, plan._counts, plan._try, plan._cuts):
-            cache.cache_clear()
-        fresh = planner.plan(*step)
-        assert (before.items == fresh.items).all() and (before.merges == fresh.merges).all() and len(fresh.merges)
-
-
-def test_a_step_of_nothing() -> None:
-    work = Planner(8, 4, 128, 264).plan(*arrays([]))
+def test_a_step_of_nothing(library: ctypes.CDLL) -> None:
+    planner = Planner(8, 4, 128, 264)
+    work = planner.plan(*arrays([]))
     assert len(work.items) == 0 and len(work.merges) == 0
+    assert written(NativePlanner(library, planner), planner, [], None)[:2].tolist() == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    if not any(map(shutil.which, ("g++", "c++"))):
+        pytest.skip("no C++ compiler")
+    return load_planner(cache_dir() / "kernels")
+
+
+def written(
+    writer: Planner | NativePlanner, planner: Planner, requests: list[tuple[int, int]], window: int | None
+) -> np.ndarray:
+    """The words of a step, and some behind them that nobody may write to."""
+    seq_lens, cu_seqlens_q = arrays(requests)
+    capacity = planner.capacity(len(requests), int(cu_seqlens_q[-1]))
+    words = np.full(capacity.words + 64, -7, np.int32)
+    counts = writer.write(words, capacity, seq_lens, cu_seqlens_q, window)
+    assert words[:2].tolist() == [*counts]
+    return words
+
+
+STEPS = st.one_of(
+    REQUESTS,
+    st.lists(st.tuples(st.just(1), st.one_of(st.integers(0, 100), st.integers(0, 100_000))), max_size=300),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20_000)), max_size=60),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    requests=STEPS,
+    group=st.sampled_from([1, 3, 4, 7, 8, 17, 130]),
+    num_kv_heads=st.sampled_from([1, 2, 8]),
+    prompt_rows=st.sampled_from([64, 128]),
+    num_slots=st.sampled_from([1, 8, 80, 264]),
+    window=st.sampled_from([None, 1, 100, 9000]),
+)
+def test_compiled_code_plans_the_same(
+    library: ctypes.CDLL,
+    requests: list[tuple[int, int]],
+    group: int,
+    num_kv_heads: int,
+    prompt_rows: int,
+    num_slots: int,
+    window: int | None,
+) -> None:
+    planner = Planner(num_kv_heads, group, prompt_rows, num_slots)
+    native = NativePlanner(library, planner)
+    for step in (requests, requests[::2]):  # the second in the memory that the first has left
+        assert (written(native, planner, step, window) == written(planner, planner, step, window)).all()
+
+
+def test_compiled_code_splits_as_often(library: ctypes.CDLL) -> None:
+    """The steps that a benchmark times, of which the examples above may have none."""
+    planner = Planner(8, 4, prompt_rows=128, num_slots=264)
+    native, rng = NativePlanner(library, planner), np.random.default_rng(0)
+    splits = 0
+    for _ in range(200):
+        long = int(rng.choice([4000, 8000, 28_000]))
+        requests = [(1, int(past)) for past in rng.integers(1, long, rng.integers(1, 257))]
+        requests += [(int(rng.integers(1, 300)), long)]
+        words = written(planner, planner, requests, None)
+        assert (written(native, planner, requests, None) == words).all()
+        splits += int(words[1] > 0)
+    assert splits > 50
