@@ -13,6 +13,7 @@ from evenhand_engine.frontend.service import BODY
 
 _BODY_TIMEOUT_SECONDS = 60.0
 ENCODINGS = ("gzip", "deflate", "identity")
+_PIECE_BYTES = 256 * 1024  # of what is unpacked
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever of the two the data begins with
 _HAS_LEAVE = web.RequestKey("has_leave", bool)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -34,7 +35,13 @@ async def read_start(request: web.Request) -> bytes:
 
 
 async def read_body(request: web.Request, start: bytes = b"") -> bytes:
-    """The whole body, decoded; a client that waits for leave to send it gets that here, past credential and size.
+    """The whole body; see `read_pieces`."""
+    return b"".join([piece async for piece in read_pieces(request, start)])
+
+
+async def read_pieces(request: web.Request, start: bytes = b"") -> AsyncIterator[bytes]:
+    """The body as it comes, decoded, in pieces of 256 KiB at most; a client that waits for leave to send it gets that here,
+    past credential and size.
 
     `start`: of a body that is not encoded, what was read of it already.
 
@@ -48,16 +55,25 @@ async def read_body(request: web.Request, start: bytes = b"") -> bytes:
         message = f"Content-Encoding {encoding[:100]!r} is not supported: send {', '.join(ENCODINGS)}."
         raise Refusal(415, "unsupported_encoding", message)
     await _give_leave(request)
+    size = len(start)
+    if start:
+        yield start
+    deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
+    pieces = _read(request, encoding)
     try:
-        async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
-            raw = start + await _read(request, encoding, len(start))
+        while True:
+            async with asyncio.timeout_at(deadline):
+                if (piece := await anext(pieces, None)) is None:
+                    break
+            if (size := size + len(piece)) > request.client_max_size:
+                raise _too_large(request)
+            yield piece
     except TimeoutError as error:
         raise _too_slow() from error
     except (web.RequestPayloadError, zlib.error) as error:
         raise _garbled(error) from error
     if (held := request.get(BODY)) is not None:
-        held.resize(len(raw))
-    return raw
+        held.resize(size)
 
 
 async def stream_body(request: web.Request, start: bytes) -> AsyncIterator[bytes]:
@@ -89,20 +105,19 @@ async def _give_leave(request: web.Request) -> None:
         request.writer.output_size = 0  # the answer has not begun
 
 
-async def _read(request: web.Request, encoding: str, size: int) -> bytes:
-    """Unlike `request.read`, which keeps the body for as long as the request. `size`: that has been read already."""
+async def _read(request: web.Request, encoding: str) -> AsyncIterator[bytes]:
+    """Unlike `request.read`, which keeps the body for as long as the request. What a little unpacks to comes in turns with others."""
     decoder = None if encoding == "identity" else zlib.decompressobj(_GZIP_OR_ZLIB)
-    chunks, limit = list[bytes](), request.client_max_size
     async for chunk in request.content.iter_any():
-        if decoder is not None:
-            chunk = decoder.decompress(chunk, limit + 1 - size)
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(request)
-        chunks.append(chunk)
+        if decoder is None:
+            yield chunk
+            continue
+        while piece := decoder.decompress(chunk, _PIECE_BYTES):
+            yield piece
+            chunk = decoder.unconsumed_tail
+            await asyncio.sleep(0)
     if decoder is not None and not decoder.eof:
         raise zlib.error("it ends too early")
-    return b"".join(chunks)
 
 
 def _too_slow() -> Refusal:

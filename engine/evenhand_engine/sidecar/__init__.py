@@ -7,6 +7,7 @@ queue `dispatch`'s, the connection to the engine `backends.upstream`'s. Bytes th
     passage                 the same with its body made ready and its answer counted, and its ticket, closed whatever happens
     ticket                  what it holds of quota, queue and metrics, given back exactly once; who has tickets, and by which seam
     exchange                the HTTP exchange itself: the request as it goes, the answer as it comes; cancelled with its client
+    intake, skeleton        its body as it comes in: of what is large, no more than can be read in one go
     body, sampling, members what the request is by its body: prompts, users; choices and limits; its members
     counting                how many tokens its prompt has
     relay, events           the answer's bytes handed on as they come; what is read of them in passing

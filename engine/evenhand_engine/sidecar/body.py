@@ -4,8 +4,10 @@ A body is decoded one level deep: values that are not ours stay the bytes that t
 that any engine may make of it: some take "5" and 5.0 for 5, and of two limits each has its own that counts.
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.scheduler.request import bounded_priority
 from evenhand_engine.sidecar.members import decode_members, small_value
 from evenhand_engine.sidecar.sampling import Sampling
+from evenhand_engine.sidecar.skeleton import Skeleton
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
 _SMOOTHING_UP, _SMOOTHING_DOWN = (
@@ -51,6 +54,15 @@ class BytesPerToken:
             self._ratios[tenant_id] = last + smoothing * (ratio - last)
 
 
+@contextlib.contextmanager
+def refusing_what_is_no_json() -> Iterator[None]:
+    """What msgspec says of it as Refusal 400."""
+    try:
+        yield
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, "invalid_json", f"The body is not JSON in UTF-8: {error}.") from error
+
+
 def is_json_object(start: bytes) -> bool:
     """Whether a body that begins so may be taken for a JSON object by somebody, whatever its Content-Type says."""
     return start.lstrip().startswith(_JSON_BEGINS) or not start.strip()
@@ -60,29 +72,45 @@ class Body:
     """A JSON object that a client sent, or anything else, which is passed on as it is.
 
     Attributes:
-        raw: as it came.
+        num_bytes: as many as came.
         fields: values of the object's members as JSON text; None: it is no JSON object.
     """
 
-    def __init__(self, raw: bytes, *, is_json: bool = True) -> None:
-        """`is_json`: as it says of itself, or as it looks. Raises Refusal 400 if it is none and is not empty: what one parser takes
-        and another does not would pass unseen."""
-        self.raw = raw
+    def __init__(
+        self,
+        raw: bytes,
+        *,
+        is_json: bool = True,
+        skeleton: Skeleton | None = None,
+        pieces: Sequence[bytes] | None = None,
+    ) -> None:
+        """`raw`: as it came, or where it is large its skeleton, or nothing of what is no JSON; `pieces`, if that is not what came: what
+        did. `is_json`: as it says of itself, or as it looks. Raises Refusal 400 if it is none and is not empty: what one parser
+        takes and another does not would pass unseen."""
+        self._raw = raw
+        self._skeleton = skeleton
+        self._pieces = (raw,) if pieces is None else pieces
+        self.num_bytes = sum(map(len, self._pieces))
         self.fields: dict[str, msgspec.Raw] | None = None
         self._is_changed = False
         start = raw.lstrip()[:1] if is_json else b""
-        try:
+        with refusing_what_is_no_json():
             if start == b"{":
                 self.fields = decode_members(raw)
             elif start:
                 msgspec.json.decode(raw, type=msgspec.Raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Refusal(400, "invalid_json", f"The body is not JSON in UTF-8: {error}.") from error
+
+    def learn(self) -> None:
+        """Look at all that grows with its size, so that it is known afterwards."""
+        for name in ("size", "num_prompts", "num_token_ids", "num_choices"):
+            getattr(self, name)
 
     def value(self, name: str) -> Any:
         """A member's value; None where there is none, or none that can be read, or one too large to be of use."""
         raw = None if self.fields is None else self.fields.get(name)
-        return None if raw is None else small_value(raw)
+        if raw is None or (self._skeleton is not None and self._skeleton.has_mark(bytes(raw))):
+            return None
+        return small_value(raw)
 
     def set(self, name: str, value: Any) -> None:
         """Set a member, or with None take it away; an object is needed."""
@@ -93,15 +121,20 @@ class Body:
             self.fields[name] = msgspec.Raw(msgspec.json.encode(value))
             self._is_changed = True
 
-    def encode(self) -> bytes:
-        """What goes to the upstream: the very bytes that came, unless a member was changed."""
-        return msgspec.json.encode(self.fields) if self._is_changed else self.raw
+    def encode(self) -> Sequence[bytes]:
+        """What goes to the upstream, in pieces: the very bytes that came, unless a member was changed."""
+        return self.expand(msgspec.json.encode(self.fields)) if self._is_changed else self._pieces
+
+    def expand(self, text: bytes) -> Sequence[bytes]:
+        """JSON that was made of the body's values, with what a skeleton leaves out, in pieces."""
+        return (text,) if self._skeleton is None else self._skeleton.expand(text)
 
     @functools.cached_property
     def size(self) -> int:
         """Its bytes, as far as they may be text: pictures and sounds count little."""
-        num_media_bytes = sum(len(match[1]) for match in _MEDIA.finditer(self.raw))
-        return len(self.raw) - int((1 - _MEDIA_WEIGHT) * num_media_bytes)
+        size = len if self._skeleton is None else self._skeleton.size
+        num_media_bytes = sum(size(match[1]) for match in _MEDIA.finditer(self._raw))
+        return self.num_bytes - int((1 - _MEDIA_WEIGHT) * num_media_bytes)
 
     @property
     def is_stream(self) -> bool:
@@ -123,12 +156,12 @@ class Body:
     def _sampling(self) -> Sampling:
         return Sampling({} if self.fields is None else self.fields)
 
-    @property
+    @functools.cached_property
     def num_choices(self) -> int:
         """How many answers it asks for, over all its prompts. Raises Refusal 400 where that cannot be looked at."""
         return self.num_prompts * self._sampling.num_choices
 
-    @property
+    @functools.cached_property
     def num_prompts(self) -> int:
         return max(map(_num_prompts, self._prompts()), default=1)
 
@@ -145,7 +178,7 @@ class Body:
         fields = self.fields or {}
         return [raw for name in _PROMPTS if (raw := bytes(fields.get(name, b"null"))) != b"null"]
 
-    @property
+    @functools.cached_property
     def num_token_ids(self) -> int | None:
         """How many token ids its prompts have; None where there is text."""
         raws = self._prompts()
@@ -154,7 +187,7 @@ class Body:
         return sum(raw.count(b",") + 1 for raw in raws)
 
     def prompt_fields(self) -> dict[str, Any]:
-        """What makes the prompt, for a tokenizer."""
+        """What makes the prompt, for a tokenizer; of a large body not whole, but for `expand`."""
         names = ("model", "prompt", "messages", "tools", "add_special_tokens", "chat_template_kwargs")
         return {name: self.fields[name] for name in names if self.fields and name in self.fields}
 

@@ -18,7 +18,7 @@ from evenhand_engine.text.tokenizer import Tokenizer
 
 _TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 _INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
-_THREADS = 1  # the event loop has the other core
+_COUNTED_BYTES = 4 * 2**20  # a larger body is hardly all text
 _LLAMA_CPP = "llama.cpp"
 
 
@@ -40,26 +40,26 @@ class PromptCounter:
     Args:
         upstream: whose tokenizer may be asked.
         tokenizer: of the model; None: there is none here.
+        executor: for prompts that take long.
 
     Attributes:
         bytes_per_token: of each tenant's bodies, for estimates.
     """
 
-    def __init__(self, upstream: UpstreamConnection, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, upstream: UpstreamConnection, tokenizer: Tokenizer | None, executor: FairExecutor) -> None:
         self.bytes_per_token = BytesPerToken()
         self._upstream = upstream
         self._reader = None if tokenizer is None else PromptReader(tokenizer, upstream.settings.max_model_len)
-        self._executor = FairExecutor(_THREADS)
-
-    def close(self) -> None:
-        self._executor.close()
+        self._executor = executor
 
     async def count(self, tenant_id: str, body: Body, *, is_limited: bool) -> int:
         """Tokens of the body's prompt; at least 1. `is_limited`: a limit of the tenant's depends on it."""
         if (num_token_ids := body.num_token_ids) is not None:
             return num_token_ids
         count = None
-        if self._reader is not None and body.fields is not None:
+        if body.num_bytes > _COUNTED_BYTES:
+            pass
+        elif self._reader is not None and body.fields is not None:
             count = await self._count_here(tenant_id, body, self._reader)
         elif is_limited:
             count = await self._ask_upstream(body)
@@ -70,7 +70,7 @@ class PromptCounter:
             fields = body.prompt_fields()
             tools = fields.pop("tools", None)
             try:
-                parsed = parse_body(msgspec.json.encode(fields), TokenizeRequest)
+                parsed = parse_body(b"".join(body.expand(msgspec.json.encode(fields))), TokenizeRequest)
                 if "messages" in fields:
                     num_tokens = len(reader.chat(parsed))
                 elif parsed.prompt is not None:
@@ -82,7 +82,7 @@ class PromptCounter:
                 return None
             return num_tokens + (0 if tools is None else self.bytes_per_token.estimate(tenant_id, len(bytes(tools))))
 
-        if len(body.raw) <= _INLINE_BYTES:
+        if body.num_bytes <= _INLINE_BYTES:
             return count()
         return await self._executor.run(tenant_id, count)
 
@@ -98,7 +98,7 @@ class PromptCounter:
         try:
             async with self._upstream.session.post(
                 self._upstream.url(path),
-                data=msgspec.json.encode(fields),
+                data=b"".join(body.expand(msgspec.json.encode(fields))),
                 headers=headers,
                 timeout=_TIMEOUT,
                 allow_redirects=False,

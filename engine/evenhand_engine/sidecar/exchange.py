@@ -6,7 +6,7 @@ answer has begun, an end of the stream that says why.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import aiohttp
 import msgspec
@@ -17,9 +17,9 @@ from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
-from evenhand_engine.frontend.service import REQUEST_ID, WRITES
+from evenhand_engine.frontend.service import REQUEST_ID, TENANT_ID, WRITES
 from evenhand_engine.openai.errors import error_body
-from evenhand_engine.sidecar.events import EventReader, usage_of
+from evenhand_engine.sidecar.events import EventReader, Usage, usage_of
 from evenhand_engine.sidecar.front import FRONT
 from evenhand_engine.sidecar.passage import OPENAI_STREAMS, Passage
 from evenhand_engine.sidecar.relay import Relay
@@ -31,13 +31,14 @@ _HOP_BY_HOP = {
 _OURS = {"host", "authorization", "content-length", "accept-encoding", "expect", "x-api-key", "x-request-id"}
 _ANSWERED_BY_US = {"server", "date", "x-request-id"}
 _MAX_HELD_ANSWER = 8 * 2**20  # of an answer that is checked as a whole before it goes on
+_SENT_AT_ONCE = 64 * 1024  # of a body
 _RETRY_SECONDS = 0.1
 
 
 async def exchange(
-    request: web.Request, body: bytes | AsyncIterator[bytes] | None, passage: Passage | None
+    request: web.Request, body: Sequence[bytes] | AsyncIterator[bytes] | None, passage: Passage | None
 ) -> web.StreamResponse:
-    """Send the request and hand its answer on."""
+    """Send the request and hand its answer on. `body`: in pieces, as far as it is known."""
     upstream = request.app[FRONT].connection
     response = None
     try:
@@ -63,22 +64,28 @@ async def exchange(
 
 
 async def _send(
-    upstream: UpstreamConnection, request: web.Request, body: bytes | AsyncIterator[bytes] | None
+    upstream: UpstreamConnection, request: web.Request, body: Sequence[bytes] | AsyncIterator[bytes] | None
 ) -> aiohttp.ClientResponse:
     """The upstream's answer, as far as its headers. A connection that cannot be made is tried again; nothing else is."""
-    is_decoded = isinstance(body, bytes | None)  # what is streamed goes on in the encoding in which it came
+    is_decoded = not isinstance(body, AsyncIterator)  # what is streamed goes on in the encoding in which it came
     headers = _forwarded(request.headers, _OURS | {"content-encoding"} if is_decoded else _OURS)
     headers["X-Request-Id"] = request[REQUEST_ID]
     headers["Accept-Encoding"] = "identity"
     headers.update(upstream.authorization)
+    if isinstance(body, Sequence):
+        headers["Content-Length"] = str(sum(map(len, body)))
     deadline = time.monotonic() + upstream.settings.connect_timeout
     while True:
         try:
             return await upstream.session.request(
-                request.method, upstream.url(request.raw_path), headers=headers, data=body, allow_redirects=False
+                request.method,
+                upstream.url(request.raw_path),
+                headers=headers,
+                data=_in_pieces(body) if isinstance(body, Sequence) else body,
+                allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            if time.monotonic() > deadline or not isinstance(body, bytes | None):
+            if time.monotonic() > deadline or not is_decoded:
                 message = "The engine behind this server cannot be reached."
                 raise Refusal(503, "upstream_unavailable", message, retry_after=2.0) from error
             await asyncio.sleep(_RETRY_SECONDS)
@@ -88,6 +95,17 @@ async def _send(
             if isinstance(error.__cause__, Refusal):  # of a body that did not come, while it was sent
                 raise error.__cause__ from error
             raise upstream_error(f"it did not answer in HTTP ({type(error).__name__})") from error
+
+
+def _in_pieces(body: Sequence[bytes]) -> bytes | AsyncIterator[bytes]:
+    """What is small in one go, the rest by and by: a large piece would hold the loop while it is copied."""
+    return b"".join(body) if sum(map(len, body)) <= _SENT_AT_ONCE else _pieces(body)
+
+
+async def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for piece in body:
+        for start in range(0, len(piece), _SENT_AT_ONCE):
+            yield piece[start : start + _SENT_AT_ONCE]
 
 
 def _forwarded(headers: Mapping[str, str], ours: set[str]) -> CIMultiDict[str]:
@@ -141,16 +159,21 @@ async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, pas
         if (size := size + len(chunk)) > _MAX_HELD_ANSWER:
             return await _pass_whole(request, upstream, passage, b"".join(held))
     answer = b"".join(held)
-    try:
-        msgspec.json.decode(answer, type=msgspec.Raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise upstream_error("its answer is not JSON") from error
-    if not passage.take_usage(usage_of(answer)):
-        passage.take_bytes(len(answer))
+    usage = await request.app[FRONT].compute(request[TENANT_ID], size, lambda: _usage_of_json(answer))
+    if not passage.take_usage(usage):
+        passage.take_bytes(size)
     passage.finish(upstream.status)
     headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
     headers["Content-Length"] = str(len(answer))
     return web.Response(status=upstream.status, body=answer, headers=headers)
+
+
+def _usage_of_json(answer: bytes) -> Usage | None:
+    try:
+        msgspec.json.decode(answer, type=msgspec.Raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise upstream_error("its answer is not JSON") from error
+    return usage_of(answer)
 
 
 def _is_json(content_type: str) -> bool:

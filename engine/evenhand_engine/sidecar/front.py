@@ -1,19 +1,26 @@
 """Front: what a process at the sidecar's public port has: its connection to the upstream, and the ways to whoever decides."""
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from aiohttp import web
 
 from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.frontend.door import Door
+from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.sidecar.counting import PromptCounter
 from evenhand_engine.sidecar.ticket import Tickets
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import LatencyClass, TenantConfig
 
+T = TypeVar("T")
+
+_THREADS = 2  # so that one is left for others while a tenant uses the other
+_INLINE_BYTES = 32 * 1024  # looked at in about the time that a thread needs to wake
 _CLASSES = tuple(LatencyClass)
 _MANAGEMENT = {  # of vLLM, SGLang and llama.cpp: for whoever runs the engine, on its own port
     *("/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/scale_elastic_ep"),
@@ -107,15 +114,20 @@ class Front:
         self.door = door
         self.tickets = tickets
         self.options = options
-        self.prompts = PromptCounter(connection, tokenizer)
+        self._executor = FairExecutor(_THREADS)
+        self.prompts = PromptCounter(connection, tokenizer, self._executor)
 
     @property
     def max_model_len(self) -> int:
         """The upstream's context."""
         return self.connection.settings.max_model_len
 
+    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
+        """The result of `function`, which looks at so many bytes: at many off the event loop, and in the tenant's turn."""
+        return function() if num_bytes <= _INLINE_BYTES else await self._executor.run(tenant_id, function)
+
     def close(self) -> None:
-        self.prompts.close()
+        self._executor.close()
 
 
 def is_management(path: str) -> bool:

@@ -101,12 +101,10 @@ class Passage:
             self.outcome = ("refused", refusal.code)
             raise
 
-    def prepare(self) -> bytes:
-        """The body for the upstream: with usage asked for, bounded by the policy, and without a priority of the client's."""
-        body = self.body
-        assert body is not None
+    def prepare(self, body: Body) -> None:
+        """Make the body the upstream's: with usage asked for, bounded by the policy, and without a priority of the client's."""
         if body.fields is None:
-            return body.raw
+            return
         tenant = self.front.tickets.tenant(self.tenant_id)
         body.set("priority", self.front.options.upstream_priority(tenant))
         if (salt := self.front.options.cache_salt(self.tenant_id, tenant)) is not None:
@@ -121,7 +119,6 @@ class Passage:
             self.hides_usage = not is_true(options.get("include_usage"))
             if options.get("include_usage") is not True:
                 body.set("stream_options", {**options, "include_usage": True})
-        return body.encode()
 
     # -- what the upstream does
 

@@ -4,11 +4,12 @@ from aiohttp import web
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.requests import read_body, read_start, stream_body
+from evenhand_engine.frontend.requests import read_pieces, read_start, stream_body
 from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange
 from evenhand_engine.sidecar.front import FRONT, is_management
+from evenhand_engine.sidecar.intake import Intake
 from evenhand_engine.sidecar.passage import Passage
 
 _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize", "/v1/detokenize"}
@@ -29,15 +30,14 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         return await exchange(request, None, None)
     if request.path in _TOKENIZER_PATHS:
         await door.count_request(tenant_id)
-        return await exchange(request, await read_body(request), None)
+        return await exchange(request, [piece async for piece in read_pieces(request)], None)
     num_taken = await door.check(tenant_id)
     start, is_json = b"", request.content_type.endswith("json") or request.content_length == 0
     if not is_json and "Content-Encoding" not in request.headers:
         start = await read_start(request)
         is_json = is_json_object(start)
     if is_json or request.content_length is None:
-        raw = await read_body(request, start)
-        body = Body(raw, is_json=is_json or is_json_object(raw))
+        body = await _read(request, start, says_json=is_json)
         passage = Passage(front, request, body, body.size, num_taken)
         limits = front.tickets.tenant(tenant_id).limits
         is_limited = limits.max_prompt_tokens is not None or limits.tokens_per_minute is not None
@@ -48,4 +48,14 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         await passage.turn()
         if passage.body is None:
             return await exchange(request, stream_body(request, start), passage)
-        return await exchange(request, passage.prepare(), passage)
+        passage.prepare(passage.body)
+        pieces = await front.compute(tenant_id, passage.body.num_bytes, passage.body.encode)
+        return await exchange(request, pieces, passage)
+
+
+async def _read(request: web.Request, start: bytes, *, says_json: bool) -> Body:
+    """The body, looked at as it comes, so that none holds the event loop."""
+    intake = Intake(says_json=says_json)
+    async for piece in read_pieces(request, start):
+        intake.take(piece)
+    return await request.app[FRONT].compute(request[TENANT_ID], intake.num_bytes, intake.body)

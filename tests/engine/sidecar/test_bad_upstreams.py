@@ -54,18 +54,21 @@ async def test_one_that_is_down_is_said_to_be(start: Start) -> None:
     assert sidecar.tokens() == (0, 0)
 
 
-async def test_one_that_restarts_is_waited_for_where_nothing_was_sent(start: Start) -> None:
+@pytest.mark.parametrize("size", [1, 300_000])
+async def test_one_that_restarts_is_waited_for_where_nothing_was_sent(start: Start, size: int) -> None:
+    """Also by a body that goes in pieces."""
     [port] = free_ports(1)
     sidecar = await start(f"http://127.0.0.1:{port}", connect_timeout=WAIT_SECONDS)
-    asking = asyncio.create_task(sidecar.stream())
+    asking = asyncio.create_task(sidecar.stream(junk="x" * size))
     await asyncio.sleep(0.3)
     scripted = ScriptedUpstream(script=_done)
-    app = web.Application()
+    app = web.Application(client_max_size=2**20)
     app.router.add_route("*", "/{path:.*}", scripted.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     assert await asking == (200, event() + DONE)
+    assert len(scripted.body()["junk"]) == size
     await runner.cleanup()
     await sidecar.settled()
 

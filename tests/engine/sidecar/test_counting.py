@@ -9,6 +9,7 @@ import tokenizers
 from aiohttp import web
 from tokenizers import models, pre_tokenizers
 
+from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.sidecar.body import Body
 from evenhand_engine.sidecar.counting import PromptCounter
 from evenhand_engine.sidecar.events import EventReader, Usage, usage_of
@@ -39,7 +40,8 @@ def completion(prompt: Any) -> Body:
 
 
 async def test_a_tokenizer_here_counts_what_the_model_will_read(sidecar: Sidecar, model_dir: Path) -> None:
-    counter = PromptCounter(sidecar.upstream, Tokenizer(model_dir))
+    executor = FairExecutor(1)
+    counter = PromptCounter(sidecar.upstream, Tokenizer(model_dir), executor)
 
     async def count(body: Body) -> int:
         return await counter.count("team", body, is_limited=False)
@@ -57,8 +59,8 @@ async def test_a_tokenizer_here_counts_what_the_model_will_read(sidecar: Sidecar
         chat("x", messages="none"),
         Body(b"no JSON", is_json=False),
     ):
-        assert await count(odd) == estimate("team", len(odd.raw)), odd.raw
-    counter.close()
+        assert await count(odd) == estimate("team", odd.num_bytes), odd.encode()
+    executor.close()
 
 
 async def test_a_sidecar_is_given_a_tokenizer(upstream: ScriptedUpstream, start: Start, model_dir: Path) -> None:
@@ -99,7 +101,7 @@ async def test_the_upstreams_tokenizer_is_asked_in_its_own_words(
     upstream.script, upstream.server = reply, server
     sidecar = await start(upstream.url)
     await sidecar.until(lambda: sidecar.upstream.problem is None)
-    assert await sidecar.prompts.count("team", body, is_limited=False) == len(body.raw) // 4
+    assert await sidecar.prompts.count("team", body, is_limited=False) == body.num_bytes // 4
     assert not upstream.received, "asked although no limit depends on it"
     assert await sidecar.prompts.count("team", body, is_limited=True) == pytest.approx(expected, abs=3)
     assert upstream.received[-1][0] == path and asked in upstream.body()
