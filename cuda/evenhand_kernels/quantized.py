@@ -5,7 +5,7 @@ this one with other group sizes: nothing is rounded when they are brought into i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -48,12 +48,16 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.minima) if tensor is not None)
+        return sum(part.nbytes for part in self.parts().values())
 
-    def rows(self, ids: Tensor) -> "QuantizedTensor":
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it consists of, by the names of the attributes."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def rows(self, ids: Tensor | slice) -> "QuantizedTensor":
         """Some rows, in this order."""
-        minima = None if self.minima is None else self.minima[ids]
-        return QuantizedTensor(self.codes[ids], self.scales[ids], minima)
+        return QuantizedTensor(**{name: part[ids] for name, part in self.parts().items()})
 
     def dequantized(self) -> Tensor:
         """The weights, float32 [rows, columns]."""

@@ -31,14 +31,14 @@ struct Made {
 };
 
 template <typename F>
-static Made made(Pool& pool, int format, long outputs, long inputs, int group, const void* codes, const void* scales, const void* minima) {
+static Made made(Pool& pool, int format, long outputs, long inputs, int group, const Parts& parts) {
   Made result = {{outputs, inputs, format, group, 0, FLOAT32, nullptr, nullptr}, {}, std::vector<float>(outputs * inputs)};
   result.memory.resize(num_panels(result.weight) * F::panel_bytes(inputs, group));
   result.weight.packed = result.memory.data();
   for (long p = 0; p < num_panels(result.weight); p++) {
     int64_t rows[PANEL];
     for (int lane = 0; lane < PANEL; lane++) rows[lane] = source_row(result.weight, p, lane);
-    F::pack(result.weight.packed + p * F::panel_bytes(inputs, group), rows, inputs, group, codes, scales, minima);
+    F::pack(result.weight.packed + p * F::panel_bytes(inputs, group), rows, inputs, group, parts);
   }
   std::vector<int32_t> ids(outputs);
   for (long i = 0; i < outputs; i++) ids[i] = static_cast<int32_t>(i);
@@ -135,11 +135,11 @@ int main() {
   std::vector<uint8_t> codes(OUTPUTS * INPUTS);
   for (size_t i = 0; i < plain.size(); i++) narrow(plain[i], &halves[i]), narrow(plain[i], &upper[i]), codes[i] = static_cast<uint8_t>(generator());
   for (size_t i = 0; i < scales.size(); i++) narrow(plain[i] / 50, &scales[i]), narrow(plain[i + 200], &minima[i]);
-  bool all = check_linear(pool, "float32", made<Plain<float>>(pool, 0, OUTPUTS, INPUTS, 1, plain.data(), nullptr, nullptr));
-  all &= check_linear(pool, "bfloat16", made<Plain<BFloat16>>(pool, 1, OUTPUTS, INPUTS, 1, upper.data(), nullptr, nullptr));
-  all &= check_linear(pool, "float16", made<Plain<Float16>>(pool, 2, OUTPUTS, INPUTS, 1, halves.data(), nullptr, nullptr));
-  all &= check_linear(pool, "4 bits", made<Grouped<4, Float16, true>>(pool, QUANTIZED, OUTPUTS, INPUTS, 32, codes.data(), scales.data(), minima.data()));
-  all &= check_linear(pool, "8 bits", made<Grouped<8, Float16, false>>(pool, QUANTIZED + 1, OUTPUTS, INPUTS, 32, codes.data(), scales.data(), nullptr));
+  bool all = check_linear(pool, "float32", made<Plain<float>>(pool, 0, OUTPUTS, INPUTS, 1, {plain.data(), nullptr, nullptr}));
+  all &= check_linear(pool, "bfloat16", made<Plain<BFloat16>>(pool, 1, OUTPUTS, INPUTS, 1, {upper.data(), nullptr, nullptr}));
+  all &= check_linear(pool, "float16", made<Plain<Float16>>(pool, 2, OUTPUTS, INPUTS, 1, {halves.data(), nullptr, nullptr}));
+  all &= check_linear(pool, "4 bits", made<Grouped<4, Float16, true>>(pool, QUANTIZED, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), minima.data()}));
+  all &= check_linear(pool, "8 bits", made<Grouped<8, Float16, false>>(pool, QUANTIZED + 1, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), nullptr}));
   all &= check_attention<float>(pool, "attention", 0, 67);
   all &= check_attention<Float16>(pool, "attention over float16", 2, 1000);
   return all ? 0 : 1;

@@ -48,9 +48,10 @@ static void multiply_coded(CodedRows x, const char* panel, long inputs, int grou
   constexpr int WORDS = F::UNIT / P::INPUTS, OFFSET = P::template OFFSET<F>;
   const long groups = inputs / group, stride = inputs / P::INPUTS;
   const Word* row = x.words;
-  for (long g = 0; g < groups; g++, panel += F::group_bytes(group)) {
+  for (long g = 0; g < groups; g++) {
     typename P::Sums acc[ROWS][CHAINS][2] = {};
-    const char* unit = panel + F::header_bytes();
+    const Place at = F::place(panel, g, group);
+    const char* unit = at.codes;
     for (int i = 0; i < group; i += F::UNIT, row += WORDS, unit += F::unit_bytes()) {
       for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
       P::template words<F>(unit, [&](int word, IntVec low, IntVec high) __attribute__((always_inline)) {
@@ -62,7 +63,7 @@ static void multiply_coded(CodedRows x, const char* panel, long inputs, int grou
         }
       });
     }
-    const Pair scale = F::code_scales(panel), minimum = F::minima_beside(panel, OFFSET);
+    const Pair scale = F::code_scales(at), minimum = F::minima_beside(at, OFFSET);
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) {
       const float sum = x.sums[m * groups + g];

@@ -37,14 +37,14 @@ long evenhand_packed_bytes(const Weight* weight) {
   return result;
 }
 
-// Fill weight.packed. Codes or plain numbers, scales and minima are row-major, as in quantized.py.
-void evenhand_pack(Pool* pool, const Weight* weight, const void* codes, const void* scales, const void* minima) {
+// Fill weight.packed.
+void evenhand_pack(Pool* pool, const Weight* weight, const Parts* parts) {
   dispatch_format(weight->format, [&](auto format) {
     for_each_panel(*pool, num_panels(*weight), [&](long p) {
       int64_t rows[PANEL];
       for (int lane = 0; lane < PANEL; lane++) rows[lane] = source_row(*weight, p, lane);
       decltype(format)::pack(weight->packed + p * decltype(format)::panel_bytes(weight->inputs, weight->group), rows,
-                             weight->inputs, weight->group, codes, scales, minima);
+                             weight->inputs, weight->group, *parts);
     });
   });
 }

@@ -18,6 +18,7 @@ from evenhand_kernels.cpu.native import (
     Native,
     WeightStructure,
 )
+from evenhand_kernels.cpu.packed import DTYPES, Packed, packed
 from evenhand_kernels.cpu.sampling import draw, log_probabilities
 from evenhand_kernels.kernels import (
     Attention,
@@ -32,19 +33,12 @@ from evenhand_kernels.kernels import (
     Linear,
     LogProbabilities,
 )
-from evenhand_kernels.quantized import QuantizedTensor, Weight
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Numbers that `kernels.cpp` dispatches on."""
+from evenhand_kernels.quantized import Weight
 
 ACTIVATION_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """`ActivationDtype` of activations.h."""
 
-QUANTIZED = 3
-"""The first of the numbers that stand for quantised formats."""
-
 MAX_HEAD_DIM = 256
-MAX_GROUP = 256
 
 
 class CpuKernels:
@@ -125,11 +119,11 @@ class CpuKernels:
         _check(logits)
         return log_probabilities(self._native, logits, token_ids, num_top)
 
-    def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> "_Packed":
-        packed = _packed(self._native, weight, bias, gated=gated)
+    def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> Packed:
+        result = packed(self._native, weight, bias, gated=gated)
         is_kept = self._keeps_floats and isinstance(weight, Tensor) and weight.dtype != torch.bfloat16
-        packed.structure.activations = ACTIVATION_DTYPES[torch.float32 if is_kept else self.activation_dtype]
-        return packed
+        result.structure.activations = ACTIVATION_DTYPES[torch.float32 if is_kept else self.activation_dtype]
+        return result
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)
@@ -141,7 +135,7 @@ class CpuKernels:
 
 
 class _Linear:
-    def __init__(self, native: Native, packed: "_Packed") -> None:
+    def __init__(self, native: Native, packed: Packed) -> None:
         self._native, self._packed, self.structure = native, packed, packed.structure
         self._out_features = self.structure.outputs // (2 if self.structure.gated else 1)
 
@@ -153,7 +147,7 @@ class _Linear:
 
 
 class _Embedding:
-    def __init__(self, native: Native, packed: "_Packed") -> None:
+    def __init__(self, native: Native, packed: Packed) -> None:
         self._native, self._packed, self.structure = native, packed, packed.structure
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -162,39 +156,6 @@ class _Embedding:
             self._native.pool, self.structure, ids.data_ptr(), y.data_ptr(), len(ids)
         )
         return y
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """A weight in the layout of weight.h; `memory` is what the structure points to."""
-
-    structure: WeightStructure
-    memory: tuple[Tensor, ...]
-
-
-def _packed(native: Native, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> _Packed:
-    if isinstance(weight, QuantizedTensor) and weight.is_float:
-        weight = weight.dequantized().bfloat16()  # these kernels have no fp8
-    structure = WeightStructure(outputs=weight.shape[0], inputs=weight.shape[1], gated=gated, group=1)
-    if isinstance(weight, QuantizedTensor):
-        kind = 0 if weight.bits == 4 else 1 if weight.minima is None else 2
-        structure.format = QUANTIZED + kind + 3 * (weight.scales.dtype == torch.float32)
-        structure.group = weight.group
-        if weight.group % 8 or weight.group > MAX_GROUP:
-            raise ValueError(f"groups of {weight.group} inputs: they must be multiples of 8 up to {MAX_GROUP}")
-        parts = [part.contiguous() for part in (weight.codes, weight.scales, weight.minima) if part is not None]
-    else:
-        structure.format = DTYPES[weight.dtype]
-        parts = [weight.contiguous()]
-    memory = native.allocate(native.library.evenhand_packed_bytes(structure))
-    structure.packed = memory.data_ptr()
-    pointers = [part.data_ptr() for part in parts] + [None] * (3 - len(parts))
-    native.library.evenhand_pack(native.pool, structure, *pointers)
-    if bias is None:
-        return _Packed(structure, (memory,))
-    packed_bias = _packed(native, bias.float()[:, None], gated=gated)
-    structure.bias = packed_bias.structure.packed
-    return _Packed(structure, (memory, *packed_bias.memory))
 
 
 class _Attention:

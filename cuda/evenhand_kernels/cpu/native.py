@@ -27,6 +27,12 @@ class WeightStructure(ctypes.Structure):
     )
 
 
+class PartsStructure(ctypes.Structure):
+    """`Parts` of weight.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("codes", "scales", "minima"))
+
+
 class AttentionStructure(ctypes.Structure):
     """`AttentionLayer` of attention.h."""
 
@@ -82,7 +88,7 @@ _SIGNATURES = {
     "evenhand_prefer_huge_pages": (None, [c_void_p, c_long]),
     "evenhand_has_products": (c_int, [c_int32]),
     "evenhand_packed_bytes": (c_long, [POINTER(WeightStructure)]),
-    "evenhand_pack": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_void_p]),
+    "evenhand_pack": (None, [c_void_p, POINTER(WeightStructure), POINTER(PartsStructure)]),
     "evenhand_linear": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_long]),
     "evenhand_embedding": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_long]),
     "evenhand_add_rms_norm": (None, [c_void_p] * 5 + [c_long, c_long, c_float]),

@@ -44,19 +44,19 @@ static void multiply_few(const float* x, const float* sums, const char* panel, l
   if constexpr (F::GROUPED) {
     const long groups = inputs / group;
     for (long g = 0; g < groups; g++) {
-      const char* unit = panel + F::header_bytes();
+      const Place at = F::place(panel, g, group);
+      const char* unit = at.codes;
       for (int i = 0; i < group; i += F::UNIT, x += F::UNIT, unit += F::unit_bytes()) {
         for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
         F::codes(unit, [&](int j, Pair code) __attribute__((always_inline)) { add(x + j, j % CHAINS, code); });
       }
-      const Pair scale = F::scales(panel), minimum = F::minima(panel);
+      const Pair scale = F::scales(at), minimum = F::minima(at);
       for (int m = 0; m < ROWS; m++) {
         Vec low = load(c + m * PANEL) + total(m, 0) * scale.low, high = load(c + m * PANEL + LANES) + total(m, 1) * scale.high;
         if constexpr (F::HAS_MINIMA) low += sums[m * groups + g] * minimum.low, high += sums[m * groups + g] * minimum.high;
         store(c + m * PANEL, low), store(c + m * PANEL + LANES, high);
         for (int chain = 0; chain < CHAINS; chain++) acc[m][chain][0] = acc[m][chain][1] = Vec{};
       }
-      panel += F::group_bytes(group);
     }
   } else if constexpr (F::PAIRED) {
     constexpr int WORDS = std::max(1, CHAINS / 2);  // of pairs

@@ -21,6 +21,16 @@ struct Pair {
   Vec low, high;  // of the first and second half of a panel
 };
 
+// A weight as it is packed: plain numbers, or codes with scales and minima, row-major as in quantized.py; null: none.
+struct Parts {
+  const void *codes, *scales, *minima;
+};
+
+// Where a group of a panel has its scales and minima, and its codes.
+struct Place {
+  const char *header, *codes;
+};
+
 template <typename T>
 static inline Pair load_pair(const T* p) {
   return {load(p), load(p + LANES)};
@@ -57,12 +67,12 @@ struct Plain {
 
   static long panel_bytes(long inputs, int) { return inputs * PANEL * static_cast<long>(sizeof(T)); }
 
-  // Rows of `weight`, [outputs][inputs], into a panel; -1: none.
-  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const void* weight, const void*, const void*) {
+  // Rows of numbers, [outputs][inputs], into a panel; -1: none.
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const Parts& parts) {
     T* to = reinterpret_cast<T*>(panel);
     for (int lane = 0; lane < PANEL; lane++)
       for (long k = 0; k < inputs; k++)
-        to[k * PANEL + lane] = rows[lane] < 0 ? T{} : static_cast<const T*>(weight)[rows[lane] * inputs + k];
+        to[k * PANEL + lane] = rows[lane] < 0 ? T{} : static_cast<const T*>(parts.codes)[rows[lane] * inputs + k];
   }
 
   // Widens inputs [k, k + depth) of a panel.
@@ -84,12 +94,12 @@ struct Plain<BFloat16> {
 
   static long panel_bytes(long inputs, int) { return (inputs + 1) / 2 * PANEL * 4; }
 
-  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const void* weight, const void*, const void*) {
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int, const Parts& parts) {
     BFloat16* to = reinterpret_cast<BFloat16*>(panel);
     for (int lane = 0; lane < PANEL; lane++)
       for (long k = 0; k < (inputs + 1) / 2 * 2; k++)
         to[(k / 2 * PANEL + lane) * 2 + k % 2] =
-            rows[lane] < 0 || k == inputs ? BFloat16{} : static_cast<const BFloat16*>(weight)[rows[lane] * inputs + k];
+            rows[lane] < 0 || k == inputs ? BFloat16{} : static_cast<const BFloat16*>(parts.codes)[rows[lane] * inputs + k];
   }
 
   // Calls visit(j, inputs k + j) for a pair whose words begin at `at`.
@@ -124,19 +134,22 @@ struct Grouped {
   static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
   static long group_bytes(int group) { return header_bytes() + PANEL * group * BITS / 8; }
   static long panel_bytes(long inputs, int group) { return inputs / group * group_bytes(group); }
+  static Place place(const char* panel, long number, int group) {
+    const char* header = panel + number * group_bytes(group);
+    return {header, header + header_bytes()};
+  }
 
-  // Rows of codes, scales and minima as in quantized.py into a panel; -1: none.
-  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int group, const void* codes, const void* scales,
-                   const void* minima) {
+  // Rows into a panel; -1: none.
+  static void pack(char* panel, const int64_t (&rows)[PANEL], long inputs, int group, const Parts& parts) {
     const long groups = inputs / group, row_bytes = inputs * BITS / 8;
     for (long g = 0; g < groups; g++, panel += group_bytes(group)) {
       SCALE* header = reinterpret_cast<SCALE*>(panel);
       uint8_t* to = reinterpret_cast<uint8_t*>(panel + header_bytes());
       for (int lane = 0; lane < PANEL; lane++) {
         const int64_t row = rows[lane];
-        header[lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(scales)[row * groups + g];
-        if (MINIMA) header[PANEL + lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(minima)[row * groups + g];
-        const uint8_t* from = static_cast<const uint8_t*>(codes) + row * row_bytes + g * group * BITS / 8;
+        header[lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(parts.scales)[row * groups + g];
+        if (MINIMA) header[PANEL + lane] = row < 0 ? SCALE{} : static_cast<const SCALE*>(parts.minima)[row * groups + g];
+        const uint8_t* from = static_cast<const uint8_t*>(parts.codes) + row * row_bytes + g * group * BITS / 8;
         constexpr int RUN = BITS == 4 ? 4 : 1;  // bytes of a lane that stay together: a word, or a code
         for (int i = 0; i < group * BITS / 8; i++)
           to[(i / RUN * PANEL + lane) * RUN + i % RUN] = row < 0 ? 0 : from[i] ^ (BITS == 4 ? 0x88 : 0);
@@ -144,18 +157,18 @@ struct Grouped {
     }
   }
 
-  static Pair code_scales(const char* at) { return load_pair(reinterpret_cast<const SCALE*>(at)); }
+  static Pair code_scales(Place at) { return load_pair(reinterpret_cast<const SCALE*>(at.header)); }
   // Beside what `codes` gives, whose codes of 4 bits are signed.
-  static Pair minima(const char* at) { return minima_beside(at, BITS == 4 ? -8.0f : 0.0f); }
+  static Pair minima(Place at) { return minima_beside(at, BITS == 4 ? -8.0f : 0.0f); }
   // Beside codes that are larger by `offset`.
-  static Pair minima_beside(const char* at, float offset) {
+  static Pair minima_beside(Place at, float offset) {
     Pair result = {Vec{}, Vec{}};
-    if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at) + PANEL);
+    if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at.header) + PANEL);
     const Pair scale = code_scales(at);
     return {result.low - offset * scale.low, result.high - offset * scale.high};
   }
   // Of what `codes` gives: it leaves codes of 4 bits where it finds them in the topmost bits of a word.
-  static Pair scales(const char* at) {
+  static Pair scales(Place at) {
     constexpr float UNIT_SCALE = BITS == 4 ? 0x1p-28f : 1.0f;
     const Pair scale = code_scales(at);
     return {scale.low * UNIT_SCALE, scale.high * UNIT_SCALE};
@@ -237,10 +250,10 @@ struct Grouped {
 
   template <typename To>
   static void widen(const char* panel, long k, int depth, int group, Block<To> block) {
-    const char* at = panel + k / group * group_bytes(group);
-    for (int first = 0; first < depth; first += group, at += group_bytes(group)) {
+    for (int first = 0; first < depth; first += group) {
+      const Place at = place(panel, (k + first) / group, group);
       const Pair scale = scales(at), minimum = minima(at);
-      const char* unit = at + header_bytes();
+      const char* unit = at.codes;
       for (int i = first; i < first + group; i += UNIT, unit += unit_bytes()) {
         Pair even;
         codes(unit, [&](int j, Pair code) __attribute__((always_inline)) {

@@ -120,11 +120,7 @@ class ShardedSource:
         rows = slice(self._shard.rank * size, (self._shard.rank + 1) * size)
         if isinstance(whole, Tensor):
             return whole[rows].clone()
-        return QuantizedTensor(
-            whole.codes[rows].clone(),
-            whole.scales[rows].clone(),
-            None if whole.minima is None else whole.minima[rows].clone(),
-        )
+        return QuantizedTensor(**{name: part.clone() for name, part in whole.rows(rows).parts().items()})
 
     def _columns(self, whole: Weight, size: int, name: str) -> Weight:
         begin = self._shard.rank * size

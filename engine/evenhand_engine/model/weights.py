@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ MakeLinear = Callable[[Weight, Tensor | None], Linear]
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
-CODES, SCALES, MINIMA = ".codes", ".scales", ".minima"
+PARTS = tuple(f".{field.name}" for field in fields(QuantizedTensor))
 """What follows a weight's name where a converted checkpoint holds it quantised, part by part."""
 
 
@@ -96,9 +96,9 @@ class Checkpoint:
             weight: Weight = read_packed(self._read, has, prefix, self._format)
         elif isinstance(self._format, Fp8Format) and has_fp8(has, prefix):
             weight = read_fp8(self._read, has, prefix, self._format)
-        elif name + CODES in self._untaken:
-            minima = self._read(name + MINIMA) if name + MINIMA in self._untaken else None
-            weight = QuantizedTensor(self._read(name + CODES), self._read(name + SCALES), minima)
+        elif has(f"{name}.codes"):
+            parts = [part for part in PARTS if part == ".scales" or has(name + part)]
+            weight = QuantizedTensor(**{part[1:]: self._read(name + part) for part in parts})
         else:
             weight = self._read(name)
         if tuple(weight.shape) != shape:
@@ -131,7 +131,7 @@ class Checkpoint:
 
     def discard(self, name: str) -> None:
         """Ignore a tensor that a checkpoint may hold though nothing needs it."""
-        for part in ("", CODES, SCALES, MINIMA):
+        for part in ("", *PARTS):
             self._untaken.pop(name + part, None)
 
     def require_all_taken(self) -> None:

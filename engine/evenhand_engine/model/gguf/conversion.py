@@ -21,7 +21,6 @@ from evenhand_engine.model.gguf.file import GgufFile
 from evenhand_engine.model.gguf.tensors import check_tensors, hugging_face_name
 from evenhand_engine.model.gguf.tokenizer import build_tokenizer, read_vocabulary, tokenizer_config
 from evenhand_engine.model.progress import Progress
-from evenhand_engine.model.weights import CODES, MINIMA, SCALES
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 SHARD_BYTES = 2 << 30
@@ -95,8 +94,7 @@ def _shards(file: GgufFile, config: ModelConfig) -> Iterator[dict[str, torch.Ten
 def _parts(name: str, weight: Weight) -> dict[str, torch.Tensor]:
     if not isinstance(weight, QuantizedTensor):
         return {name: weight}
-    parts = {name + CODES: weight.codes, name + SCALES: weight.scales}
-    return parts if weight.minima is None else parts | {name + MINIMA: weight.minima}
+    return {f"{name}.{part}": tensor for part, tensor in weight.parts().items()}
 
 
 def _rotate_half_order(weight: Weight, num_heads: int) -> Weight:
