@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from evenhand_kernels.quantized import QuantizedTensor
+from evenhand_kernels.quantized import SUPER_BLOCK, QuantizedTensor
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -26,3 +26,28 @@ def quantized(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype
         codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
     scales, minima = (randn(rows, columns // group, seed=seed).to(dtype) for seed in (1, 2))
     return QuantizedTensor(codes, scales, minima if with_minima else None)
+
+
+def k_quant(rows: int, columns: int, bits: int) -> QuantizedTensor:
+    """As in GGUF's Q4_K, Q5_K and Q6_K: of 6 bits scales have a sign and 16 columns, of less they and the minima have 6 bits."""
+    generator = torch.Generator().manual_seed(bits)
+
+    def integers(low: int, high: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high, (rows, columns), generator=generator, dtype=dtype)
+
+    codes = integers(0, 256, columns // 8 * bits, torch.uint8)
+    factors = randn(rows, columns // SUPER_BLOCK, 1 if bits == 6 else 2).half()
+    if bits == 6:
+        return QuantizedTensor(codes, integers(-128, 128, columns // 16, torch.int8), factors=factors)
+    scales, minima = (integers(0, 64, columns // 32, torch.uint8) for _ in range(2))
+    return QuantizedTensor(codes, scales, minima, factors)
+
+
+def rounded_to_int8(x: Tensor, group: int) -> Tensor:
+    """Each run of `group` columns to whole multiples of a 127th of its largest, float64."""
+    runs = []
+    for first in range(0, x.shape[1], group):
+        run = x[:, first : first + group]
+        scale = (run.abs().amax(1, keepdim=True) / 127).double()
+        runs.append(torch.where(scale > 0, (run / scale).round() * scale, 0.0))
+    return torch.cat(runs, dim=1)

@@ -35,3 +35,13 @@ def kernels_of_level(
         patch.setattr(library, "usable_levels", lambda: [level])
         patch.setattr(native, "load_library", functools.partial(library.load_library, shipped_dir=folder))
         yield lambda dtype: CpuKernels(folder, num_threads=3, activation_dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
+    return kernels_of_level(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def int8_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
+    return kernels_of_level(torch.int8)

@@ -82,6 +82,20 @@ static bool check_linear(Pool& pool, const char* what, Made made) {
   return all;
 }
 
+// Random bytes are codes, scales and minima.
+template <int BITS>
+static bool check_k_quant(Pool& pool, const char* what) {
+  using Format = KQuant<BITS>;
+  constexpr long OUTPUTS = 37, INPUTS = 2 * Format::SUPER;
+  std::vector<uint8_t> codes(OUTPUTS * INPUTS * BITS / 8), scales(OUTPUTS * INPUTS / Format::GROUP), minima(scales.size());
+  for (auto* bytes : {&codes, &scales, &minima})
+    for (uint8_t& each : *bytes) each = static_cast<uint8_t>(generator());
+  std::vector<Float16> factors(OUTPUTS * INPUTS / Format::SUPER * 2);
+  for (Float16& each : factors) narrow(random_numbers(1)[0], &each);
+  const Parts parts = {codes.data(), scales.data(), minima.data(), factors.data()};
+  return check_linear(pool, what, made<Format>(pool, QUANTIZED + 2 + BITS, OUTPUTS, INPUTS, Format::GROUP, parts));
+}
+
 // The number as a cache of this type holds it.
 template <typename T>
 static double held(float x) {
@@ -135,11 +149,12 @@ int main() {
   std::vector<uint8_t> codes(OUTPUTS * INPUTS);
   for (size_t i = 0; i < plain.size(); i++) narrow(plain[i], &halves[i]), narrow(plain[i], &upper[i]), codes[i] = static_cast<uint8_t>(generator());
   for (size_t i = 0; i < scales.size(); i++) narrow(plain[i] / 50, &scales[i]), narrow(plain[i + 200], &minima[i]);
-  bool all = check_linear(pool, "float32", made<Plain<float>>(pool, 0, OUTPUTS, INPUTS, 1, {plain.data(), nullptr, nullptr}));
-  all &= check_linear(pool, "bfloat16", made<Plain<BFloat16>>(pool, 1, OUTPUTS, INPUTS, 1, {upper.data(), nullptr, nullptr}));
-  all &= check_linear(pool, "float16", made<Plain<Float16>>(pool, 2, OUTPUTS, INPUTS, 1, {halves.data(), nullptr, nullptr}));
-  all &= check_linear(pool, "4 bits", made<Grouped<4, Float16, true>>(pool, QUANTIZED, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), minima.data()}));
-  all &= check_linear(pool, "8 bits", made<Grouped<8, Float16, false>>(pool, QUANTIZED + 1, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), nullptr}));
+  bool all = check_linear(pool, "float32", made<Plain<float>>(pool, 0, OUTPUTS, INPUTS, 1, {plain.data(), nullptr, nullptr, nullptr}));
+  all &= check_linear(pool, "bfloat16", made<Plain<BFloat16>>(pool, 1, OUTPUTS, INPUTS, 1, {upper.data(), nullptr, nullptr, nullptr}));
+  all &= check_linear(pool, "float16", made<Plain<Float16>>(pool, 2, OUTPUTS, INPUTS, 1, {halves.data(), nullptr, nullptr, nullptr}));
+  all &= check_linear(pool, "4 bits", made<Grouped<4, Float16, true>>(pool, QUANTIZED, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), minima.data(), nullptr}));
+  all &= check_linear(pool, "8 bits", made<Grouped<8, Float16, false>>(pool, QUANTIZED + 1, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), nullptr, nullptr}));
+  all &= check_k_quant<4>(pool, "K-quant of 4 bits") && check_k_quant<5>(pool, "of 5") && check_k_quant<6>(pool, "of 6");
   all &= check_attention<float>(pool, "attention", 0, 67);
   all &= check_attention<Float16>(pool, "attention over float16", 2, 1000);
   return all ? 0 : 1;

@@ -5,24 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from evenhand_kernels.cpu.kernels import CpuKernels
-from harness.tensors import assert_close, quantized, randn
+from harness.tensors import assert_close, quantized, randn, rounded_to_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW_ROWS = 4
-
-
-@pytest.fixture(scope="module")
-def bfloat16_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
-    return kernels_of_level(torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def int8_kernels(kernels_of_level: Callable[[torch.dtype | None], CpuKernels]) -> CpuKernels:
-    return kernels_of_level(torch.int8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +104,7 @@ def test_linear_in_int8(outputs: int, inputs: int, int8_kernels: CpuKernels) -> 
     linear = int8_kernels.linear(weight, None)
     for rows in (1, 5, 48):
         x = randn(rows, inputs, seed=2)
-        assert_close(linear(x), functional.linear(rounded(x, 32), weight.double()), 1e-5)
+        assert_close(linear(x), functional.linear(rounded_to_int8(x, 32), weight.double()), 1e-5)
 
 
 @pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
@@ -128,17 +117,8 @@ def test_linear_of_a_quantized_weight_in_int8(
     for rows in (1, 2, 3, 4, 5, 11, 12, 13, 257):
         x = randn(rows, 640, seed=4)
         x[0, :group] = 0
-        expected = functional.linear(rounded(x, group), weight.dequantized().double(), bias.double())
+        expected = functional.linear(rounded_to_int8(x, group), weight.dequantized().double(), bias.double())
         assert_close(linear(x), expected, 1e-5)
-
-
-def rounded(x: Tensor, group: int) -> Tensor:
-    """Each run of `group` inputs to whole multiples of a 127th of its largest, float64."""
-    runs = []
-    for run in x.split(group, dim=1):
-        scale = (run.abs().amax(1, keepdim=True) / 127).double()
-        runs.append(torch.where(scale > 0, (run / scale).round() * scale, 0.0))
-    return torch.cat(runs, dim=1)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

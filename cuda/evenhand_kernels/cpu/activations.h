@@ -76,13 +76,13 @@ static inline float scale_of(const float* x, int size) {
 
 static inline float inverse_of(float scale) { return scale > 1e-30f ? 1.0f / scale : 0.0f; }
 
-// Codes of 8 bits. EVEN_FIRST: of eight inputs those at even places come first, as codes of 4 bits are taken from a word.
-template <bool EVEN_FIRST>
+// Codes of 8 bits, in the order in which codes of format F are taken from words.
+template <typename F>
 static CodedMemory to_codes(Pool& pool, Rows from, int group) {
   const long groups = from.inputs / group;
   CodedMemory result(from.rows * from.inputs / 4, from.rows * groups, true);
   ByteVec order;
-  for (int i = 0; i < LANES; i++) order[i] = EVEN_FIRST ? i / 8 * 8 + i % 4 * 2 + i % 8 / 4 : i;
+  for (int i = 0; i < LANES; i++) order[i] = F::byte_input(i);
   for_each_row(pool, from.rows, from.inputs, [&](long row) {
     for (long g = 0; g < groups; g++) {
       const long first = row * from.inputs + g * group, at = row * groups + g;
@@ -100,14 +100,13 @@ static CodedMemory to_codes(Pool& pool, Rows from, int group) {
   return result;
 }
 
-// Pairs of bfloat16. HALVES: those of eight inputs are the first of each half, the second of each, and so on, as codes of 4 bits
-// are taken from a word.
-template <bool HALVES>
+// Pairs of bfloat16, in the order in which codes of format F are.
+template <typename F>
 static CodedMemory to_coded_pairs(Pool& pool, Rows from, int group) {
   const long groups = from.inputs / group;
   CodedMemory result(from.rows * from.inputs / 2, from.rows * groups, false);
   HalfVec order;
-  for (int i = 0; i < LANES; i++) order[i] = HALVES ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
+  for (int i = 0; i < LANES; i++) order[i] = F::pair_input(i);
   for_each_row(pool, from.rows, from.inputs, [&](long row) {
     for (long g = 0; g < groups; g++) {
       const long first = row * from.inputs + g * group;

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "activations.h"
+#include "formats.h"
 #include "panel.h"
 #include "pool.h"
-#include "weight.h"
 
 constexpr int MAX_BLOCK_ROWS = 256;  // rows that pass over a panel together
 
@@ -92,9 +92,9 @@ static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y
   if (products == Products::PAIRS) {
     pairs = to_pairs(pool, {x, rows, inputs});
   } else if (products == Products::CODES) {
-    if constexpr (F::GROUPED) coded = to_codes<F::FOUR_BITS>(pool, {x, rows, inputs}, group);
+    if constexpr (F::GROUPED) coded = to_codes<F>(pool, {x, rows, inputs}, group);
   } else if (products == Products::CODED_PAIRS) {
-    if constexpr (F::GROUPED) coded = to_coded_pairs<F::FOUR_BITS>(pool, {x, rows, inputs}, group);
+    if constexpr (F::GROUPED) coded = to_coded_pairs<F>(pool, {x, rows, inputs}, group);
   } else if (weight.activations != FLOAT32) {
     rounded_x = rounded(pool, {x, rows, inputs}, weight.activations, F::GROUPED ? group : CODE_GROUP);
     x = rounded_x.data();

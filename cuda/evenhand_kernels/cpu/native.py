@@ -30,7 +30,7 @@ class WeightStructure(ctypes.Structure):
 class PartsStructure(ctypes.Structure):
     """`Parts` of weight.h."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("codes", "scales", "minima"))
+    _fields_ = tuple((name, c_void_p) for name in ("codes", "scales", "minima", "factors"))
 
 
 class AttentionStructure(ctypes.Structure):

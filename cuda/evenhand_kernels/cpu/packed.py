@@ -9,10 +9,10 @@ from evenhand_kernels.cpu.native import Native, PartsStructure, WeightStructure
 from evenhand_kernels.quantized import QuantizedTensor, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Numbers that `kernels.cpp` dispatches on."""
+"""Numbers of plain formats in formats.h, and of those of a KV cache."""
 
 QUANTIZED = 3
-"""The first of the numbers that stand for quantised formats."""
+"""The first of the numbers that stand for quantised formats there."""
 
 MAX_GROUP = 256
 
@@ -31,8 +31,7 @@ def packed(native: Native, weight: Weight, bias: Tensor | None = None, *, gated:
         weight = weight.dequantized().bfloat16()  # these kernels have no fp8
     structure = WeightStructure(outputs=weight.shape[0], inputs=weight.shape[1], gated=gated, group=1)
     if isinstance(weight, QuantizedTensor):
-        kind = 0 if weight.bits == 4 else 1 if weight.minima is None else 2
-        structure.format = QUANTIZED + kind + 3 * (weight.scales.dtype == torch.float32)
+        structure.format = _quantized_format(weight)
         structure.group = weight.group
         if weight.group % 8 or weight.group > MAX_GROUP:
             raise ValueError(f"groups of {weight.group} inputs: they must be multiples of 8 up to {MAX_GROUP}")
@@ -49,3 +48,12 @@ def packed(native: Native, weight: Weight, bias: Tensor | None = None, *, gated:
     packed_bias = packed(native, bias.float()[:, None], gated=gated)
     structure.bias = packed_bias.structure.packed
     return Packed(structure, (memory, *packed_bias.memory))
+
+
+def _quantized_format(weight: QuantizedTensor) -> int:
+    """The number that formats.h has for it."""
+    if weight.factors is not None:
+        assert (weight.group, weight.minima is None) == ((16, True) if weight.bits == 6 else (32, False)), "no K-quant"
+        return QUANTIZED + 2 + weight.bits
+    kind = 0 if weight.bits == 4 else 1 if weight.minima is None else 2
+    return QUANTIZED + kind + 3 * (weight.scales.dtype == torch.float32)

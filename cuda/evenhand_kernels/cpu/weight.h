@@ -23,12 +23,12 @@ struct Pair {
 
 // A weight as it is packed: plain numbers, or codes with scales and minima, row-major as in quantized.py; null: none.
 struct Parts {
-  const void *codes, *scales, *minima;
+  const void *codes, *scales, *minima, *factors;
 };
 
-// Where a group of a panel has its scales and minima, and its codes.
+// Where a group of a panel has its scales and minima, its codes, and what multiplies the former; null: 1.
 struct Place {
-  const char *header, *codes;
+  const char *header, *codes, *factors;
 };
 
 template <typename T>
@@ -122,10 +122,30 @@ struct Plain<BFloat16> {
   }
 };
 
+// Widens inputs [k, k + depth) of a panel: whole groups.
+template <typename F, typename To>
+static void widen_groups(const char* panel, long k, int depth, int group, Block<To> block) {
+  for (int first = 0; first < depth; first += group) {
+    const Place at = F::place(panel, (k + first) / group, group);
+    const Pair scale = F::scales(at), minimum = F::minima(at);
+    const char* unit = at.codes;
+    for (int i = first; i < first + group; i += F::UNIT, unit += F::unit_bytes()) {
+      Pair even;
+      F::codes(unit, [&](int j, Pair code) __attribute__((always_inline)) {
+        const Pair row = {code.low * scale.low + minimum.low, code.high * scale.high + minimum.high};
+        if (j % 2 == 0)
+          even = row;
+        else
+          block.add(i + j - 1, even, row);
+      });
+    }
+  }
+}
+
 // Codes of BITS bits; SCALE is the type of scales and minima.
 template <int BITS, typename SCALE, bool MINIMA>
 struct Grouped {
-  static constexpr bool GROUPED = true, HAS_MINIMA = MINIMA, FOUR_BITS = BITS == 4;
+  static constexpr bool GROUPED = true, HAS_MINIMA = MINIMA;
   static_assert(MINIMA || BITS == 8);
   template <typename T>
   static constexpr bool LIES_AS = false;
@@ -136,7 +156,7 @@ struct Grouped {
   static long panel_bytes(long inputs, int group) { return inputs / group * group_bytes(group); }
   static Place place(const char* panel, long number, int group) {
     const char* header = panel + number * group_bytes(group);
-    return {header, header + header_bytes()};
+    return {header, header + header_bytes(), nullptr};
   }
 
   // Rows into a panel; -1: none.
@@ -195,6 +215,7 @@ struct Grouped {
 
   // Calls visit(quad, low, high) twice for the UNIT inputs whose codes begin at `at`: in the bytes of each lane codes + BYTE_OFFSET
   // of four inputs, which are not negative; of 4 bits those at even places first.
+  static constexpr int byte_input(int i) { return BITS == 4 ? i / 8 * 8 + i % 4 * 2 + i % 8 / 4 : i; }  // whose code is in byte i
   static constexpr int BYTE_OFFSET = BITS == 4 ? 0 : 128;
   template <typename Visit>
   static inline __attribute__((always_inline)) void unsigned_codes(const char* at, const Visit& visit) {
@@ -225,6 +246,7 @@ struct Grouped {
 
   // Calls visit(pair, low, high) four times: in each lane codes + PAIR_OFFSET of two inputs in bfloat16; of 4 bits the first pair
   // is the first of each half of the eight inputs, and so on. There they become the upper bits of the fraction of 16.
+  static constexpr int pair_input(int i) { return BITS == 4 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i; }
   static constexpr int PAIR_OFFSET = BITS == 4 ? 16 : 0;
   template <typename Visit>
   static inline __attribute__((always_inline)) void code_pairs(const char* at, const Visit& visit) {
@@ -249,40 +271,5 @@ struct Grouped {
   static constexpr long unit_bytes() { return PANEL * UNIT * BITS / 8; }
 
   template <typename To>
-  static void widen(const char* panel, long k, int depth, int group, Block<To> block) {
-    for (int first = 0; first < depth; first += group) {
-      const Place at = place(panel, (k + first) / group, group);
-      const Pair scale = scales(at), minimum = minima(at);
-      const char* unit = at.codes;
-      for (int i = first; i < first + group; i += UNIT, unit += unit_bytes()) {
-        Pair even;
-        codes(unit, [&](int j, Pair code) __attribute__((always_inline)) {
-          const Pair row = {code.low * scale.low + minimum.low, code.high * scale.high + minimum.high};
-          if (j % 2 == 0)
-            even = row;
-          else
-            block.add(i + j - 1, even, row);
-        });
-      }
-    }
-  }
+  static void widen(const char* panel, long k, int depth, int group, Block<To> block) { widen_groups<Grouped>(panel, k, depth, group, block); }
 };
-
-// What the number of a format means: 0 float32, 1 bfloat16, 2 float16; QUANTIZED: codes of 4 bits, which have minima; plus
-// 1 and 2: of 8 bits without and with them; plus 3: scales and minima are float32, not float16.
-constexpr int QUANTIZED = 3;
-
-template <typename Visit>
-static void dispatch_format(int format, const Visit& visit) {
-  switch (format) {
-    case 0: return visit(Plain<float>{});
-    case 1: return visit(Plain<BFloat16>{});
-    case 2: return visit(Plain<Float16>{});
-    case QUANTIZED + 0: return visit(Grouped<4, Float16, true>{});
-    case QUANTIZED + 1: return visit(Grouped<8, Float16, false>{});
-    case QUANTIZED + 2: return visit(Grouped<8, Float16, true>{});
-    case QUANTIZED + 3: return visit(Grouped<4, float, true>{});
-    case QUANTIZED + 4: return visit(Grouped<8, float, false>{});
-    case QUANTIZED + 5: return visit(Grouped<8, float, true>{});
-  }
-}

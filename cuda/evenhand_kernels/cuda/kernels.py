@@ -65,7 +65,7 @@ class CudaKernels:
 
     def linear(self, weight: Weight, bias: Tensor | None) -> Linear:
         if isinstance(weight, QuantizedTensor) and self._quantized.can_take(weight):
-            return self._quantized.linear(weight, bias)
+            return self._quantized.linear(weight.one_level(), bias)
         dense, bias = self._dense(weight), None if bias is None else self._to_device(bias)
         return lambda x: F.linear(x, dense, bias)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model.config import ModelConfig
 from evenhand_kernels.kernels import Linear
-from evenhand_kernels.quantized import QuantizedTensor, Weight
+from evenhand_kernels.quantized import SUPER_BLOCK, QuantizedTensor, Weight
 
 
 class TensorSource(Protocol):
@@ -131,10 +131,12 @@ class ShardedSource:
                 f"tensor {name}: groups of {whole.group} inputs cannot be dealt out to {self._shard.size} devices: choose a "
                 "smaller tensor parallel size"
             )
+        if size % SUPER_BLOCK:
+            whole = whole.one_level()
         codes = slice(begin * whole.bits // 8, (begin + size) * whole.bits // 8)
         groups = slice(begin // whole.group, -(-(begin + size) // whole.group))
+        supers = slice(begin // SUPER_BLOCK, (begin + size) // SUPER_BLOCK)
+        columns = {"codes": codes, "factors": supers}
         return QuantizedTensor(
-            whole.codes[:, codes].clone(),
-            whole.scales[:, groups].clone(),
-            None if whole.minima is None else whole.minima[:, groups].clone(),
+            **{name: part[:, columns.get(name, groups)].clone() for name, part in whole.parts().items()}
         )

@@ -17,7 +17,7 @@ from evenhand_engine.model.cache import SHIPPED_DIR, cache_dir, cached
 from evenhand_engine.model.gguf.parts import gguf_parts
 from evenhand_engine.model.progress import Progress, Stage
 
-CONVERSION_VERSION = 5
+CONVERSION_VERSION = 6
 """Part of the cache key: raise it when a conversion's result changes."""
 
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]

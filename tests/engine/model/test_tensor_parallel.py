@@ -29,7 +29,7 @@ from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.quantized import QuantizedTensor
 from evenhand_policy.config import SchedulerConfig
-from harness.tensors import quantized
+from harness.tensors import k_quant, quantized
 
 from .conftest import make_checkpoint
 
@@ -282,6 +282,12 @@ def test_parts_of_a_quantised_weight_are_the_weight() -> None:
     assert torch.equal(torch.cat(parts(down_proj, 4, 32), dim=1), whole.dequantized())
     whole = quantized(4, 64, 4, 64, torch.float16, True)  # a group of both parts
     assert torch.equal(torch.cat(parts(down_proj, 4, 32), dim=1), whole.dequantized())
+    for columns in (512, 1024):  # super-blocks of both parts, and of one
+        whole = k_quant(4, columns, 6)
+        assert torch.equal(torch.cat(parts("layers.0.self_attn.q_proj.weight", 2, columns)), whole.dequantized())
+        assert torch.equal(torch.cat(parts(down_proj, 4, columns // 2), dim=1), whole.dequantized())
+    whole = k_quant(4, 256, 5)
+    assert torch.equal(torch.cat(parts(down_proj, 4, 128), dim=1), whole.dequantized())
     whole = quantized(4, 192, 4, 64, torch.float16, True)
     with pytest.raises(StartupError, match=r"down_proj\.weight: groups of 64 inputs cannot be dealt out to 2 devices"):
         parts(down_proj, 4, 96)

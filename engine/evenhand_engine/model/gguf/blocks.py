@@ -5,13 +5,15 @@ Kinds that are not in QUANTIZED come dequantised by the `gguf` library, as float
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, ReaderTensor, dequantize
 from numpy.typing import NDArray
+from torch import Tensor
 
-from evenhand_kernels.quantized import QuantizedTensor, Weight
+from evenhand_kernels.quantized import QuantizedTensor, Weight, packed_codes
 
 Bytes = NDArray[np.uint8]
 """[num_blocks, bytes]: a part of every block."""
@@ -21,69 +23,79 @@ FLOAT_DTYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Codes [num_blocks, codes of a block], uint8 if they have 4 bits, else int8; scales and minima [num_blocks, groups]."""
+    """Codes [num_blocks, codes of a block], int8 if they have 8 bits, else uint8; scales and minima [num_blocks, groups].
 
+    `factors` of K-quants: [num_blocks, 2 or 1], what scales and minima are multiplied with.
+    """
+
+    bits: int
     codes: NDArray[np.uint8] | NDArray[np.int8]
-    scales: NDArray[np.float16] | NDArray[np.float32]
-    minima: NDArray[np.float16] | NDArray[np.float32] | None = None
+    scales: NDArray[np.float16] | NDArray[np.uint8] | NDArray[np.int8]
+    minima: NDArray[np.float16] | NDArray[np.uint8] | None = None
+    factors: NDArray[np.float16] | None = None
 
 
 def read_tensor(tensor: ReaderTensor) -> Weight:
     """The tensor, [rows, columns] or [columns]: floats in their own type, quantised ones as they are."""
     kind = GGMLQuantizationType(tensor.tensor_type)
     if kind not in QUANTIZED:
-        values = np.array(dequantize(tensor.data, kind), dtype=np.float32)  # a copy: the file's mapping is read-only
+        values = np.array(dequantize(tensor.data, kind), dtype=np.float32)  # a copy, as below
         return torch.from_numpy(values).to(FLOAT_DTYPES.get(kind, torch.float16))
     num_bytes, read = QUANTIZED[kind]
     num_rows = len(tensor.data)
     blocks = read(tensor.data.reshape(-1, num_bytes))
-    codes = blocks.codes.reshape(num_rows, -1)
-    if codes.dtype == np.uint8:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+
+    def part(values: NDArray[Any], *shape: int) -> Tensor:
+        return torch.from_numpy(
+            np.array(values.reshape(num_rows, -1, *shape))
+        )  # a copy: the file's mapping is read-only
+
+    codes = part(blocks.codes)
     return QuantizedTensor(
-        torch.from_numpy(np.ascontiguousarray(codes)),
-        torch.from_numpy(blocks.scales.reshape(num_rows, -1)),
-        None if blocks.minima is None else torch.from_numpy(blocks.minima.reshape(num_rows, -1)),
+        codes if blocks.bits == 8 else packed_codes(codes, blocks.bits),
+        part(blocks.scales),
+        None if blocks.minima is None else part(blocks.minima),
+        None if blocks.factors is None else part(blocks.factors, blocks.factors.shape[1]),
     )
 
 
 def _q4_0(blocks: Bytes) -> Blocks:
     scales = _float16(blocks[:, 0:2])
-    return Blocks(_nibbles(blocks[:, 2:18]), scales, scales * np.float16(-8))
+    return Blocks(4, _nibbles(blocks[:, 2:18]), scales, scales * np.float16(-8))
 
 
 def _q4_1(blocks: Bytes) -> Blocks:
-    return Blocks(_nibbles(blocks[:, 4:20]), _float16(blocks[:, 0:2]), _float16(blocks[:, 2:4]))
+    return Blocks(4, _nibbles(blocks[:, 4:20]), _float16(blocks[:, 0:2]), _float16(blocks[:, 2:4]))
 
 
 def _q5_0(blocks: Bytes) -> Blocks:
     codes = _nibbles(blocks[:, 6:22]) | np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little") << 4
-    return Blocks(codes.astype(np.int8) - 16, _float16(blocks[:, 0:2]))
+    return Blocks(8, codes.astype(np.int8) - 16, _float16(blocks[:, 0:2]))
 
 
 def _q5_1(blocks: Bytes) -> Blocks:
     codes = _nibbles(blocks[:, 8:24]) | np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4
-    return Blocks(codes.astype(np.int8), _float16(blocks[:, 0:2]), _float16(blocks[:, 2:4]))
+    return Blocks(8, codes.astype(np.int8), _float16(blocks[:, 0:2]), _float16(blocks[:, 2:4]))
 
 
 def _q8_0(blocks: Bytes) -> Blocks:
-    return Blocks(blocks[:, 2:34].view(np.int8), _float16(blocks[:, 0:2]))
+    return Blocks(8, blocks[:, 2:34].view(np.int8), _float16(blocks[:, 0:2]))
 
 
 def _q4_k(blocks: Bytes) -> Blocks:
-    return Blocks(_nibble_runs(blocks[:, 16:144], 32), *_six_bit_scales(blocks))
+    return Blocks(4, _nibble_runs(blocks[:, 16:144], 32), *_six_bit_scales(blocks))
 
 
 def _q5_k(blocks: Bytes) -> Blocks:
     high = _fields(blocks[:, 16:48], 1)  # bit i of the 32 bytes belongs to the i-th run of 32 codes
     codes = _nibble_runs(blocks[:, 48:176], 32) | high << 4
-    return Blocks(codes.astype(np.int8), *_six_bit_scales(blocks))
+    return Blocks(5, codes, *_six_bit_scales(blocks))
 
 
 def _q6_k(blocks: Bytes) -> Blocks:
     high = np.concatenate([_fields(blocks[:, start : start + 32], 2) for start in (128, 160)], axis=1)
-    codes = (_nibble_runs(blocks[:, :128], 64) | high << 4).astype(np.int8) - 32
-    return Blocks(codes, blocks[:, 192:208].view(np.int8).astype(np.float32) * _float16(blocks[:, 208:210]))
+    codes = _nibble_runs(blocks[:, :128], 64) | high << 4
+    return Blocks(6, codes, blocks[:, 192:208].view(np.int8), factors=_float16(blocks[:, 208:210]))
 
 
 QUANTIZED: dict[GGMLQuantizationType, tuple[int, Callable[[Bytes], Blocks]]] = {
@@ -119,10 +131,10 @@ def _fields(part: Bytes, width: int) -> Bytes:
     return np.concatenate([part >> shift & (1 << width) - 1 for shift in range(0, 8, width)], axis=1)
 
 
-def _six_bit_scales(blocks: Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scales and minima of the eight runs of 32 codes: 6-bit numbers in 12 bytes, times a float16 each."""
+def _six_bit_scales(blocks: Bytes) -> tuple[Bytes, Bytes, NDArray[np.float16]]:
+    """Scales and minima of the eight runs of 32 codes: 6-bit numbers in 12 bytes, times a float16 each, the second one negative."""
     low, middle, high = (blocks[:, start : start + 4] for start in (4, 8, 12))
     scales = np.concatenate((low & 63, high & 15 | low >> 6 << 4), axis=1)
     minima = np.concatenate((middle & 63, high >> 4 | middle >> 6 << 4), axis=1)
-    factors = _float16(blocks[:, 0:4]).astype(np.float32)
-    return scales * factors[:, 0:1], minima * -factors[:, 1:2]
+    factors = _float16(blocks[:, 0:4]) * np.array([1, -1], np.float16)
+    return scales, minima, factors
