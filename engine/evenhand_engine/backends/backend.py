@@ -134,6 +134,11 @@ class Stream(Protocol):
     nobody takes it is coalesced into one delta.
     """
 
+    @property
+    def num_taken(self) -> int:
+        """Tokens of the deltas that were taken."""
+        ...
+
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` in the event loop whenever there is something to take; now, if there is. It raises nothing."""
         ...

@@ -46,6 +46,7 @@ class LocalStream:
         "_prompt_logprobs",
         "_request",
         "_text",
+        "num_taken",
     )
 
     def __init__(self, request: GenerationRequest, observer: Observer, text: Detokenizer, abort: Abort) -> None:
@@ -62,6 +63,7 @@ class LocalStream:
         self._has_news = False
         self._pieces: list[Piece] = []
         self._prompt_logprobs: Sequence[TokenLogprobs] = ()
+        self.num_taken = 0
         self._num_tokens = 0  # outputs that the reader has not been told of
         self._finish_reason: FinishReason | None = None
         self._failure: str | None = None
@@ -79,6 +81,7 @@ class LocalStream:
                 raise EngineDeadError(self._failure)
             return None
         delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs, self._text.matched)
+        self.num_taken += self._num_tokens
         self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
         if self._failure is not None:
             self._listener()  # it is still to be told
@@ -100,14 +103,14 @@ class LocalStream:
 
     def receive(self, output: RequestOutput, now: float) -> None:
         """One output of the core; after one with a finish reason nothing comes any more."""
-        reason, num_tokens = output.finish_reason, len(output.token_ids)
+        reason, num_tokens, generated = output.finish_reason, len(output.token_ids), self._generated
         if not self._has_started and (reason is None or num_tokens or output.num_output_tokens):
             self._has_started = True
             self._observer.started(output.num_cached_tokens, now)
             self._has_news = self._is_open
         if num_tokens:
             self._num_computed += num_tokens
-            self._generated(num_tokens, now)
+            generated(num_tokens, now)
         if self._is_open:
             try:
                 self._read(output)
@@ -118,7 +121,8 @@ class LocalStream:
             num_computed = max(self._num_computed, output.num_output_tokens)
             self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
         if self._has_news:
-            self._listener()
+            listener = self._listener
+            listener()
 
     def lose(self, failure: str, now: float) -> None:
         """The core is gone."""
@@ -136,8 +140,12 @@ class LocalStream:
         if output.prompt_logprobs:
             self._prompt_logprobs = output.prompt_logprobs
         hides_last = reason is FinishReason.STOP and not self._request.include_stop  # it counts but is not shown
-        self._add(text.push(token_ids[:-1] if hides_last else token_ids, output.logprobs or None))
-        if text.stopped:
+        pieces = text.push(token_ids[:-1] if hides_last else token_ids, output.logprobs or None)
+        if self._pieces:
+            self._add(pieces)
+        else:
+            self._pieces = pieces
+        if text.matched is not None:
             self._num_tokens += text.num_tokens - num_taken
             self._end(FinishReason.STOP, output, text.num_tokens)
         else:
@@ -157,9 +165,6 @@ class LocalStream:
             self._abort(self._request.request_id, reason, num_output_tokens)
 
     def _add(self, pieces: list[Piece]) -> None:
-        if not self._pieces:
-            self._pieces = pieces
-            return
         self._pieces += pieces
         if len(self._pieces) > _MAX_PIECES and not any(piece.logprobs for piece in self._pieces):
             token_ids = array("I", (token_id for piece in self._pieces for token_id in piece.token_ids))

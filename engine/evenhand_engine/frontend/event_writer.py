@@ -38,12 +38,13 @@ class EventWriter:
 
     def __call__(self, data: bytes) -> bool:
         """Send; returns whether the client keeps up. Raises ConnectionResetError if it has gone."""
-        transport = self._protocol.transport
+        protocol = self._protocol
+        transport = protocol.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has gone")
         if data:
             transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-        return not self._protocol.writing_paused
+        return not protocol.writing_paused
 
     async def drain(self) -> None:
         """Wait until the client keeps up again."""

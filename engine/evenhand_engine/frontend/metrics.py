@@ -5,6 +5,7 @@ tenant, for the admin port only. Label values are bounded: the first tenants see
 `other`. Histograms are fed as things happen; gauges and counters of the engine are read at the time of a scrape.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -199,16 +200,19 @@ class RequestMetrics:
     def take_tokens(self, num_tokens: int, now: float) -> None:
         if num_tokens == 0:
             return
+        meter = self._meter
         if self._first_token_at is None:
             self._first_token_at = now
             metrics = self._metrics
             metrics.time_to_first_token.observe(now - self._arrived_at)
             metrics.tenant_first_token.labels(self._tenant).observe(now - self._arrived_at)
         else:
-            self._meter.observe_interval(now - self._last_token_at)
+            interval = now - self._last_token_at
+            meter.intervals[bisect_left(INTERVAL_BUCKETS, interval)] += 1
+            meter.interval_seconds += interval
         self._last_token_at = now
         self._num_tokens += num_tokens
-        self._meter.num_generated += num_tokens
+        meter.num_generated += num_tokens
 
     def end(self, outcome: str, reason: str, num_preemptions: int, now: float) -> None:
         """`outcome`: finished, refused, aborted or failed; `reason`: a finish reason or a refusal's code."""

@@ -3,7 +3,6 @@
 What all tenants have together is added up then, not counted beside.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -32,10 +31,6 @@ class TokenMeter:
         self.num_generated = 0
         self.intervals = [0] * (len(INTERVAL_BUCKETS) + 1)
         self.interval_seconds = 0.0
-
-    def observe_interval(self, seconds: float) -> None:
-        self.intervals[bisect_left(INTERVAL_BUCKETS, seconds)] += 1
-        self.interval_seconds += seconds
 
 
 class TokenMeters:

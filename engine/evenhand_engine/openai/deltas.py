@@ -27,13 +27,16 @@ class Deltas:
         door: knows how long the queue is.
     """
 
+    _take: Take  # of who waits
+
     __slots__ = (
+        "_done",
         "_door",
         "_generations",
         "_is_advancing",
         "_num_open",
-        "_reader",
         "_ready",
+        "_take",
     )
 
     def __init__(self, generations: Sequence[Generation], door: Door) -> None:
@@ -41,7 +44,7 @@ class Deltas:
         self._door = door
         self._ready: dict[int, None] = {}  # generations that have something to take, by how long they have
         self._num_open = len(generations)
-        self._reader: tuple[Take, asyncio.Future[bool]] | None = None  # who waits
+        self._done: asyncio.Future[bool] | None = None  # what the reader waits for, if there is one
         self._is_advancing = False
         for index, generation in enumerate(generations):
             generation.listen(functools.partial(self._hear, index))
@@ -51,11 +54,13 @@ class Deltas:
 
         Raises Refusal if a request ended without a result, EngineDeadError if the backend died, and what `take` raises.
         """
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._reader = take, done
-        self._advance(take, done)
+        self._take, self._done = take, asyncio.get_running_loop().create_future()
+        if self._ready:
+            self._hear(self._next())
+        elif not self._num_open:
+            self._done.set_result(False)
         try:
-            return await done
+            return await self._done
         except Unanswered as ended:
             delay = 0.0
             if ended.reason is FinishReason.QUEUE_TIMEOUT:
@@ -64,7 +69,7 @@ class Deltas:
             assert refusal is not None
             raise refusal from None
         finally:
-            self._reader = None
+            self._done = None
 
     def __aiter__(self) -> Self:
         return self
@@ -82,25 +87,38 @@ class Deltas:
             raise StopAsyncIteration
         return found[0]
 
-    def _hear(self, index: int) -> None:
-        self._ready[index] = None
-        if self._reader is not None and not self._is_advancing:
-            self._advance(*self._reader)
+    def _next(self) -> int:
+        index = next(iter(self._ready))
+        del self._ready[index]
+        return index
 
-    def _advance(self, take: Take, done: "asyncio.Future[bool]") -> None:
-        """Hand on what there is. Called by the backend too, so whatever is raised is the reader's."""
-        ready, self._is_advancing = self._ready, True
+    def _conclude(self, index: int, delta: Delta) -> Delta:
+        delta = self._generations[index].conclude(delta)
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+        return delta
+
+    def _hear(self, index: int) -> None:
+        """There is something to take: hand it on, and what comes by that. Called by the backend, for every token: so it is
+        one function, and whatever is raised is the reader's."""
+        done = self._done
+        if done is None or self._is_advancing or done.done():
+            self._ready[index] = None
+            return
+        hand, self._is_advancing = self._take, True
         try:
-            while ready and not done.done():
-                index = next(iter(ready))
-                del ready[index]
-                delta = self._generations[index].take()
-                if delta is None:
-                    continue
-                if delta.finish_reason is not None:
-                    self._num_open -= 1
-                if not take(index, delta):
-                    done.set_result(True)
+            while True:
+                take = self._generations[index].take
+                delta = take()
+                if delta is not None:
+                    if delta.finish_reason is not None:
+                        delta = self._conclude(index, delta)
+                    if not hand(index, delta):
+                        done.set_result(True)
+                        break
+                if not self._ready:
+                    break
+                index = self._next()
             if not self._num_open and not done.done():
                 done.set_result(False)
         except Exception as error:

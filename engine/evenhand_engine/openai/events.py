@@ -12,7 +12,7 @@ from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
 from evenhand_engine.frontend.service import SETTINGS, TENANT_ID, WRITES
-from evenhand_engine.openai.deltas import Deltas
+from evenhand_engine.openai.deltas import Deltas, Take
 from evenhand_engine.openai.errors import refuse_dead_engine
 
 Event = dict[str, Any]
@@ -33,18 +33,22 @@ def named_events(events: Iterable[Event]) -> bytes:
 
 
 class EventStream:
-    """What is written to one client, at its pace. Writing raises ConnectionResetError if it has gone."""
+    """What is written to one client, at its pace. Writing raises ConnectionResetError if it has gone.
+
+    Attributes:
+        put: writes at once; for a `take` of `hand_on`, which returns what this does.
+    """
 
     __slots__ = (
         "_response",
-        "_writer",
         "_writes",
+        "put",
     )
 
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._writes = request[WRITES]
         self._response = response
-        self._writer = EventWriter(request, response)
+        self.put = EventWriter(request, response)
 
     @classmethod
     async def open(cls, request: web.Request) -> "EventStream":
@@ -60,13 +64,12 @@ class EventStream:
 
     async def write(self, events: bytes) -> None:
         """Waits while the client reads too slowly."""
-        if not self._writer(events):
+        if not self.put(events):
             await self._drain()
 
-    async def hand_on(self, deltas: Deltas, render: Callable[[int, Delta], bytes]) -> None:
-        """Write what `render` makes of each delta, in the call that brings it while the client keeps up."""
-        writer = self._writer
-        while await deltas.hand_on(lambda index, delta: writer(render(index, delta))):
+    async def hand_on(self, deltas: Deltas, take: Take) -> None:
+        """Give each delta to `take`, which puts what it makes of it, in the call that brings it while the client keeps up."""
+        while await deltas.hand_on(take):
             await self._drain()
 
     async def close(self, end: bytes) -> web.StreamResponse:
@@ -75,7 +78,7 @@ class EventStream:
         return self._response
 
     async def _drain(self) -> None:
-        await self._writes.wait(self._writer.drain())
+        await self._writes.wait(self.put.drain())
 
 
 async def answer_in_events(

@@ -6,6 +6,7 @@ Knows neither the API's formats nor HTTP's.
 """
 
 import contextlib
+import functools
 import time
 import uuid
 from array import array
@@ -45,7 +46,7 @@ class Generation:
         request: what the backend is asked for.
         prompt_index: which of the body's prompts it continues.
         choice_index: which of that prompt's choices it is.
-        num_output_tokens: tokens of the output that were read so far.
+        take: see `Stream`; what a last delta says, `conclude` knows. An attribute, since it is called for every token.
         num_cached_tokens: tokens of the prompt that a prefix hit spared.
 
     With `is_hidden` nothing of its output is told: a request for the prompt alone computes a token that nobody asked for.
@@ -57,13 +58,12 @@ class Generation:
         "_listener",
         "_service",
         "_stream",
-        "_unanswered",
         "choice_index",
         "generated",
         "num_cached_tokens",
-        "num_output_tokens",
         "prompt_index",
         "request",
+        "take",
     )
 
     def __init__(
@@ -79,16 +79,19 @@ class Generation:
         self.request = request
         self.prompt_index = prompt_index
         self.choice_index = choice_index
-        self.num_output_tokens = 0
         self.num_cached_tokens = 0
         self._is_hidden = is_hidden
         self._service = service
         self._claim = claim
         self._stream: Stream | None = None
         self._listener: Callable[[], None] = _ignore
-        self._unanswered: Unanswered | None = None
         self.generated = claim.generated  # of the Observer: all of it is the claim's, and it is called for every token
         claim.exhausted = self._finish
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output that were read so far."""
+        return 0 if self._stream is None or self._is_hidden else self._stream.num_taken
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -97,6 +100,7 @@ class Generation:
     def begin(self) -> None:
         """Hand the request to the backend. Raises EngineDeadError."""
         self._stream = self._service.backend.generate(self.request, self)
+        self.take = self._take_hidden if self._is_hidden else self._stream.take
 
     # -- what is read
 
@@ -106,26 +110,27 @@ class Generation:
         self._listener = listener
         self._stream.listen(listener)
 
-    def take(self) -> Delta | None:
-        """See `Stream`; raises Unanswered too, once everything that came before was taken."""
+    def conclude(self, delta: Delta) -> Delta:
+        """What is said of the last delta; raises Unanswered, once everything that came before was taken."""
+        reason = delta.finish_reason
+        if reason in _RESULTS:
+            return delta
+        assert reason is not None
+        unanswered = Unanswered(self.request.tenant_id, reason)
+        if not delta.pieces:
+            raise unanswered
+        self.take = functools.partial(_fail, unanswered)
+        self._listener()  # what came before it first
+        return msgspec.structs.replace(delta, finish_reason=None)
+
+    def _take_hidden(self) -> Delta | None:
         assert self._stream is not None, "the generation has not begun"
-        if self._unanswered is not None:
-            raise self._unanswered
         delta = self._stream.take()
         if delta is None:
             return None
         reason = delta.finish_reason
-        if self._is_hidden:
-            reason = None if reason is None else _AS_LENGTH.get(reason, reason)
-            delta = msgspec.structs.replace(delta, pieces=(), num_tokens=0, finish_reason=reason)
-        self.num_output_tokens += delta.num_tokens
-        if reason is not None and reason not in _RESULTS:
-            self._unanswered = Unanswered(self.request.tenant_id, reason)
-            if not delta.pieces:
-                raise self._unanswered
-            self._listener()  # what came before it first
-            return msgspec.structs.replace(delta, finish_reason=None)
-        return delta
+        reason = None if reason is None else _AS_LENGTH.get(reason, reason)
+        return msgspec.structs.replace(delta, pieces=(), num_tokens=0, finish_reason=reason)
 
     def close(self) -> None:
         """End the request if it has not ended, such as when its client is gone; may be called again."""
@@ -150,6 +155,10 @@ class Generation:
 
 
 def _ignore() -> None: ...
+
+
+def _fail(error: Exception) -> Delta | None:
+    raise error
 
 
 def _outcome(reason: FinishReason | None) -> tuple[str, str]:

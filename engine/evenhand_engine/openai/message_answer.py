@@ -89,7 +89,7 @@ class _Answer:
         await events.write(named_events(self._form.opening()))
         index, delta = await first
         await events.write(named_events(self._form.begin()) + self._render(index, delta))
-        await events.hand_on(self.deltas, self._render)
+        await events.hand_on(self.deltas, lambda index, delta: events.put(self._render(index, delta)))
         await events.write(named_events(self._form.end(self._last)))
 
     def fail(self, refusal: Refusal) -> bytes:

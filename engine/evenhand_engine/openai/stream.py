@@ -1,6 +1,6 @@
 """Answers to completions and chat completions: one JSON object, or server-sent events as the tokens come."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -136,6 +136,8 @@ def _best(pieces: list[list[Piece]], num_generated: int, num_chosen: int) -> lis
 class _Events:
     """The events of one answer. What they share is rendered once."""
 
+    _put: Callable[[bytes], bool]  # once it is written
+
     __slots__ = (
         "_around",
         "_body",
@@ -146,6 +148,7 @@ class _Events:
         "_has_opened",
         "_head",
         "_is_text",
+        "_put",
     )
 
     def __init__(self, body: SamplingFields, generations: Sequence[Generation], deltas: Deltas, form: Format) -> None:
@@ -156,12 +159,15 @@ class _Events:
         self._envelope = form.envelope(streamed=True)
         self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
         self._is_text = form.is_text and not body.includes_continuous_usage
-        self._around: dict[int, tuple[bytes, bytes]] = {}  # what is written before the text of each choice, and after
+        self._around: list[tuple[bytes, bytes] | None] = [None] * len(
+            generations
+        )  # before each choice's text, and after
         self._has_opened = False
 
     async def write(self, events: EventStream, first: First) -> None:
         await events.write(self._render(*await first))
-        await events.hand_on(self._deltas, self._render)
+        self._put = events.put
+        await events.hand_on(self._deltas, self._take)
         if self._body.includes_usage:
             await events.write(data_event({**self._envelope, "choices": [], "usage": usage(self._generations)}))
 
@@ -177,13 +183,19 @@ class _Events:
                 more = {}
         return events
 
+    def _take(self, index: int, delta: Delta) -> bool:
+        """Called for every token: of one that is text and no more, nothing but that is rendered."""
+        pieces, put = delta.pieces, self._put
+        if self._is_text and delta.finish_reason is None and pieces and self._has_opened:
+            text = pieces[0].text if len(pieces) == 1 else text_of(pieces)
+            if text:
+                before, after = self._around[index] or self._find_around(index)
+                return put(before + _encode(text) + after)
+        return put(self._render(index, delta))
+
     def _render(self, index: int, delta: Delta) -> bytes:
-        if delta.finish_reason is None:
-            if not delta.pieces:
-                return b""
-            if self._is_text and self._has_opened and (text := text_of(delta.pieces)):
-                before, after = self._around.get(index) or self._find_around(index)
-                return before + _encode(text) + after
+        if delta.finish_reason is None and not delta.pieces:
+            return b""
         opening = self._opening()
         choice = self._form.choice(index, delta.pieces, _reason(delta), streamed=True)
         if choice["finish_reason"] is None or "tool_calls" not in choice.get("delta", ()):

@@ -87,6 +87,7 @@ class Detokenizer:
 
     Attributes:
         num_tokens: tokens taken so far, up to and with the one that completed a stop string.
+        matched: the stop string that was seen.
     """
 
     __slots__ = (
@@ -97,6 +98,7 @@ class Detokenizer:
         "_min_tokens",
         "_num_decoded",
         "_num_shown",
+        "matched",
         "num_tokens",
     )
 
@@ -115,17 +117,13 @@ class Detokenizer:
         self._num_decoded = 0  # characters, from anywhere on
         self._num_shown = 0  # of these
         self._held: deque[tuple[int, int, Any]] = deque()  # (first character, token id, log probabilities)
+        self.matched: str | None = None
         self.num_tokens = 0
 
     @property
     def stopped(self) -> bool:
         """A stop string has been seen: the text is complete."""
-        return self._matcher.matched is not None
-
-    @property
-    def matched(self) -> str | None:
-        """The stop string that was seen."""
-        return self._matcher.matched
+        return self.matched is not None
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> list[Piece]:
         """The text that these tokens make certain; tokens after a stop string are ignored.
@@ -134,7 +132,7 @@ class Detokenizer:
         """
         pieces: list[Piece] = []
         for index, token_id in enumerate(token_ids):
-            if self._has_stop and self.stopped:
+            if self.matched is not None:
                 break
             self.num_tokens += 1
             text = self._decoder.push(token_id)
@@ -143,10 +141,14 @@ class Detokenizer:
                 continue
             self._held.append((self._num_decoded, token_id, None if logprobs is None else logprobs[index]))
             self._num_decoded += len(text)
-            shown = self._matcher.push(text, counts=self.num_tokens > self._min_tokens)
-            if shown:
+            if shown := self._match(text):
                 pieces.append(self._piece(shown))
         return pieces
+
+    def _match(self, text: str) -> str:
+        shown = self._matcher.push(text, counts=self.num_tokens > self._min_tokens)
+        self.matched = self._matcher.matched
+        return shown
 
     def flush(self) -> list[Piece]:
         """The end of the text, when generation ended otherwise than by a stop string."""
@@ -154,7 +156,7 @@ class Detokenizer:
             return []
         rest = self._decoder.flush()
         self._num_decoded += len(rest)
-        shown = self._matcher.push(rest, counts=self.num_tokens > self._min_tokens)
+        shown = self._match(rest)
         piece = self._piece(shown + self._matcher.flush(), everything=not self.stopped)
         return [piece] if piece.text or piece.token_ids else []
 

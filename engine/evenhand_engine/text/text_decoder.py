@@ -30,23 +30,28 @@ class ByteDecoder:
     """Where a token's bytes do not depend on its neighbours.
 
     Args:
-        token_bytes: of each token.
+        spellings: of each token its text, or its bytes where these may be a part of a code point.
         context: the end of the prompt, whose last bytes may begin a code point.
     """
 
     __slots__ = (
         "_held",
-        "_token_bytes",
+        "_spellings",
     )
 
-    def __init__(self, token_bytes: Mapping[int, bytes], context: Sequence[int] = ()) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, spellings: Mapping[int, str | bytes], context: Sequence[int] = ()) -> None:
+        self._spellings = spellings
         self._held = b""  # the beginning of a code point: at most three bytes
         for token_id in context[-_MAX_CONTEXT_TOKENS:]:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        data = self._held + self._token_bytes[token_id]
+        spelling = self._spellings[token_id]
+        if isinstance(spelling, str):
+            if not self._held:
+                return spelling
+            spelling = spelling.encode()
+        data = self._held + spelling
         text, num_used = codecs.utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
         return text

@@ -36,22 +36,25 @@ def _byte_letters() -> dict[str, int]:
 _BYTES = _byte_letters()
 
 
-class _TokenBytes(dict[int, bytes]):
-    """What a decoder that is `ByteLevel` alone makes of each token, looked up once."""
+class _Spellings(dict[int, str | bytes]):
+    """What a decoder that is `ByteLevel` alone makes of each token, looked up once: text, or bytes that alone are none."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         added: dict[int, tokenizers.AddedToken] = tokenizer.get_added_tokens_decoder()
         self._skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         spelling = "" if token_id in self._skipped else self._tokenizer.id_to_token(token_id) or ""
         is_spelled = all(
             letter in _BYTES for letter in spelling
         )  # else it is no token of the vocabulary, but an added one
         found = bytes(_BYTES[letter] for letter in spelling) if is_spelled else spelling.encode()
-        self[token_id] = found
-        return found
+        try:
+            self[token_id] = found.decode()
+        except UnicodeDecodeError:
+            self[token_id] = found
+        return self[token_id]
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
@@ -105,7 +108,7 @@ class Tokenizer:
         add_special_tokens(self._tokenizer, special_tokens)
         self._added: dict[int, tokenizers.AddedToken] = self._tokenizer.get_added_tokens_decoder()
         self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
-        self._token_bytes = {skips: _TokenBytes(self._tokenizer, skips) for skips in (False, True)}
+        self._spellings = {skips: _Spellings(self._tokenizer, skips) for skips in (False, True)}
         self._eos_token = special_tokens.named.get("eos_token")
         self._template = ChatTemplate.load(directory, tokenizer_config, special_tokens.named)
         size, known = model_config.get("vocab_size"), self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -184,7 +187,7 @@ class Tokenizer:
         """For one output. All of its texts are what the decoding of all tokens adds to that of `context`, the end of the
         prompt: so a word's leading space is kept."""
         if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
-            return ByteDecoder(self._token_bytes[skip_special_tokens], context)
+            return ByteDecoder(self._spellings[skip_special_tokens], context)
         return WindowDecoder(lambda token_ids: self.decode(token_ids, skip_special_tokens), context)
 
     def to_json(self) -> str:

@@ -81,7 +81,8 @@ async def test_deltas_are_taken_when_the_client_keeps_up_again(client: SlowClien
             return False
 
     deltas: Any = Deltas()
-    handing = asyncio.create_task(stream(client).hand_on(deltas, lambda _, delta: b"%d" % delta))
+    events = stream(client)
+    handing = asyncio.create_task(events.hand_on(deltas, lambda _, delta: events.put(b"%d" % delta)))
     assert not await passes(handing) and deltas.left == [2]
     client.reads.set()
     await handing
