@@ -34,11 +34,15 @@ class Server:
         """The official client, as the tenant that `api_key` proves; it never retries."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=3600)
 
-    async def tenant(self, tenant_id: str) -> dict[str, Any]:
-        """The tenant's live state by the admin port."""
+    async def tenants(self) -> list[dict[str, Any]]:
+        """The tenants' live state by the admin port."""
         async with aiohttp.ClientSession() as session, session.get(f"{self.admin_url}/v1/tenants") as response:
-            tenants = (await response.json())["tenants"]
-        return next((tenant for tenant in tenants if tenant["tenantId"] == tenant_id), {})
+            found: list[dict[str, Any]] = (await response.json())["tenants"]
+        return found
+
+    async def tenant(self, tenant_id: str) -> dict[str, Any]:
+        """One of them; empty: there is none."""
+        return next((tenant for tenant in await self.tenants() if tenant["tenantId"] == tenant_id), {})
 
 
 def free_port() -> int:

@@ -5,8 +5,8 @@ sidecar; paired differences of the time to first token. Many: N streams at 20 ev
 events at the client beside those without a sidecar, the sidecar's processor time by event, and its memory by stream.
 
 `--part incident`. A chat beside a flood that keeps 16 long prompts in flight, before our engine under `fcfs`, without and with a
-sidecar: 640 + 10 tokens beside 16 + 16, so that without a sidecar the chat waits for less than the run measures, and in steps of 160
-tokens, a quarter of such a prompt as 2,048 are of 8,000. With `--peer llama.cpp`, llama.cpp's server in its place.
+sidecar by turns (turns.py): 640 + 10 tokens beside 16 + 16 each 1.5 s, in steps of 160 tokens, a quarter of such a prompt as 2,048 are
+of 8,000. With `--peer llama.cpp`, llama.cpp's server in its place, and prompts by how fast it is.
 
 `--part gpu-incident`. The same with 8,000 + 16 tokens beside 200 + 100 a second, before our engine at the pace of an H100 (paced_engine.py).
 
@@ -23,12 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-import aiohttp
 import common
 import event_streams
-import incident
-import peers
 import serving
+from sidecar_incident import ON_GPU, SCALED, PeerIncident, Plan, SidecarIncident, figures
 
 
 async def paired_ttft(direct: str, through: str, rounds: int, rng: random.Random) -> list[float]:
@@ -97,71 +95,20 @@ def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) ->
     }
 
 
-SCALED = incident.Traffic(chat_prompt=16, chat_output=16, batch_prompt=640, batch_output=10)
-ON_GPU = incident.Traffic(chat_interval=1.0, chat_prompt=200, chat_output=100, batch_prompt=8000, batch_output=16)
-
-
-class SidecarIncident(incident.Incident):
-    """The incident before an engine that knows no tenants, without and with a sidecar; `paced`: see paced_engine.py."""
-
-    def __init__(self, seed: int, directory: Path, *, paced: bool) -> None:
-        super().__init__(seed, directory, ON_GPU if paced else SCALED)
-        self._paced = paced
-
-    def run_before(self, seconds: float, settle: float | None, *, has_sidecar: bool) -> incident.Outcome:
-        policies = ["--policies", str(self._policies)]
-        with contextlib.ExitStack() as stack:
-            if self._paced:
-                server = stack.enter_context(
-                    serving.paced("h100-8b", 400_000, "--scheduling-policy", "fcfs", *policies)
-                )
-            else:
-                budget = ["--max-num-batched-tokens", "160"]
-                server = stack.enter_context(serving.serve("--scheduling-policy", "fcfs", *budget, *policies))
-            if has_sidecar:
-                server = stack.enter_context(serving.sidecar(server.url, *policies))
-            return asyncio.run(self._load(server, seconds, settle, chat=True, flood=True))
-
-
-class PeerIncident(incident.Incident):
-    """The incident with llama.cpp's server as the engine, whose counters say what it computed."""
-
-    def run_on_peer(self, seconds: float, settle: float, *, has_sidecar: bool) -> incident.Outcome:
-        with contextlib.ExitStack() as stack:
-            engine = stack.enter_context(peers.llama_cpp())
-            self._engine_url = engine.url
-            server = engine
-            if has_sidecar:
-                server = stack.enter_context(serving.sidecar(engine.url, "--policies", str(self._policies)))
-            return asyncio.run(self._load(server, seconds, settle, chat=True, flood=True))
-
-    async def _tokens(self, server: serving.Server, tenant_id: str) -> int:
-        if tenant_id != "batch":
-            return 0  # one count of both
-        async with aiohttp.ClientSession() as session, session.get(f"{self._engine_url}/metrics") as response:
-            return peers.num_tokens(await response.text())
-
-
-def measure_incident(part: str, peer: str | None, seconds: float, settle: float | None, seed: int) -> dict[str, float]:
+def measure_incident(part: str, peer: str | None, seed: int, *, is_quick: bool) -> dict[str, float]:
+    plan = Plan(seconds=3.0, num_pairs=2, max_seconds=0.0) if is_quick else Plan()
     with tempfile.TemporaryDirectory() as directory:
-        if peer is None:
-            load = SidecarIncident(seed, Path(directory), paced=part == "gpu-incident")
-            fcfs = load.run_before(seconds, settle, has_sidecar=False)
-            through = load.run_before(seconds, fcfs.settle_s, has_sidecar=True)
-        else:
+        if peer is not None:
             on_peer = PeerIncident(seed, Path(directory), SCALED)
-            fcfs, through = (on_peer.run_on_peer(seconds, settle or seconds, has_sidecar=has) for has in (False, True))
-    results: dict[str, float] = {}
-    for name, outcome in (("_fcfs", fcfs), ("", through)):
-        waits = [wait for _, wait, _ in outcome.chat]
-        results |= {f"chat_p{p}{name}_s": serving.percentile(waits, p) for p in (50, 95)}
-        results[f"chat_unanswered{name}"] = sum(not has_token for *_, has_token in outcome.chat)
-    return results | {
-        "chat_p95_improvement": results["chat_p95_fcfs_s"] / results["chat_p95_s"],
-        "tokens_per_s": through.tokens_per_s,
-        "tokens_ratio": through.tokens_per_s / fcfs.tokens_per_s,
-        "num_chats": len(through.chat),
-    }
+            pairs = on_peer.before_peer(plan)
+            return figures(pairs) | {
+                "batch_prompt": on_peer.traffic.batch_prompt,
+                "chat_interval_s": on_peer.traffic.chat_interval,
+            }
+        if part == "gpu-incident":
+            return figures(SidecarIncident(seed, Path(directory), ON_GPU).before_ours(plan, is_paced=True))
+        budget = ["--max-num-batched-tokens", str(SCALED.batch_prompt // 4)]
+        return figures(SidecarIncident(seed, Path(directory), SCALED).before_ours(plan, *budget, is_paced=False))
 
 
 def main() -> None:
@@ -176,10 +123,9 @@ def main() -> None:
         results |= measure_streams(rounds, streams, seconds, options.seed)
     for part in ("incident", "gpu-incident"):
         if options.part in (part, "all"):
-            seconds, settle = (6.0, 3.0) if quick else (100.0, None)
-            figures = measure_incident(part, options.peer, seconds, settle, options.seed)
-            results |= {f"{'gpu_' * (part == 'gpu-incident')}{name}": value for name, value in figures.items()}
-    rows = [[name, f"{value:.2f}"] for name, value in results.items()]
+            found = measure_incident(part, options.peer, options.seed, is_quick=quick)
+            results |= {f"{'gpu_' * (part == 'gpu-incident')}{name}": value for name, value in found.items()}
+    rows = [[name, f"{value:.3f}"] for name, value in results.items()]
     common.print_table("evenhand sidecar", ["figure", "value"], rows)
     common.finish("sidecar", results)
 
