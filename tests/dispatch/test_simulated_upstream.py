@@ -168,6 +168,18 @@ def test_an_upstream_that_leaves_part_of_each_step_to_others_serves_a_chat_besid
     assert waits[340] < 2.5 * step and waits[None] > 4.5 * step
 
 
+def test_beside_a_flood_of_long_prompts_hardly_a_step_is_without_one() -> None:
+    """Though each chat's is kept free of them: a prompt of the flood ends in a short step, and the next one has come before that ends."""
+    chat = [TraceRequest("chat", 1.0 + 0.7 * i, 100, 10) for i in range(25)]
+    trace = [*chat, *flood("flood", 100, prompt=4_200, output=10)]
+    config = SchedulerConfig(tenants=(TenantConfig(tenant_id="chat"), TenantConfig(tenant_id="flood")))
+    run = simulate(trace, config, 20.0)
+    without = [
+        at for at, shape in zip(run.steps.starts, run.steps.shapes, strict=True) if shape.num_prefill_tokens == 0
+    ]
+    assert len(without) < 8  # 24 where it is sent when the first chunk before it comes
+
+
 def test_a_restart_of_the_upstream_ends_what_it_had_and_no_more() -> None:
     run = simulate([*flood("a", 60), *flood("b", 60)], SchedulerConfig(), 200.0, restart_at=2.0)
     ended = [record for record in run.records if record.finish_time is None]

@@ -90,6 +90,21 @@ def test_a_long_prompt_misses_the_step_that_a_short_one_waits_for_and_not_the_ne
     assert window.room(1_000, 1, 9.0) is Room.NONE, "a long one behind the first: its chunk is awaited"
 
 
+def test_a_long_prompt_goes_when_the_step_that_takes_in_a_short_one_has_begun() -> None:
+    """Which the events of other streams tell: so it shares the next step, and none is without a prompt."""
+    window = Window(batch_tokens=100, prefill_rate=1_000.0)
+    window.send(1_000, 1, 0.0)  # four steps of 240 tokens, and one of 40
+    window.send(50, 1, 0.2)
+    for now in (0.24, 0.48, 0.72):
+        assert window.room(1_000, 1, now - 0.01) is Room.NONE
+        assert not window.hear(now) and not window.hear(now + 0.001)
+    assert window.room(1_000, 1, 0.95) is Room.NONE
+    assert window.hear(0.96) and not window.hear(0.961), "one event tells"
+    assert window.room(1_000, 1, 0.97) is Room.FREE
+    window.send(1_000, 1, 0.97)
+    assert not window.hear(1.1), "nobody waits for it"
+
+
 def test_the_rate_is_learned_from_what_was_left_and_how_long_it_took() -> None:
     """Long prompts one after another at 200 tokens a second, chats in between that say little of the rate."""
     window, now, leads = Window(batch_tokens=64, prefill_rate=8_000.0), 0.0, []

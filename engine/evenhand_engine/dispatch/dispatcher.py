@@ -186,6 +186,10 @@ class Dispatcher:
         if errand.flight is not None:
             self.window.start(errand.flight, now)
 
+    def heard(self, now: float) -> bool:
+        """An event of any answer came. Returns whether `dispatch` should be called for that alone."""
+        return self.window.hear(now)
+
     def generated(self, errand: Errand, num_tokens: int) -> None:
         """So many more tokens of its output came."""
         if errand.flight is not None and num_tokens > 0:

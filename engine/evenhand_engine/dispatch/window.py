@@ -15,8 +15,9 @@ step without a prompt for each prompt. A *long* one keeps the upstream busy for 
 So it is sent when what is left of those before it is no more than a twelfth of its own, so that the upstream seldom lacks a prompt: a step
 without a long one is short. What is left is estimated: prompts are taken to be prefilled
 one after another, at the rate seen so far, and none to be done before its first chunk. While a short one is unstarted, which would share
-a full step with it, it is sent when the first of those is done, or should have been for a tenth of its time: too late for the step that takes in the
-short one, and not for the next.
+a full step with it, it is sent once the last step of the first of those has begun: too late for that step, which takes in the short
+one, and in time for the next. That it has begun is told by the event of any stream, as less than half a step is left; where none tells,
+it is sent when the first of those is done, or should have been for a tenth of its time.
 
 *The reserve.* Tenants that have few requests in flight may use a thirty-second more of the tokens, and of the seats a part that
 others leave free: else one of them waits until somebody else's request ends, and requests that began together end together.
@@ -39,10 +40,12 @@ another at the rate seen of others, and to have started where one that was sent 
 from evenhand_engine.dispatch.flight import Flight, Room
 from evenhand_engine.dispatch.gauges import Gauges
 from evenhand_engine.dispatch.prefill_rate import PrefillRate
+from evenhand_engine.dispatch.steps import Steps
 
 _MIN_UNSTARTED = 2
 _LEAD = 1 / 12  # of a long prompt: what is left of those before it when it is sent
 _LATENESS = 0.1  # of the prompt before a short one: how much later than estimated it is taken to be done
+_LAST_STEP = 0.5  # of a step: no more of a prompt is left where its last one begins, and hardly less before that
 _KV_MARGIN = 0.95  # of the upstream's cache: blocks are never all full
 _RESERVE = 1 / 32
 _GROWTH = 1.25
@@ -87,6 +90,8 @@ class Window:
         self._rate = PrefillRate(prefill_rate)
         self._head_since = -_NEVER  # when the last one before the head started
         self._opens_at = _NEVER
+        self._steps = Steps()
+        self._ending: Flight | None = None  # a long one whose last step has begun, in which a short one is taken in
         self._silent_until = 0.0  # when the silent ones sent so far will have been prefilled
         self._burst_at = self._last_start = -_NEVER
         self._grew_at = -_NEVER
@@ -124,7 +129,10 @@ class Window:
 
     def _num_computed_tokens(self, head: Flight, now: float) -> float:
         """As many as there was time for since the first of the unstarted had its turn upstream."""
-        return (now - max(head.sent_at, self._head_since)) * self.prefill_rate
+        return (now - self._turn_of(head)) * self.prefill_rate
+
+    def _turn_of(self, head: Flight) -> float:
+        return max(head.sent_at, self._head_since)
 
     def room(self, num_prompt_tokens: int, num_expected_tokens: int, now: float) -> Room:
         """Whether such a request may be sent now. What is not FREE is remembered: somebody waits for the window."""
@@ -153,6 +161,8 @@ class Window:
             lead = -_LATENESS * head.num_prompt_tokens
         if num_before > max(lead, 0.0):
             return False  # the first chunk of one is awaited
+        if self._num_short and self._ending is head:
+            return True
         num_more = num_before + head.num_prompt_tokens - self._num_computed_tokens(head, now) - lead
         if num_more > _ROUNDING:
             self._opens_at = now + num_more / self.prefill_rate
@@ -198,6 +208,16 @@ class Window:
         self._leave_unstarted(flight)
         self._learn_batch(now)
 
+    def hear(self, now: float) -> bool:
+        """An event of any answer came. Returns whether it tells of a step that a long one waited for, and that has begun."""
+        if not self._steps.hear(now) or self._opens_at == _NEVER or not self._num_short:
+            return False
+        head = next(iter(self._unstarted))
+        num_left = head.num_prompt_tokens - self._num_computed_tokens(head, now)
+        if head.is_long and num_left <= _LAST_STEP * self._steps.seconds(self._turn_of(head)) * self.prefill_rate:
+            self._ending = head
+        return self._ending is head
+
     def grow(self, flight: Flight, num_tokens: int) -> None:
         """So many more tokens of its output came."""
         before = flight.num_tokens
@@ -236,11 +256,7 @@ class Window:
         last, self._gauges = self._gauges, gauges
         if gauges == last:
             return
-        if (
-            gauges.num_preemptions is not None
-            and last.num_preemptions is not None
-            and gauges.num_preemptions > last.num_preemptions
-        ):
+        if (last.num_preemptions or 0) < (gauges.num_preemptions or 0) and last.num_preemptions is not None:
             if now - self._shrank_at >= _CORRECTION_SECONDS:
                 self._shrank_at = now
                 self.kv_tokens = _SHRINKAGE * min(self.kv_tokens, max(self._peak_tokens, self.num_tokens) or _NEVER)

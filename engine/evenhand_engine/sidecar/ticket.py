@@ -160,12 +160,12 @@ class OwnTicket:
 
     def generated(self, num_tokens: int) -> Refusal | None:
         now, service, errand = time.monotonic(), self._service, self._errand
-        is_first = errand.num_charged_outputs == 0
+        is_first, may_send = errand.num_charged_outputs == 0, service.upstream.dispatcher.heard(now)
         if is_first:
             service.upstream.dispatcher.started(errand, now)
         service.upstream.dispatcher.generated(errand, num_tokens)
         self._metrics.take_tokens(num_tokens, now)
-        if is_first:
+        if is_first or may_send:
             service.upstream.pump()
         self._reservations.append(self._reservations.pop(0))  # whose it is, nobody says: each in turn
         if service.admission.generated(self._reservations[0], num_tokens, now):

@@ -175,7 +175,9 @@ class SidecarInFront:
 
     def _take(self, output: RequestOutput, now: float) -> None:
         errand = self._errands[output.request_id]
+        may_send = False
         if output.token_ids and not errand.is_silent:
+            may_send = self.dispatcher.heard(now)
             self.dispatcher.started(errand, now)
             self.dispatcher.generated(errand, len(output.token_ids))
         self._num_generated += len(output.token_ids)
@@ -185,7 +187,7 @@ class SidecarInFront:
             self.dispatcher.counted(errand, output.num_output_tokens)
             self.dispatcher.end(errand, output.finish_reason)
             del self._errands[output.request_id], self._requests[output.request_id]
-        if output.finish_reason is not None or output.num_output_tokens == 1:
+        if may_send or output.finish_reason is not None or output.num_output_tokens == 1:
             self._dispatch(now)
 
     def _scrape(self, now: float) -> None:
