@@ -180,7 +180,7 @@ async def start() -> AsyncIterator[Start]:
                 max_num_seqs=max_num_seqs,
             )
             running = await stack.enter_async_context(start_sidecar(settings, reached, **options))
-            session = await stack.enter_async_context(aiohttp.ClientSession())
+            session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
             assert isinstance(running.service, SidecarService)
             assert running.front is not None
             return Sidecar(running.url, running.admin_url, running.service, running.front.prompts, session)
