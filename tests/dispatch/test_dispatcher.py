@@ -228,6 +228,7 @@ def test_an_answer_as_a_whole_that_nobody_waited_for_is_charged_by_time(
     dispatcher.add(one, 0.0)
     assert list(dispatcher.dispatch(0.0)) == [one]
     dispatcher.left(one, seconds)
+    dispatcher.end(one, FinishReason.ABORT)
     assert dispatcher.request_table.tenants["default"].num_generation_tokens == expected
     assert one.num_charged_outputs == expected and dispatcher.window.num_tokens == 0
     dispatcher.request_table.check_integrity()

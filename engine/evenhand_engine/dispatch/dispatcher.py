@@ -224,12 +224,11 @@ class Dispatcher:
         self.request_table.outputs.pop()  # whoever ends it knows
 
     def left(self, errand: Errand, now: float) -> None:
-        """Its client is gone, queued or in flight. Of an answer that would have come as a whole nothing tells how far it was,
-        and to have it computed must not be free: it is charged by time."""
+        """Its client is gone, queued or in flight, and `end` follows. Of an answer that would have come as a whole nothing tells how
+        far it was, and to have it computed must not be free: it is charged by time."""
         if errand.flight is not None and errand.is_silent:
             num_tokens = int(max(0.0, now - errand.flight.due) * _UNSEEN_TOKENS_PER_SECOND) * errand.num_choices
             self.counted(errand, min(num_tokens, errand.max_output_tokens))
-        self.end(errand, FinishReason.ABORT)
 
     def correct(self, gauges: Gauges, now: float) -> None:
         """A report of the upstream's gauges."""
