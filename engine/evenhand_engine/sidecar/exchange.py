@@ -103,9 +103,17 @@ def _in_pieces(body: Sequence[bytes]) -> bytes | AsyncIterator[bytes]:
 
 
 async def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
+    """As large as is sent at once, and in turns with others: an upstream that reads at once would never make us wait."""
+    held, size = list[bytes](), 0
     for piece in body:
         for start in range(0, len(piece), _SENT_AT_ONCE):
-            yield piece[start : start + _SENT_AT_ONCE]
+            held.append(piece[start : start + _SENT_AT_ONCE])
+            size += len(held[-1])
+            if size >= _SENT_AT_ONCE:
+                yield b"".join(held)
+                held, size = [], 0
+                await asyncio.sleep(0)
+    yield b"".join(held)
 
 
 def _forwarded(headers: Mapping[str, str], ours: set[str]) -> CIMultiDict[str]:

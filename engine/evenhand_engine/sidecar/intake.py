@@ -7,7 +7,7 @@ in the end is its skeleton.
 from evenhand_engine.sidecar.body import Body, is_json_object, refusing_what_is_no_json
 from evenhand_engine.sidecar.skeleton import Skeleton
 
-_LARGE_BYTES = 2**20
+_LARGE_BYTES = 256 * 1024
 _HEAD_BYTES = 8  # by these one sees whether it may be a JSON object
 
 
