@@ -1,6 +1,6 @@
 """What one body can do to everybody else: how long the event loop is held by it, and how much memory it takes while it is answered.
 
-The server as `evenhand serve` runs it, before an engine core that only answers, or only waits; no model. Bodies of the largest size that
+`--sidecar`: the loop of `evenhand sidecar`, with bodies of 32 MiB, before a server that reads them and answers nothing. Else the server as `evenhand serve` runs it, before an engine core that only answers, or only waits; no model. Bodies of the largest size that
 is allowed, of every shape that is dear to read, one at a time: a timer of a millisecond in the server's loop tells by how much it
 came too late at most. Least of several tries, since a shared machine holds the loop too. Then as many bodies as a tenant may have in
 flight: by how much the process has grown, for each byte that is counted against `--max-tenant-body-bytes`, four a token.
@@ -20,52 +20,46 @@ from urllib.parse import urlsplit
 import common
 import frontend
 import psutil
+import serving
 import uvloop
+from aiohttp import web
+from body_shapes import CONTEXT, large_shapes, shapes
 
 from evenhand_engine.backends.engine_client import ConnectedCore, SpawnedCore
+from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.connections import Connections
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import AbortRequest, AddRequest, EngineReady, Shutdown
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_engine.server.startup import start_server
+from evenhand_engine.server.startup import start_server, start_sidecar
 
 MAX_HELD_MS = 20.0
 MAX_GROWTH = 2.0
-CONTEXT = 131072
 TICK_SECONDS = 0.001
+LARGE_BYTES = 32 * 2**20 - 4096
 
 
-def _many(element: str, size: int) -> str:
-    return "[" + ",".join([element] * (size // (len(element) + 1))) + "]"
+def run_upstream(port: int) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if request.can_read_body:
+            await request.read()
+        return web.json_response({})
+
+    app = web.Application(client_max_size=2**26)
+    app.router.add_route("*", "/{path:.*}", answer)
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 
-def shapes(size: int) -> dict[str, tuple[str, bytes]]:
-    """Path and body by what is in it. A token of the vocabulary is a byte, so text that fits is as long as the context."""
-    fits = min(size, CONTEXT - 64)
-    texts = {
-        "text that fits": '{"prompt":"' + "word " * (fits // 5) + '"}',
-        "token ids that fit": '{"prompt":' + _many("97", 3 * fits) + "}",
-        "text": '{"prompt":"' + "word " * (size // 5) + '"}',
-        "token ids": '{"prompt":' + _many("97", size) + "}",
-        "text that is cut": f'{{"truncate_prompt_tokens":{fits},"prompt":"' + "word " * (size // 5) + '"}',
-        "short texts": '{"prompt":' + _many('""', size) + "}",
-        "unknown member": '{"prompt":"x","junk":' + _many("[]", size) + "}",
-        "unsupported member": '{"prompt":"x","documents":' + _many("{}", size) + "}",
-        "stop strings": '{"prompt":"x","stop":' + _many('"a"', size) + "}",
-        "logit bias": '{"prompt":"x","logit_bias":{' + ",".join(f'"{n}":1' for n in range(size // 12)) + "}}",
-        "white space": '{"prompt":"x"' + " " * size + "}",
-        "nesting": '{"prompt":"x","junk":' + "[" * size,
-    }
-    chats = {
-        "messages": '{"messages":' + _many('{"role":"u"}', size) + "}",
-        "parts": '{"messages":[{"role":"u","content":' + _many('{"type":"text","text":""}', size) + "}]}",
-        "tool calls": '{"messages":[{"role":"u","tool_calls":' + _many("{}", size) + "}]}",
-        "tools": '{"messages":[{"role":"u"}],"tools":' + _many("{}", size) + "}",
-        "schema": '{"messages":[{"role":"u"}],"response_format":{"a":' + _many("{}", size) + "}}",
-    }
-    found = {name: ("/v1/completions", text.encode()) for name, text in texts.items()}
-    return found | {name: ("/v1/chat/completions", text.encode()) for name, text in chats.items()}
+def run_sidecar(port: int, control: Connection) -> None:
+    """As `run_server`."""
+
+    async def serve() -> None:
+        settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, max_request_bytes=LARGE_BYTES + 4096)
+        async with start_sidecar(settings, UpstreamSettings(url=f"http://127.0.0.1:{port}")) as running:
+            await tell(running.url, running.admin_url, control)
+
+    uvloop.run(serve())
 
 
 def run_core(connection: Connection, doors: socket.socket, answers: bool) -> None:
@@ -106,29 +100,28 @@ def run_server(model: Path, core: Connection, doors: socket.socket, control: Con
         settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0)
         process = SpawnedCore(ConnectedCore(core), doors)
         async with start_server(settings, EngineConfig(model=str(model)), spawn=lambda _: (process, core)) as running:
-            control.send((running.url, running.admin_url))
-            watch = Watch()
-            while await asyncio.to_thread(control.recv):
-                control.send((watch.longest, psutil.Process().memory_info().rss))
-                watch.longest = 0.0
+            await tell(running.url, running.admin_url, control)
 
     uvloop.run(serve())
 
 
-class Server:
-    """The server and its core, each a process of its own."""
+async def tell(url: str, admin_url: str, control: Connection) -> None:
+    """Where this process serves; then, whenever it is asked, the longest delay since and its bytes of memory."""
+    control.send((url, admin_url))
+    watch = Watch()
+    while await asyncio.to_thread(control.recv):
+        control.send((watch.longest, psutil.Process().memory_info().rss))
+        watch.longest = 0.0
 
-    def __init__(self, model: Path, *, answers: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        to_core, from_server = context.Pipe(duplex=True)
-        self._control, servers_control = context.Pipe(duplex=True)
-        cores_doors, doors = socket.socketpair()
-        self._core = context.Process(target=run_core, args=(to_core, cores_doors, answers), daemon=True)
-        self._server = context.Process(target=run_server, args=(model, from_server, doors, servers_control))
-        self._core.start()
-        self._server.start()
-        for end in (to_core, from_server, cores_doors, doors):
-            end.close()
+
+class Loaded:
+    """A server in a process of its own, and what is behind it in another."""
+
+    _server: multiprocessing.process.BaseProcess
+    _core: multiprocessing.process.BaseProcess
+    _control: Connection
+
+    def _await(self) -> None:
         url, self._admin_url = self._control.recv()
         self._address = urlsplit(url)
 
@@ -160,10 +153,41 @@ class Server:
         self._core.kill()
 
 
-def longest_holds(model: Path, size: int, num_tries: int) -> dict[str, tuple[float, str]]:
+class Server(Loaded):
+    """Ours, and a core that does not compute."""
+
+    def __init__(self, model: Path, *, answers: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        to_core, from_server = context.Pipe(duplex=True)
+        self._control, servers_control = context.Pipe(duplex=True)
+        cores_doors, doors = socket.socketpair()
+        self._core = context.Process(target=run_core, args=(to_core, cores_doors, answers), daemon=True)
+        self._server = context.Process(target=run_server, args=(model, from_server, doors, servers_control))
+        self._core.start()
+        self._server.start()
+        for end in (to_core, from_server, cores_doors, doors):
+            end.close()
+        self._await()
+
+
+class Sidecar(Loaded):
+    """A sidecar, and an upstream that answers nothing."""
+
+    def __init__(self) -> None:
+        context, port = multiprocessing.get_context("spawn"), serving.free_port()
+        self._control, control = context.Pipe(duplex=True)
+        self._core = context.Process(target=run_upstream, args=(port,), daemon=True)
+        self._server = context.Process(target=run_sidecar, args=(port, control))
+        self._core.start()
+        self._server.start()
+        control.close()
+        self._await()
+
+
+def longest_holds(server: Loaded, bodies: dict[str, tuple[str, bytes]], num_tries: int) -> dict[str, tuple[float, str]]:
     """Milliseconds by which each shape of a body holds the loop, and the status of its answer."""
-    server, found = Server(model, answers=True), {}
-    for name, (path, body) in shapes(size).items():
+    found = {}
+    for name, (path, body) in bodies.items():
         holds = []
         for _ in range(num_tries):
             server.look()
@@ -194,15 +218,36 @@ def growth(model: Path, size: int, num_bodies: int) -> dict[str, float]:
     return found
 
 
+def show_holds(size: int, holds: dict[str, tuple[float, str]]) -> None:
+    rows = [[name, status, f"{held:.1f}"] for name, (held, status) in holds.items()]
+    common.print_table(f"one body of {size} bytes", ["in it", "status", "loop held for ms"], rows)
+
+
+def measure_sidecar(size: int, num_tries: int) -> None:
+    holds = longest_holds(Sidecar(), large_shapes(size), num_tries)
+    show_holds(size, holds)
+    longest = max(held for held, _ in holds.values())
+    results = {
+        "longest_ms": longest,
+        "held": longest <= MAX_HELD_MS,
+        "holds": {name: held for name, (held, _) in holds.items()},
+    }
+    common.finish("bodies", results)
+
+
 def main() -> None:
-    options = common.arguments(__doc__).parse_args()
+    parser = common.arguments(__doc__)
+    parser.add_argument("--sidecar", action="store_true", help="a sidecar's loop, and larger bodies")
+    options = parser.parse_args()
+    if options.sidecar:
+        measure_sidecar(LARGE_BYTES // 16 if options.quick else LARGE_BYTES, 2 if options.quick else 5)
+        return
     size, num_tries, num_bodies = (100_000, 2, 8) if options.quick else (4 * 2**20 - 4096, 20, 64)
     with tempfile.TemporaryDirectory() as folder:
         frontend.make_model(Path(folder))
-        holds = longest_holds(Path(folder), size, num_tries)
+        holds = longest_holds(Server(Path(folder), answers=True), shapes(size), num_tries)
         grown = growth(Path(folder), size, num_bodies)
-    rows = [[name, status, f"{held:.1f}"] for name, (held, status) in holds.items()]
-    common.print_table(f"one body of {size} bytes", ["in it", "status", "loop held for ms"], rows)
+    show_holds(size, holds)
     rows = [[name, f"{ratio:.2f}"] for name, ratio in grown.items()]
     common.print_table(f"{num_bodies} bodies that wait", ["in them", "bytes for each counted"], rows)
     longest, most = max(held for held, _ in holds.values()), max(grown.values())
