@@ -90,7 +90,8 @@ class SidecarIncident(incident.Incident):
 
     async def _num_tokens(self, engine: serving.Server) -> int:
         """Prompt and output tokens that the engine has computed, whoever asked."""
-        return sum(tenant["promptTokens"] + tenant["generationTokens"] for tenant in await engine.tenants())
+        names = ("promptTokens", "generationTokens")
+        return sum(tenant.get(name, 0) for tenant in await engine.tenants() for name in names)
 
     async def _is_busy(self, engine: serving.Server) -> bool:
         return any(tenant["inFlight"] for tenant in await engine.tenants())
