@@ -114,7 +114,7 @@ class PeerIncident(SidecarIncident):
 
     async def _scaled(self, engine: serving.Server) -> incident.Traffic:
         """A prompt of the flood takes `PROMPT_SECONDS`, and a chat comes in twice that time."""
-        async with engine.client("") as client:
+        async with engine.client(incident.BATCH_KEY) as client:
             await serving.stream(client, serving.Timing(0.0), self._prompt(SMALLEST_PROMPT), 2)  # its first is slow
             num_before, began = await self._num_tokens(engine), time.monotonic()
             while time.monotonic() - began < CALIBRATION_SECONDS:
