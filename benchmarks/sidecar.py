@@ -4,13 +4,16 @@
 sidecar; paired differences of the time to first token. Many: N streams at 20 events of 180 bytes a second each; gaps between
 events at the client beside those without a sidecar, the sidecar's processor time by event, and its memory by stream.
 
+`--part processes`. The same N streams, twice as many if not said otherwise, by one process and by two with an owner of queue and quotas
+(`--api-server-count 2`): gaps, events by processor time of all of them, and by that of the owner alone, which all streams share.
+
 `--part incident`. A chat beside a flood that keeps 16 long prompts in flight, before our engine under `fcfs`, without and with a
 sidecar by turns (turns.py): 640 + 10 tokens beside 16 + 16 each 1.5 s, in steps of 160 tokens, a quarter of such a prompt as 2,048 are
 of 8,000. With `--peer llama.cpp`, llama.cpp's server in its place, and prompts by how fast it is.
 
 `--part gpu-incident`. The same with 8,000 + 16 tokens beside 200 + 100 a second, before our engine at the pace of an H100 (paced_engine.py).
 
-Upstream, sidecar and client share this machine. Streams: where it has two cores, the sidecar has one of them to itself.
+Upstream, sidecar and client share this machine. Streams: where it has two cores, the sidecar has one of them to itself; processes: nobody has.
 """
 
 import asyncio
@@ -60,6 +63,36 @@ def scripted_upstream() -> Iterator[str]:
     finally:
         process.kill()
         process.join()
+
+
+def family(pid: int) -> list[int]:
+    """The process, and those that it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+def measure_processes(rounds: int, num_streams: int, seconds: float, seed: int) -> dict[str, float]:
+    results: dict[str, float] = {}
+    num_events = num_streams * int(seconds * event_streams.EVENTS_PER_SECOND)
+    with contextlib.ExitStack() as stack:
+        direct = stack.enter_context(scripted_upstream())
+        for count in (1, 2):
+            with serving.sidecar(direct, "--api-server-count", str(count)) as server:
+                if count == 1:
+                    alone = asyncio.run(event_streams.many(direct, num_streams, seconds))
+                    results["processes_gap_direct_p99_ms"] = 1e3 * serving.percentile(alone, 99)
+                added = asyncio.run(paired_ttft(direct, server.url, rounds, random.Random(seed)))
+                pids = family(server.pid)
+                before = [processor_seconds(pid) for pid in pids]
+                through = asyncio.run(event_streams.many(server.url, num_streams, seconds))
+                used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
+            name = f"processes_{count}"
+            results[f"{name}_ttft_added_p50_ms"] = 1e3 * median(added)
+            results[f"{name}_gap_p99_ms"] = 1e3 * serving.percentile(through, 99)
+            results[f"{name}_events_per_s_per_core"] = num_events / sum(used)
+            if count > 1:
+                results[f"{name}_events_per_s_of_owner"] = num_events / used[0]
+    return results | {"processes_num_streams": num_streams}
 
 
 def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) -> dict[str, float]:
@@ -114,13 +147,16 @@ def measure_incident(part: str, peer: str | None, seed: int, *, is_quick: bool) 
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--part", choices=["streams", "incident", "gpu-incident", "all"], default="all")
+    parser.add_argument("--part", choices=["streams", "processes", "incident", "gpu-incident", "all"], default="all")
     parser.add_argument("--peer", choices=["llama.cpp"], help="the engine of the incident; default: ours")
     options = parser.parse_args()
     quick, results = options.quick, dict[str, float]()
     if options.part in ("streams", "all"):
         rounds, streams, seconds = (20, 50, 3.0) if quick else (300, options.streams, 15.0)
         results |= measure_streams(rounds, streams, seconds, options.seed)
+    if options.part in ("processes", "all"):
+        rounds, streams, seconds = (20, 50, 3.0) if quick else (300, 2 * options.streams, 15.0)
+        results |= measure_processes(rounds, streams, seconds, options.seed)
     for part in ("incident", "gpu-incident"):
         if options.part in (part, "all"):
             found = measure_incident(part, options.peer, options.seed, is_quick=quick)

@@ -39,6 +39,7 @@ class Upstream:
         dispatcher: who is sent next.
         problem: why the upstream cannot be used now, by the last probe; None: it can.
         metrics_text: its `/metrics` as last scraped.
+        recognised: called with which engine it is, whenever it turns out to be another.
     """
 
     def __init__(self, connection: UpstreamConnection, dispatcher: Dispatcher) -> None:
@@ -47,6 +48,7 @@ class Upstream:
         self.dispatcher = dispatcher
         self.problem: str | None = "the upstream was not reached yet"
         self.metrics_text = b""
+        self.recognised: list[Callable[[str], None]] = []
         self.stats: EngineStats | None = None
         self.died = asyncio.Event()  # never set: the upstream may come back
         self._loop = asyncio.get_running_loop()
@@ -72,10 +74,11 @@ class Upstream:
         self.dispatcher.add(errand, time.monotonic())
         self.pump()
 
-    def end(self, errand: Errand) -> None:
-        """Queued, sent or ended, it is no more; what it was charged stands."""
-        self._waiting.pop(errand.request_id, None)
-        self.dispatcher.end(errand, FinishReason.ABORT)
+    def end(self, *errands: Errand) -> None:
+        """Queued, sent or ended, they are no more; what they were charged stands."""
+        for errand in errands:
+            self._waiting.pop(errand.request_id, None)
+            self.dispatcher.end(errand, FinishReason.ABORT)
         self.pump()
 
     def pump(self) -> None:
@@ -143,12 +146,18 @@ class Upstream:
     async def _check_health(self) -> str | None:
         try:
             async with self._get("/health") as response:
-                self.connection.backend = backend_name(response.headers.get("Server", ""), self.metrics_text)
+                self._recognise(backend_name(response.headers.get("Server", ""), self.metrics_text))
                 if response.status >= 500:
                     return f"the upstream answers {response.status} to /health"
                 return None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return "the upstream does not answer"
+
+    def _recognise(self, backend: str) -> None:
+        if backend != self.connection.backend:
+            self.connection.backend = backend
+            for listener in self.recognised:
+                listener(backend)
 
     async def _ask_slots(self) -> None:
         if self.settings.max_num_seqs is not None:

@@ -63,6 +63,12 @@ def _origin(ctx: click.Context, param: click.Parameter, value: str) -> str:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Directory with the model's tokenizer.json, to count prompts with.",
 )
+@click.option(
+    "--api-server-count",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Processes that pass requests on; above 1 one more decides.",
+)
 @server_options(max_request_bytes="32M", max_tenant_body_bytes="256M")
 def sidecar(**options: Any) -> None:
     """Share an engine that you already run: queue, order and bound what tenants send to vLLM, SGLang or llama.cpp.
@@ -92,7 +98,7 @@ def sidecar(**options: Any) -> None:
         kv_tokens=options["kv_tokens"],
         max_num_seqs=options["max_num_seqs"],
     )
-    settings = server_settings(options)
+    settings = server_settings(options, api_server_count=options["api_server_count"])
 
     async def run() -> int:
         server = start_sidecar(

@@ -35,8 +35,7 @@ class Admission:
     def reconfigure(self, config: SchedulerConfig, now: float, num_replicas: int = 1) -> None:
         """Enforce `config` from now on. Buckets keep how full they are, in proportion to their size."""
         self._num_replicas = num_replicas
-        tenants = {DEFAULT_TENANT_ID: TenantConfig(tenant_id=DEFAULT_TENANT_ID)}
-        tenants |= {tenant.tenant_id: tenant for tenant in config.tenants}
+        tenants = tenants_of(config)
         accounts = {tenant_id: self._accounts.get(tenant_id) or TenantAccount(t) for tenant_id, t in tenants.items()}
         for tenant_id, account in accounts.items():
             account.config = tenants[tenant_id]
@@ -231,6 +230,12 @@ class Admission:
         message = f"The queue of tenant {tenant_id} is full ({limits.max_queued_requests} requests)."
         delay = max(excess * account.seconds_per_request(now), _MIN_RETRY_SECONDS)
         return Refusal(429, "queue_full", message, retry_after=delay)
+
+
+def tenants_of(config: SchedulerConfig) -> dict[str, TenantConfig]:
+    """Every tenant, the default one among them, by id."""
+    default = TenantConfig(tenant_id=DEFAULT_TENANT_ID)
+    return {DEFAULT_TENANT_ID: default} | {tenant.tenant_id: tenant for tenant in config.tenants}
 
 
 def refuse_context(limit: int, num_prompt_tokens: int, max_output_tokens: int) -> Refusal:

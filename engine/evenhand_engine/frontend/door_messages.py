@@ -157,6 +157,10 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """Refuse what is new, and say when nothing is answered any more. The end comes with that of the channel."""
 
 
+class Cut(msgspec.Struct, frozen=True, tag=True):
+    """Of one that drains: the time is over, and what still runs must end."""
+
+
 class Exhausted(msgspec.Struct, frozen=True, tag=True):
     """The quota leaves no more for a claim, which must end."""
 
@@ -177,4 +181,4 @@ ToOwner = (
     | Idle
     | StartFailed
 )
-ToApiServer = Answer | Refused | Enforce | Drain | Exhausted
+ToApiServer = Answer | Refused | Enforce | Drain | Cut | Exhausted

@@ -33,9 +33,7 @@ class Doorkeeper:
         is_current: whether the API server enforces the config that it was sent last.
     """
 
-    def __init__(
-        self, service: Service, channel: Channel[door_messages.ToOwner], count_in_flight: Callable[[int], None]
-    ) -> None:
+    def __init__(self, service: Service, channel: Channel[Any], count_in_flight: Callable[[int], None]) -> None:
         self.is_current = False
         self._service = service
         self._channel = channel
@@ -65,7 +63,7 @@ class Doorkeeper:
         """Take in one message of the API server."""
         match message:
             case door_messages.Call():
-                self._answer(message)
+                self.answer(message.call_id, functools.partial(self._result, message))
             case door_messages.Progress():
                 self._take_progress(message)
             case door_messages.Ended():
@@ -82,21 +80,22 @@ class Doorkeeper:
             case door_messages.Enforces():
                 self.is_current = message.number == self._number
 
-    def _answer(self, call: door_messages.AnyCall) -> None:
+    def answer(self, call_id: int, compute: Callable[[], Any]) -> None:
+        """Answer a call with what `compute` returns, or the Refusal that it raises."""
         try:
-            result = self._result(call)
+            result = compute()
         except Refusal as refusal:
-            self._refuse(call, refusal)
+            self._refuse(call_id, refusal)
         except Exception:  # a fault of this call alone
             log.exception("a call of an API server failed")
-            self._refuse(call, Refusal(500, "internal_error", "The server failed to answer.", retry_after=1))
+            self._refuse(call_id, Refusal(500, "internal_error", "The server failed to answer.", retry_after=1))
         else:
-            self._channel.send(door_messages.Answer(call.call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
+            self._channel.send(door_messages.Answer(call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
 
-    def _refuse(self, call: door_messages.AnyCall, refusal: Refusal) -> None:
+    def _refuse(self, call_id: int, refusal: Refusal) -> None:
         self._channel.send(
             door_messages.Refused(
-                call.call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after
+                call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after
             )
         )
 

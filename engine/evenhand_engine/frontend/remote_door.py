@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -35,24 +35,29 @@ _SILENCE_SECONDS = 10.0  # twice of which the owner may leave a call unanswered;
 class RemoteDoor:
     """See `Door`.
 
+    Args:
+        kind: of the messages that the owner sends, where there are others than a door's; `take_other` takes those.
+
     Attributes:
         authenticator: known once `configured` is set.
         configured: set with the first config.
         told_to_stop: set when the owner says so, or is gone.
+        told_to_cut: set when he says that what still runs must end.
         left_alone: set when the owner is gone.
         channel: to the owner; to be opened by whoever makes this.
     """
 
     authenticator: Authenticator
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, kind: Any = door_messages.ToApiServer) -> None:
         self.is_configured = False
         self.draining = False
         self.active = ActiveRequests()
         self.configured = asyncio.Event()
         self.told_to_stop = asyncio.Event()
+        self.told_to_cut = asyncio.Event()
         self.left_alone = asyncio.Event()
-        self.channel: Channel[door_messages.ToApiServer] = Channel(door_messages.ToApiServer, self._receive, self._lose)
+        self.channel: Channel[Any] = Channel(kind, self._receive, self.lose)
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
@@ -66,17 +71,17 @@ class RemoteDoor:
     # -- asked
 
     async def check(self, tenant_id: str) -> int:
-        return await self._call(door_messages.Check(call_id=self._number(), tenant_id=tenant_id), int)
+        return await self.call(door_messages.Check(call_id=self.new_number(), tenant_id=tenant_id), int)
 
     async def count_request(self, tenant_id: str) -> None:
-        await self._call(door_messages.CountRequest(call_id=self._number(), tenant_id=tenant_id), object)
+        await self.call(door_messages.CountRequest(call_id=self.new_number(), tenant_id=tenant_id), object)
 
     async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
-        claims = [_RemoteClaim(self, self._number()) for _ in range(demand.num_claims)]
+        claims = [_RemoteClaim(self, self.new_number()) for _ in range(demand.num_claims)]
         self._claims |= {claim.number: claim for claim in claims}
-        call_id, first = self._number(), claims[0].number
+        call_id, first = self.new_number(), claims[0].number
         try:
-            limits = await self._call(
+            limits = await self.call(
                 door_messages.Reserve(call_id=call_id, tenant_id=tenant_id, demand=demand, first_claim=first), list[int]
             )
         except BaseException as error:
@@ -91,10 +96,12 @@ class RemoteDoor:
         return claims
 
     async def hold(self, tenant_id: str, num_bytes: int) -> Held:
-        held = _RemoteHeld(self.channel, self._number())
+        held = _RemoteHeld(self.channel, self.new_number())
         try:
-            await self._call(
-                door_messages.Hold(call_id=self._number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes),
+            await self.call(
+                door_messages.Hold(
+                    call_id=self.new_number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes
+                ),
                 object,
             )
         except asyncio.CancelledError:
@@ -105,22 +112,22 @@ class RemoteDoor:
     async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
         if tenant_id not in self._limited:
             return ()
-        return await self._call(
-            door_messages.AskRateLimits(call_id=self._number(), tenant_id=tenant_id), list[RateLimit]
+        return await self.call(
+            door_messages.AskRateLimits(call_id=self.new_number(), tenant_id=tenant_id), list[RateLimit]
         )
 
     async def queue_delay(self, tenant_id: str) -> float:
-        return await self._call(door_messages.AskQueueDelay(call_id=self._number(), tenant_id=tenant_id), float)
+        return await self.call(door_messages.AskQueueDelay(call_id=self.new_number(), tenant_id=tenant_id), float)
 
     async def health(self) -> str | None:
-        problem = await self._call(door_messages.AskHealth(call_id=self._number()), object)
+        problem = await self.call(door_messages.AskHealth(call_id=self.new_number()), object)
         return None if problem is None else str(problem)
 
     async def metrics_text(self) -> bytes:
-        return await self._call(door_messages.AskMetrics(call_id=self._number()), bytes)
+        return await self.call(door_messages.AskMetrics(call_id=self.new_number()), bytes)
 
     async def load(self) -> int:
-        return await self._call(door_messages.AskLoad(call_id=self._number()), int)
+        return await self.call(door_messages.AskLoad(call_id=self.new_number()), int)
 
     # -- told
 
@@ -151,11 +158,12 @@ class RemoteDoor:
 
     # -- the channel
 
-    def _number(self) -> int:
+    def new_number(self) -> int:
+        """For a call, or for what the owner is to hold."""
         return next(self._numbers)
 
-    async def _call(self, call: door_messages.Call, kind: type[T]) -> T:
-        """Raises Refusal, or EngineDeadError if the owner is gone or given up."""
+    async def call(self, call: door_messages.Call, kind: type[T]) -> T:
+        """The owner's answer. Raises Refusal, or EngineDeadError if he is gone or given up."""
         if self.channel.is_closed:
             raise EngineDeadError("the process that owns quotas is gone")
         answer: asyncio.Future[msgspec.Raw] = self._loop.create_future()
@@ -177,7 +185,7 @@ class RemoteDoor:
         elif self._calls:
             self._watch = self._loop.call_later(_SILENCE_SECONDS, self._note_silence)
 
-    def _receive(self, message: door_messages.ToApiServer) -> None:
+    def _receive(self, message: Any) -> None:
         self._num_silences = 0
         match message:
             case door_messages.Answer():
@@ -192,7 +200,7 @@ class RemoteDoor:
                 )
                 self._resolve(message.call_id, lambda answer: answer.set_exception(refusal))
             case door_messages.Enforce():
-                self._enforce(message.config, message.is_configured)
+                self.enforce(message.config, message.is_configured)
                 self.channel.send(door_messages.Enforces(message.number))
             case door_messages.Exhausted():
                 if (claim := self._claims.get(message.claim)) is not None:
@@ -200,13 +208,21 @@ class RemoteDoor:
             case door_messages.Drain():
                 self.draining = True
                 self.told_to_stop.set()
+            case door_messages.Cut():
+                self.told_to_cut.set()
+            case _:
+                self.take_other(message)
+
+    def take_other(self, message: Any) -> None:
+        """What came is no message of a door."""
 
     def _resolve(self, call_id: int, resolve: Callable[["asyncio.Future[msgspec.Raw]"], None]) -> None:
         answer = self._calls.get(call_id)
         if answer is not None and not answer.done():
             resolve(answer)
 
-    def _enforce(self, config: SchedulerConfig, is_configured: bool) -> None:
+    def enforce(self, config: SchedulerConfig, is_configured: bool) -> None:
+        """From now on."""
         self.is_configured = is_configured
         self.authenticator = make_authenticator(self._settings, config)
         self._limited = frozenset(
@@ -216,7 +232,8 @@ class RemoteDoor:
         )
         self.configured.set()
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """The owner is gone, or given up."""
         if self._watch is not None:
             self._watch.cancel()
         self.draining = True
@@ -252,7 +269,7 @@ class _RemoteClaim:
 class _RemoteHeld:
     """See `Held`."""
 
-    def __init__(self, channel: Channel[door_messages.ToApiServer], number: int) -> None:
+    def __init__(self, channel: Channel[Any], number: int) -> None:
         self.number = number
         self._channel = channel
 

@@ -76,6 +76,10 @@ class ApiSide(Protocol):
         """Enforce `config` from now on."""
         ...
 
+    async def wait_until_idle(self) -> None:
+        """Of a drain: until all have answered what they had, or are gone."""
+        ...
+
 
 class Service:
     """What the current config makes of authentication and admission, whoever generates, and what tenants use of it.
@@ -155,6 +159,13 @@ class Service:
     def public_metrics(self) -> bytes:
         """What the public port shows of the metrics, in Prometheus' text format: nothing of tenants."""
         return self.metrics.public_text()
+
+    async def wait_until_idle(self) -> None:
+        """Of a drain: until nothing is answered any more; probes aside."""
+        if self.api_side is None:
+            await self.active.wait_until_none()
+        else:
+            await self.api_side.wait_until_idle()
 
     def ailment(self) -> str | None:
         """What is wrong with how the config in force is enforced, or with the engine; None: nothing."""

@@ -180,5 +180,5 @@ async def wait_until_drained(request: web.Request) -> web.Response:
     if service.draining:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(service.settings.drain_timeout):
-                await service.active.wait_until_none()
+                await service.wait_until_idle()
     return web.Response()

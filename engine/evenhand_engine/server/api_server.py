@@ -9,18 +9,21 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from evenhand_engine.backends.engine_client import ConnectedCore
+from evenhand_engine.backends.engine_client import ConnectedCore, Core
 from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.errors import StartupError
-from evenhand_engine.frontend.door_messages import Idle, Serving, StartFailed
+from evenhand_engine.frontend.door_messages import Idle, Serving, StartFailed, ToOwner
 from evenhand_engine.frontend.remote_door import RemoteDoor
 from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.logs import configure_logging
+from evenhand_engine.server.api_servers import ApiServers, spawn
 from evenhand_engine.server.app import build_app
 from evenhand_engine.server.listener import tls_context, watch_certificate
 from evenhand_engine.server.malformed import keep_out_of_logs
@@ -56,6 +59,21 @@ class ApiServerArguments:
     log_level: int
 
 
+def start_api_servers(
+    settings: ServerSettings, model_dir: Path, core: Core, listeners: Sequence[socket.socket]
+) -> ApiServers:
+    """One for each of the listeners, each with a pipe of its own to `core`."""
+
+    def start(owner: socket.socket, listener: socket.socket) -> BaseProcess:
+        log_level = logging.getLogger().getEffectiveLevel()
+        with core.connect() as connection:
+            return spawn(
+                run_api_server, ApiServerArguments(settings, model_dir, connection, owner, listener, log_level)
+            )
+
+    return ApiServers(start, ToOwner, listeners)
+
+
 def run_api_server(arguments: ApiServerArguments) -> None:
     """Entry point of the process."""
     leave_to_the_first()
@@ -67,29 +85,35 @@ def run_api_server(arguments: ApiServerArguments) -> None:
 
 
 async def _serve(arguments: ApiServerArguments) -> int:
-    """Until drained. Returns the exit code."""
     door = RemoteDoor(arguments.settings)
     await door.channel.open(arguments.owner)
+    return await serve_for_owner(door, lambda stack: _start(stack, arguments, door))
+
+
+async def serve_for_owner(
+    door: RemoteDoor, start: Callable[[contextlib.AsyncExitStack], Awaitable[asyncio.Event]]
+) -> int:
+    """Serve until drained; `start` begins, and returns what is set when there is nothing to serve any more. Returns the exit code."""
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(door.channel.close)
         try:
-            backend = await _start(stack, arguments, door)
+            died = await start(stack)
         except StartupError as error:
             door.channel.send(StartFailed(str(error)))
             return 1
         door.channel.send(Serving())
-        await first_of(door.told_to_stop.wait(), backend.died.wait())
-        if not backend.died.is_set():
-            await first_of(door.active.wait_until_none(), backend.died.wait())
-        if not backend.died.is_set():
+        await first_of(door.told_to_stop.wait(), died.wait())
+        if not died.is_set():
+            await first_of(door.active.wait_until_none(), died.wait())
+        if not died.is_set():
             door.channel.send(Idle())  # and go on to say that it drains, until all have
-            await first_of(door.left_alone.wait(), backend.died.wait())
-        if backend.died.is_set():  # the owner knows why, and has said it
+            await first_of(door.left_alone.wait(), died.wait())
+        if died.is_set():  # the owner knows why, and has said it
             await first_of(door.active.wait_until_none(), timeout=GRACE_SECONDS)
         return 0 if door.told_to_stop.is_set() else 1
 
 
-async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> LocalBackend:
+async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> asyncio.Event:
     settings = arguments.settings
     tls = tls_context(settings)
     backend = LocalBackend(ConnectedCore(arguments.core), arguments.core)
@@ -107,4 +131,4 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
         await stack.enter_async_context(background(watch_certificate(settings, tls)))
     keep_loop_free()
     service.compiler.prepare_aside()
-    return backend
+    return backend.died

@@ -83,11 +83,10 @@ def _begin_draining(running: Running) -> None:
 
 
 async def _serve_until_stopped(running: Running, stop: _StopSignals) -> int:
-    service, backend = running.service, running.service.backend
     await first_of(stop.requested.wait(), running.wait_until_failed())
     if running.failure is None:
         running.drain()
-        timeout = service.settings.drain_timeout
+        timeout = running.service.settings.drain_timeout
         log.info("draining", extra={"fields": {"timeout": timeout}})
         waits = (running.wait_until_idle(), stop.repeated.wait(), running.wait_until_failed())
         await first_of(*waits, timeout=timeout)
@@ -95,6 +94,6 @@ async def _serve_until_stopped(running: Running, stop: _StopSignals) -> int:
         log.error("the engine died", extra={"fields": {"reason": running.failure}})
         await first_of(running.wait_until_idle(), timeout=GRACE_SECONDS)
         return 1
-    await backend.close()  # whatever still runs ends with an error event that says why
+    await running.cut()
     await first_of(running.wait_until_idle(), timeout=GRACE_SECONDS)
     return 0

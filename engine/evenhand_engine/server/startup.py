@@ -78,10 +78,13 @@ class Running:
 
     async def wait_until_idle(self) -> None:
         """Until nothing is answered; probes aside."""
-        if self.api_servers is None:
-            await self.service.active.wait_until_none()
-        else:
-            await self.api_servers.wait_until_idle()
+        await self.service.wait_until_idle()
+
+    async def cut(self) -> None:
+        """End what is still answered, with an event that says why."""
+        await self.service.backend.close()
+        if self.api_servers is not None:
+            self.api_servers.cut()
 
 
 @contextlib.asynccontextmanager
@@ -107,6 +110,7 @@ async def start_server(
             stack.push_async_callback(backend.close)
 
             from evenhand_engine.frontend.door import OwnDoor
+            from evenhand_engine.frontend.doorkeeper import Doorkeeper
             from evenhand_engine.frontend.service import EngineService, Service
             from evenhand_engine.server.admin import build_admin_app
             from evenhand_engine.server.app import build_app
@@ -115,9 +119,9 @@ async def start_server(
 
             api_servers = None
             if len(publics) > 1:
-                from evenhand_engine.server.api_servers import ApiServers
+                from evenhand_engine.server.api_server import start_api_servers
 
-                api_servers = ApiServers(settings, directory, core, publics)
+                api_servers = start_api_servers(settings, directory, core, publics)
                 stack.push_async_callback(api_servers.close)
             in_force = await in_daemon_thread(lambda: _initial_config(settings))
             if api_servers is None:
@@ -128,7 +132,7 @@ async def start_server(
         await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
         engine = None
         if api_servers is not None:
-            await api_servers.serve(service, backend)
+            await api_servers.serve(service, lambda channel: Doorkeeper(service, channel, backend.count_elsewhere))
         else:
             assert backend.tokenizer is not None
             engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
@@ -155,6 +159,8 @@ async def start_sidecar(
 ) -> AsyncIterator[Running]:
     """A sidecar that accepts requests, whether or not its upstream does yet; on leaving, everything is stopped.
 
+    With several API servers these pass requests on, and this process says when.
+
     `tokenizer`: directory of the model's, to count prompts with. Raises StartupError.
     """
     from evenhand_engine.backends.upstream import Upstream
@@ -173,8 +179,20 @@ async def start_sidecar(
     async with contextlib.AsyncExitStack() as stack:
         allow_many_connections()
         tls = tls_context(settings)
-        public = stack.enter_context(listen(settings.host, settings.port, "--port"))
+        publics = listen_together(settings.host, settings.port, "--port", settings.api_server_count)
+        for public in publics:
+            stack.enter_context(public)
         admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
+        options = PassingOptions(
+            priority=UpstreamPriority(priority), salt_key=secrets.token_bytes(32) if salts_caches else None
+        )
+        front = api_servers = None
+        if len(publics) > 1:
+            from evenhand_engine.server.sidecar_server import start_sidecar_servers
+            from evenhand_engine.sidecar.ticket_keeper import TicketKeeper
+
+            api_servers = start_sidecar_servers(settings, upstream_settings, options, tokenizer, publics)
+            stack.push_async_callback(api_servers.close)
         in_force = await in_daemon_thread(lambda: _initial_config(settings))
         dispatcher = Dispatcher(
             Window(), in_force.config, DispatchSettings(max_model_len=upstream_settings.max_model_len)
@@ -182,27 +200,24 @@ async def start_sidecar(
         upstream = Upstream(UpstreamConnection(upstream_settings), dispatcher)
         stack.push_async_callback(upstream.close)
         service = SidecarService(settings, upstream, in_force)
-        front = Front(
-            settings,
-            upstream.connection,
-            OwnDoor(service),
-            OwnTickets(service),
-            PassingOptions(
-                priority=UpstreamPriority(priority), salt_key=secrets.token_bytes(32) if salts_caches else None
-            ),
-            None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer)),
-        )
-        stack.callback(front.close)
         upstream.start()
         keep_out_of_logs()
         await serve_app(stack, build_admin_app(service, _push_receiver(service), tells_of_drains=True), admin, None)
-        await serve_app(stack, build_sidecar_app(front), public, tls, decompress=False)  # `read_body` does
+        if api_servers is not None:
+            await api_servers.serve(service, lambda channel: TicketKeeper(service, channel))
+        else:
+            counter = None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer))
+            front = Front(
+                settings, upstream.connection, OwnDoor(service), OwnTickets(service), options, tokenizer=counter
+            )
+            stack.callback(front.close)
+            await serve_app(stack, build_sidecar_app(front), publics[0], tls, decompress=False)  # `read_body` does
+            if tls is not None:
+                await stack.enter_async_context(background(watch_certificate(settings, tls)))
         await stack.enter_async_context(_watch_policies(service))
-        if tls is not None:
-            await stack.enter_async_context(background(watch_certificate(settings, tls)))
         keep_loop_free()
-        url = url_of("http" if tls is None else "https", public)
-        yield Running(service, url, url_of("http", admin), front=front)
+        url = url_of("http" if tls is None else "https", publics[0])
+        yield Running(service, url, url_of("http", admin), front=front, api_servers=api_servers)
 
 
 def _initial_config(settings: ServerSettings) -> "ConfigInForce":

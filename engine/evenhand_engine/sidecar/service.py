@@ -31,7 +31,8 @@ class SidecarService(Service):
         return self.upstream.connection.backend
 
     def health(self, now: float) -> str | None:
-        return self.upstream.problem
+        problem = None if self.api_side is None else self.api_side.problem
+        return problem or self.upstream.problem
 
     def public_metrics(self) -> bytes:
         """The upstream's own metrics as last scraped, and the window's: nothing of tenants, theirs are on the admin port."""

@@ -98,11 +98,16 @@ class Tickets(Protocol):
 
 
 class OwnTicket:
-    """A ticket in the process that owns quota, queue and metrics."""
+    """A ticket in the process that owns quota, queue and metrics.
 
-    def __init__(self, service: "SidecarService", booking: Booking, now: float) -> None:
+    Attributes:
+        errand: what the dispatcher knows of it.
+    """
+
+    def __init__(self, service: "SidecarService", booking: Booking) -> None:
         """Raises Refusal where the tenant may not have it."""
         admission, tenant_id, num_choices = service.admission, booking.tenant_id, booking.num_choices
+        now = time.monotonic()
         most = admission.max_concurrent_requests(tenant_id)
         if most is not None and num_choices > most:
             message = f"The engine runs all {num_choices} answers of a body at once; the policy of tenant {tenant_id} allows {most}."
@@ -116,7 +121,7 @@ class OwnTicket:
         self._service = service
         self._booking = booking
         self._num_prompt_tokens = booking.num_prompt_tokens
-        self._errand = Errand(
+        self.errand = Errand(
             f"{id(self):x}",
             tenant_id,
             now,
@@ -128,12 +133,12 @@ class OwnTicket:
             is_silent=booking.is_silent,
         )
         self._metrics = RequestMetrics(
-            service.metrics, tenant_id, booking.num_prompt_tokens, self._errand.max_output_tokens, now
+            service.metrics, tenant_id, booking.num_prompt_tokens, self.errand.max_output_tokens, now
         )
 
     @property
     def num_output_tokens(self) -> int:
-        return self._errand.num_charged_outputs
+        return self.errand.num_charged_outputs
 
     def queue(self, called: Callable[[Refusal | None], None]) -> None:
         """Have `called` once, perhaps at once: with None when the request is to be sent, else with why it never will be."""
@@ -145,7 +150,7 @@ class OwnTicket:
             delay = self._service.admission.queue_delay(self._booking.tenant_id, time.monotonic())
             called(refuse_finished(reason, delay) or refuse_draining())
 
-        self._service.upstream.queue(self._errand, leave)
+        self._service.upstream.queue(self.errand, leave)
 
     async def turn(self) -> None:
         future: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
@@ -159,7 +164,7 @@ class OwnTicket:
         self._metrics.start(0, time.monotonic())
 
     def generated(self, num_tokens: int) -> Refusal | None:
-        now, service, errand = time.monotonic(), self._service, self._errand
+        now, service, errand = time.monotonic(), self._service, self.errand
         is_first, may_send = errand.num_charged_outputs == 0, service.upstream.dispatcher.heard(now)
         if is_first:
             service.upstream.dispatcher.started(errand, now)
@@ -176,18 +181,18 @@ class OwnTicket:
 
     def sized(self, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         self._num_prompt_tokens = num_prompt_tokens
-        self._service.upstream.dispatcher.sized(self._errand, num_prompt_tokens, num_cached_tokens)
+        self._service.upstream.dispatcher.sized(self.errand, num_prompt_tokens, num_cached_tokens)
 
     def counted(self, num_output_tokens: int, *, is_estimate: bool = False) -> None:
         if self._booking.is_silent and not is_estimate:
             self._metrics.take_tokens(num_output_tokens, time.monotonic())
-        self._service.upstream.dispatcher.counted(self._errand, num_output_tokens)
+        self._service.upstream.dispatcher.counted(self.errand, num_output_tokens)
 
     def complete(self) -> None:
-        self._service.upstream.dispatcher.end(self._errand)
+        self._service.upstream.dispatcher.end(self.errand)
 
     def close(self, outcome: str, reason: str) -> None:
-        now, service, errand = time.monotonic(), self._service, self._errand
+        now, service, errand = time.monotonic(), self._service, self.errand
         if outcome == "aborted":
             service.upstream.dispatcher.left(errand, now)
         service.upstream.end(errand)
@@ -209,4 +214,4 @@ class OwnTickets:
         return self._service.admission.account(tenant_id).config
 
     async def book(self, booking: Booking) -> Ticket:
-        return OwnTicket(self._service, booking, time.monotonic())
+        return OwnTicket(self._service, booking)

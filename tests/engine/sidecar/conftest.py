@@ -15,7 +15,7 @@ from evenhand_engine.backends.upstream import Upstream
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.server.startup import start_sidecar
+from evenhand_engine.server.startup import Running, start_sidecar
 from evenhand_engine.sidecar.counting import PromptCounter
 from evenhand_engine.sidecar.service import SidecarService
 from evenhand_policy.config import SchedulerConfig
@@ -97,9 +97,19 @@ class ScriptedUpstream:
 class Sidecar:
     url: str
     admin_url: str
-    service: SidecarService
-    prompts: PromptCounter
+    running: Running
     session: aiohttp.ClientSession
+
+    @property
+    def service(self) -> SidecarService:
+        assert isinstance(self.running.service, SidecarService)
+        return self.running.service
+
+    @property
+    def prompts(self) -> PromptCounter:
+        """Of the process at the public port, if that is this one."""
+        assert self.running.front is not None
+        return self.running.front.prompts
 
     @property
     def upstream(self) -> Upstream:
@@ -168,9 +178,12 @@ async def start() -> AsyncIterator[Start]:
             socket: Any = None,
             kv_tokens: int | None = None,
             max_num_seqs: int | None = None,
+            api_server_count: int = 1,
             **options: Any,
         ) -> Sidecar:
-            settings = ServerSettings(host="127.0.0.1", port=0, admin_port=0, max_request_bytes=2**25)
+            settings = ServerSettings(
+                host="127.0.0.1", port=0, admin_port=0, max_request_bytes=2**25, api_server_count=api_server_count
+            )
             reached = UpstreamSettings(
                 url=url,
                 connect_timeout=connect_timeout,
@@ -181,9 +194,7 @@ async def start() -> AsyncIterator[Start]:
             )
             running = await stack.enter_async_context(start_sidecar(settings, reached, **options))
             session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-            assert isinstance(running.service, SidecarService)
-            assert running.front is not None
-            return Sidecar(running.url, running.admin_url, running.service, running.front.prompts, session)
+            return Sidecar(running.url, running.admin_url, running, session)
 
         yield begin
 

@@ -1,0 +1,118 @@
+"""One API server of a sidecar: a process that serves the public port for an owner, which is another process.
+
+It reads bodies, authenticates, counts prompts, and exchanges requests with the upstream over connections of its own. Quotas, the memory of
+bodies, metrics, and who is sent next are the owner's, at the other end of a channel. It lives as long as that.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from evenhand_engine.backends.upstream_connection import UpstreamConnection, UpstreamSettings
+from evenhand_engine.errors import StartupError
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.logs import configure_logging
+from evenhand_engine.server.api_server import serve_for_owner
+from evenhand_engine.server.api_servers import ApiServers, spawn
+from evenhand_engine.server.listener import tls_context, watch_certificate
+from evenhand_engine.server.malformed import keep_out_of_logs
+from evenhand_engine.server.sidecar_app import build_sidecar_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app
+from evenhand_engine.sidecar.front import Front, PassingOptions
+from evenhand_engine.sidecar.messages import ToOwner
+from evenhand_engine.sidecar.remote_tickets import RemoteTickets
+from evenhand_engine.signals import leave_to_the_first
+from evenhand_engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarServerArguments:
+    """What the process is started with.
+
+    Attributes:
+        tokenizer: directory of the model's, to count prompts with; None: there is none.
+        owner: socket of the channel to the owner.
+        listener: listening socket of the public port; that of others may be bound to the same port.
+        log_level: of everything that it logs.
+    """
+
+    settings: ServerSettings
+    upstream: UpstreamSettings
+    options: PassingOptions
+    tokenizer: Path | None
+    owner: socket.socket
+    listener: socket.socket
+    log_level: int
+
+
+def start_sidecar_servers(
+    settings: ServerSettings,
+    upstream: UpstreamSettings,
+    options: PassingOptions,
+    tokenizer: Path | None,
+    listeners: Sequence[socket.socket],
+) -> ApiServers:
+    """One for each of the listeners."""
+
+    def start(owner: socket.socket, listener: socket.socket) -> BaseProcess:
+        log_level = logging.getLogger().getEffectiveLevel()
+        arguments = SidecarServerArguments(settings, upstream, options, tokenizer, owner, listener, log_level)
+        return spawn(run_sidecar_server, arguments)
+
+    return ApiServers(start, ToOwner, listeners)
+
+
+def run_sidecar_server(arguments: SidecarServerArguments) -> None:
+    """Entry point of the process."""
+    leave_to_the_first()
+    configure_logging(logging.getLevelName(arguments.log_level))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(_serve(arguments)))
+
+
+async def _serve(arguments: SidecarServerArguments) -> int:
+    connection = UpstreamConnection(arguments.upstream)
+    door = RemoteTickets(arguments.settings, connection)
+    await door.channel.open(arguments.owner)
+    return await serve_for_owner(door, lambda stack: _start(stack, arguments, door, connection))
+
+
+async def _start(
+    stack: contextlib.AsyncExitStack,
+    arguments: SidecarServerArguments,
+    door: RemoteTickets,
+    connection: UpstreamConnection,
+) -> asyncio.Event:
+    settings, directory = arguments.settings, arguments.tokenizer
+    stack.push_async_callback(connection.close)
+    tls = tls_context(settings)
+    tokenizer = None if directory is None else await in_daemon_thread(lambda: Tokenizer(directory))
+    await first_of(door.configured.wait(), door.told_to_stop.wait())
+    if not door.configured.is_set():
+        raise StartupError("the server has ended")
+    front = Front(settings, connection, door, door, arguments.options, tokenizer)
+    stack.callback(front.close)
+    keep_out_of_logs()
+    await serve_app(stack, build_sidecar_app(front), arguments.listener, tls, decompress=False)  # `read_body` does
+    if tls is not None:
+        await stack.enter_async_context(background(watch_certificate(settings, tls)))
+    await stack.enter_async_context(background(_cut(door, connection, settings.drain_timeout)))
+    keep_loop_free()
+    return door.told_to_cut
+
+
+async def _cut(door: RemoteTickets, connection: UpstreamConnection, drain_timeout: float) -> None:
+    """End what still runs when the owner says so; when he is gone, after the time that a drain has."""
+    await first_of(door.told_to_cut.wait(), door.left_alone.wait())
+    if not door.told_to_cut.is_set():
+        await asyncio.sleep(drain_timeout)
+    door.told_to_cut.set()
+    await connection.close()
