@@ -22,9 +22,15 @@ class SidecarService(Service):
     def __init__(self, settings: ServerSettings, upstream: Upstream, in_force: ConfigInForce) -> None:
         super().__init__(settings, upstream, in_force)
         self.upstream = upstream
+        self._num_errands = 0
         self._window = CollectorRegistry()
         self._window.register(_WindowCollector(upstream))
         self.metrics.tenant_registry.register(_WindowCollector(upstream))
+
+    def new_errand_id(self) -> str:
+        """One that was never given: a queue may know an id for longer than its request lives."""
+        self._num_errands += 1
+        return str(self._num_errands)
 
     @property
     def backend_name(self) -> str:

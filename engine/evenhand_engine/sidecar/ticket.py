@@ -122,7 +122,7 @@ class OwnTicket:
         self._booking = booking
         self._num_prompt_tokens = booking.num_prompt_tokens
         self.errand = Errand(
-            f"{id(self):x}",
+            service.new_errand_id(),
             tenant_id,
             now,
             num_prompt_tokens=booking.num_prompt_tokens,
