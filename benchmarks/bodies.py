@@ -23,7 +23,7 @@ import psutil
 import serving
 import uvloop
 from aiohttp import web
-from body_shapes import CONTEXT, large_shapes, shapes
+from body_shapes import CONTEXT, LARGE_CONTEXT, fitting, large_shapes, shapes
 
 from evenhand_engine.backends.engine_client import ConnectedCore, SpawnedCore
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
@@ -62,9 +62,9 @@ def run_sidecar(port: int, control: Connection) -> None:
     uvloop.run(serve())
 
 
-def run_core(connection: Connection, doors: socket.socket, answers: bool) -> None:
+def run_core(connection: Connection, doors: socket.socket, answers: bool, context: int) -> None:
     ready = EngineReady(
-        model_name="none", max_model_len=CONTEXT, num_kv_blocks=64, block_size=16, dtype="float32", device="none"
+        model_name="none", max_model_len=context, num_kv_blocks=64, block_size=16, dtype="float32", device="none"
     )
     connections = Connections(connection, doors, ready)
     connections.start()
@@ -156,13 +156,13 @@ class Loaded:
 class Server(Loaded):
     """Ours, and a core that does not compute."""
 
-    def __init__(self, model: Path, *, answers: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        to_core, from_server = context.Pipe(duplex=True)
-        self._control, servers_control = context.Pipe(duplex=True)
+    def __init__(self, model: Path, *, answers: bool, context: int = CONTEXT) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        to_core, from_server = spawn.Pipe(duplex=True)
+        self._control, servers_control = spawn.Pipe(duplex=True)
         cores_doors, doors = socket.socketpair()
-        self._core = context.Process(target=run_core, args=(to_core, cores_doors, answers), daemon=True)
-        self._server = context.Process(target=run_server, args=(model, from_server, doors, servers_control))
+        self._core = spawn.Process(target=run_core, args=(to_core, cores_doors, answers, context), daemon=True)
+        self._server = spawn.Process(target=run_server, args=(model, from_server, doors, servers_control))
         self._core.start()
         self._server.start()
         for end in (to_core, from_server, cores_doors, doors):
@@ -246,6 +246,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         frontend.make_model(Path(folder))
         holds = longest_holds(Server(Path(folder), answers=True), shapes(size), num_tries)
+        server = Server(Path(folder), answers=True, context=LARGE_CONTEXT)
+        large = longest_holds(server, fitting(size, LARGE_CONTEXT), num_tries)
+        holds |= {f"{name} a million": held for name, held in large.items()}
         grown = growth(Path(folder), size, num_bodies)
     show_holds(size, holds)
     rows = [[name, f"{ratio:.2f}"] for name, ratio in grown.items()]

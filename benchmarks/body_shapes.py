@@ -3,18 +3,27 @@
 import json
 
 CONTEXT = 131072
+LARGE_CONTEXT = 2**20
+MOST_IDS = 790_000  # a body with more commas is refused
 
 
 def _many(element: str, size: int) -> str:
     return "[" + ",".join([element] * (size // (len(element) + 1))) + "]"
 
 
-def shapes(size: int) -> dict[str, tuple[str, bytes]]:
+def fitting(size: int, context: int) -> dict[str, tuple[str, bytes]]:
     """Path and body by what is in it. A token of the vocabulary is a byte, so text that fits is as long as the context."""
-    fits = min(size, CONTEXT - 64)
+    fits = min(size, context - 64)
     texts = {
         "text that fits": '{"prompt":"' + "word " * (fits // 5) + '"}',
-        "token ids that fit": '{"prompt":' + _many("97", 3 * fits) + "}",
+        "token ids that fit": '{"prompt":' + _many("97", 3 * min(fits, MOST_IDS)) + "}",
+    }
+    return {name: ("/v1/completions", text.encode()) for name, text in texts.items()}
+
+
+def shapes(size: int) -> dict[str, tuple[str, bytes]]:
+    fits = min(size, CONTEXT - 64)
+    texts = {
         "text": '{"prompt":"' + "word " * (size // 5) + '"}',
         "token ids": '{"prompt":' + _many("97", size) + "}",
         "text that is cut": f'{{"truncate_prompt_tokens":{fits},"prompt":"' + "word " * (size // 5) + '"}',
@@ -34,7 +43,8 @@ def shapes(size: int) -> dict[str, tuple[str, bytes]]:
         "schema": '{"messages":[{"role":"u"}],"response_format":{"a":' + _many("{}", size) + "}}",
     }
     found = {name: ("/v1/completions", text.encode()) for name, text in texts.items()}
-    return found | {name: ("/v1/chat/completions", text.encode()) for name, text in chats.items()}
+    found |= {name: ("/v1/chat/completions", text.encode()) for name, text in chats.items()}
+    return fitting(size, CONTEXT) | found
 
 
 def large_shapes(size: int) -> dict[str, tuple[str, bytes]]:

@@ -17,7 +17,7 @@ from evenhand_engine.errors import StartupError
 from evenhand_engine.text.chat_template import ChatTemplate
 from evenhand_engine.text.chat_template import ChatTemplateError as ChatTemplateError
 from evenhand_engine.text.fill_in_middle import find_fill_in_middle
-from evenhand_engine.text.long_texts import MARGIN, beginnings, ends
+from evenhand_engine.text.long_texts import MARGIN, PART_TOKENS, beginnings, ends, token_ids
 from evenhand_engine.text.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens
 from evenhand_engine.text.text_decoder import ByteDecoder, TextDecoder, WindowDecoder
 from evenhand_engine.text.tool_calls import ToolFormat
@@ -99,7 +99,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise StartupError(f"{path} cannot be loaded: {error}") from error
-        self._tokenizer.no_truncation()
+        self._tokenizer.enable_truncation(PART_TOKENS)  # where nothing is lost: `token_ids` joins the parts
         self._tokenizer.no_padding()
         tokenizer_config = _read_json(directory / "tokenizer_config.json")
         generation_config = _read_json(directory / "generation_config.json")
@@ -142,10 +142,9 @@ class Tokenizer:
         """
         if max_tokens is not None:
             self._check_length(text.encode(), max_tokens)
-        encoding = self._encoding(text, add_special_tokens)
-        if max_tokens is not None and len(encoding) > max_tokens:
-            raise TextTooLongError(max_tokens, len(encoding))
-        ids: list[int] = encoding.ids
+        ids = token_ids(self._encoding(text, add_special_tokens))
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise TextTooLongError(max_tokens, len(ids))
         return ids
 
     def encode_end(self, text: str, num_tokens: int, add_special_tokens: bool = True) -> list[int]:
@@ -154,12 +153,11 @@ class Tokenizer:
         Where that is within one word without end, this may be divided otherwise than as a whole.
         """
         for part in ends(text.encode(), num_tokens):
-            encoding = self._encoding(part, add_special_tokens)
-            if len(encoding) >= num_tokens + MARGIN:
+            ids = token_ids(self._encoding(part, add_special_tokens))
+            if len(ids) >= num_tokens + MARGIN:
                 break
         else:
-            encoding = self._encoding(text, add_special_tokens)
-        ids: list[int] = encoding.ids
+            ids = token_ids(self._encoding(text, add_special_tokens))
         return ids[-num_tokens:]
 
     def _check_length(self, text: bytes, max_tokens: int) -> None:
@@ -167,12 +165,13 @@ class Tokenizer:
         if least > max_tokens:
             raise TextTooLongError(max_tokens, least)
         for part in beginnings(text, max_tokens):
-            least = len(self._encoding(part, add_special_tokens=False)) - MARGIN
+            encoding = self._encoding(part, add_special_tokens=False)
+            least = sum(map(len, (encoding, *encoding.overflowing))) - MARGIN
             if least > max_tokens:
                 raise TextTooLongError(max_tokens, least)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        """The batch call is used for its single text because it alone releases the GIL."""
+        """In parts, see `token_ids`. The batch call is used for its single text because it alone releases the GIL."""
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from evenhand_engine.text import long_texts
 from evenhand_engine.text.tokenizer import TextTooLongError, Tokenizer
@@ -83,6 +83,46 @@ def test_the_beginning_tells(tokenizer: Tokenizer, counted: Counted) -> None:
     with pytest.raises(TextTooLongError):
         tokenizer.encode(TEXTS["one word"], max_tokens=14_000)
     assert counted.num_bytes == 0, "the bytes alone do"
+
+
+BEGIN, END = ("<s>", 259), ("</s>", 260)
+SPECIAL = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[BEGIN, END])
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        processors.ByteLevel(),
+        SPECIAL,
+        processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[BEGIN]),
+        processors.TemplateProcessing(single="$A </s>", special_tokens=[END]),
+        processors.BertProcessing(END, BEGIN),
+        processors.RobertaProcessing(END, BEGIN),
+        processors.Sequence([processors.ByteLevel(), SPECIAL]),
+    ],
+    ids=["none", "both", "twice", "end", "bert", "roberta", "sequence"],
+)
+@pytest.mark.parametrize("adds", [True, False])
+def test_parts_make_up_the_whole(tokenizer: Tokenizer, around: Any, adds: bool) -> None:
+    """With the special tokens around it once, whichever stand in the text."""
+    made = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = around
+    for text in ("", "a", "<s> b </s>" * 9, "aaaab " * 11):
+        made.no_truncation()
+        whole = made.encode_batch_fast([text], add_special_tokens=adds)[0].ids
+        for size in (3, 4, 7, 1000):
+            made.enable_truncation(size)
+            [encoding] = made.encode_batch_fast([text], add_special_tokens=adds)
+            assert len(encoding) <= size
+            assert long_texts.token_ids(encoding) == whole
+
+
+def test_no_part_of_a_long_text_is_long(tokenizer: Tokenizer) -> None:
+    """Python stands still while its ids are made."""
+    [encoding] = tokenizer._tokenizer.encode_batch_fast(["xy" * 60_000])
+    assert len(encoding) == long_texts.PART_TOKENS
+    assert len(tokenizer.encode("xy" * 60_000)) == 120_000
 
 
 def test_a_part_is_whole_characters_from_a_space_on() -> None:
