@@ -22,8 +22,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 async def read_start(request: web.Request) -> bytes:
     """What comes first of the body, as it is; empty if there is none. A client that waits for leave to send gets that here.
 
-    Raises Refusal 408 if it comes too slowly, 400 if it is garbled.
+    Raises Refusal 501 for an unknown Transfer-Encoding, 408 if it comes too slowly, 400 if it is garbled.
     """
+    _check_transfer(request)
     await _give_leave(request)
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
@@ -45,9 +46,10 @@ async def read_pieces(request: web.Request, start: bytes = b"") -> AsyncIterator
 
     `start`: of a body that is not encoded, what was read of it already.
 
-    Raises Refusal 413 if it is too large, 415 for an unknown Content-Encoding, 408 if it comes too slowly, 400 if it is
-    garbled.
+    Raises Refusal 413 if it is too large, 415 for an unknown Content-Encoding, 501 for an unknown Transfer-Encoding, 408 if it
+    comes too slowly, 400 if it is garbled.
     """
+    _check_transfer(request)
     if (request.content_length or 0) > request.client_max_size:
         raise _too_large(request)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
@@ -94,6 +96,14 @@ async def stream_body(request: web.Request, start: bytes) -> AsyncIterator[bytes
         raise _too_slow() from error
     except web.RequestPayloadError as error:
         raise _garbled(error) from error
+
+
+def _check_transfer(request: web.Request) -> None:
+    """A body in any other coding would be read as it is (RFC 9112, section 6.1)."""
+    coding = ", ".join(request.headers.getall("Transfer-Encoding", ["chunked"]))
+    if coding.strip().lower() != "chunked":
+        message = f"Transfer-Encoding {coding[:100]!r} is not supported: send chunked, or Content-Encoding."
+        raise Refusal(501, "unsupported_encoding", message)
 
 
 async def _give_leave(request: web.Request) -> None:

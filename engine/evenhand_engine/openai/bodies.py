@@ -20,6 +20,8 @@ from evenhand_engine.openai.members import TokenId
 from evenhand_engine.openai.schema import DECLINED_BY, UNSUPPORTED, SamplingFields
 from evenhand_engine.scheduler.request import bounded_priority
 
+_TRUNCATED = "Input data was truncated"  # in msgspec's words
+_PAIR = 6  # characters of the other half
 _MAX_NEUTRAL_BYTES = 1024  # a value that asks for nothing is short
 _SHORT = (
     "stop",
@@ -57,7 +59,7 @@ def parse_body(body: bytes, kind: type[S]) -> S:
     if len(body) > _MANY_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > _MAX_VALUES:  # some may be in texts
         raise Refusal(400, "invalid_value", f"The body holds more than {_MAX_VALUES} commas, brackets and braces.")
     with refusing_malformed():
-        request: S = msgspec.json.decode(body, type=_raw_first(kind))
+        request: S = _decode(body, _raw_first(kind))
     typed = {
         name: decode(value, kind, name)
         for names, decode in (
@@ -80,6 +82,17 @@ def parse_body(body: bytes, kind: type[S]) -> S:
     if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
         message = "`stream_options` is for streams only: set `stream` too, or leave it out."
         raise Refusal(400, "invalid_value", message, param="stream_options")
+    return request
+
+
+def _decode(body: bytes, kind: type[S]) -> S:
+    try:
+        request: S = msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        if str(error) != _TRUNCATED:
+            raise
+        # half of a surrogate pair near the end is called what it is then
+        request = msgspec.json.decode(body + _PAIR * b" ", type=kind)
     return request
 
 

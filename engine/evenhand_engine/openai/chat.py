@@ -132,7 +132,7 @@ def read_chat(service: EngineService, raw: bytes) -> ReadChat:
     prompt = reader.chat(body, definitions(body, tools))
     answer = read_answer(body) if tools is not None and tools.takes_answer else None
     grammar = None if tools is None else tools.grammar(service.tokenizer, answer)
-    structure = read_structure(service, body, of_tools=grammar, has_answer=answer is not None)
+    structure = read_structure(service, body, of_tools=grammar, answer=answer)
     starts_inside = begins_as_reasoning(service, body)
     reasoning = read_reasoning(service, body, starts_inside=starts_inside, is_structured=structure is not None)
     params = sampling_params(body, service.tokenizer, None if structure is None else structure.grammar, reasoning)

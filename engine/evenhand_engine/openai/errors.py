@@ -23,6 +23,7 @@ STATUSES = {
     415: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
+    501: "server_error",
     503: "service_unavailable_error",
 }
 """The type of an error, by its status."""

@@ -17,44 +17,53 @@ _FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex
 
 
 class Structure(NamedTuple):
-    """What an output must look like, and the field that says so."""
+    """What an output must look like, and the field that says so.
+
+    Attributes:
+        answer: of a grammar of calls, or else of what `response_format` asks for, the grammar of that alone.
+    """
 
     grammar: str
     param: str
+    answer: str | None = None
 
 
 async def check_structure(service: EngineService, tenant_id: str, structure: Structure | None) -> None:
     """Raises Refusal 400 for a grammar that cannot be compiled. Never on the event loop: a short one may take long."""
     if structure is None:
         return
-    grammar, param = structure
+    grammar, param, answer = structure
     try:
         await service.compute_aside(tenant_id, lambda: service.compiler.compile(tenant_id, grammar))
     except GrammarError as error:
+        if answer is not None:
+            await check_structure(
+                service, tenant_id, Structure(answer, "response_format")
+            )  # which it may be the fault of
         raise Refusal(400, "invalid_grammar", f"`{param}` cannot be followed: {error}", param=param) from error
 
 
 def read_answer(body: SamplingFields) -> Answer | None:
     """The JSON that `response_format` asks for. Raises Refusal 400."""
-    raw = given(body.response_format)
-    return (
-        None
-        if raw is None
-        else _answer(decode_raw(_checked(raw, "response_format"), ResponseFormat, "response_format"))
-    )
+    if (raw := given(body.response_format)) is None:
+        return None
+    answer = _answer(decode_raw(_checked(raw, "response_format"), ResponseFormat, "response_format"))
+    if answer is not None:
+        _grammar(answer, body)  # else what goes into one grammar with it would be blamed
+    return answer
 
 
 def read_structure(
-    service: EngineService, body: SamplingFields, *, of_tools: str | None = None, has_answer: bool = False
+    service: EngineService, body: SamplingFields, *, of_tools: str | None = None, answer: Answer | None = None
 ) -> Structure | None:
-    """None where the output is free. `of_tools`: the grammar of its calls, and of `read_answer` if it `has_answer`.
+    """None where the output is free. `of_tools`: the grammar of its calls, and of this `answer`.
 
     Raises Refusal 400 that names the field: what it holds is no grammar, or the engine knows none.
     """
     asked = [
         (name, text)
         for name in _FIELDS
-        if not (has_answer and name == "response_format")
+        if not (answer is not None and name == "response_format")
         and (raw := given(getattr(body, name))) is not None
         and (text := _read(name, _checked(raw, name), body)) is not None
     ]
@@ -73,7 +82,7 @@ def read_structure(
     if not service.info.knows_grammars:
         message = f"`{name}` is not supported on this engine's device: leave it out."
         raise Refusal(400, "unsupported_parameter", message, param=name)
-    return Structure(grammar, name)
+    return Structure(grammar, name, answer and _grammar(answer, body))
 
 
 def _checked(raw: Raw, name: str) -> Raw:
@@ -88,7 +97,7 @@ def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
         match name:
             case "response_format":
                 answer = _answer(decode_raw(raw, ResponseFormat, name))
-                return answer and grammars.json_schema(answer.schema, strict=answer.is_strict, whitespace=whitespace)
+                return answer and _grammar(answer, body)
             case "structured_outputs":
                 return _structured(decode_raw(raw, StructuredOutputs, name))
             case "guided_json":
@@ -101,6 +110,14 @@ def _read(name: str, raw: Raw, body: SamplingFields) -> str | None:
                 return grammars.lark(decode_raw(raw, str, name))
     except GrammarError as error:
         raise Refusal(400, "invalid_grammar", f"`{name}`: {error}", param=name) from error
+
+
+def _grammar(answer: Answer, body: SamplingFields) -> str:
+    whitespace = body.guided_whitespace_pattern
+    try:
+        return grammars.json_schema(answer.schema, strict=answer.is_strict, whitespace=whitespace)
+    except GrammarError as error:
+        raise Refusal(400, "invalid_grammar", f"`response_format`: {error}", param="response_format") from error
 
 
 def _answer(asked: ResponseFormat) -> Answer | None:

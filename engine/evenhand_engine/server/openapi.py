@@ -26,7 +26,7 @@ _HEADERS = {
     "X-Evenhand-Reason": ("The same as `error.code`.", "string"),
     "Retry-After": ("Seconds after which a retry can succeed.", "integer"),
 }
-_OF_BODIES = {408, 413, 415, 429}  # statuses that only what has a body can get
+_OF_BODIES = {408, 413, 415, 429, 501}  # statuses that only what has a body can get
 _NEVER_OPEN = {400, 401, 403, 404}  # and those that what anybody may ask cannot
 
 

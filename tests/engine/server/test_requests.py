@@ -58,6 +58,23 @@ def test_a_body_in_an_unknown_encoding_is_refused(server: Server, encoding: str)
     assert "gzip, deflate, identity" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", "gzip,chunked", "identity, chunked"])
+def test_a_body_in_an_unknown_transfer_coding_is_not_implemented(server: Server, coding: str) -> None:
+    body = b"{}"
+    with connect(server) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: {coding}\r\n\r\n"
+        connection.sendall(head.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        assert connection.recv(64).startswith(b"HTTP/1.1 501")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"a \\udc00"', '"\\ud83d b"'])
+def test_half_of_a_surrogate_pair_is_not_taken_for_a_body_that_is_cut(server: Server, text: str) -> None:
+    status, detail = error(server, "/v1/completions", b'{"prompt": %b}' % text.encode())
+    assert (status, detail["code"]) == (400, "invalid_json")
+    assert "is malformed" in detail["message"]
+    assert "truncated" in error(server, "/v1/completions", b'{"prompt": "x')[1]["message"]
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
 def test_a_compressed_body_is_read(server: Server, compress: Callable[[bytes], bytes]) -> None:
     encoding = {"Content-Encoding": "gzip" if compress is gzip.compress else "deflate"}

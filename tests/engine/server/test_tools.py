@@ -166,7 +166,23 @@ def test_declined_tools_are_none(speaking: Callable[..., Server], model_dir: Pat
             "tools",
         ),
         ({"tool_choice": "required", "extra_body": {"guided_json": {"type": "object"}}}, "guided_json"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "tools"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": "no object"}}},
+            "response_format",
+        ),
+        (
+            {
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"type": 5}, "strict": True}},
+                ],
+            },
+            "tools",
+        ),
     ],
 )
 def test_tools_that_cannot_be(speaking: Callable[..., Server], fields: dict[str, Any], param: str) -> None:
