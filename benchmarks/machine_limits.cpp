@@ -1,5 +1,5 @@
 // What one core can do at most: products in registers by each instruction that the kernels use, and a sum over memory.
-#include "vec.h"
+#include "integers.h"
 
 constexpr int CHAINS = LANES == 16 ? 24 : 12;  // sums under way: as many as a tile of the kernels has
 
@@ -8,11 +8,12 @@ static float run(long rounds, const Add& add) {
   Vec left = splat(1.0f), right = splat(0.5f), sums[CHAINS] = {};
   for (; rounds > 0; rounds--) {
 #pragma GCC unroll 24
-    for (int i = 0; i < CHAINS; i++) sums[i] = add(sums[i], left, right);
+    for (int i = 0; i < CHAINS; i++) {
 #if defined(__AVX__)
-#pragma GCC unroll 24
-    for (int i = 0; i < CHAINS; i++) asm volatile("" : "+v"(sums[i]));  // else the compiler sees that all sums are the same
+      asm volatile("" : "+v"(left), "+v"(sums[i]));  // else the compiler makes one product for all sums, and sees that these are the same
 #endif
+      sums[i] = add(sums[i], left, right);
+    }
   }
   float total = 0;
 #pragma GCC unroll 24  // else an index that varies keeps the sums in memory, and all that is measured is how fast they are stored
@@ -20,22 +21,36 @@ static float run(long rounds, const Add& add) {
   return total;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <template <typename> typename Products>
+static float run_integers(long rounds) {
+  using P = Products<Grouped<4, Float16, true>>;
+  return run(rounds, [](Vec sums, Vec a, Vec b) { return (Vec)P::sum((IntVec)sums, P::product((IntVec)a, (IntVec)b)); });
+}
+#endif
+
 static volatile float sink;  // so that nothing is left out
 
 extern "C" {
 
-// Products and additions of this many rounds, of float32 (0), pairs of bfloat16 (1) or codes of 8 bits (2).
+// Products and additions of this many rounds, of float32 (0), pairs of bfloat16 (1), or codes with rows in 8 (2) or 16 bits (3).
 double limit_operations(int kind, long rounds) {
-  static constexpr int PRODUCTS[] = {1, 2, 4};
+  static constexpr int PRODUCTS[] = {1, 2, 4, 2};
   if (kind == 0) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return sum + a * b; });
   if (kind == 1)
     sink = run(rounds, [](Vec sum, Vec a, Vec b) { return multiply_add(sum, a, b, static_cast<const BFloat16Pair*>(nullptr)); });
-  if (kind == 2) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return (Vec)dot((IntVec)sum, (IntVec)a, (IntVec)b); });
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (kind == 2 && !HAS_CODE_PRODUCTS) sink = run_integers<ByteCodeProducts>(rounds);
+  if (kind == 3) sink = run_integers<ShortProducts>(rounds);
+#endif
+  if (kind == 2 && HAS_CODE_PRODUCTS) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return (Vec)dot((IntVec)sum, (IntVec)a, (IntVec)b); });
   return 2.0 * PRODUCTS[kind] * CHAINS * LANES * static_cast<double>(rounds);
 }
 
 // Whether the processor has an instruction for that kind.
-int limit_has(int kind) { return kind == 0 || (kind == 1 ? HAS_PAIR_PRODUCTS : HAS_CODE_PRODUCTS); }
+int limit_has(int kind) {
+  return kind == 0 || (kind == 1 ? HAS_PAIR_PRODUCTS : HAS_SHORT_PRODUCTS || (kind == 2 && HAS_CODE_PRODUCTS));
+}
 
 // Reads `size` numbers, a multiple of 4 * LANES.
 void limit_read(const float* x, long size) {

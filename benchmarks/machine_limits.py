@@ -15,7 +15,7 @@ import torch
 from evenhand_kernels.cpu import library
 from evenhand_kernels.cpu.cores import num_cores
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int16: 3}
 ROUNDS, REPEATS = 3_000_000, 7
 READ_BYTES = 256 << 20  # of each core: far beyond any cache
 

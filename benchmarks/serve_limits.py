@@ -36,10 +36,8 @@ def fractions(
     model_dir = resolve_model_dir(model)
     config, precision = load_model_config(model_dir), resolve_precision(options.dtype, options.quantization)
     num_bytes = weight_bytes(EngineConfig(model=model), model_dir, config, precision)
-    activations = _multiplied_as(
-        options.activation_dtype, precision, config, is_coded=num_bytes < 2 * config.num_parameters
-    )
-    peak = limits.flops.get(activations, limits.flops[torch.float32])
+    is_coded = num_bytes < 2 * config.num_parameters
+    peak = limits.flops[_multiplied_as(options.activation_dtype, precision, config, limits, is_coded=is_coded)]
     kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
     floor = Floor(peak, limits.bandwidth, config, num_bytes / config.num_parameters, kv_dtype.itemsize)
     operations, _ = floor.work([ScheduledRequest(0, 0, num_prompt, 1, ())])
@@ -52,10 +50,15 @@ def fractions(
     }
 
 
-def _multiplied_as(activation_dtype: str, precision: Precision, config: ModelConfig, *, is_coded: bool) -> torch.dtype:
-    """What products of the weights take, where the processor has an instruction for it. `is_coded`: most weights are codes."""
-    weights = torch.int8 if is_coded else precision.dtype or DTYPES[config.dtype]
+def _multiplied_as(
+    activation_dtype: str, precision: Precision, config: ModelConfig, limits: Limits, *, is_coded: bool
+) -> torch.dtype:
+    """What products of the weights take, float32 where the processor has no instruction for it. `is_coded`: most weights are
+    codes."""
+    whole = {torch.int8, torch.int16}
+    possible = limits.flops.keys() if is_coded else limits.flops.keys() - whole
     chosen = resolve_activation_dtype(activation_dtype)
-    if chosen is None:
-        chosen = torch.float32 if weights in (torch.float32, torch.float16) else torch.bfloat16
-    return torch.float32 if chosen is torch.int8 and not is_coded else chosen
+    weights = torch.int8 if is_coded else precision.dtype or DTYPES[config.dtype]
+    if chosen is None and weights not in (torch.float32, torch.float16):
+        chosen = next((dtype for dtype in (torch.bfloat16, torch.int16) if dtype in possible), None)
+    return chosen if chosen is not None and chosen in possible else torch.float32

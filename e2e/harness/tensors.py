@@ -43,11 +43,12 @@ def k_quant(rows: int, columns: int, bits: int) -> QuantizedTensor:
     return QuantizedTensor(codes, scales, minima, factors)
 
 
-def rounded_to_int8(x: Tensor, group: int) -> Tensor:
-    """Each run of `group` columns to whole multiples of a 127th of its largest, float64."""
+def rounded_to_integers(x: Tensor, group: int, largest: int) -> Tensor:
+    """Each run of `group` columns to whole multiples of its largest over `largest`, float64."""
     runs = []
     for first in range(0, x.shape[1], group):
         run = x[:, first : first + group]
-        scale = (run.abs().amax(1, keepdim=True) / 127).double()
-        runs.append(torch.where(scale > 0, (run / scale).round() * scale, 0.0))
+        scale = run.abs().amax(1, keepdim=True) / largest
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        runs.append((run.double() * inverse).round() * scale)
     return torch.cat(runs, dim=1)

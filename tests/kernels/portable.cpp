@@ -50,11 +50,12 @@ static Made made(Pool& pool, int format, long outputs, long inputs, int group, c
 static std::vector<double> entering(const std::vector<float>& x, ActivationDtype dtype, long inputs, int group) {
   std::vector<double> result(x.begin(), x.end());
   for (size_t i = 0; dtype == BFLOAT16 && i < x.size(); i++) result[i] = through_bfloat16(x[i]);
-  for (size_t first = 0; dtype == INT8 && first < x.size(); first += std::min<long>(group, inputs - first % inputs)) {
+  for (size_t first = 0; (dtype == INT8 || dtype == INT16) && first < x.size(); first += std::min<long>(group, inputs - first % inputs)) {
     const size_t end = first + std::min<long>(group, inputs - first % inputs);
     float most = 0;
     for (size_t i = first; i < end; i++) most = std::max(most, std::abs(x[i]));
-    for (size_t i = first; i < end; i++) result[i] = std::nearbyint(x[i] / (most / 127)) * (most / 127);
+    const float scale = most / largest_code(dtype), inverse = inverse_of(scale);
+    for (size_t i = first; i < end; i++) result[i] = nearest(x[i] * inverse) * scale;
   }
   return result;
 }
@@ -62,7 +63,7 @@ static std::vector<double> entering(const std::vector<float>& x, ActivationDtype
 static bool check_linear(Pool& pool, const char* what, Made made) {
   const long outputs = made.weight.outputs, inputs = made.weight.inputs;
   bool all = true;
-  for (const ActivationDtype dtype : {FLOAT32, BFLOAT16, INT8})
+  for (const ActivationDtype dtype : {FLOAT32, BFLOAT16, INT8, INT16})
     for (const long rows : {1L, 3L, 13L}) {
       made.weight.activations = dtype;
       const std::vector<float> x = random_numbers(rows * inputs);

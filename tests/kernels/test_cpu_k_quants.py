@@ -1,6 +1,7 @@
 """K-quants in C++ against the same weights in float64, at sizes that fit no tile, and what they take in memory."""
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.native import WeightStructure
-from harness.tensors import assert_close, k_quant, randn, rounded_to_int8
+from harness.tensors import assert_close, k_quant, randn, rounded_to_integers
 
 pytestmark = pytest.mark.parametrize("bits", [4, 5, 6])
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 257)
@@ -32,12 +33,15 @@ def test_linear_in_bfloat16(bits: int, bfloat16_kernels: CpuKernels) -> None:
         assert_close(linear(x), functional.linear(x.bfloat16().double(), widened, bias.double()), 1e-5)
 
 
-def test_linear_in_int8(bits: int, int8_kernels: CpuKernels) -> None:
+@pytest.mark.parametrize("dtype, largest", [(torch.int8, 127), (torch.int16, 32767)])
+def test_linear_in_whole_numbers(
+    bits: int, dtype: torch.dtype, largest: int, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
+) -> None:
     weight, bias = k_quant(120, 768, bits), randn(120, seed=3)
-    linear, widened = int8_kernels.linear(weight, bias), weight.dequantized().double()
+    linear, widened = kernels_of_level(dtype).linear(weight, bias), weight.dequantized().double()
     for rows in ROWS:
         x = randn(rows, 768, seed=4)
-        expected = functional.linear(rounded_to_int8(x, weight.group), widened, bias.double())
+        expected = functional.linear(rounded_to_integers(x, weight.group, largest), widened, bias.double())
         assert_close(linear(x), expected, 1e-5)
 
 

@@ -1,6 +1,7 @@
 """Linear layers and embeddings in C++ against the same in float64, at sizes that fit no tile."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from torch.nn import functional
 
 from evenhand_kernels.cpu.kernels import CpuKernels
-from harness.tensors import assert_close, quantized, randn, rounded_to_int8
+from evenhand_kernels.quantized import QuantizedTensor
+from harness.tensors import assert_close, quantized, randn, rounded_to_integers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW_ROWS = 4
+WHOLE_NUMBERS = [(torch.int8, 127), (torch.int16, 32767)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,62 +75,125 @@ def test_linear_of_a_quantized_weight_in_bfloat16(
         assert_close(linear(x), functional.linear(x.bfloat16().double(), widened, bias.double()), 1e-5)
 
 
-def test_activations_are_bfloat16_by_choice_where_the_processor_multiplies_it(
+def test_activations_are_by_choice_the_first_that_the_processor_multiplies(
     kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
 ) -> None:
-    chosen = kernels_of_level(None)
-    assert chosen.has_products
-    assert (chosen.activation_dtype is torch.bfloat16) == kernels_of_level(torch.bfloat16).has_products
+    choices = [torch.bfloat16, torch.int16, torch.float32]
+    assert kernels_of_level(None).activation_dtype is next(
+        dtype for dtype in choices if kernels_of_level(dtype).has_products
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_chosen_loses_nothing_of_plain_weights(
     dtype: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
 ) -> None:
-    """Beside float16 and float32 activations stay float32; beside bfloat16 and codes they are as precise as those."""
+    """Beside float16 and float32 activations stay float32, beside bfloat16 and codes they are at least as precise as those."""
     chosen = kernels_of_level(None)
     x, bias = randn(13, 257, seed=2), randn(40, seed=1)
     weight = randn(40, 257).to(dtype)
-    entering = x.to(chosen.activation_dtype) if dtype is torch.bfloat16 else x
+    entering = x.bfloat16() if (dtype, chosen.activation_dtype) == (torch.bfloat16,) * 2 else x
     expected = functional.linear(entering.double(), weight.double(), bias.double())
     for rows in (slice(0, 1), slice(0, 13)):
         assert_close(chosen.linear(weight, bias)(x[rows].contiguous()), expected[rows], 1e-5)
     coded = quantized(40, 256, 4, 32, torch.float16, True)
-    expected = functional.linear(x[:, :256].to(chosen.activation_dtype).double(), coded.dequantized().double())
+    entering = (
+        rounded_to_integers(x[:, :256], 32, 32767)
+        if chosen.activation_dtype is torch.int16
+        else x[:, :256].to(chosen.activation_dtype).double()
+    )
+    expected = functional.linear(entering, coded.dequantized().double())
     assert_close(chosen.linear(coded, None)(x[:, :256].contiguous()), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
 @pytest.mark.parametrize("outputs, inputs", [(17, 257), (95, 32), (120, 1536)])
-def test_linear_in_int8(outputs: int, inputs: int, int8_kernels: CpuKernels) -> None:
+def test_linear_in_whole_numbers(
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    largest: int,
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+) -> None:
     """Plain weights are multiplied in float32."""
     weight = randn(outputs, inputs)
-    linear = int8_kernels.linear(weight, None)
+    linear = kernels_of_level(dtype).linear(weight, None)
     for rows in (1, 5, 48):
         x = randn(rows, inputs, seed=2)
-        assert_close(linear(x), functional.linear(rounded_to_int8(x, 32), weight.double()), 1e-5)
+        assert_close(linear(x), functional.linear(rounded_to_integers(x, 32, largest), weight.double()), 1e-5)
 
 
-@pytest.mark.parametrize("bits, group, scales, minima", QUANTIZED)
-def test_linear_of_a_quantized_weight_in_int8(
-    bits: int, group: int, scales: torch.dtype, minima: bool, int8_kernels: CpuKernels
+@pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
+@pytest.mark.parametrize("bits, group, scales, minima", [*QUANTIZED, (8, 24, torch.float16, True)])
+def test_linear_of_a_quantized_weight_in_whole_numbers(
+    bits: int,
+    group: int,
+    scales: torch.dtype,
+    minima: bool,
+    dtype: torch.dtype,
+    largest: int,
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
 ) -> None:
     """Exact sums of codes, or where the processor has no instruction for them, of the same rounded numbers."""
-    weight, bias = quantized(120, 640, bits, group, scales, minima), randn(120, seed=3)
-    linear = int8_kernels.linear(weight, bias)
+    inputs = 5 * math.lcm(group, 32)
+    weight, bias = quantized(120, inputs, bits, group, scales, minima), randn(120, seed=3)
+    linear = kernels_of_level(dtype).linear(weight, bias)
     for rows in (1, 2, 3, 4, 5, 11, 12, 13, 257):
-        x = randn(rows, 640, seed=4)
+        x = randn(rows, inputs, seed=4)
         x[0, :group] = 0
-        expected = functional.linear(rounded_to_int8(x, group), weight.dequantized().double(), bias.double())
+        expected = functional.linear(
+            rounded_to_integers(x, group, largest), weight.dequantized().double(), bias.double()
+        )
         assert_close(linear(x), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
+@pytest.mark.parametrize("bits, code", [(4, 15), (8, -128), (8, 127)])
+def test_sums_of_the_largest_whole_numbers_do_not_overflow(
+    bits: int,
+    code: int,
+    dtype: torch.dtype,
+    largest: int,
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+) -> None:
+    codes = torch.full((40, 512), code)
+    stored = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8) if bits == 4 else codes.to(torch.int8)
+    weight = QuantizedTensor(stored, torch.ones(40, 2), torch.zeros(40, 2))
+    for x in (torch.ones(7, 512), -torch.ones(7, 512)):
+        expected = functional.linear(rounded_to_integers(x, 256, largest), codes.double())
+        assert_close(kernels_of_level(dtype).linear(weight, None)(x), expected, 1e-5)
+
+
+def test_a_row_in_whole_numbers_does_not_depend_on_the_others(
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+) -> None:
+    kernels = kernels_of_level(torch.int16)
+    if not kernels.has_products:
+        pytest.skip("multiplied in float32 here, few rows in another order than many")
+    linear, x = kernels.linear(quantized(120, 640, 4, 32, torch.float16, True), None), randn(257, 640)
+    together = linear(x)
+    for row in (0, 19, 20, 239, 240, 256):
+        assert torch.equal(linear(x[row : row + 1].contiguous()), together[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_not_finite_is_seen_in_int8(value: float, int8_kernels: CpuKernels) -> None:
-    for weight in (randn(40, 64), quantized(40, 64, 8, 32, torch.float16, False)):
+def test_what_is_not_finite_is_seen_in_whole_numbers(
+    value: float,
+    dtype: torch.dtype,
+    largest: int,
+    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+) -> None:
+    weights = (
+        randn(40, 64),
+        quantized(40, 64, 8, 32, torch.float16, False),
+        quantized(40, 64, 4, 32, torch.float16, True),
+    )
+    for weight in weights:
         for rows in (1, 6):
             x = randn(rows, 64)
             x[-1, 40] = value
-            outputs = int8_kernels.linear(weight, None)(x)
+            outputs = kernels_of_level(dtype).linear(weight, None)(x)
             assert not torch.isfinite(outputs[-1]).any()
             assert torch.isfinite(outputs[:-1]).all()
 

@@ -1,4 +1,4 @@
-// What enters a linear layer, rounded to what its products take: pairs of bfloat16, or codes of 8 bits, of which each group of
+// What enters a linear layer, rounded to what its products take: pairs of bfloat16, or codes of 8 or 16 bits, of which each group of
 // inputs of a row has its own scale.
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "pool.h"
 #include "vec.h"
 
-enum ActivationDtype : int32_t { FLOAT32, BFLOAT16, INT8 };
+enum ActivationDtype : int32_t { FLOAT32, BFLOAT16, INT8, INT16 };
 
 constexpr int CODE_GROUP = 32;  // inputs that share a scale where the weight has no groups
 
@@ -64,14 +64,17 @@ class CodedMemory {
   std::unique_ptr<float[]> scales_, sums_;
 };
 
-// Of a group of a row: the largest becomes 127. Where anything is not finite, the scale is not a number.
-static inline float scale_of(const float* x, int size) {
+// What the largest of a group of a row becomes.
+static inline float largest_code(ActivationDtype dtype) { return dtype == INT8 ? 127.0f : 32767.0f; }
+
+// Of a group of a row: the largest becomes `most_code`. Where anything is not finite, the scale is not a number.
+static inline float scale_of(const float* x, int size, float most_code) {
   Vec most = {}, probe = {};
   int i = 0;
   for (; i + LANES <= size; i += LANES) most = max(most, max(load(x + i), -load(x + i))), probe += load(x + i) * 0.0f;
   float result = largest(most), rest = any(probe != probe) ? NAN : 0.0f;
   for (; i < size; i++) result = std::max(result, std::abs(x[i])), rest += x[i] * 0.0f;
-  return result / 127.0f + rest;
+  return result / most_code + rest;
 }
 
 static inline float inverse_of(float scale) { return scale > 1e-30f ? 1.0f / scale : 0.0f; }
@@ -86,7 +89,7 @@ static CodedMemory to_codes(Pool& pool, Rows from, int group) {
   for_each_row(pool, from.rows, from.inputs, [&](long row) {
     for (long g = 0; g < groups; g++) {
       const long first = row * from.inputs + g * group, at = row * groups + g;
-      const float scale = result.scales()[at] = scale_of(from.x + first, group), inverse = inverse_of(scale);
+      const float scale = result.scales()[at] = scale_of(from.x + first, group, largest_code(INT8)), inverse = inverse_of(scale);
       Vec total = {};
       for (int i = 0; i < group; i += LANES) {
         const Vec codes = nearest(load(from.x + first + i) * inverse);
@@ -132,8 +135,12 @@ static inline std::vector<float> rounded(Pool& pool, Rows from, ActivationDtype 
     float* to = result.data() + row * from.inputs;
     for (long first = 0; first < from.inputs; first += group) {
       const long end = std::min(first + group, from.inputs);
-      const float scale = dtype == INT8 ? scale_of(x + first, static_cast<int>(end - first)) : 0.0f, inverse = inverse_of(scale);
-      for (long k = first; k < end; k++) to[k] = dtype == INT8 ? nearest(x[k] * inverse) * scale : through_bfloat16(x[k]);
+      if (dtype == BFLOAT16) {
+        std::transform(x + first, x + end, to + first, through_bfloat16);
+        continue;
+      }
+      const float scale = scale_of(x + first, static_cast<int>(end - first), largest_code(dtype)), inverse = inverse_of(scale);
+      for (long k = first; k < end; k++) to[k] = nearest(x[k] * inverse) * scale;
     }
   });
   return result;

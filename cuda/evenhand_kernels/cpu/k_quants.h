@@ -55,7 +55,7 @@ struct KQuant : Fields<BITS> {
   static constexpr bool GROUPED = true, PAIRED = false, HAS_MINIMA = BITS < 6;
   template <typename T>
   static constexpr bool LIES_AS = false;
-  static constexpr int SUPER = 256, GROUP = BITS == 6 ? 16 : 32, RANGE = 1 << BITS;
+  static constexpr int CODE_BITS = BITS, SUPER = 256, GROUP = BITS == 6 ? 16 : 32, RANGE = 1 << BITS;
   static constexpr int ZERO = HAS_MINIMA ? 0 : RANGE / 2;  // the field of code 0, were it not signed
   static constexpr int LANE_PARTS = HAS_MINIMA ? 2 : 1;
 
@@ -112,6 +112,7 @@ struct KQuant : Fields<BITS> {
   static Pair minima_beside(Place at, float offset) {
     Pair result = {Vec{}, Vec{}};
     if constexpr (HAS_MINIMA) result = lane_part(at, 1);
+    if (offset == 0.0f) return result;
     const Pair scale = code_scales(at);
     return {result.low - offset * scale.low, result.high - offset * scale.high};
   }
@@ -161,6 +162,15 @@ struct KQuant : Fields<BITS> {
       visit(i, ((pair(at, i, 0) & PAIR_MASK) << LEFT) ^ ONE, ((pair(at, i, 1) & PAIR_MASK) << LEFT) ^ ONE);
   }
   static constexpr int pair_input(int i) { return i; }
+
+  // Calls visit(pair, low, high): in each lane codes + SHORT_OFFSET of these two inputs in 16 bits.
+  static constexpr int SHORT_OFFSET = ZERO;
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void short_pairs(const char* at, const Visit& visit) {
+    const IntVec flip = IntVec{} + RANGE / 2 * 0x00010001;
+#pragma GCC unroll 16
+    for (int i = 0; i < UNIT / 2; i++) visit(i, (pair(at, i, 0) & PAIR_MASK) ^ flip, (pair(at, i, 1) & PAIR_MASK) ^ flip);
+  }
 
   template <typename To>
   static void widen(const char* panel, long k, int depth, int, Block<To> block) { widen_groups<KQuant>(panel, k, depth, GROUP, block); }

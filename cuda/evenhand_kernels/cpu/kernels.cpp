@@ -26,7 +26,13 @@ void evenhand_prefer_huge_pages(void* memory, long bytes) {
 
 // Whether the processor that this was compiled for multiplies such activations itself.
 int evenhand_has_products(ActivationDtype dtype) {
-  return dtype == FLOAT32 || (dtype == BFLOAT16 && HAS_PAIR_PRODUCTS) || (dtype == INT8 && HAS_CODE_PRODUCTS);
+  switch (dtype) {
+    case FLOAT32: return true;
+    case BFLOAT16: return HAS_PAIR_PRODUCTS;
+    case INT8: return HAS_CODE_PRODUCTS || HAS_SHORT_PRODUCTS;
+    case INT16: return HAS_SHORT_PRODUCTS;
+  }
+  return false;
 }
 
 long evenhand_packed_bytes(const Weight* weight) {

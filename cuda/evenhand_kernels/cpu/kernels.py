@@ -33,9 +33,9 @@ from evenhand_kernels.kernels import (
     Linear,
     LogProbabilities,
 )
-from evenhand_kernels.quantized import Weight
+from evenhand_kernels.quantized import QuantizedTensor, Weight
 
-ACTIVATION_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATION_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int16: 3}
 """`ActivationDtype` of activations.h."""
 
 MAX_HEAD_DIM = 256
@@ -55,15 +55,17 @@ class CpuKernels:
         Args:
             num_threads: None: one for each core.
             activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which
-                plain weights are rounded too where many rows pass over them; or int8, codes with a scale for each row and
-                group of the weight, or for 32 inputs. Sums, and all else, are float32. None: bfloat16 if the processor
-                multiplies it itself, but float32 if not, and beside plain weights of float32 or float16, which would lose.
+                plain weights are rounded too where many rows pass over them; or int8 or int16, codes with a scale for each row
+                and group of the weight, or for 32 inputs. Sums, and all else, are float32. None: beside plain weights of
+                float32 or float16, which would lose, float32; else what the processor multiplies itself: bfloat16, or beside
+                weights in codes int16, or float32.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
-        self._keeps_floats = activation_dtype is None
+        self._chooses = activation_dtype is None
         if activation_dtype is None:
-            activation_dtype = torch.bfloat16 if self._multiplies(torch.bfloat16) else torch.float32
+            choices = (torch.bfloat16, torch.int16, torch.float32)
+            activation_dtype = next(dtype for dtype in choices if self._multiplies(dtype))
         self.activation_dtype = activation_dtype
 
     @property
@@ -121,9 +123,13 @@ class CpuKernels:
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> Packed:
         result = packed(self._native, weight, bias, gated=gated)
-        is_kept = self._keeps_floats and isinstance(weight, Tensor) and weight.dtype != torch.bfloat16
-        result.structure.activations = ACTIVATION_DTYPES[torch.float32 if is_kept else self.activation_dtype]
+        result.structure.activations = ACTIVATION_DTYPES[self._entering(weight)]
         return result
+
+    def _entering(self, weight: Weight) -> torch.dtype:
+        """To what the inputs of that weight are rounded."""
+        suits = isinstance(weight, QuantizedTensor) or (weight.dtype, self.activation_dtype) == (torch.bfloat16,) * 2
+        return self.activation_dtype if suits or not self._chooses else torch.float32
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)

@@ -6,7 +6,8 @@
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
 // are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
-// multiplied as they lie in both cases (coded.h). Elsewhere the same rounded numbers are multiplied in float32. Sums are float32.
+// multiplied as they lie in both cases (coded.h), and so they are by AVX2 with rows of 16 and 8 bits (integers.h). Elsewhere the same
+// rounded numbers are multiplied in float32. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 
 #include "activations.h"
 #include "formats.h"
+#include "integers.h"
 #include "panel.h"
 #include "pool.h"
 
@@ -80,10 +82,55 @@ static Products products_of(const Weight& weight, bool is_few) {
   return weight.activations == BFLOAT16 && !F::GROUPED && !is_few ? Products::PAIRS : Products::FLOATS;
 }
 
+// y: the bias and what multiply(first row, rows, panel, c) adds to it, for all panels and rows, at most `most_rows` at a time.
+template <typename F, typename Multiply>
+static void compute(Pool& pool, const Weight& weight, float* y, long rows, long most_rows, const Multiply& multiply) {
+  const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
+  for (long row = 0; row < rows; row += most_rows) {
+    const int block_rows = static_cast<int>(std::min(most_rows, rows - row));
+    for_each_panel(pool, num_panels(weight), [&](long p) {
+      alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
+      for (int m = 0; m < block_rows; m++)
+        for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = weight.bias ? weight.bias[p * PANEL + j] : 0;
+      multiply(row, block_rows, weight.packed + p * F::panel_bytes(weight.inputs, weight.group), c);
+      (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
+                                                     y + row * ldy + p * width, ldy);
+    });
+  }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <typename F, typename P, int CHUNK>
+static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+  const IntegerRows<P, CHUNK> integers(pool, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations));
+  constexpr long MOST_ROWS = MAX_BLOCK_ROWS / integers.BLOCK * integers.BLOCK;
+  compute<F>(pool, weight, y, rows, MOST_ROWS, [&](long row, int block_rows, const char* panel, float* c) {
+    multiply_integers<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
+  });
+}
+
+template <typename F, typename P>
+static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+  if constexpr (F::UNIT <= 16)
+    if (weight.group % 32) return linear_of_integers<F, P, 16>(pool, weight, x, y, rows);
+  linear_of_integers<F, P, 32>(pool, weight, x, y, rows);
+}
+
+template <typename F>
+static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+  if constexpr (F::CODE_BITS == 4)
+    if (weight.activations == INT8) return linear_of_integers<F, ByteCodeProducts<F>>(pool, weight, x, y, rows);
+  linear_of_integers<F, ShortProducts<F>>(pool, weight, x, y, rows);
+}
+#endif
+
 template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
-  const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (F::GROUPED)
+    if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0) return linear_of_integers<F>(pool, weight, x, y, rows);
+#endif
   const bool is_few = rows <= FEW_ROWS;
   const Products products = products_of<F>(weight, is_few);
   std::vector<BFloat16Pair> pairs;
@@ -104,30 +151,21 @@ static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y
       sums.resize(rows * groups);
       sum_groups(x, rows * inputs, group, sums.data());
     }
-  for (long row = 0; row < rows; row += MAX_BLOCK_ROWS) {
-    const int block_rows = static_cast<int>(std::min<long>(MAX_BLOCK_ROWS, rows - row));
-    for_each_panel(pool, num_panels(weight), [&](long p) {
-      alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
-      for (int m = 0; m < block_rows; m++)
-        for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = weight.bias ? weight.bias[p * PANEL + j] : 0;
-      const char* panel = weight.packed + p * F::panel_bytes(inputs, group);
-      if (products == Products::CODES) {
-        if constexpr (F::GROUPED)
-          multiply_coded<F, ByteProducts>(block_rows, coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);
-      } else if (products == Products::CODED_PAIRS) {
-        if constexpr (F::GROUPED)
-          multiply_coded<F, PairProducts>(block_rows, coded.rows().from(row, inputs / 2, groups), panel, inputs, group, c);
-      } else if (products == Products::PAIRS) {
-        multiply_many<F>(block_rows, pairs.data() + row * num_pairs(inputs), panel, inputs, group, c);
-      } else if (is_few) {
-        multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
-      } else {
-        multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, c);
-      }
-      (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
-                                                     y + row * ldy + p * width, ldy);
-    });
-  }
+  compute<F>(pool, weight, y, rows, MAX_BLOCK_ROWS, [&](long row, int block_rows, const char* panel, float* c) {
+    if (products == Products::CODES) {
+      if constexpr (F::GROUPED)
+        multiply_coded<F, ByteProducts>(block_rows, coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);
+    } else if (products == Products::CODED_PAIRS) {
+      if constexpr (F::GROUPED)
+        multiply_coded<F, PairProducts>(block_rows, coded.rows().from(row, inputs / 2, groups), panel, inputs, group, c);
+    } else if (products == Products::PAIRS) {
+      multiply_many<F>(block_rows, pairs.data() + row * num_pairs(inputs), panel, inputs, group, c);
+    } else if (is_few) {
+      multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
+    } else {
+      multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, c);
+    }
+  });
 }
 
 // y[row] = the weights of output ids[row], which is one lane of a panel.

@@ -18,6 +18,7 @@ typedef int32_t Word __attribute__((aligned(1), may_alias));
 typedef uint32_t UnsignedVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int16_t ShortVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef uint8_t UnsignedByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 

@@ -150,6 +150,7 @@ struct Grouped {
   template <typename T>
   static constexpr bool LIES_AS = false;
   static constexpr int UNIT = 8;  // inputs that `codes` visits together
+  static constexpr int CODE_BITS = BITS;
 
   static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
   static long group_bytes(int group) { return header_bytes() + PANEL * group * BITS / 8; }
@@ -184,6 +185,7 @@ struct Grouped {
   static Pair minima_beside(Place at, float offset) {
     Pair result = {Vec{}, Vec{}};
     if constexpr (MINIMA) result = load_pair(reinterpret_cast<const SCALE*>(at.header) + PANEL);
+    if (offset == 0.0f) return result;
     const Pair scale = code_scales(at);
     return {result.low - offset * scale.low, result.high - offset * scale.high};
   }
@@ -247,6 +249,29 @@ struct Grouped {
   // Calls visit(pair, low, high) four times: in each lane codes + PAIR_OFFSET of two inputs in bfloat16; of 4 bits the first pair
   // is the first of each half of the eight inputs, and so on. There they become the upper bits of the fraction of 16.
   static constexpr int pair_input(int i) { return BITS == 4 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i; }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Calls visit(pair, low, high) four times: in each lane codes + SHORT_OFFSET of these two inputs in 16 bits.
+  static constexpr int SHORT_OFFSET = 0;
+  template <typename Visit>
+  static inline __attribute__((always_inline)) void short_pairs(const char* at, const Visit& visit) {
+    if constexpr (BITS == 4) {
+      const IntVec flip = IntVec{} + static_cast<int>(0x88888888), mask = IntVec{} + 0x000f000f;
+      const IntVec low = *reinterpret_cast<const IntVec*>(at) ^ flip, high = *reinterpret_cast<const IntVec*>(at + LANES * 4) ^ flip;
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; pair++) visit(pair, low >> 4 * pair & mask, high >> 4 * pair & mask);
+    } else {
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; pair++) {
+        const __m128i* bytes = reinterpret_cast<const __m128i*>(at + 2 * pair * PANEL);
+        const __m128i first = _mm_loadu_si128(bytes), second = _mm_loadu_si128(bytes + 1);
+        visit(pair, (IntVec)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second)),
+              (IntVec)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second)));
+      }
+    }
+  }
+#endif
+
   static constexpr int PAIR_OFFSET = BITS == 4 ? 16 : 0;
   template <typename Visit>
   static inline __attribute__((always_inline)) void code_pairs(const char* at, const Visit& visit) {

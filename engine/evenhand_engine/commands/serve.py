@@ -34,9 +34,9 @@ _DTYPES = ["auto", "float32", "bfloat16", "float16"]
 )
 @click.option(
     "--activation-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "int8", "int16"]),
     default="auto",
-    help="Of what linear layers multiply on the CPU; auto: bfloat16 if the processor does, beside codes and bfloat16.",
+    help="Of what linear layers multiply on the CPU; auto: bfloat16 if the processor does, or int16 beside codes.",
 )
 @click.option(
     "--quantization", type=click.Choice(["none", "int8"]), default="none", help="Of weights that are not yet."

@@ -10,7 +10,12 @@ from evenhand_engine.model.config import ModelConfig
 from evenhand_kernels.quantized import INT8_GROUP, Weight, quantized_to_int8, widened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ACTIVATION_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+ACTIVATION_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int16": torch.int16,
+}
 QUANTIZATIONS = ("none", "int8")
 FP8 = "fp8"
 """Of a KV cache on a GPU: e4m3."""
