@@ -6,7 +6,8 @@ the best rate of the instruction in use, over the time to the first token. At le
 
 Closed loops of requests over HTTP: prompts of random tokens, no two alike, and a fixed number of output tokens. A peer
 that is installed takes the same loops by turns with Evenhand, so that both meet the same state of the machine:
-`--peer llama.cpp --peer-model FILE.gguf`, or `--peer vllm` with the same model directory or hub id as ours.
+`--peer llama.cpp --peer-model FILE.gguf`, with as many files as it is to be measured with, or `--peer vllm` with the same model directory or hub id as ours. What of it fails is
+told, under `failures` too, and left out.
 """
 
 import asyncio
@@ -21,9 +22,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import common
+import httpx2
 import openai
 from machine_limits import Machine
 from serve_limits import fractions
@@ -35,6 +38,7 @@ MIN_REQUESTS = 6
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 256, 64
 HIGHEST_TOKEN = 40_000
 PEERS = ("llama.cpp", "vllm")
+FAILURES = (openai.APIError, httpx2.TransportError)  # of a server that refuses, breaks off or is gone
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face directory, hub id or GGUF file; default: the default model")
     parser.add_argument("--flags", default="", help="more flags for `evenhand serve`, in one argument")
     parser.add_argument("--peer", choices=PEERS)
-    parser.add_argument("--peer-model", help="what the peer serves; default: the same")
+    parser.add_argument(
+        "--peer-model", action="append", help="what the peer serves; default: the same; may be repeated"
+    )
     parser.add_argument("--peer-flags", default="", help="more flags for the peer, in one argument")
     options = parser.parse_args()
     loads = LOADS[:2] if options.quick else LOADS
@@ -74,10 +80,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         contenders = [stack.enter_context(_evenhand([*model, *flags]))]
         if options.peer:
-            peer_model = options.peer_model or options.model
-            if peer_model is None:
+            peer_models = options.peer_model or model
+            if not peer_models:
                 parser.error("--peer-model is needed: the peer has no default model")
-            contenders.append(stack.enter_context(_peer(options.peer, peer_model, options.peer_flags.split())))
+            for peer_model in peer_models:
+                contenders.append(stack.enter_context(_peer(options.peer, peer_model, options.peer_flags.split())))
         results = asyncio.run(_measure(contenders, machine, loads, options.seed, 1 if options.quick else 2))
     common.print_table(
         f"{NUM_PROMPT_TOKENS} tokens in, {NUM_OUTPUT_TOKENS} out",
@@ -85,15 +92,18 @@ def main() -> None:
         [
             [
                 name,
-                *(f"{result['output_tokens_per_s'][str(load)]:.1f}" for load in loads),
-                f"{result['ttft_p50_s']:.2f}",
-                f"{result['tpot_p50_ms']:.1f}",
-                f"{result['startup_s']:.1f}",
+                *(_shown(result["output_tokens_per_s"][str(load)], 1) for load in loads),
+                _shown(result["ttft_p50_s"], 2),
+                _shown(result["tpot_p50_ms"], 1),
+                _shown(result["startup_s"], 1),
             ]
             for name, result in results.items()
         ],
     )
+    for failure in (failure for result in results.values() for failure in result["failures"]):
+        common.console.print(failure)
     ours = results.pop("evenhand")
+    del ours["failures"]
     seconds = ours["ttft_p50_s"], ours["tpot_p50_ms"] / 1e3
     ours |= fractions(machine.limits, options.model, flags, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, *seconds)
     common.console.print(
@@ -101,6 +111,10 @@ def main() -> None:
         f"{ours['matmul_fraction']:.2f} of {ours['matmul_gflop_per_s']:.0f} GFLOP/s in the prompt"
     )
     common.finish("serve", ours | ({"peers": results} if results else {}))
+
+
+def _shown(number: float | None, digits: int) -> str:
+    return "-" if number is None else f"{number:.{digits}f}"
 
 
 @contextlib.contextmanager
@@ -132,7 +146,7 @@ def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
         try:
             await_port(process, port, log, "/health")
             seconds = time.monotonic() - started_at
-            yield Contender(name, f"http://127.0.0.1:{port}/v1", seconds)
+            yield Contender(f"{name}, {Path(model).name}", f"http://127.0.0.1:{port}/v1", seconds)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -142,10 +156,11 @@ async def _measure(
     contenders: Sequence[Contender], machine: Machine, loads: Sequence[int], seed: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Each load by each contender, by turns, `rounds` times; the median of the rounds' rates. The machine is measured beside
-    each loop of one stream."""
+    each loop of one stream. Of a peer's loop that fails nothing counts, and None is what no loop told."""
     generator = random.Random(seed)
     rates: dict[tuple[str, int], list[float]] = {}
     alone: dict[str, list[Answer]] = {contender.name: [] for contender in contenders}
+    failures: dict[str, list[str]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
         await _loop(contender, generator, 1, 2)  # nothing is measured at first use
     for _ in range(rounds):
@@ -155,7 +170,13 @@ async def _measure(
                     machine.measure()
                 num_requests = max(MIN_REQUESTS, REQUESTS_PER_PLACE * load)
                 started_at = time.monotonic()
-                answers = await _loop(contender, generator, load, num_requests)
+                try:
+                    answers = await _loop(contender, generator, load, num_requests)
+                except FAILURES as error:
+                    if contender is contenders[0]:
+                        raise
+                    failures[contender.name].append(f"{contender.name} failed at {load} in flight: {error!r}")
+                    continue
                 seconds = time.monotonic() - started_at
                 rate = sum(answer.num_tokens for answer in answers) / seconds
                 rates.setdefault((contender.name, load), []).append(rate)
@@ -163,17 +184,22 @@ async def _measure(
                     alone[contender.name] += answers
     return {
         contender.name: {
-            "output_tokens_per_s": {str(load): statistics.median(rates[contender.name, load]) for load in loads},
-            "ttft_p50_s": statistics.median(answer.first for answer in alone[contender.name]),
-            "tpot_p50_ms": 1e3 * statistics.median(answer.gap for answer in alone[contender.name]),
+            "output_tokens_per_s": {str(load): _median(rates.get((contender.name, load), [])) for load in loads},
+            "ttft_p50_s": _median([answer.first for answer in alone[contender.name]]),
+            "tpot_p50_ms": _median([1e3 * answer.gap for answer in alone[contender.name]]),
             "startup_s": contender.startup_seconds,
+            "failures": failures[contender.name],
         }
         for contender in contenders
     }
 
 
+def _median(numbers: Sequence[float]) -> float | None:
+    return statistics.median(numbers) if numbers else None
+
+
 async def _loop(contender: Contender, generator: random.Random, in_flight: int, num_requests: int) -> list[Answer]:
-    """So many requests, as many of them at a time as may be in flight."""
+    """So many requests, as many of them at a time as may be in flight. Raises what the first that failed did, once all have ended."""
     prompts = [[generator.randrange(100, HIGHEST_TOKEN) for _ in range(NUM_PROMPT_TOKENS)] for _ in range(num_requests)]
     answers: list[Answer] = []
 
@@ -183,7 +209,10 @@ async def _loop(contender: Contender, generator: random.Random, in_flight: int, 
             while prompts:
                 answers.append(await _ask(client, prompts.pop()))
 
-        await asyncio.gather(*(place() for _ in range(in_flight)))
+        ended = await asyncio.gather(*(place() for _ in range(in_flight)), return_exceptions=True)
+    for error in ended:
+        if error is not None:
+            raise error
     return answers
 
 
