@@ -17,6 +17,9 @@ from evenhand_kernels.device import CompileError, DeviceError, Event, Graph, Lau
 DEFAULT_SHARED_BYTES = 48 * 1024
 """A kernel must be told before it may be launched with more."""
 
+ALL_SHARED = 100
+"""Percent (cudaSharedmemCarveoutMaxShared)."""
+
 
 def _why() -> str:
     """What torch says of a driver that is missing or too old, in brackets."""
@@ -144,6 +147,8 @@ class CudaLaunch:
             ) from error
         if variant.shared_bytes > DEFAULT_SHARED_BYTES:
             self._kernel.max_dynamic_shared_size_bytes = variant.shared_bytes
+            # of what a multiprocessor divides between L1 and shared memory: or it might have room for fewer blocks than are planned
+            self._kernel.preferred_shared_memory_carveout = ALL_SHARED
         self._values = np.zeros(1, variant.argument_dtype)
         self._argument = (cupy.cuda.function.CNumpyArray(self._values),)
         self._pointers = tuple(field.name for field in variant.fields if field.is_pointer)

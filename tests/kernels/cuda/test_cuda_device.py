@@ -33,6 +33,7 @@ class Kernel:
         self._driver_error = driver_error
         self.launches: list[tuple[Any, ...]] = []
         self.max_dynamic_shared_size_bytes = 0
+        self.preferred_shared_memory_carveout = -1
         self._log = log
 
     def compile(self) -> None:
@@ -146,6 +147,16 @@ def test_what_is_used_of_cupy_is_there() -> None:
     assert issubclass(cupy.cuda.compiler.CompileException, Exception)
     assert isinstance(cupy.cuda.function.CNumpyArray(np.zeros(1, SILU_MUL.argument_dtype)), cupy.cuda.function.CPointer)
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes") and hasattr(cupy.cuda.Device, "use")
+    assert hasattr(cupy.RawKernel, "preferred_shared_memory_carveout")
+
+
+def test_a_kernel_is_told_of_the_shared_memory_that_it_is_launched_with() -> None:
+    kernel = Kernel()
+    CudaLaunch(fake_cupy(kernel), SILU_MUL)
+    assert (kernel.max_dynamic_shared_size_bytes, kernel.preferred_shared_memory_carveout) == (0, -1), "the defaults do"
+    large = variants.attention(torch.bfloat16, torch.bfloat16, 128, 16, "sm_90")
+    CudaLaunch(fake_cupy(kernel), large)
+    assert (kernel.max_dynamic_shared_size_bytes, kernel.preferred_shared_memory_carveout) == (large.shared_bytes, 100)
 
 
 def test_a_launch_hands_over_addresses_and_numbers() -> None:
