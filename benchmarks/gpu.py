@@ -10,123 +10,85 @@ it. The exit status is 1 where a kernel or the engine is wrong, or a part did no
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from gpu_parts import HERE, Part, run, stoppable, write
+
 TOTAL_SECONDS = 470.0
 PATIENCE = {"cuda": 1, "emulated": 4}
 """How many times its limits each part may take: a rehearsal may have to compile on a slow machine."""
 
+WATCHED = (
+    *("--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9", "--print-limit", "5"),
+    *("--launch-timeout", "0"),  # it gives up on a process that has not come to CUDA after 10 s, in silence
+    *("--report-api-errors", "no"),  # torch and CuPy ask for functions that a driver may not have
+)
+"""Options of compute-sanitizer."""
 
-@dataclass(frozen=True)
-class Part:
-    """One process. `program` comes before the interpreter; None: it is not on this machine, and the part is left out."""
-
-    name: str
-    arguments: tuple[str, ...]
-    seconds: float
-    program: tuple[str, ...] | None = ()
-
-
-@dataclass
-class Ended:
-    """How a part ended: `problem` None is well."""
-
-    seconds: float
-    problem: str | None
-    figures: dict[str, Any] = field(default_factory=dict)
+DEVICE = Part("device", ("gpu_common.py",), 60, ("device",))
+"""A process too: what asks for the device holds it as long as it lives."""
 
 
 def parts() -> list[Part]:
     """In order: what must be right, then what is measured, the most telling first."""
     sanitizer = shutil.which("compute-sanitizer")
-    watched = (sanitizer, "--error-exitcode", "9", "--print-limit", "5") if sanitizer else None
     return [
-        Part("cases", ("gpu_correctness.py",), 90),
-        Part("parity", ("gpu_correctness.py", "--part", "parity"), 60),
-        Part("kernels", ("gpu_kernels.py",), 60),
-        Part("engine-1b", ("gpu_engine.py", "--shape", "1b"), 90),
-        Part("incident", ("gpu_incident.py",), 140),
-        Part("engine-8b", ("gpu_engine.py", "--shape", "8b"), 140),
-        Part("sanitizer", ("gpu_correctness.py", "--cases", "few"), 60, watched),
+        Part("cases", ("gpu_correctness.py",), 90, ("cases",)),
+        Part("parity", ("gpu_correctness.py", "--part", "parity"), 60, ("parity",)),
+        Part("kernels", ("gpu_kernels.py",), 60, ("decode", "prefill", "memory")),
+        Part("engine-1b", ("gpu_engine.py", "--shape", "1b"), 90, _of_engine("1b")),
+        Part(
+            "incident",
+            ("gpu_incident.py",),
+            140,
+            ("incident_fair", "incident_fcfs", "long_prompt", "batching"),
+        ),
+        Part("engine-8b", ("gpu_engine.py", "--shape", "8b"), 140, _of_engine("8b")),
+        Part(
+            "sanitizer",
+            ("gpu_correctness.py", "--cases", "few"),
+            60,
+            ("sanitized",),
+            (sanitizer, *WATCHED) if sanitizer else None,
+            proof="ERROR SUMMARY: 0 errors",
+            marker="=========",
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that every tensor has bounds of its own
+        ),
     ]
 
 
-def run(part: Part, device: str, seed: int, left: float) -> Ended:
-    """Start it and gather its figures until it ends or its time is up."""
-    if part.program is None:
-        return Ended(0.0, None, {f"{part.name}_left_out": "its program is not on this machine"})
-    if left <= 0:
-        return Ended(0.0, "no time was left for it")
-    script, *arguments = part.arguments
-    limit = min(part.seconds * PATIENCE[device], left)
-    command = [*part.program, sys.executable, str(HERE / script), *arguments, "--device", device, "--seed", str(seed)]
-    started_at = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-        problem = None
-        process = subprocess.Popen(command, stdout=out, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-        try:
-            status = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started, which hold the device too
-            process.wait()
-            problem = f"its {limit:.0f} s were up"
-        else:
-            if status:
-                problem = f"exit status {status}: {last_line(log)}"
-        seconds = time.monotonic() - started_at
-        out.seek(0)
-        return Ended(seconds, problem, figures_of(out.read()))
-
-
-def figures_of(output: str) -> dict[str, Any]:
-    """The lines that are JSON objects, as one; a line cut off by the time limit is none."""
-    figures: dict[str, Any] = {}
-    for line in output.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found = json.loads(line)
-            figures |= found if isinstance(found, dict) else {}
-    return figures
-
-
-def last_line(log: Any) -> str:
-    log.seek(0)
-    return next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "no message")
+def _of_engine(shape: str) -> tuple[str, ...]:
+    return f"decode_step_{shape}", f"throughput_{shape}", f"transformers_{shape}"
 
 
 def wrong(figures: dict[str, Any]) -> list[str]:
     """What the correctness parts found."""
-    failed = [case for name in ("cases", "sanitized") for case in figures.get(name, {}).get("failed", [])]
-    tokens = figures.get("parity", {}).get("wrong", 0)
+    failed = [str(case) for name in ("cases", "sanitized") for case in _object(figures, name).get("failed", [])]
+    tokens = _object(figures, "parity").get("wrong", 0)
     return failed + ([f"{tokens} tokens of the engine are not transformers'"] if tokens else [])
 
 
-def device_name(device: str) -> str:
-    """Raises SystemExit with one line on what this machine lacks."""
-    try:
-        from gpu_common import Options
+def _object(figures: dict[str, Any], name: str) -> dict[str, Any]:
+    found = figures.get(name)
+    return found if isinstance(found, dict) else {}
 
-        from evenhand_kernels.device import DeviceError
-    except ImportError as error:
-        raise SystemExit(
-            f"make gpu: {error}: install torch, transformers and CuPy, and run `make gpu-wheels` where there is a network"
-        ) from error
-    try:
-        return Options(device, 0).make_device().name
-    except DeviceError as error:
-        raise SystemExit(f"make gpu: {error}") from error
+
+def device_name(options: tuple[str, ...], limit: float) -> str:
+    """Raises SystemExit with one line on what this machine lacks."""
+    ended = run(DEVICE, options, limit)
+    if ended.problem is None:
+        return str(ended.figures["device"])
+    problem = re.sub("^exit status 1: ", "", ended.problem)
+    if re.match(r"(ImportError|ModuleNotFoundError): ", problem):
+        problem += ": install torch, transformers and CuPy, and run `make gpu-wheels` where there is a network"
+    raise SystemExit(f"make gpu: {problem}")
 
 
 def plot(results: Path) -> None:
@@ -137,13 +99,10 @@ def plot(results: Path) -> None:
     from matplotlib import pyplot
 
     figures = json.loads(results.read_text())
-    found = figures.get("decode", {}) | figures.get("memory", {})
-    bars = {
-        f"attention, {name}" if name in figures.get("decode", {}) else name: f["of_copy_rate"]
-        for name, f in found.items()
-    }
-    if "prefill" in figures:
-        bars["attention, prompt (of torch's flash)"] = figures["prefill"]["of_flash"]
+    decode = {f"attention, {name}": found for name, found in _object(figures, "decode").items()}
+    bars = {name: found["of_copy_rate"] for name, found in (decode | _object(figures, "memory")).items()}
+    if (of_flash := _object(figures, "prefill").get("of_flash")) is not None:
+        bars["attention, prompt (of torch's flash)"] = of_flash
     figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.4 * len(bars)), layout="constrained")
     axes.barh(list(bars)[::-1], [100 * value for value in bars.values()][::-1], color="tab:green")
     axes.axvline(100, color="black", linewidth=1)
@@ -163,25 +122,38 @@ def main() -> int:
     if options.plot is not None:
         plot(options.plot)
         return 0
-    figures: dict[str, Any] = {"benchmark": "gpu", "device": device_name(options.device), "parts": {}}
-    path = options.out / f"{re.sub('[^a-z0-9]+', '-', figures['device'].lower())}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ends_at = time.monotonic() + TOTAL_SECONDS * PATIENCE[options.device]
-    problems = []
+    with stoppable():
+        return measure(options.device, options.seed, options.only, options.out)
+
+
+def measure(device: str, seed: int, only: list[str] | None, out: Path) -> int:
+    """The exit status."""
+    ends_at = time.monotonic() + TOTAL_SECONDS * PATIENCE[device]
+    told = ("--device", device, "--seed", str(seed))
+    figures: dict[str, Any] = {"benchmark": "gpu", "device": device_name(told, DEVICE.seconds * PATIENCE[device])}
+    path = out / f"{re.sub('[^a-z0-9]+', '-', figures['device'].lower())}.json"
+    fixed = figures | {"parts": {}}
+    problems, unwritten = [], None
     for part in parts():
-        if options.only and part.name not in options.only:
+        if only and part.name not in only:
             continue
-        ended = run(part, options.device, options.seed, ends_at - time.monotonic())
-        figures |= ended.figures
-        figures["parts"][part.name] = {"seconds": round(ended.seconds, 1), "problem": ended.problem}
+        ended = run(part, told, min(part.seconds * PATIENCE[device], ends_at - time.monotonic()))
+        fixed["parts"][part.name] = {"seconds": round(ended.seconds, 1), "problem": ended.problem}
+        if ended.problem and ended.report:
+            fixed["parts"][part.name]["report"] = ended.report
+        figures |= ended.figures | fixed
         problems += [f"{part.name}: {ended.problem}"] if ended.problem else []
         print(f"{part.name}: {ended.seconds:.0f} s{f', {ended.problem}' if ended.problem else ''}", file=sys.stderr)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-    problems += wrong(figures)
+        unwritten = write(path, figures)
+        if ended.stopped:
+            break
+    problems += wrong(figures) + ([unwritten] if unwritten else [])
     try:
         plot(path)
     except ImportError:  # as on a GPU pod
         print(f"no matplotlib here: where it is, draw with benchmarks/gpu.py --plot {path.name}", file=sys.stderr)
+    except Exception as error:  # a picture can be drawn again
+        print(f"no plot: {type(error).__name__}: {error}", file=sys.stderr)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(json.dumps(figures))

@@ -27,7 +27,7 @@ from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Request, SamplingParams
 from evenhand_engine.scheduler.scheduler import Scheduler
 from evenhand_kernels.cuda.device import CudaDevice
-from evenhand_kernels.device import Device
+from evenhand_kernels.device import Device, DeviceError
 from evenhand_kernels.emulation.device import EmulatedDevice
 from evenhand_policy.config import SchedulerConfig
 
@@ -228,3 +228,15 @@ class Loop:
             if timing.tenant_id == tenant_id
             for time in timing.token_times
         )
+
+
+def main() -> None:
+    """Tell the device's name, or in one line what is in the way."""
+    try:
+        report(device=options(__doc__).options.make_device().name)
+    except DeviceError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

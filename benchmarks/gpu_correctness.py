@@ -8,6 +8,7 @@ engine's token must be the best one or as good up to rounding.
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from itertools import repeat
 from multiprocessing import get_context
@@ -57,14 +58,24 @@ TOLERANCE = 0.03
 
 
 def check_cases(options: Options, selected: str) -> None:
-    """`selected`: all; or few, one of each kernel: what a sanitizer has time for."""
+    """`selected`: all; or few, one of each kernel and of each way to attend: what a sanitizer has time for."""
     numbers = [number for number, case in enumerate(CASES) if selected == "all" or case.small]
     name = "cases" if selected == "all" else "sanitized"
     if selected == "few" or options.is_tiny:
-        numbers = list({kernel: number for number in numbers for kernel in CASES[number].kernels}.values())
+        ways = () if options.is_tiny else WAYS
+        numbers = list({what: number for number in numbers for what in _covered(CASES[number], ways)}.values())
         tell(name, (outcome_of(options, number) for number in numbers))
     else:
         tell(name, outcomes_of_all(options, numbers))
+
+
+WAYS = ("bulk copies", "fp8", "head size 128", "split", "wgmma", "window")
+
+
+def _covered(case: Case, ways: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What a case is one of."""
+    its_ways = tuple(way for way in ways if way in case.name)
+    return [(kernel, *(its_ways if kernel == "attention" else ())) for kernel in case.kernels]
 
 
 def tell(name: str, outcomes: Iterable["Outcome"]) -> None:
@@ -84,16 +95,25 @@ class Outcome(NamedTuple):
 
 def outcomes_of_all(options: Options, numbers: list[int]) -> Iterator[Outcome]:
     """By several processes, since compilers are what takes the time. What they leave after an error that no later call of a
-    process survives, such as an illegal address, new ones run."""
+    process survives, such as an illegal address, new ones run; and if one dies, which takes all of them along, one process alone runs
+    what is left, so that it is known which case it was."""
+    num_processes = NUM_PROCESSES
     while numbers:
-        left = []
-        with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as processes:
-            for number, outcome in zip(numbers, processes.map(outcome_of, repeat(options), numbers), strict=True):
-                if outcome.has_run:
-                    yield outcome
-                else:
-                    left.append(number)
-        numbers = left
+        left, place = [], 0
+        try:
+            with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as processes:
+                for outcome in processes.map(outcome_of, repeat(options), numbers):
+                    place += 1
+                    if outcome.has_run:
+                        yield outcome
+                    else:
+                        left.append(numbers[place - 1])
+        except BrokenProcessPool:
+            if num_processes == 1:
+                yield Outcome(f"{CASES[numbers[place]]}: its process died")
+                place += 1
+            num_processes = 1
+        numbers = left + numbers[place:]
 
 
 def outcome_of(options: Options, number: int) -> Outcome:
@@ -130,8 +150,8 @@ def check_parity(options: Options) -> None:
     for config_class, fields in architectures:
         name = " ".join([config_class.__name__, *(f"{key}={value}" for key, value in fields.items())])
         results[name] = _parity(options, config_class, fields, prompts, num_outputs)
-    tokens = sum(found["tokens"] for found in results.values())
-    report(parity={"architectures": results, "tokens": tokens, "wrong": sum(f["wrong"] for f in results.values())})
+        totals = {total: sum(found[total] for found in results.values()) for total in ("tokens", "wrong")}
+        report(parity={"architectures": results} | totals)
 
 
 def _parity(

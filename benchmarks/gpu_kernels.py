@@ -106,7 +106,7 @@ def decodes(options: Options, device: Device, rate: float) -> None:
         attending = Attending(device, heads, requests)
         seconds = seconds_of(device, attending.attend, 2 if options.is_tiny else 20)
         found[name] = {"us": 1e6 * seconds, "of_copy_rate": attending.kv_bytes / seconds / rate}
-    report(decode=found)
+        report(decode=found)
 
 
 def prefill(options: Options, device: Device) -> None:
@@ -174,9 +174,9 @@ def moving(options: Options, device: Device, rate: float) -> None:
     }
     found = {}
     for name, (size_in_bytes, work) in works.items():
-        seconds = seconds_of(device, work, 2 if options.is_tiny else 10)
+        seconds = seconds_of(device, work, 2 if options.is_tiny else 50)
         found[name] = {"us": 1e6 * seconds, "of_copy_rate": size_in_bytes / seconds / rate}
-    report(memory=found)
+        report(memory=found)
 
 
 def _sampling(device: Device, logits: Tensor, top_p: float) -> Callable[[], Tensor]:
@@ -199,7 +199,7 @@ def main() -> None:
     device = chosen.make_device()
     with device.stream(), torch.inference_mode():
         rate = copy_rate(device, 1 << 16 if chosen.is_tiny else 4 << 30)
-        report(device=device.name, architecture=device.architecture, copy_rate_tb_per_s=rate / 1e12)
+        report(architecture=device.architecture, copy_rate_tb_per_s=rate / 1e12)
         decodes(chosen, device, rate)
         prefill(chosen, device)
         moving(chosen, device, rate)

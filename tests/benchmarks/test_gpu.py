@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,19 +66,23 @@ def test_a_part_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None:
     assert "exit status 1" in figures["parts"]["kernels"]["problem"]
 
 
-def test_a_case_that_costs_a_process_its_device_fails_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As an illegal address does on a GPU: what that process has left is run by another, and each case is told of once."""
+class Died(BaseException):
+    """Of a process, what its pool turns into an error."""
+
+
+def outcomes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ends: dict[str, BaseException]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Of the cases a to e, some of which end so: which have run, and what was told after each."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     correctness, options = import_module("gpu_correctness"), import_module("gpu_common").Options("emulated", 0)
     has_run: list[str] = []
 
-    def case(name: str, error: Exception | None = None) -> Case:
+    def case(name: str) -> Case:
         def run(_: object) -> None:
             has_run.append(name)
-            if error is not None:
-                raise error
+            if name in ends:
+                raise ends[name]
 
         return Case(name, frozenset({name}), run)
 
@@ -86,13 +93,35 @@ def test_a_case_that_costs_a_process_its_device_fails_alone(
             super().__init__(1)
             correctness._lost.clear()
 
-    cases = [case("a"), case("b", AssertionError("off")), case("c", RuntimeError("illegal")), case("d"), case("e")]
-    monkeypatch.setattr(correctness, "CASES", cases)
+        def map(self, *arguments: Any) -> Iterator[Any]:  # type: ignore[override]
+            try:
+                yield from map(*arguments)
+            except Died as death:
+                raise BrokenProcessPool from death
+
+    monkeypatch.setattr(correctness, "CASES", [case(name) for name in "abcde"])
     monkeypatch.setattr(correctness, "ProcessPoolExecutor", Processes)
     correctness.tell("cases", correctness.outcomes_of_all(options, list(range(5))))
-    told = [json.loads(line)["cases"] for line in capsys.readouterr().out.splitlines()]
+    return has_run, [json.loads(line)["cases"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_case_that_costs_a_process_its_device_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an illegal address does on a GPU: what that process has left is run by another, and each case is told of once."""
+    has_run, told = outcomes(monkeypatch, capsys, {"b": AssertionError("off"), "c": RuntimeError("illegal")})
     assert [each["cases"] for each in told] == [1, 2, 3, 4, 5] and has_run == ["a", "b", "c", "d", "e"]
     assert told[-1]["failed"] == ["b: off", "c: RuntimeError: illegal"]
+
+
+def test_a_case_that_ends_its_process_is_found_and_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose end is that of all processes: which of them it was is seen when one alone runs what is left."""
+    has_run, told = outcomes(monkeypatch, capsys, {"b": RuntimeError("illegal"), "d": Died()})
+    assert has_run == ["a", "b", "c", "d", "d", "e"]
+    assert [each["cases"] for each in told] == [1, 2, 3, 4, 5]
+    assert told[-1]["failed"] == ["b: RuntimeError: illegal", "d: its process died"]
 
 
 def test_idle_is_what_no_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
