@@ -170,6 +170,8 @@ def faults(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.blocks} blocks fit a multiprocessor, {variant.blocks_per_sm} are planned with")
     if variant.kernel in _MOVERS and not (compiled.wide_loads and compiled.wide_stores):
         found.append(f"{compiled.wide_loads} loads and {compiled.wide_stores} stores of 16 bytes")
+    if compiled.wide_loads < (passes := _WIDE_LOADS.get(variant.kernel, 0)):
+        found.append(f"{compiled.wide_loads} loads of 16 bytes, {passes} are meant")
     if ("BULK_COPY", None) in variant.constants and not compiled.bulk_copies:
         found.append("no bulk copies")
     if ("WGMMA", None) in variant.constants:
@@ -189,6 +191,9 @@ def faults(variant: Variant, compiled: Compiled) -> list[str]:
 
 _HOT_LOOPS = {"attention": 2, "quantized_linear": 1}
 """With products of tensor cores: decodes and prompts have one each."""
+
+_WIDE_LOADS = {"sample": 5, "log_probabilities": 3, "adjust": 3, "merge": 3}
+"""At least: one for each loop over a row of logits, those of an item of work, and of counts."""
 
 _MOVERS = ("write_kv", "rms_norm", "silu_mul", "embedding", "block_copy", "dequantize")
 """Bound by moving elements: 16 bytes at a time, or they reach half of the bandwidth."""

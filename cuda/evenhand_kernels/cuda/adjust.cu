@@ -23,15 +23,18 @@ struct Arguments {
   int32_t vocab_size;
 };
 
+#define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
+
 struct Penalties {
   const uint32_t* counts;
   const int32_t* drafts;
   int num_drafts;
   float repetition, frequency, presence;
 
-  DEVICE float apply(float logit, int token) const {
+  DEVICE float apply(float logit, int token) const { return apply(logit, token, counts ? counts[token] : 0); }
+  // `count`: the token's.
+  DEVICE float apply(float logit, int token, uint32_t count) const {
     if (!counts) return logit;
-    uint32_t count = counts[token];
     for (int i = 0; i < num_drafts; i++) count += drafts[i] == token;
     const uint32_t times = count & 0x7fffffff;
     if (count) logit = logit > 0.f ? logit / repetition : logit * repetition;
@@ -55,10 +58,30 @@ KERNEL(adjust) {
     penalties.num_drafts = arguments.draft_offsets[index + 1] - arguments.draft_offsets[index];
   }
 
-  const int piece = (vocab_size + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * piece, end = min(begin + piece, vocab_size);
-  for (int token = begin + threadIdx.x; token < end; token += NUM_THREADS) {
-    const bool allowed = !mask || mask[token / 32] >> token % 32 & 1;
-    adjusted[token] = allowed ? penalties.apply(to_float(logits[token]), token) : __uint_as_float(0xff800000u);
+  const int piece = round_up((vocab_size + gridDim.y - 1) / gridDim.y, 8);
+  const int begin = min(static_cast<int>(blockIdx.y) * piece, vocab_size), end = min(begin + piece, vocab_size);
+  const Row row(logits, nullptr);
+  if (vocab_size % 8 == 0) {  // then all rows begin at multiples of 16 bytes
+    for (int token = begin + threadIdx.x * 8; token < end; token += NUM_THREADS * 8) {
+      Eight eight = row.load_eight(token);
+      const uint32_t allowed = mask ? mask[token / 32] >> token % 32 : ~0u;
+      const uint4 none = {0, 0, 0, 0};
+      const uint4 low = penalties.counts ? load_16B(penalties.counts + token) : none;
+      const uint4 high = penalties.counts ? load_16B(penalties.counts + token + 4) : none;
+      const uint32_t counts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        eight.x[i] = allowed >> i & 1 ? penalties.apply(eight.x[i], token + i, counts[i]) : NEGATIVE_INFINITY;
+      store_16B(adjusted + token, {__float_as_uint(eight.x[0]), __float_as_uint(eight.x[1]),
+                                   __float_as_uint(eight.x[2]), __float_as_uint(eight.x[3])});
+      store_16B(adjusted + token + 4, {__float_as_uint(eight.x[4]), __float_as_uint(eight.x[5]),
+                                       __float_as_uint(eight.x[6]), __float_as_uint(eight.x[7])});
+    }
+  } else {
+    for (int token = begin + threadIdx.x; token < end; token += NUM_THREADS) {
+      const bool allowed = !mask || mask[token / 32] >> token % 32 & 1;
+      adjusted[token] = allowed ? penalties.apply(to_float(logits[token]), token) : NEGATIVE_INFINITY;
+    }
   }
   if (!arguments.bias_offsets) return;
   __syncthreads();

@@ -19,26 +19,24 @@ struct Shared {
 KERNEL(log_probabilities) {
   SHARED(Shared, shared);
   const int index = blockIdx.x, vocab_size = arguments.vocab_size;
-  const Logit* logits = arguments.logits + static_cast<int64_t>(index) * vocab_size;
+  const Row row(arguments.logits + static_cast<int64_t>(index) * vocab_size, nullptr);
   uint64_t best = 0;
-  for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS)
-    best = max(best, logit_key(to_float(logits[token]), token));
+  row.for_each(vocab_size, [&](int token, float logit) { best = max(best, logit_key(logit, token)); });
   best = block_max(best, shared.scratch);
   const float maximum = key_logit(best);
   uint64_t mass = 0;
-  for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS)
-    mass += weight_of((to_float(logits[token]) - maximum) * LOG2_E);
+  row.for_each(vocab_size, [&](int, float logit) { mass += weight_of((logit - maximum) * LOG2_E); });
   mass = block_total(mass, shared.scratch);
   const float log_sum = maximum + logf(static_cast<float>(mass)) - WEIGHT_BITS * LN_2;
-  if (threadIdx.x == 0) arguments.sampled[index] = to_float(logits[arguments.token_ids[index]]) - log_sum;
+  if (threadIdx.x == 0) arguments.sampled[index] = row.logit(arguments.token_ids[index]) - log_sum;
   for (int rank = 0; rank < arguments.num_top; rank++) {
     if (rank > 0) {
       const uint64_t bound = best;
       best = 0;
-      for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS) {
-        const uint64_t key = logit_key(to_float(logits[token]), token);
+      row.for_each(vocab_size, [&](int token, float logit) {
+        const uint64_t key = logit_key(logit, token);
         if (key < bound) best = max(best, key);
-      }
+      });
       best = block_max(best, shared.scratch);
     }
     if (threadIdx.x == 0) {

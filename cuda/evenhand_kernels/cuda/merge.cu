@@ -29,7 +29,7 @@ struct Merge {
 };
 
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
-constexpr int LANE_PAIRS = (HEAD_DIM / 2 + 31) / 32;
+constexpr int LANE_FOURS = (HEAD_DIM / 4 + 31) / 32;  // of neighbouring dimensions
 
 DEVICE void put_together(const Arguments& arguments, int number) {
   const uint4 one = load_16B(arguments.merges + number * 8), two = load_16B(arguments.merges + number * 8 + 4);
@@ -43,19 +43,21 @@ DEVICE void put_together(const Arguments& arguments, int number) {
     for (int part = 0; part < merge.num_parts; part++)
       maximum = max(maximum, arguments.partial_state[(first + part * merge.num_rows) * 2]);
     const float base = maximum == NEGATIVE_INFINITY ? 0.f : maximum;
-    float sum = 0.f, low[LANE_PAIRS] = {}, high[LANE_PAIRS] = {};
+    float sum = 0.f, output[LANE_FOURS][4] = {};
     for (int part = 0; part < merge.num_parts; part++) {
       const int64_t from = first + part * merge.num_rows;
       const uint2 state = load_8B(arguments.partial_state + from * 2);
       const float factor = exp2_approx(__uint_as_float(state.x) - base);
       sum += factor * __uint_as_float(state.y);
 #pragma unroll
-      for (int i = 0; i < LANE_PAIRS; i++) {
-        const int dimension = (i * 32 + lane_index()) * 2;
+      for (int i = 0; i < LANE_FOURS; i++) {
+        const int dimension = (i * 32 + lane_index()) * 4;
         if (dimension >= HEAD_DIM) continue;
-        const uint2 pair = load_8B(arguments.partial_output + from * HEAD_DIM + dimension);
-        low[i] += factor * __uint_as_float(pair.x);
-        high[i] += factor * __uint_as_float(pair.y);
+        const uint4 four = load_16B(arguments.partial_output + from * HEAD_DIM + dimension);
+        output[i][0] += factor * __uint_as_float(four.x);
+        output[i][1] += factor * __uint_as_float(four.y);
+        output[i][2] += factor * __uint_as_float(four.z);
+        output[i][3] += factor * __uint_as_float(four.w);
       }
     }
     float factor = sum > 0.f ? 1.f / sum : 0.f;
@@ -67,9 +69,10 @@ DEVICE void put_together(const Arguments& arguments, int number) {
                   (static_cast<int64_t>(first_token + packed / group) * (arguments.num_kv_heads * group) +
                    kv_head * group + packed % group) * HEAD_DIM;
 #pragma unroll
-    for (int i = 0; i < LANE_PAIRS; i++) {
-      const int dimension = (i * 32 + lane_index()) * 2;
-      if (dimension < HEAD_DIM) *reinterpret_cast<uint32_t*>(to + dimension) = pack(low[i] * factor, high[i] * factor);
+    for (int i = 0; i < LANE_FOURS; i++) {
+      const int dimension = (i * 32 + lane_index()) * 4;
+      if (dimension < HEAD_DIM)
+        store_8B(to + dimension, {pack(output[i][0] * factor, output[i][1] * factor), pack(output[i][2] * factor, output[i][3] * factor)});
     }
   }
 }

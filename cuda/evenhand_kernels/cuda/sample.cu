@@ -31,14 +31,10 @@ struct Shared {
   uint64_t result[2];
 };
 
-// The weights of a row.
-struct Row {
-  const Logit* logits;
-  const float* adjusted;
+struct WeighedRow : Row {
   float maximum, scale;
 
-  DEVICE float logit(int token) const { return adjusted ? adjusted[token] : to_float(logits[token]); }
-  DEVICE uint64_t weight(int token) const { return weight_of((logit(token) - maximum) * scale); }
+  DEVICE uint64_t weight(float logit) const { return weight_of((logit - maximum) * scale); }
 };
 
 // What a token counts for while a threshold is looked for: one, or its weight.
@@ -50,17 +46,17 @@ DEVICE uint64_t measure(uint64_t weight) {
 // The largest threshold such that the tokens at or above it measure `target` or more, of those at or above `least`; `least` if
 // all of them do not. Finds one digit after the other, from the top.
 template <bool BY_MASS>
-DEVICE uint64_t find_threshold(Shared& shared, const Row& row, int vocab_size, uint64_t least, uint64_t target) {
+DEVICE uint64_t find_threshold(Shared& shared, const WeighedRow& row, int vocab_size, uint64_t least, uint64_t target) {
   uint64_t prefix = 0;
   for (int shift = 3 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
     __syncthreads();
     for (int bin = threadIdx.x; bin < NUM_BINS; bin += NUM_THREADS) shared.bins[bin] = 0;
     __syncthreads();
-    for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS) {
-      const uint64_t weight = row.weight(token);
+    row.for_each(vocab_size, [&](int, float logit) {
+      const uint64_t weight = row.weight(logit);
       if (weight >= least && weight >> shift >> DIGIT_BITS == prefix)
         atomicAdd(&shared.bins[weight >> shift & (NUM_BINS - 1)], measure<BY_MASS>(weight));
-    }
+    });
     __syncthreads();
     if (warp_index() == 0) {  // the bins from the top, 32 at a time: where the target is reached
       uint64_t above = 0;
@@ -115,15 +111,15 @@ DEVICE uint64_t philox(uint64_t seed, uint64_t index) {
 
 // The token at which the sum of kept weights exceeds `target`: the range that has it, cut into a piece for each warp, again
 // and again.
-DEVICE int find_token(Shared& shared, const Row& row, int vocab_size, uint64_t least, uint64_t target) {
+DEVICE int find_token(Shared& shared, const WeighedRow& row, int vocab_size, uint64_t least, uint64_t target) {
   int begin = 0, end = vocab_size;
   while (end - begin > 1) {
     const int piece = (end - begin + NUM_WARPS - 1) / NUM_WARPS, first = begin + warp_index() * piece;
     uint64_t sum = 0;
-    for (int token = first + lane_index(); token < min(first + piece, end); token += 32) {
-      const uint64_t weight = row.weight(token);
+    row.for_each(first, min(first + piece, end), lane_index(), 32, [&](int, float logit) {
+      const uint64_t weight = row.weight(logit);
       if (weight >= least) sum += weight;
-    }
+    });
     sum = warp_total(sum);
     __syncthreads();
     if (lane_index() == 0) shared.scratch[warp_index()] = sum;
@@ -136,17 +132,17 @@ DEVICE int find_token(Shared& shared, const Row& row, int vocab_size, uint64_t l
   return begin;
 }
 
-DEVICE int draw(Shared& shared, const Arguments& arguments, Row& row, int index) {
+DEVICE int draw(Shared& shared, const Arguments& arguments, const WeighedRow& row, int index) {
   const int vocab_size = arguments.vocab_size, top_k = arguments.top_k[index];
   const float top_p = arguments.top_p[index], min_p = arguments.min_p[index];
   uint64_t least = max(static_cast<uint64_t>(1), static_cast<uint64_t>(min_p * static_cast<float>(1ull << WEIGHT_BITS)));
   if (top_k > 0 && top_k < vocab_size) least = find_threshold<false>(shared, row, vocab_size, least, top_k);
   for (bool by_mass = top_p < 1.f;; by_mass = false) {
     uint64_t mass = 0;
-    for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS) {
-      const uint64_t weight = row.weight(token);
+    row.for_each(vocab_size, [&](int, float logit) {
+      const uint64_t weight = row.weight(logit);
       if (weight >= least) mass += weight;
-    }
+    });
     mass = block_total(mass, shared.scratch);
     if (!by_mass) {
       const uint64_t random = philox(arguments.seeds[index], arguments.indices[index]) >> 11 << 11;  // 53 bits
@@ -161,10 +157,10 @@ KERNEL(sample) {
   SHARED(Shared, shared);
   const int index = blockIdx.x, vocab_size = arguments.vocab_size;
   const int adjusted_row = arguments.adjusted ? arguments.adjusted_row[index] : -1;
-  Row row{arguments.logits + static_cast<int64_t>(index) * vocab_size,
-          adjusted_row < 0 ? nullptr : arguments.adjusted + static_cast<int64_t>(adjusted_row) * vocab_size, 0.f, 0.f};
+  const float* adjusted = adjusted_row < 0 ? nullptr : arguments.adjusted + static_cast<int64_t>(adjusted_row) * vocab_size;
+  WeighedRow row{{arguments.logits + static_cast<int64_t>(index) * vocab_size, adjusted}, 0.f, 0.f};
   uint64_t best = 0;
-  for (int token = threadIdx.x; token < vocab_size; token += NUM_THREADS) best = max(best, logit_key(row.logit(token), token));
+  row.for_each(vocab_size, [&](int token, float logit) { best = max(best, logit_key(logit, token)); });
   best = block_max(best, shared.scratch);
   row.maximum = key_logit(best);
   const bool finite = (__float_as_uint(row.maximum) & 0x7f800000u) != 0x7f800000u;

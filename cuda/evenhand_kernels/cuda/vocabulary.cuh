@@ -34,6 +34,58 @@ DEVICE uint64_t weight_of(float scaled) {
   return static_cast<uint64_t>(exp2_approx(scaled) * static_cast<float>(1ull << WEIGHT_BITS));
 }
 
+// A row of logits, or of what adjust.cu has made of it.
+struct Row {
+  const Logit* logits;
+  const float* adjusted;  // null: the logits themselves
+  int before;             // numbers between the row and the 16 bytes in memory that it begins in
+
+  DEVICE Row(const Logit* plain, const float* other)
+      : logits(plain), adjusted(other),
+        before(other ? static_cast<int>(reinterpret_cast<uint64_t>(other) % 16 / sizeof(float))
+                     : static_cast<int>(reinterpret_cast<uint64_t>(plain) % 16 / sizeof(Logit))) {}
+
+  DEVICE float logit(int token) const { return adjusted ? adjusted[token] : to_float(logits[token]); }
+
+  // Calls `use(token, logit)` for the tokens of [begin, end) that are the thread's part, in no order: eight neighbours at a time.
+  template <class Use>
+  DEVICE void for_each(int begin, int end, int thread, int num_threads, Use use) const {
+    for (int group = (begin + before) / 8 + thread; group * 8 - before < end; group += num_threads) {
+      const int first = group * 8 - before;
+      if (first >= begin && first + 8 <= end) {
+        const Eight eight = load_eight(first);
+#pragma unroll
+        for (int i = 0; i < 8; i++) use(first + i, eight.x[i]);
+      } else {
+#pragma unroll 1
+        for (int token = max(first, begin); token < min(first + 8, end); token++) use(token, logit(token));
+      }
+    }
+  }
+  // For all of them by the whole block.
+  template <class Use>
+  DEVICE void for_each(int vocab_size, Use use) const {
+    for_each(0, vocab_size, threadIdx.x, NUM_THREADS, use);
+  }
+
+  // Eight neighbours of which the first lies at a multiple of 16 bytes.
+  DEVICE Eight load_eight(int token) const {
+    if (adjusted) return floats(adjusted + token);
+#ifdef LOGITS_FP32
+    return floats(logits + token);
+#else
+    return unpack_eight(load_16B(logits + token));
+#endif
+  }
+
+ private:
+  DEVICE static Eight floats(const float* from) {
+    const uint4 low = load_16B(from), high = load_16B(from + 4);
+    return {{__uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(low.z), __uint_as_float(low.w),
+             __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)}};
+  }
+};
+
 DEVICE uint64_t block_max(uint64_t value, uint64_t (&scratch)[NUM_WARPS]) {
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, distance));

@@ -84,6 +84,7 @@ def test_faults_are_found() -> None:
     assert faults(by_wgmma, replace(products, group_products=0)) == ["0 products of a warpgroup, serialized: False"]
     assert faults(by_wgmma, replace(products, serialized=True)) == ["16 products of a warpgroup, serialized: True"]
     assert faults(by_wgmma, replace(products, covered_waits=1)) == ["1 waits for products are covered by a softmax"]
+    assert faults(Variant("merge"), replace(sound, wide_loads=2)) == ["2 loads of 16 bytes, 3 are meant"]
     wrong = Compiled("attention", "sm_90", 255, 0, 1, 8, 0, 0, 0, 64, 0, False, 0, 2, 1, 3)
     assert len(faults(variant, wrong)) == 3
 
