@@ -159,16 +159,16 @@ class DeviceSeats:
 
     def write_new_blocks(self, items: tuple[ScheduledRequest, ...], step: HostStep) -> None:
         """The entries of block tables that the batch adds, into the parts `block_places` and `blocks`."""
-        places, blocks, end = step.part("block_places"), step.part("blocks"), 0
-        if not len(places):
-            return
+        places: list[int] = []
+        blocks: list[int] = []
         for item in items:
             if item.new_block_ids:
-                start, end = end, end + len(item.new_block_ids)
                 first = item.seat * self.max_num_blocks + self._num_blocks[item.seat]
-                places[start:end] = np.arange(first, first + end - start)
-                blocks[start:end] = item.new_block_ids
-                self._num_blocks[item.seat] += end - start
+                places += range(first, first + len(item.new_block_ids))
+                blocks += item.new_block_ids
+                self._num_blocks[item.seat] += len(item.new_block_ids)
+        step.part("block_places")[:] = places
+        step.part("blocks")[:] = blocks
 
     def apply_new_blocks(self, step: DeviceStep) -> None:
         """On the device, in the order of its stream."""
