@@ -130,6 +130,7 @@ struct KQuant : Fields<BITS> {
 #pragma GCC unroll 16
     for (int i = 0; i < UNIT / 2; i++) {
       const bool whole = i < WHOLE;
+      if (i == WHOLE) asm("" : "+r"(at));  // reads the words anew: there are not enough registers to keep all of them
       const int bit = whole ? Fields<BITS>::at(i).bit : 0;
       const IntVec low = whole ? word(at, Fields<BITS>::at(i).word, 0) : pair(at, i, 0);
       const IntVec high = whole ? word(at, Fields<BITS>::at(i).word, 1) : pair(at, i, 1);

@@ -24,6 +24,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-tree-sink",  # GCC 12 moves sums behind all conversions of an unrolled loop, which then wait in memory
     "-pthread",
     "-fPIC",
     "-shared",
