@@ -62,6 +62,24 @@ def test_a_token_for_each_stream() -> None:
     }
 
 
+def test_the_next_token_of_the_same_streams_in_another_order() -> None:
+    staging = started_staging()
+    before = (ScheduledRequest(3, 17, 1, 1), ScheduledRequest(2, 16, 1, 1), ScheduledRequest(0, 4, 1, 1))
+    staging.fill(Batch(2, before, num_decodes=3))
+    for seat, position, token_id in ((3, 18, 33), (2, 17, 22), (0, 5, 11)):
+        staging.append(seat, position, (token_id,))
+    items = (ScheduledRequest(0, 5, 1, 1), ScheduledRequest(3, 18, 1, 1), ScheduledRequest(2, 17, 1, 1))
+    assert told(staging.fill(Batch(3, items, num_decodes=3))) == {
+        "input_ids": [11, 33, 22],
+        "logits_indices": [0, 1, 2],
+        "positions": [5, 18, 17],
+        "slots": [9 * 16 + 5, 11 * 16 + 2, 5 * 16 + 1],
+        "blocks": [[9, 0], [2, 11], [7, 5]],
+        "lengths": [6, 19, 18],
+        "ends": [0, 1, 2, 3],
+    }
+
+
 def test_streams_beside_a_chunk_and_drafts() -> None:
     """Seat 2 guesses two tokens, seat 0 goes on with a token that was sampled, seat 3 computes a part of its prompt again."""
     staging = started_staging()

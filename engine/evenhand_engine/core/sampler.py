@@ -23,8 +23,7 @@ from evenhand_kernels.kernels import Draw, Kernels
 _NONE: Mapping[int, Mask] = {}
 
 
-def _no_tokens() -> NDArray[np.int32]:
-    return np.empty(0, np.int32)
+_NO_TOKENS: NDArray[np.int32] = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class SamplingRow:
     params: SamplingParams
     index: int
     adjustments: Adjustments | None = field(default=None, compare=False)
-    token_ids: NDArray[np.int32] = field(default_factory=_no_tokens, compare=False)
+    token_ids: NDArray[np.int32] = field(default_factory=lambda: _NO_TOKENS, compare=False)
 
 
 class Token(NamedTuple):

@@ -1,6 +1,7 @@
 """Staging: what the runner knows of each seat, and each batch laid out for the model, in arrays that live as long as it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,15 @@ from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.model.decoder import ModelInput
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_kernels.kernels import AttentionBatch, Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A step in which each request has one row. Another one of this shape differs in what its arrays hold."""
+
+    shape: tuple[object, ...]
+    block_table: NDArray[np.int32]
+    model_input: ModelInput
 
 
 class Staging:
@@ -33,10 +43,12 @@ class Staging:
         self._seq_lens = np.zeros(num_seats, np.int32)
         self._cu_seqlens_q = np.zeros(num_seats + 1, np.int32)
         self._one_each = np.arange(num_seats + 1, dtype=np.int32)  # instead, where each request has one row
+        self._last: _Laid | None = None
 
     def fill(self, batch: Batch, more_rows: Sequence[int] = ()) -> ModelInput:
         """Take in what the batch tells of its seats, and lay out its step.
 
+        The result may be that of the last step, of the same shape: on the CPU plans share the memory of what they are made of.
         `more_rows`: of its tokens, whose logits are wanted too; those of all rows come in the order of the rows.
         """
         self._take_in(batch)
@@ -60,20 +72,28 @@ class Staging:
         blocks, offsets = np.divmod(positions, self._block_size)
         slot_mapping[:] = self._block_tables[owners, blocks] * self._block_size + offsets
         seq_lens = np.add(starts, counts, out=self._seq_lens[: len(items)])
-        max_num_blocks = -(-int(seq_lens.max()) // self._block_size)
+        block_table = self._block_tables[seats, : -(-int(seq_lens.max()) // self._block_size)]
+        is_of_streams = sampled.base is self._one_each
+        shape = (is_of_streams, batch.num_decodes, block_table.shape)
+        if (last := self._last) is not None and last.shape == shape:
+            last.block_table[:] = block_table
+            return last.model_input
         attention = AttentionBatch(
             positions=torch.from_numpy(positions),
             slot_mapping=torch.from_numpy(slot_mapping),
-            block_table=torch.from_numpy(self._block_tables[seats, :max_num_blocks]),
+            block_table=torch.from_numpy(block_table),
             seq_lens=torch.from_numpy(seq_lens),
             cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
             num_decodes=batch.num_decodes,
         )
-        return ModelInput(
+        model_input = ModelInput(
             input_ids=torch.from_numpy(input_ids).to(self._torch_device),
             plan=self._plan(attention),
             logits_indices=torch.from_numpy(sampled).to(self._torch_device),
         )
+        is_shared = is_of_streams and self._torch_device.type == "cpu"
+        self._last = _Laid(shape, block_table, model_input) if is_shared else None
+        return model_input
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:
         """The seat's tokens before position `end`; a view."""
