@@ -160,7 +160,7 @@ def _build_base() -> None:
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=True)
         for name in NOT_WANTED:
             for path in (root / name).iterdir():
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
