@@ -75,7 +75,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 
 
 async def before(peer: Peer, start: Start) -> Sidecar:
-    sidecar = await start(peer.url, idle_timeout=120.0)
+    sidecar = await start(peer.url, connect_timeout=5.0, idle_timeout=120.0)
     await sidecar.until(lambda: sidecar.upstream.dispatcher.window.num_seats == NUM_SLOTS)
     assert sidecar.upstream.connection.backend == "llama.cpp"
     return sidecar
