@@ -9,11 +9,12 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn
 
 from evenhand_engine.backends.engine_client import ConnectedCore, Core
 from evenhand_engine.backends.local import LocalBackend
@@ -76,12 +77,17 @@ def start_api_servers(
 
 def run_api_server(arguments: ApiServerArguments) -> None:
     """Entry point of the process."""
+    run_process(arguments.log_level, _serve(arguments))
+
+
+def run_process(log_level: int, serving: Coroutine[Any, Any, int]) -> NoReturn:
+    """What an owner's process does from its first to its last: `serving` gives its exit code."""
     leave_to_the_first()
-    configure_logging(logging.getLevelName(arguments.log_level))
+    configure_logging(logging.getLevelName(log_level))
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_serve(arguments)))
+        sys.exit(runner.run(serving))
 
 
 async def _serve(arguments: ApiServerArguments) -> int:
@@ -113,6 +119,13 @@ async def serve_for_owner(
         return 0 if door.told_to_stop.is_set() else 1
 
 
+async def first_config(door: RemoteDoor) -> None:
+    """Wait for it. Raises StartupError if the owner ends before."""
+    await first_of(door.configured.wait(), door.told_to_stop.wait())
+    if not door.configured.is_set():
+        raise StartupError("the server has ended")
+
+
 async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> asyncio.Event:
     settings = arguments.settings
     tls = tls_context(settings)
@@ -120,9 +133,7 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     stack.push_async_callback(backend.close)
     tokenizer = backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(arguments.model_dir))
     await backend.start()
-    await first_of(door.configured.wait(), door.told_to_stop.wait())
-    if not door.configured.is_set():
-        raise StartupError("the server has ended")
+    await first_config(door)
     service = EngineService(settings, backend, tokenizer, door)
     stack.callback(service.close)
     keep_out_of_logs()

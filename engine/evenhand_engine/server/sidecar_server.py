@@ -8,17 +8,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from evenhand_engine.backends.upstream_connection import UpstreamConnection, UpstreamSettings
-from evenhand_engine.errors import StartupError
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.logs import configure_logging
-from evenhand_engine.server.api_server import serve_for_owner
+from evenhand_engine.server.api_server import first_config, run_process, serve_for_owner
 from evenhand_engine.server.api_servers import ApiServers, spawn
 from evenhand_engine.server.listener import tls_context, watch_certificate
 from evenhand_engine.server.malformed import keep_out_of_logs
@@ -27,7 +24,6 @@ from evenhand_engine.server.tasks import background, first_of, in_daemon_thread,
 from evenhand_engine.sidecar.front import Front, PassingOptions
 from evenhand_engine.sidecar.messages import ToOwner
 from evenhand_engine.sidecar.remote_tickets import RemoteTickets
-from evenhand_engine.signals import leave_to_the_first
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -70,12 +66,7 @@ def start_sidecar_servers(
 
 def run_sidecar_server(arguments: SidecarServerArguments) -> None:
     """Entry point of the process."""
-    leave_to_the_first()
-    configure_logging(logging.getLevelName(arguments.log_level))
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_serve(arguments)))
+    run_process(arguments.log_level, _serve(arguments))
 
 
 async def _serve(arguments: SidecarServerArguments) -> int:
@@ -95,9 +86,7 @@ async def _start(
     stack.push_async_callback(connection.close)
     tls = tls_context(settings)
     tokenizer = None if directory is None else await in_daemon_thread(lambda: Tokenizer(directory))
-    await first_of(door.configured.wait(), door.told_to_stop.wait())
-    if not door.configured.is_set():
-        raise StartupError("the server has ended")
+    await first_config(door)
     front = Front(settings, connection, door, door, arguments.options, tokenizer)
     stack.callback(front.close)
     keep_out_of_logs()
