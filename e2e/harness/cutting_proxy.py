@@ -2,69 +2,55 @@
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from cluster.ports import free_ports
+from harness.local_proxy import LocalProxy
 
 _CHUNK_BYTES = 2**16
 
 
-class CuttingProxy:
-    """Forwards connections to `server` while it is entered, from a thread of its own.
+class CuttingProxy(LocalProxy):
+    """Forwards connections to `server`.
 
     `cut` ends all that are open; while `is_open` is false, none is made. `num_cut` counts those that were ended.
     """
 
     def __init__(self, server: str) -> None:
+        super().__init__()
         url = urlsplit(server)
         self._target = str(url.hostname), int(url.port or 443)
-        [self._port] = free_ports(1)
         self.is_open = True
         self.num_cut = 0
         self._connections: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="cutting proxy")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._server = self._call(asyncio.start_server(self._accept, "127.0.0.1", self._port))
-        return self
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
-    def __exit__(self, *_: object) -> None:
+    async def stop(self) -> None:
         self.is_open = False
         self._server.close()
-        self._call(self._end_all())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        await self._end_all()
 
     def kubeconfig(self, of: Path) -> Path:
         """A kubeconfig as `of`, by this way."""
-        config = yaml.safe_load(of.read_text())
-        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{self._port}"
-        path = of.with_name(f"{of.stem}-by-{self._port}.kubeconfig")
-        path.write_text(yaml.safe_dump(config))
-        return path
+        cluster = yaml.safe_load(of.read_text())["clusters"][0]["cluster"]
+        return self.write_kubeconfig(of, **cluster | {"server": f"https://127.0.0.1:{self.port}"})
 
     def cut(self) -> None:
         """End every connection, in the middle of whatever it carries."""
-        self.num_cut += self._call(self._end_all())
+        self.num_cut += self.call(self._end_all())
 
     def cut_every(self, seconds: float, until: Callable[[], bool]) -> None:
         """Cut again and again, until it holds."""
         while not until():
             self.cut()
             time.sleep(seconds)
-
-    def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
 
     async def _end_all(self) -> int:
         connections = list(self._connections)

@@ -2,62 +2,39 @@
 
 import asyncio
 import ssl
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
 
 import aiohttp
-import yaml
 from aiohttp import web
 
-from cluster.ports import free_ports
+from harness.local_proxy import LocalProxy
 
 _PAGE_SIZE = "2"
 _OWN_HEADERS = ("Host", "Content-Length", "Transfer-Encoding")
 
 
-class PagingProxy:
-    """Forwards requests while it is entered, from a thread of its own; who asks is shown to the API server by its token.
+class PagingProxy(LocalProxy):
+    """Forwards requests; who asks is shown to the API server by its token.
 
     `amid` is called, once for each collection and program, before the second page of its list is asked for. `answers` counts
     what became of second pages and later ones, by the last part of the path, the first of the user agent, and the status.
     """
 
     def __init__(self, server: str, authority: Path, amid: Callable[[], None]) -> None:
+        super().__init__()
         self._server = server
         self._tls = ssl.create_default_context(cafile=authority)
         self._amid = amid
         self._seen: set[tuple[str, str]] = set()
         self.answers: Counter[tuple[str, str, int]] = Counter()
-        [self._port] = free_ports(1)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="paging proxy")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._call(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._call(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def kubeconfig(self, of: Path) -> Path:
         """A kubeconfig as `of`, by this way."""
-        config = yaml.safe_load(of.read_text())
-        config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self._port}"}
-        path = of.with_name(f"{of.stem}-by-{self._port}.kubeconfig")
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return self.write_kubeconfig(of, server=f"http://127.0.0.1:{self.port}")
 
-    def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
-
-    async def _start(self) -> None:
+    async def start(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None)
         connector = aiohttp.TCPConnector(ssl=self._tls, limit=0, force_close=True)
         self._session = aiohttp.ClientSession(self._server, connector=connector, timeout=timeout, auto_decompress=False)
@@ -66,9 +43,9 @@ class PagingProxy:
         app.router.add_route("*", "/{path:.*}", self._forward)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
         await self._runner.cleanup()
         await self._session.close()
         forwarding = asyncio.all_tasks() - {asyncio.current_task()}
