@@ -1,7 +1,6 @@
 """`evenhand serve --pool`: what the operator pushes takes effect in the running server, at once and only if signed."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -22,7 +21,7 @@ from evenhand_policy.signatures import write_key_set
 from evenhand_policy.version import Assignment, Version
 
 from .conftest import Say, Serve, Server
-from .scripted_core import WAIT_SECONDS
+from .policies import until
 
 POOL = PoolReference(namespace="inference", name="default")
 KEY = Ed25519PrivateKey.from_private_bytes(b"operator" * 4)
@@ -52,13 +51,6 @@ CONFIG = SchedulerConfig(
 )
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_push_takes_effect_in_the_door_and_in_the_engine(serve: Serve, say: Say, push: PushSettings) -> None:
     server = serve(say("Hello"), push=push)
     assert server.core.expect(Reconfigure).config.tenants == ()
@@ -78,7 +70,7 @@ def test_what_was_pushed_is_enforced_again_after_a_restart(serve: Serve, say: Sa
     server = serve(say("Hello"), push=push)
     server.core.tells_config = True
     assert put(server, 7).status_code == 200
-    until(lambda: push.last_good is not None and push.last_good.exists())
+    until(lambda: push.last_good is not None and push.last_good.exists(), "the last good config is kept")
     restarted = serve(say("Hello"), push=push)
     stored = httpx2.get(f"{restarted.admin_url}/v1/scheduler-config").json()
     assert (stored["revision"], stored["source"]) == (7, "LastGood")
@@ -95,7 +87,7 @@ def test_engine_is_ill_until_its_core_enforces_what_was_pushed(serve: Serve, say
     assert push.last_good is not None and not push.last_good.exists()
     server.core.tells_config = True
     put(server, 2, SchedulerConfig(cluster="c1", pool=POOL))
-    until(lambda: not put(server, 2, SchedulerConfig(cluster="c1", pool=POOL)).json()["ailment"])
+    until(lambda: not put(server, 2, SchedulerConfig(cluster="c1", pool=POOL)).json()["ailment"], "no ailment is left")
 
 
 def test_nobody_is_served_before_there_is_a_config(serve: Serve, say: Say, push: PushSettings) -> None:
@@ -124,11 +116,11 @@ def test_a_push_is_in_force_in_every_process_once_the_report_is_well(
 
     assert models(TENANT_KEY) == {503}
     put(server, 1)
-    until(lambda: not put(server, 1).json()["ailment"])
+    until(lambda: not put(server, 1).json()["ailment"], "no ailment is left")
     assert (models(TENANT_KEY), models("nobody-knows-this-key")) == ({200}, {401})
     another = TenantConfig(tenant_id="chat", key_hashes=(key_hash("another-key-of-the-tenant"),))
     changed = SchedulerConfig(cluster="c1", pool=POOL, tenants=(another,))
-    until(lambda: not put(server, 2, changed).json()["ailment"])
+    until(lambda: not put(server, 2, changed).json()["ailment"], "no ailment is left")
     assert models(TENANT_KEY) == {401}
 
 
