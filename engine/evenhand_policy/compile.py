@@ -13,11 +13,11 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from evenhand_policy.admission import NamespaceLabels, admit, exceeds_grant
 from evenhand_policy.config import Gateway, PoolReference, Prices, SchedulerConfig, TenantConfig, UnknownTenants
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of, reference
 from evenhand_policy.grants import Grant
 from evenhand_policy.identities import Claim, ClaimKind, ObjectKey, read_claims, read_keys
+from evenhand_policy.membership import NamespaceLabels, admit, exceeds_grant
 from evenhand_policy.pool import EnginePool
 from evenhand_policy.resolve import resolve_limits, resolve_tenant
 from evenhand_policy.secret import Secret

@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from evenhand_operator.objects import ObjectKey
 from evenhand_operator.observed import ObservedPolicy, ObservedPool
 from evenhand_operator.secret_references import secrets_of
-from evenhand_policy.admission import NamespaceLabels, pool_not_found
 from evenhand_policy.compile import compile_policies
 from evenhand_policy.config import (
     SchedulerConfig,
@@ -18,6 +17,7 @@ from evenhand_policy.config import (
     UnknownTenants,
 )
 from evenhand_policy.errors import PolicyProblem, Reason, ResourceReference, problem_of
+from evenhand_policy.membership import NamespaceLabels, pool_not_found
 from evenhand_policy.pool import EnginePool, default_audience
 from evenhand_policy.schema import milliseconds
 from evenhand_policy.secret import API_KEYS_TYPE, Secret

@@ -6,7 +6,7 @@ from pathlib import Path
 from evenhand_engine.model.config import SUPPORTED_ARCHITECTURES
 from evenhand_engine.model.gguf.config import ARCHITECTURES
 from evenhand_engine.model.gguf.pretokenizers import PRE_TOKENIZERS
-from evenhand_engine.model.gguf.tensors import STORAGE
+from evenhand_engine.model.gguf.tensor_names import STORAGE
 from evenhand_engine.model.rope_config import SUPPORTED_ROPE_TYPES
 
 ROOT = Path(__file__).parents[3]

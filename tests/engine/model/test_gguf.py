@@ -23,7 +23,7 @@ from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.gguf import conversion
 from evenhand_engine.model.gguf.blocks import QUANTIZED as READERS
 from evenhand_engine.model.gguf.blocks import read_tensor
-from evenhand_engine.model.gguf.tensors import LAYER_TENSORS
+from evenhand_engine.model.gguf.tensor_names import LAYER_TENSORS
 from evenhand_engine.model.progress import listening
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_kernels.kernels import Kernels

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from evenhand_engine.errors import StartupError
 from evenhand_engine.model import weights
 from evenhand_engine.model.config import load_model_config
-from evenhand_engine.model.gguf.tensors import STORAGE
+from evenhand_engine.model.gguf.tensor_names import STORAGE
 from evenhand_engine.model.rope_config import RopeConfig
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_kernels.quantized import widened

@@ -18,7 +18,7 @@ from evenhand_engine.model.config import ModelConfig, parse_model_config
 from evenhand_engine.model.gguf.blocks import read_tensor
 from evenhand_engine.model.gguf.config import ARCHITECTURES, ROPE_TENSORS, hugging_face_config
 from evenhand_engine.model.gguf.file import GgufFile
-from evenhand_engine.model.gguf.tensors import check_tensors, hugging_face_name
+from evenhand_engine.model.gguf.tensor_names import check_tensors, hugging_face_name
 from evenhand_engine.model.gguf.tokenizer import build_tokenizer, read_vocabulary, tokenizer_config
 from evenhand_engine.model.progress import Progress
 from evenhand_kernels.quantized import QuantizedTensor, Weight

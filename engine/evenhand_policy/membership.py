@@ -1,4 +1,4 @@
-"""Admission: whether a policy may be a pool's, under which tenant name, and what it may claim there. Pure.
+"""Membership: whether a policy may be a pool's, under which tenant name, and what it may claim there. Pure.
 
 The pool's own namespace may claim anything. Others are guests: `allowedNamespaces` lets them in, `grants` say how much
 they may claim. What is not known admits nobody: a namespace whose labels have not been seen yet matches no selector,
