@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_every_module_says_what_it_is(name: str) -> None:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     assert ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_room_tells_a_newcomer_what_is_in_it(name: str) -> None:
+    [place] = importlib.import_module(name).__path__
+    for room in Path(place).rglob("__init__.py"):
+        told = re.findall(r"\w+", ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))) or "")
+        rooms = {inner.parent.name for inner in room.parent.glob("*/__init__.py")}
+        inside = {module.stem for module in room.parent.glob("*.py")} | rooms
+        assert inside - {"__init__", "__main__"} - set(told) == set(), room
 
 
 @pytest.mark.parametrize("folder", ["engine", "operator", "cuda", "benchmarks", "tools", "tests", "e2e"])

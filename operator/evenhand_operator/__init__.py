@@ -5,6 +5,9 @@ What it knows (every replica):
     lister, reflector, handlers      lists and watches; Kopf's for policies and pools
     cache, secret_cache, tombstones  what was seen: `objects`, `observed`; `signals` tell that it changed
 
+    kube, login                      every other request to the API server, and as whom
+    secret_references, issuer        which Secrets are wanted; how tokens of ServiceAccounts are verified
+
 What it decides (pure, from what was seen, in any order of arrival):
 
     assignment, foreign              which pods are whose, and which pools another installation serves
@@ -19,4 +22,6 @@ What it does (one replica, the leader, for a `term`):
                                      `overtaken`: what a pod says, and how far it is believed
     bootstrap_store                  kept for new pods and the next leader
     reporter, status_writer, events  told to whoever looks
+
+What it runs on: `cli`, `settings`, `web_server` with `metrics`, `clock`, `debounce`.
 """

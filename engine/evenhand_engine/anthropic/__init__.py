@@ -2,5 +2,6 @@
 
     bytes ─bodies─▶ the body of a chat that asks the same ─▶ openai's reading and generation ─blocks─▶ blocks and events
 
-Quotas, limits and refusals are the chat's; a refusal names the field of the message.
+`api` has the routes, `answers` what the published document says of them. Quotas, limits and refusals are the chat's; a refusal
+names the field of the message.
 """

@@ -10,13 +10,14 @@ A step (`scheduler`, which reads top to bottom as this list):
     room      whoever the last step starved of memory or a seat may preempt                              preemption
     pause     what runs for tenants beyond the limit keeps its memory and computes nothing               preemption
     budget    tokens, and the seconds that inter-token objectives leave                                  pace, step_time
-    decode    one token for every stream; where there is no room for all they take turns                 turns
+    decode    one token for every stream, guesses of the next; where there is no room they take turns    turns, speculation
     prefill   chunks of prompts, the least served tenant's first, while the budget lasts                 admission, order, capacity
     close     the virtual time moves to the least served of those left out                               ledger
 
 and when its batch was computed, one step or `pipeline_depth` steps later:
 
     update    tokens are appended, blocks become known for reuse, requests end                           results
+    abort     what a request computed past its stop string is given back, within a bound            scheduler, results
 
 The rule on a line. Virtual service v is what a tenant was served, over its weight:
 
