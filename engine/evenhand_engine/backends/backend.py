@@ -107,6 +107,10 @@ class Ending(NamedTuple):
     num_preemptions: int = 0
 
 
+Say = Callable[[str], bool]
+"""Takes a text in the event loop, or does nothing and returns False. Raises nothing."""
+
+
 class Observer(Protocol):
     """Follows one request as things happen to it, whether or not its client reads. Called in the event loop.
 
@@ -136,11 +140,19 @@ class Stream(Protocol):
 
     @property
     def num_taken(self) -> int:
-        """Tokens of the deltas that were taken."""
+        """Tokens of the deltas that were taken, and of the text."""
         ...
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` in the event loop whenever there is something to take; now, if there is. It raises nothing."""
+        ...
+
+    def pass_text(self, say: Say | None) -> None:
+        """Offer text to `say` as it comes, for a reader who wants to know nothing else; None: no more.
+
+        For as long as text is all the news and depends on no other token: once anything else comes, or `say` does not take a text,
+        that is in the next delta and the offer is over. What is taken counts as if a delta had been.
+        """
         ...
 
     def take(self) -> Delta | None:

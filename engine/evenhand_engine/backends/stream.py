@@ -6,9 +6,9 @@ pieces of text, a count and perhaps an end. Memory grows by the bytes of the tex
 
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Observer
+from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Observer, Say
 from evenhand_engine.errors import EngineDeadError
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, TokenLogprobs
 from evenhand_engine.text.detokenizer import Detokenizer, Piece
@@ -40,13 +40,16 @@ class LocalStream:
         "_is_open",
         "_listener",
         "_num_computed",
+        "_num_passed",
+        "_num_taken",
         "_num_tokens",
         "_observer",
         "_pieces",
         "_prompt_logprobs",
         "_request",
+        "_say",
+        "_spellings",
         "_text",
-        "num_taken",
     )
 
     def __init__(self, request: GenerationRequest, observer: Observer, text: Detokenizer, abort: Abort) -> None:
@@ -56,24 +59,36 @@ class LocalStream:
         self._text = text
         self._abort = abort
         self._listener: Callable[[], None] = _ignore
-        self._num_computed = 0  # outputs that have arrived
+        self._say: Say = _refuse
+        self._spellings: Mapping[int, str | bytes] | None = None  # of the tokens whose text is offered to `_say`
+        self._num_passed = 0  # outputs that have arrived and whose text was taken so
+        self._num_computed = 0  # others that have arrived
         self._has_started = False
         self._is_cut = False
         self._is_open = True  # something may still come for the reader
         self._has_news = False
         self._pieces: list[Piece] = []
         self._prompt_logprobs: Sequence[TokenLogprobs] = ()
-        self.num_taken = 0
+        self._num_taken = 0  # of these
         self._num_tokens = 0  # outputs that the reader has not been told of
         self._finish_reason: FinishReason | None = None
         self._failure: str | None = None
 
     # -- the reader's side
 
+    @property
+    def num_taken(self) -> int:
+        return self._num_taken + self._num_passed
+
     def listen(self, listener: Callable[[], None]) -> None:
         self._listener = listener
         if self._has_news or self._failure is not None:
             listener()
+
+    def pass_text(self, say: Say | None) -> None:
+        is_level = say is not None and self._is_open and not self._has_news
+        self._spellings = self._text.spellings if is_level else None
+        self._say = say or _refuse
 
     def take(self) -> Delta | None:
         if not self._has_news:
@@ -81,7 +96,7 @@ class LocalStream:
                 raise EngineDeadError(self._failure)
             return None
         delta = Delta(self._pieces, self._num_tokens, self._finish_reason, self._prompt_logprobs, self._text.matched)
-        self.num_taken += self._num_tokens
+        self._num_taken += self._num_tokens
         self._has_news, self._pieces, self._num_tokens, self._prompt_logprobs = False, [], 0, ()
         if self._failure is not None:
             self._listener()  # it is still to be told
@@ -96,21 +111,30 @@ class LocalStream:
         if self._is_open and self._failure is None:
             self._abort(self._request.request_id, FinishReason.ABORT, None)
         self._is_open = self._has_news = False
-        self._pieces = []
+        self._pieces, self._spellings = [], None
         self._listener = _ignore
 
     # -- the core's side
 
     def receive(self, output: RequestOutput, now: float) -> None:
         """One output of the core; after one with a finish reason nothing comes any more."""
-        reason, num_tokens, generated = output.finish_reason, len(output.token_ids), self._generated
+        token_ids, reason = output.token_ids, output.finish_reason
+        num_tokens = len(token_ids)
         if not self._has_started and (reason is None or num_tokens or output.num_output_tokens):
             self._has_started = True
             self._observer.started(output.num_cached_tokens, now)
             self._has_news = self._is_open
         if num_tokens:
-            self._num_computed += num_tokens
+            generated = self._generated
             generated(num_tokens, now)
+        if (spellings := self._spellings) is not None:
+            if num_tokens == 1 and reason is None and not self._is_cut:
+                text, say = spellings.get(token_ids[0]), self._say
+                if text and isinstance(text, str) and say(text):
+                    self._num_passed += 1
+                    return
+            self._spellings = None
+        self._num_computed += num_tokens
         if self._is_open:
             try:
                 self._read(output)
@@ -118,7 +142,7 @@ class LocalStream:
                 log.exception("an output cannot be read", extra={"fields": {"request_id": self._request.request_id}})
                 self._end(FinishReason.ERROR, output)
         if reason is not None:
-            num_computed = max(self._num_computed, output.num_output_tokens)
+            num_computed = max(self._num_passed + self._num_computed, output.num_output_tokens)
             self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
         if self._has_news:
             listener = self._listener
@@ -129,7 +153,7 @@ class LocalStream:
         is_open = self._is_open
         if is_open:
             self._failure = failure
-        self._observer.ended(Ending(None, self._num_computed), now)
+        self._observer.ended(Ending(None, self._num_passed + self._num_computed), now)
         if is_open:
             self._listener()
 
@@ -172,3 +196,7 @@ class LocalStream:
 
 
 def _ignore() -> None: ...
+
+
+def _refuse(_: str) -> bool:
+    return False

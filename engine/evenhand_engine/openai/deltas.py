@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from evenhand_engine.backends.backend import Delta
+from evenhand_engine.backends.backend import Delta, Say
 from evenhand_engine.frontend.door import Door
 from evenhand_engine.openai.errors import refuse_finished
 from evenhand_engine.openai.generation import Generation, Unanswered
@@ -71,6 +71,20 @@ class Deltas:
         finally:
             self._done = None
 
+    def pass_text(self, index: int, say: Say) -> None:
+        """For `take`: let a generation's text go to `say`, as long as the reader takes any and there is no other news of it."""
+        self._generations[index].pass_text(say)
+
+    def fill(self) -> None:
+        """For a `say`: the reader wants no more."""
+        if self._done is not None and not self._done.done():
+            self._done.set_result(True)
+        self._keep_text()
+
+    def _keep_text(self) -> None:
+        for generation in self._generations:
+            generation.pass_text(None)
+
     def __aiter__(self) -> Self:
         return self
 
@@ -125,3 +139,5 @@ class Deltas:
             done.set_exception(error)
         finally:
             self._is_advancing = False
+            if done.done():
+                self._keep_text()

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Stream
+from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Say, Stream
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.claims import Claim, Demand
 from evenhand_engine.frontend.service import EngineService
@@ -109,6 +109,11 @@ class Generation:
         assert self._stream is not None, "the generation has not begun"
         self._listener = listener
         self._stream.listen(listener)
+
+    def pass_text(self, say: Say | None) -> None:
+        """See `Stream`."""
+        if self._stream is not None and not self._is_hidden:
+            self._stream.pass_text(say)
 
     def conclude(self, delta: Delta) -> Delta:
         """What is said of the last delta; raises Unanswered, once everything that came before was taken."""

@@ -1,14 +1,15 @@
 """Answers to completions and chat completions: one JSON object, or server-sent events as the tokens come."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
 
-from evenhand_engine.backends.backend import Delta
+from evenhand_engine.backends.backend import Delta, Say
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
+from evenhand_engine.frontend.event_writer import EventWriter
 from evenhand_engine.frontend.service import LOG_FIELDS
 from evenhand_engine.openai.deltas import Deltas
 from evenhand_engine.openai.errors import error_body
@@ -133,10 +134,18 @@ def _best(pieces: list[list[Piece]], num_generated: int, num_chosen: int) -> lis
     return [index for group in groups for index in sorted(group, key=mean, reverse=True)[:num_chosen]]
 
 
+class _Around(NamedTuple):
+    """What stands around each text of one choice, and who writes one between; None: nobody can but by the whole event."""
+
+    before: bytes
+    after: bytes
+    say: Say | None
+
+
 class _Events:
     """The events of one answer. What they share is rendered once."""
 
-    _put: Callable[[bytes], bool]  # once it is written
+    _put: EventWriter  # once it is written
 
     __slots__ = (
         "_around",
@@ -159,9 +168,7 @@ class _Events:
         self._envelope = form.envelope(streamed=True)
         self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
         self._is_text = form.is_text and not body.includes_continuous_usage
-        self._around: list[tuple[bytes, bytes] | None] = [None] * len(
-            generations
-        )  # before each choice's text, and after
+        self._around: list[_Around | None] = [None] * len(generations)  # each choice's text
         self._has_opened = False
 
     async def write(self, events: EventStream, first: First) -> None:
@@ -184,13 +191,17 @@ class _Events:
         return events
 
     def _take(self, index: int, delta: Delta) -> bool:
-        """Called for every token: of one that is text and no more, nothing but that is rendered."""
+        """Of a delta that is text and no more, nothing but that is rendered; of what follows by who writes such text, not even this
+        is called."""
         pieces, put = delta.pieces, self._put
         if self._is_text and delta.finish_reason is None and pieces and self._has_opened:
             text = pieces[0].text if len(pieces) == 1 else text_of(pieces)
             if text:
-                before, after = self._around[index] or self._find_around(index)
-                return put(before + _encode(text) + after)
+                before, after, say = self._around[index] or self._find_around(index)
+                keeps_up = put(before + _encode(text) + after)
+                if keeps_up and say is not None:
+                    self._deltas.pass_text(index, say)
+                return keeps_up
         return put(self._render(index, delta))
 
     def _render(self, index: int, delta: Delta) -> bytes:
@@ -204,11 +215,11 @@ class _Events:
         call = self._event({**choice, "finish_reason": None})  # OpenAI's client sees no end beside one
         return opening + call + self._event(end)
 
-    def _find_around(self, index: int) -> tuple[bytes, bytes]:
+    def _find_around(self, index: int) -> _Around:
         event = self._event(self._form.choice(index, [Piece(_MARK)], None, streamed=True))
         before, after = event.split(_encode(_MARK))
-        self._around[index] = before, after
-        return before, after
+        self._around[index] = around = _Around(before, after, self._put.between(before, after, self._deltas.fill))
+        return around
 
     def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
         """With one choice; `more`: other fields of it."""

@@ -5,7 +5,7 @@ characters of state, is fed as tokens arrive and knows neither HTTP nor the engi
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -124,6 +124,11 @@ class Detokenizer:
     def stopped(self) -> bool:
         """A stop string has been seen: the text is complete."""
         return self.matched is not None
+
+    @property
+    def spellings(self) -> Mapping[int, str | bytes] | None:
+        """The text of each token, had it come now, as far as it is known: then that need not be pushed. None: it depends on others."""
+        return None if self._has_stop or self._held else self._decoder.spellings
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> list[Piece]:
         """The text that these tokens make certain; tokens after a stop string are ignored.

@@ -15,7 +15,15 @@ _MAX_CONTEXT_TOKENS = 8  # of what is out already, for the spacing of what follo
 
 
 class TextDecoder(Protocol):
-    """One output's: the texts that it returns, one after the other, are the output's."""
+    """One output's: the texts that it returns, one after the other, are the output's.
+
+    Attributes:
+        spellings: of each token the text that it would have now, or its bytes where these may be a part of a code point, as far as
+            they are known; None where the text depends on other tokens.
+    """
+
+    @property
+    def spellings(self) -> Mapping[int, str | bytes] | None: ...
 
     def push(self, token_id: int) -> str:
         """The characters that `token_id` completes."""
@@ -45,6 +53,10 @@ class ByteDecoder:
         for token_id in context[-_MAX_CONTEXT_TOKENS:]:
             self.push(token_id)
 
+    @property
+    def spellings(self) -> Mapping[int, str | bytes] | None:
+        return None if self._held else self._spellings
+
     def push(self, token_id: int) -> str:
         spelling = self._spellings[token_id]
         if isinstance(spelling, str):
@@ -68,6 +80,8 @@ class WindowDecoder:
     of recent tokens and shows what the window has gained. Concatenated, the pieces equal what the decoding of all
     tokens adds to that of `context`, the end of the prompt.
     """
+
+    spellings: Mapping[int, str | bytes] | None = None
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode

@@ -21,7 +21,7 @@ from evenhand_engine.text.detokenizer import Detokenizer, text_of
 from evenhand_engine.text.text_decoder import ByteDecoder
 
 WAIT_SECONDS = 120.0
-LETTERS = {letter: bytes([letter]) for letter in range(128)}
+LETTERS = {letter: chr(letter) if letter < 128 else bytes([letter]) for letter in range(256)}
 
 
 class Quiet:
@@ -116,6 +116,82 @@ async def test_a_reader_who_is_full_is_left_alone_and_gets_the_rest_as_one() -> 
     reader.room = 10
     async with reading(deltas, reader):
         assert sorted(reader.taken[2:]) == [(0, "bcd"), (1, "BCD")]
+
+
+@pytest.mark.parametrize(
+    ("news", "shown"),
+    [("xy", "xy"), ("\xc3", None), ("\xc3\xa9", "é"), ("", None)],
+    ids=["two", "part", "whole", "none"],
+)
+async def test_text_goes_past_deltas_until_other_news(news: str, shown: str | None) -> None:
+    (scripted, deltas), (reader, said) = begun(2), (Reader(), [""])
+    async with reading(deltas, reader):
+        scripted.say(0, "a")
+        deltas.pass_text(0, lambda text: not said.append(text))
+        scripted.say(1, "A")
+        for text in "bc":
+            scripted.say(0, text)
+            assert said[-1] == text, "no other turn of the loop was needed"
+        assert reader.taken == [(0, "a"), (1, "A")]
+        scripted.say(0, news)
+        scripted.say(0, "d")
+        told = [text for text in (shown, "d" if shown or not news else "\ufffdd") if text]
+        assert (said, reader.taken[2:]) == (["", "b", "c"], [(0, text) for text in told])
+        assert scripted.streams[0].num_taken == 3 + len(news) + 1
+
+
+async def test_text_that_nobody_takes_is_in_the_next_delta() -> None:
+    (scripted, deltas), reader = begun(), Reader()
+    async with reading(deltas, reader):
+        scripted.say(0, "a")
+        deltas.pass_text(0, lambda text: False)
+        scripted.say(0, "b")
+        assert (reader.taken, scripted.streams[0].num_taken) == ([(0, "a"), (0, "b")], 2)
+
+
+async def test_text_that_fills_the_reader_is_the_last_until_he_asks_for_more() -> None:
+    (scripted, deltas), (reader, said) = begun(2), (Reader(), list[str]())
+
+    def say(text: str) -> bool:
+        said.append(text)
+        deltas.fill()
+        return True
+
+    async with reading(deltas, reader) as task:
+        for index in range(2):
+            scripted.say(index, "a")
+            deltas.pass_text(index, say)
+        for text in "bc":
+            scripted.say(0, text)
+            scripted.say(1, text.upper())
+        assert await task is True
+    assert (said, reader.taken) == (["b"], [(0, "a"), (1, "a")])
+    async with reading(deltas, reader):
+        assert sorted(reader.taken[2:]) == [(0, "c"), (1, "BC")]
+
+
+async def test_text_is_not_offered_before_what_waits_was_taken_nor_after_the_end() -> None:
+    scripted, deltas = begun()
+    scripted.say(0, "a")
+    deltas.pass_text(0, lambda text: pytest.fail("out of order"))
+    scripted.say(0, "b")
+    _, delta = await anext(deltas)
+    assert text_of(delta.pieces) == "ab"
+    scripted.streams[0].close()
+    deltas.pass_text(0, lambda text: pytest.fail("nobody is there"))
+    scripted.say(0, "c")
+
+
+async def test_a_quota_that_is_used_up_ends_text_that_goes_past_deltas() -> None:
+    (scripted, deltas), (reader, said) = begun(), (Reader(), list[str]())
+    async with reading(deltas, reader) as task:
+        scripted.say(0, "a")
+        deltas.pass_text(0, lambda text: not said.append(text))
+        scripted.say(0, "b")
+        scripted.streams[0].finish()  # as its claim does, in the midst of a token
+        scripted.say(0, "c")
+        assert await task is False
+    assert (said, reader.taken) == (["b"], [(0, "a"), (0, "c")])
 
 
 async def test_of_several_a_slow_reader_gets_each_in_its_turn() -> None:

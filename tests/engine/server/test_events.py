@@ -8,7 +8,7 @@ import pytest
 
 from evenhand_engine.frontend.service import WRITES
 from evenhand_engine.frontend.write_timeout import WriteTimeout
-from evenhand_engine.openai.events import EventStream
+from evenhand_engine.openai.events import EventStream, data_event
 
 
 class SlowClient:
@@ -18,8 +18,12 @@ class SlowClient:
         self.written: list[bytes] = []
         self.reads = asyncio.Event()
         self.transport: Any = SimpleNamespace(
-            is_closing=lambda: False, write=self.written.append, set_write_buffer_limits=lambda high: None
+            is_closing=lambda: self.is_gone,
+            write=self.written.append,
+            set_write_buffer_limits=lambda high: None,
+            get_write_buffer_size=lambda: 0 if self.reads.is_set() else sum(map(len, self.written)),
         )
+        self.is_gone = False
         self.writer = SimpleNamespace(drain=self.reads.wait)
         self._writes = WriteTimeout(None, seconds=60)
 
@@ -45,6 +49,34 @@ def stream(client: SlowClient) -> EventStream:
     response: Any = SimpleNamespace(headers={"Transfer-Encoding": "chunked"})
     request: Any = client
     return EventStream(request, response)
+
+
+@pytest.mark.parametrize("text", ["a", 'A "\\"\n\0é🪐', "x" * 70_000])
+async def test_a_text_is_written_as_the_event_that_holds_it(client: SlowClient, text: str) -> None:
+    client.reads.set()
+    events = stream(client)
+    say = events.put.between(b'data: {"text":', b"}\n\n", lambda: pytest.fail("it keeps up"))
+    assert say is not None and say(text)
+    assert events.put(data_event({"text": text}))
+    assert client.written[0] == client.written[1]
+
+
+async def test_a_text_to_one_that_does_not_keep_up_is_told_and_to_one_that_has_gone_not_written(
+    client: SlowClient,
+) -> None:
+    told: list[str] = []
+    say = stream(client).put.between(b"", b"\n", lambda: told.append("full"))
+    assert say is not None and say("a")
+    assert (client.written, told) == ([b'4\r\n"a"\n\r\n'], ["full"])
+    client.is_gone = True
+    assert not say("b")
+    assert (len(client.written), len(told)) == (1, 1)
+
+
+async def test_an_answer_that_is_not_in_chunks_has_no_texts_between(client: SlowClient) -> None:
+    response: Any = SimpleNamespace(headers={})
+    request: Any = client
+    assert EventStream(request, response).put.between(b"", b"", lambda: None) is None
 
 
 async def passes(work: "asyncio.Task[None]") -> bool:
