@@ -27,6 +27,7 @@ class ServeProcess:
     url: str
     admin_url: str
     log: list[str]
+    reader: threading.Thread
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options)
@@ -38,6 +39,12 @@ class ServeProcess:
 
     def wait(self) -> int:
         return self.process.wait(STOP_SECONDS)
+
+    def whole_log(self) -> list[str]:
+        """What it and the processes that it has started have said until the last of them was gone."""
+        self.reader.join(STOP_SECONDS)
+        assert not self.reader.is_alive(), "somebody lives"
+        return self.log
 
 
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -85,7 +92,7 @@ def serving(*args: str) -> Iterator[ServeProcess]:
         assert found.wait(START_SECONDS), log
         urls = [url for line in log if (url := re.search(r"at (http\S+)/v1", line))]
         assert urls, log
-        yield ServeProcess(process, urls[0][1], f"http://127.0.0.1:{admin_port}", log)
+        yield ServeProcess(process, urls[0][1], f"http://127.0.0.1:{admin_port}", log, reader)
     reader.join(STOP_SECONDS)
 
 

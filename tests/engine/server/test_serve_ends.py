@@ -55,6 +55,21 @@ def test_drain_lets_running_streams_finish(tiny: Start, count: str) -> None:
     assert rest == [], "a clean end says nothing more, neither of its own nor of a library's"
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_clean_end_says_nothing_after_the_line_of_its_drain(tiny: Start, count: str) -> None:
+    """Neither of its own nor of a library's, in any of its processes, whose compiled objects live to the end."""
+    server = tiny("--api-server-count", count)
+    with server.client() as client:
+        options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 3}
+        client.completions.create(**options)
+        client.completions.create(**options, extra_body={"structured_outputs": {"regex": "[ab]*"}, "logprobs": 1})
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    log = server.whole_log()
+    *_, draining = (number for number, line in enumerate(log) if " draining " in line)
+    assert [line for line in log[draining + 1 :] if " evenhand.access " not in line] == []
+
+
 def code_of_broken_stream(client: openai.OpenAI, breaks: Callable[[], None]) -> str | None:
     """Of the error that ends a stream, after its first token, when that is called."""
     options: dict[str, Any] = {"model": client.models.list().data[0].id, "prompt": "x", "max_tokens": 4000}
