@@ -11,14 +11,17 @@ of them in one process, is no part of it.
 """
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
+import os
 import select
 import socket
 import struct
 import tempfile
 import time
 from array import array
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,24 @@ def make_model(directory: Path) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "eos_token_id": 0}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     (directory / "config.json").write_text(json.dumps(config | sizes | {"max_position_embeddings": 65536}))
+
+
+def divide_cores(num_processes: int) -> tuple[set[int], set[int]]:
+    """Those of the clients, and those of server and core: clients have a core of their own, as they are on other machines in earnest;
+    where there are too few for that, all are everybody's."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (set(cores[-1:]), set(cores[:-1])) if len(cores) > num_processes else (set(cores), set(cores))
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This thread, and what it starts meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def run_core(
@@ -184,6 +205,7 @@ def measure(
     model: Path, num_processes: int, num_streams: int, tokens_per_second: float, seconds: float
 ) -> dict[str, Any]:
     """One part: so many streams, each of which gets its part of the tokens."""
+    clients_cores, servers_cores = divide_cores(num_processes)
     step_seconds = num_streams / tokens_per_second
     num_steps = max(2, round(seconds / step_seconds))
     to_core, from_server = SPAWN.Pipe(duplex=True)
@@ -194,12 +216,14 @@ def measure(
         target=run_core, args=(to_core, cores_doors, num_streams, num_steps, step_seconds, sends), daemon=True
     )
     server = SPAWN.Process(target=run_server, args=(model, num_processes, from_server, doors, servers_control))
-    core.start()
-    server.start()
+    with on_cores(servers_cores):
+        core.start()
+        server.start()
     for end in (to_core, from_server, cores_doors, doors):
         end.close()
     try:
-        received = read_streams(control.recv(), num_streams, num_steps, control)
+        with on_cores(clients_cores):
+            received = read_streams(control.recv(), num_streams, num_steps, control)
         cpu_seconds, num_bytes = control.recv()
         times = sent.recv()
     finally:
