@@ -32,7 +32,8 @@ from evenhand_engine.core.connections import Connections
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import AbortRequest, AddRequest, EngineReady, Shutdown
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_engine.server.startup import start_server, start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
+from evenhand_engine.server.startup import start_server
 
 MAX_HELD_MS = 20.0
 MAX_GROWTH = 2.0

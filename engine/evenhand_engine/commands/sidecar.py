@@ -84,7 +84,7 @@ def sidecar(**options: Any) -> None:
     from evenhand_engine.errors import StartupError
     from evenhand_engine.logs import configure_logging
     from evenhand_engine.server.run import run_until_stopped
-    from evenhand_engine.server.startup import start_sidecar
+    from evenhand_engine.server.sidecar_startup import start_sidecar
 
     configure_logging(options["log_level"])
     is_socket = options["upstream"].startswith("unix:")

@@ -6,6 +6,6 @@ Owns sockets and the order in which everything starts and stops; wires the rooms
 
     its life      startup, then run until a signal; listener: its sockets; loading: what they answer before there is an engine; tasks
     public port   app: routes and what stands around each: malformed, cors; information, openapi: what it says of itself
-    the sidecar's sidecar_app
+    the sidecar's sidecar_app, sidecar_startup
     admin port    admin
 """

@@ -26,15 +26,13 @@ from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.logs import configure_logging
 from evenhand_engine.server.api_servers import ApiServers, spawn
 from evenhand_engine.server.app import build_app
-from evenhand_engine.server.listener import tls_context, watch_certificate
-from evenhand_engine.server.malformed import keep_out_of_logs
+from evenhand_engine.server.listener import tls_context
 from evenhand_engine.server.tasks import (
     GRACE_SECONDS,
-    background,
     first_of,
     in_daemon_thread,
     keep_loop_free,
-    serve_app,
+    serve_public,
 )
 from evenhand_engine.signals import leave_to_the_first
 from evenhand_engine.text.tokenizer import Tokenizer
@@ -136,10 +134,7 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     await first_config(door)
     service = EngineService(settings, backend, tokenizer, door)
     stack.callback(service.close)
-    keep_out_of_logs()
-    await serve_app(stack, build_app(service), arguments.listener, tls, decompress=False)  # `read_body` does
-    if tls is not None:
-        await stack.enter_async_context(background(watch_certificate(settings, tls)))
+    await serve_public(stack, build_app(service), arguments.listener, settings, tls)
     keep_loop_free()
     service.compiler.prepare_aside()
     return backend.died

@@ -1,5 +1,6 @@
 """Listening sockets, bound before anything is loaded so that a port in use is found at once, and their TLS."""
 
+import contextlib
 import errno
 import logging
 import resource
@@ -15,6 +16,33 @@ BACKLOG = 1024
 
 _NO_ADDRESS = {errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN}
 _OPEN_MAX = 10_240  # what macOS takes, whose hard limit is infinite: man 2 setrlimit
+
+
+class Ports:
+    """Where a server listens.
+
+    Attributes:
+        publics: sockets of the public port, one for each process that serves it.
+        admin: socket of the admin port.
+        tls: what the public port speaks; None: plain HTTP.
+    """
+
+    def __init__(self, stack: contextlib.AsyncExitStack, settings: ServerSettings) -> None:
+        """Until the stack is left. Raises StartupError."""
+        allow_many_connections()
+        self.tls = tls_context(settings)
+        publics = listen_together(settings.host, settings.port, "--port", settings.api_server_count)
+        self.publics = [stack.enter_context(public) for public in publics]
+        self.admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the public port."""
+        return _url_of("http" if self.tls is None else "https", self.publics[0])
+
+    @property
+    def admin_url(self) -> str:
+        return _url_of("http", self.admin)
 
 
 def listen(host: str, port: int, flag: str, *, shared: bool = False) -> socket.socket:
@@ -94,8 +122,7 @@ async def watch_certificate(settings: ServerSettings, context: ssl.SSLContext) -
     await watch_directory(settings.ssl_certfile.parent, reload)
 
 
-def url_of(scheme: str, listener: socket.socket) -> str:
-    """Where a client on this machine reaches the socket."""
+def _url_of(scheme: str, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"

@@ -29,9 +29,6 @@ async def _answer(listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None
     from aiohttp import web
 
     from evenhand_engine.openai.errors import error_response, refuse_loading
-    from evenhand_engine.server.malformed import keep_out_of_logs
-
-    keep_out_of_logs()
 
     async def refuse(request: web.Request) -> web.Response:
         response = error_response(refuse_loading(last_said[0]))

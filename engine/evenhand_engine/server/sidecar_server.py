@@ -17,10 +17,9 @@ from evenhand_engine.backends.upstream_connection import UpstreamConnection, Ups
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.api_server import first_config, run_process, serve_for_owner
 from evenhand_engine.server.api_servers import ApiServers, spawn
-from evenhand_engine.server.listener import tls_context, watch_certificate
-from evenhand_engine.server.malformed import keep_out_of_logs
+from evenhand_engine.server.listener import tls_context
 from evenhand_engine.server.sidecar_app import build_sidecar_app
-from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_public
 from evenhand_engine.sidecar.front import Front, PassingOptions
 from evenhand_engine.sidecar.messages import ToOwner
 from evenhand_engine.sidecar.remote_tickets import RemoteTickets
@@ -89,10 +88,7 @@ async def _start(
     await first_config(door)
     front = Front(settings, connection, door, door, arguments.options, tokenizer)
     stack.callback(front.close)
-    keep_out_of_logs()
-    await serve_app(stack, build_sidecar_app(front), arguments.listener, tls, decompress=False)  # `read_body` does
-    if tls is not None:
-        await stack.enter_async_context(background(watch_certificate(settings, tls)))
+    await serve_public(stack, build_sidecar_app(front), arguments.listener, settings, tls)
     await stack.enter_async_context(background(_cut(door, connection, settings.drain_timeout)))
     keep_loop_free()
     return door.told_to_cut

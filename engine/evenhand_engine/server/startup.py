@@ -1,16 +1,14 @@
-"""Start-up: bind, spawn the engine core, build the applications while it loads, serve; and all of it backwards.
+"""Start-up of our own engine: bind, spawn its core, build the applications while it loads, serve; and all of it backwards.
 
 The core needs seconds to import torch and load a model. So it is spawned as early as it can be, and what this process
 needs for HTTP is imported meanwhile.
 """
 
 import contextlib
-import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from evenhand_engine.backends.engine_client import Core, spawn_core
 from evenhand_engine.backends.local import LocalBackend
@@ -18,19 +16,11 @@ from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.source import resolve_model_dir
-from evenhand_engine.server.listener import (
-    allow_many_connections,
-    listen,
-    listen_together,
-    tls_context,
-    url_of,
-    watch_certificate,
-)
+from evenhand_engine.server.listener import Ports
 from evenhand_engine.server.loading import tell_of_loading
-from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app
+from evenhand_engine.server.tasks import background, first_of, in_daemon_thread, keep_loop_free, serve_app, serve_public
 
 if TYPE_CHECKING:
-    from evenhand_engine.backends.upstream_connection import UpstreamSettings
     from evenhand_engine.frontend.config_in_force import ConfigInForce
     from evenhand_engine.frontend.push_receiver import PushReceiver
     from evenhand_engine.frontend.service import EngineService, Service
@@ -38,7 +28,6 @@ if TYPE_CHECKING:
     from evenhand_engine.sidecar.front import Front
 
 SpawnCore = Callable[[EngineConfig], tuple[Core, Connection]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +85,8 @@ async def start_server(
     Clients that connect while the model is being loaded wait for some seconds, and are told then how far it has come.
     """
     async with contextlib.AsyncExitStack() as stack:
-        allow_many_connections()
-        tls = tls_context(settings)
-        publics = listen_together(settings.host, settings.port, "--port", settings.api_server_count)
-        for public in publics:
-            stack.enter_context(public)
-        admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        async with tell_of_loading([(admin, None), *((public, tls) for public in publics)]):
+        ports = Ports(stack, settings)
+        async with tell_of_loading([(ports.admin, None), *((public, ports.tls) for public in ports.publics)]):
             directory = await in_daemon_thread(lambda: resolve_model_dir(config.model))
             load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
             core, connection = spawn(config)
@@ -114,22 +98,20 @@ async def start_server(
             from evenhand_engine.frontend.service import EngineService, Service
             from evenhand_engine.server.admin import build_admin_app
             from evenhand_engine.server.app import build_app
-            from evenhand_engine.server.malformed import keep_out_of_logs
             from evenhand_engine.text.tokenizer import Tokenizer
 
             api_servers = None
-            if len(publics) > 1:
+            if len(ports.publics) > 1:
                 from evenhand_engine.server.api_server import start_api_servers
 
-                api_servers = start_api_servers(settings, directory, core, publics)
+                api_servers = start_api_servers(settings, directory, core, ports.publics)
                 stack.push_async_callback(api_servers.close)
-            in_force = await in_daemon_thread(lambda: _initial_config(settings))
+            in_force = await in_daemon_thread(lambda: initial_config(settings))
             if api_servers is None:
                 backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
             await backend.start()
         service = Service(settings, backend, in_force)
-        keep_out_of_logs()
-        await serve_app(stack, build_admin_app(service, _push_receiver(service)), admin, None)
+        await serve_app(stack, build_admin_app(service, push_receiver(service)), ports.admin, None)
         engine = None
         if api_servers is not None:
             await api_servers.serve(service, lambda channel: Doorkeeper(service, channel, backend.count_elsewhere))
@@ -137,90 +119,16 @@ async def start_server(
             assert backend.tokenizer is not None
             engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
             stack.callback(engine.close)
-            await serve_app(stack, build_app(engine), publics[0], tls, decompress=False)  # `read_body` does
-            if tls is not None:
-                await stack.enter_async_context(background(watch_certificate(settings, tls)))
-        await stack.enter_async_context(_watch_policies(service))
+            await serve_public(stack, build_app(engine), ports.publics[0], settings, ports.tls)
+        await stack.enter_async_context(watch_policies(service))
         keep_loop_free()
         if engine is not None:
             engine.compiler.prepare_aside()
-        url = url_of("http" if tls is None else "https", publics[0])
-        yield Running(service, url, url_of("http", admin), engine, api_servers=api_servers)
+        yield Running(service, ports.url, ports.admin_url, engine, api_servers=api_servers)
 
 
-@contextlib.asynccontextmanager
-async def start_sidecar(
-    settings: ServerSettings,
-    upstream_settings: "UpstreamSettings",
-    *,
-    priority: str = "off",
-    salts_caches: bool = False,
-    tokenizer: Path | None = None,
-) -> AsyncIterator[Running]:
-    """A sidecar that accepts requests, whether or not its upstream does yet; on leaving, everything is stopped.
-
-    With several API servers these pass requests on, and this process says when.
-
-    `tokenizer`: directory of the model's, to count prompts with. Raises StartupError.
-    """
-    from evenhand_engine.backends.upstream import Upstream
-    from evenhand_engine.backends.upstream_connection import UpstreamConnection
-    from evenhand_engine.dispatch.dispatcher import Dispatcher, DispatchSettings
-    from evenhand_engine.dispatch.window import Window
-    from evenhand_engine.frontend.door import OwnDoor
-    from evenhand_engine.server.admin import build_admin_app
-    from evenhand_engine.server.malformed import keep_out_of_logs
-    from evenhand_engine.server.sidecar_app import build_sidecar_app
-    from evenhand_engine.sidecar.front import Front, PassingOptions, UpstreamPriority
-    from evenhand_engine.sidecar.service import SidecarService
-    from evenhand_engine.sidecar.ticket import OwnTickets
-    from evenhand_engine.text.tokenizer import Tokenizer
-
-    async with contextlib.AsyncExitStack() as stack:
-        allow_many_connections()
-        tls = tls_context(settings)
-        publics = listen_together(settings.host, settings.port, "--port", settings.api_server_count)
-        for public in publics:
-            stack.enter_context(public)
-        admin = stack.enter_context(listen(settings.admin_host, settings.admin_port, "--admin-port"))
-        options = PassingOptions(
-            priority=UpstreamPriority(priority), salt_key=secrets.token_bytes(32) if salts_caches else None
-        )
-        front = api_servers = None
-        if len(publics) > 1:
-            from evenhand_engine.server.sidecar_server import start_sidecar_servers
-            from evenhand_engine.sidecar.ticket_keeper import TicketKeeper
-
-            api_servers = start_sidecar_servers(settings, upstream_settings, options, tokenizer, publics)
-            stack.push_async_callback(api_servers.close)
-        in_force = await in_daemon_thread(lambda: _initial_config(settings))
-        dispatcher = Dispatcher(
-            Window(), in_force.config, DispatchSettings(max_model_len=upstream_settings.max_model_len)
-        )
-        upstream = Upstream(UpstreamConnection(upstream_settings), dispatcher)
-        stack.push_async_callback(upstream.close)
-        service = SidecarService(settings, upstream, in_force)
-        upstream.start()
-        keep_out_of_logs()
-        await serve_app(stack, build_admin_app(service, _push_receiver(service), tells_of_drains=True), admin, None)
-        if api_servers is not None:
-            await api_servers.serve(service, lambda channel: TicketKeeper(service, channel))
-        else:
-            counter = None if tokenizer is None else await in_daemon_thread(lambda: Tokenizer(tokenizer))
-            front = Front(
-                settings, upstream.connection, OwnDoor(service), OwnTickets(service), options, tokenizer=counter
-            )
-            stack.callback(front.close)
-            await serve_app(stack, build_sidecar_app(front), publics[0], tls, decompress=False)  # `read_body` does
-            if tls is not None:
-                await stack.enter_async_context(background(watch_certificate(settings, tls)))
-        await stack.enter_async_context(_watch_policies(service))
-        keep_loop_free()
-        url = url_of("http" if tls is None else "https", publics[0])
-        yield Running(service, url, url_of("http", admin), front=front, api_servers=api_servers)
-
-
-def _initial_config(settings: ServerSettings) -> "ConfigInForce":
+def initial_config(settings: ServerSettings) -> "ConfigInForce":
+    """The policies' directory, what was pushed last, or what is built in. Raises StartupError."""
     from evenhand_engine.frontend.config_in_force import ConfigInForce
     from evenhand_engine.frontend.config_store import ConfigDocument, LastGoodFile
     from evenhand_engine.frontend.policy_source import load_initial
@@ -234,7 +142,8 @@ def _initial_config(settings: ServerSettings) -> "ConfigInForce":
     return ConfigInForce(built_in, LastGoodFile(last_good) if last_good else None)
 
 
-def _push_receiver(service: "Service") -> "PushReceiver | None":
+def push_receiver(service: "Service") -> "PushReceiver | None":
+    """What takes the operator's pushes; None where nobody may push."""
     if service.settings.push is None:
         return None
     from evenhand_engine.frontend.push_receiver import PushReceiver
@@ -245,7 +154,8 @@ def _push_receiver(service: "Service") -> "PushReceiver | None":
 
 
 @contextlib.asynccontextmanager
-async def _watch_policies(service: "Service") -> AsyncIterator[None]:
+async def watch_policies(service: "Service") -> AsyncIterator[None]:
+    """Meanwhile, let an edit of the policies' directory be in force at once, where there is one."""
     if service.settings.policies is None:
         yield
         return

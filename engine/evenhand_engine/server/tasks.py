@@ -10,7 +10,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evenhand_engine.server.listener import BACKLOG
+from evenhand_engine.frontend.settings import ServerSettings
+from evenhand_engine.server.listener import BACKLOG, watch_certificate
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -47,7 +48,9 @@ async def serve_app(
     """Serve `app` until the stack is left."""
     from aiohttp import web
 
-    from evenhand_engine.server.malformed import Protocol
+    from evenhand_engine.server.malformed import Protocol, keep_out_of_logs
+
+    keep_out_of_logs()
 
     # A handler is cancelled when its client leaves, streaming or not: that aborts the request.
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
@@ -62,6 +65,19 @@ async def serve_app(
 
     listening = await loop.create_server(connect, sock=listener, ssl=tls, backlog=BACKLOG)
     stack.callback(listening.close)
+
+
+async def serve_public(
+    stack: contextlib.AsyncExitStack,
+    app: "web.Application",
+    listener: socket.socket,
+    settings: ServerSettings,
+    tls: ssl.SSLContext | None,
+) -> None:
+    """`serve_app` for clients: with a certificate that may be renewed, and bodies as they come."""
+    await serve_app(stack, app, listener, tls, decompress=False)  # `read_body` does
+    if tls is not None:
+        await stack.enter_async_context(background(watch_certificate(settings, tls)))
 
 
 @contextlib.asynccontextmanager

@@ -27,7 +27,8 @@ from evenhand_engine.messages import (
     AddRequest,
 )
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput
-from evenhand_engine.server.startup import Running, start_server, start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
+from evenhand_engine.server.startup import Running, start_server
 from evenhand_engine.text.tokenizer import Tokenizer
 
 from .scripted_core import WAIT_SECONDS, Reply, ScriptedCore

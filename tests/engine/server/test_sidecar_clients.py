@@ -9,7 +9,7 @@ import pytest
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.scheduler.request import RequestOutput
-from evenhand_engine.server.startup import start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
 from evenhand_engine.sidecar.service import SidecarService
 
 from .conftest import Say, Serve, Server

@@ -14,8 +14,10 @@ from aiohttp import web
 from evenhand_engine.backends.upstream import Upstream
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.config_store import ConfigDocument
+from evenhand_engine.frontend.push_receiver import PushSettings
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.server.startup import Running, start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
+from evenhand_engine.server.startup import Running
 from evenhand_engine.sidecar.counting import PromptCounter
 from evenhand_engine.sidecar.service import SidecarService
 from evenhand_policy.config import SchedulerConfig
@@ -167,7 +169,7 @@ Start = Callable[..., Awaitable[Sidecar]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Starts sidecars: `await start(url, connect_timeout=..., idle_timeout=..., salts_caches=...)`."""
+    """Starts sidecars: `await start(url, connect_timeout=..., idle_timeout=..., push=..., salts_caches=...)`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def begin(
@@ -179,10 +181,16 @@ async def start() -> AsyncIterator[Start]:
             kv_tokens: int | None = None,
             max_num_seqs: int | None = None,
             api_server_count: int = 1,
+            push: PushSettings | None = None,
             **options: Any,
         ) -> Sidecar:
             settings = ServerSettings(
-                host="127.0.0.1", port=0, admin_port=0, max_request_bytes=2**25, api_server_count=api_server_count
+                host="127.0.0.1",
+                port=0,
+                admin_port=0,
+                max_request_bytes=2**25,
+                api_server_count=api_server_count,
+                push=push,
             )
             reached = UpstreamSettings(
                 url=url,

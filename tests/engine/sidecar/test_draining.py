@@ -11,7 +11,8 @@ from aiohttp import web
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.run import run_until_stopped
-from evenhand_engine.server.startup import Running, start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
+from evenhand_engine.server.startup import Running
 
 from .conftest import DONE, WAIT_SECONDS, ScriptedUpstream, Sidecar, event, open_stream
 

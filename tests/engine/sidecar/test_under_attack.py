@@ -16,7 +16,8 @@ from cluster.ports import free_ports
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.server.run import run_until_stopped
-from evenhand_engine.server.startup import Running, start_sidecar
+from evenhand_engine.server.sidecar_startup import start_sidecar
+from evenhand_engine.server.startup import Running
 from evenhand_policy.config import SchedulerConfig, TenantConfig
 from evenhand_policy.credentials import key_hash
 
