@@ -6,6 +6,7 @@ the other wrote. Claims and held bodies are named by their API server, which cou
 
 import msgspec
 
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.claims import Demand
 from evenhand_policy.config import SchedulerConfig
 
@@ -134,15 +135,28 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     result: msgspec.Raw
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A call was refused; the fields are those of Refusal."""
+class ToldRefusal(msgspec.Struct, frozen=True):
+    """A Refusal on its way; the fields are its own."""
 
-    call_id: int
     status: int
     code: str
     message: str
     param: str | None
     retry_after: float | None
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> "ToldRefusal":
+        return cls(refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after)
+
+    def refusal(self) -> Refusal:
+        return Refusal(self.status, self.code, self.message, param=self.param, retry_after=self.retry_after)
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A call was refused."""
+
+    call_id: int
+    why: ToldRefusal
 
 
 class Enforce(msgspec.Struct, frozen=True, tag=True):

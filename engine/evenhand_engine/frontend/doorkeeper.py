@@ -93,11 +93,7 @@ class Doorkeeper:
             self._channel.send(door_messages.Answer(call_id, msgspec.Raw(msgspec.msgpack.encode(result))))
 
     def _refuse(self, call_id: int, refusal: Refusal) -> None:
-        self._channel.send(
-            door_messages.Refused(
-                call_id, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after
-            )
-        )
+        self._channel.send(door_messages.Refused(call_id, door_messages.ToldRefusal.of(refusal)))
 
     def _result(self, call: door_messages.AnyCall) -> Any:
         service, now = self._service, time.monotonic()

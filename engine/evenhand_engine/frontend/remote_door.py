@@ -191,14 +191,7 @@ class RemoteDoor:
             case door_messages.Answer():
                 self._resolve(message.call_id, lambda answer: answer.set_result(message.result))
             case door_messages.Refused():
-                refusal = Refusal(
-                    message.status,
-                    message.code,
-                    message.message,
-                    param=message.param,
-                    retry_after=message.retry_after,
-                )
-                self._resolve(message.call_id, lambda answer: answer.set_exception(refusal))
+                self._resolve(message.call_id, lambda answer: answer.set_exception(message.why.refusal()))
             case door_messages.Enforce():
                 self.enforce(message.config, message.is_configured)
                 self.channel.send(door_messages.Enforces(message.number))

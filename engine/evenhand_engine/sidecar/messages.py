@@ -10,7 +10,6 @@ so it does of several: Generated goes before whatever else is told in the same t
 
 import msgspec
 
-from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend import door_messages
 from evenhand_engine.sidecar.ticket import Booking
 
@@ -65,21 +64,10 @@ class Depart(msgspec.Struct, frozen=True, tag=True):
 
 
 class Recall(msgspec.Struct, frozen=True, tag=True):
-    """It will never be sent, or must end; the fields are those of Refusal."""
+    """It will never be sent, or must end."""
 
     ticket: int
-    status: int
-    code: str
-    message: str
-    param: str | None
-    retry_after: float | None
-
-    @classmethod
-    def of(cls, ticket: int, refusal: Refusal) -> "Recall":
-        return cls(ticket, refusal.status, refusal.code, refusal.message, refusal.param, refusal.retry_after)
-
-    def refusal(self) -> Refusal:
-        return Refusal(self.status, self.code, self.message, param=self.param, retry_after=self.retry_after)
+    why: door_messages.ToldRefusal
 
 
 class Recognised(msgspec.Struct, frozen=True, tag=True):

@@ -85,7 +85,7 @@ class RemoteTickets(RemoteDoor):
                     ticket.call(None)
             case messages.Recall():
                 if (ticket := self._tickets.get(message.ticket)) is not None:
-                    ticket.call(message.refusal())
+                    ticket.call(message.why.refusal())
             case messages.Recognised():
                 self._connection.backend = message.backend
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.channel import Channel
+from evenhand_engine.frontend.door_messages import ToldRefusal
 from evenhand_engine.frontend.doorkeeper import Doorkeeper
 from evenhand_engine.sidecar import messages
 from evenhand_engine.sidecar.service import SidecarService
@@ -50,7 +51,7 @@ class TicketKeeper:
             case messages.Generated():
                 for number, num_tokens in message.num_tokens.items():
                     if (refusal := self._tickets[number].generated(num_tokens)) is not None:
-                        self._channel.send(messages.Recall.of(number, refusal))
+                        self._recall(number, refusal)
             case messages.Book():
                 self._book(message)
             case messages.Sized():
@@ -60,10 +61,7 @@ class TicketKeeper:
             case messages.Completed():
                 self._tickets[message.ticket].complete()
             case messages.Closed():
-                if (
-                    ticket := self._tickets.pop(message.ticket, None)
-                ) is not None:  # None: refused, while its client left
-                    ticket.close(message.outcome, message.reason)
+                self._close(message)
             case _:
                 self._doorkeeper.receive(message)
 
@@ -77,7 +75,18 @@ class TicketKeeper:
         return ticket.limit
 
     def _call(self, number: int, refusal: Refusal | None) -> None:
-        self._channel.send(messages.Depart(number) if refusal is None else messages.Recall.of(number, refusal))
+        if refusal is None:
+            self._channel.send(messages.Depart(number))
+        else:
+            self._recall(number, refusal)
+
+    def _recall(self, number: int, refusal: Refusal) -> None:
+        self._channel.send(messages.Recall(number, ToldRefusal.of(refusal)))
+
+    def _close(self, closed: messages.Closed) -> None:
+        ticket = self._tickets.pop(closed.ticket, None)
+        if ticket is not None:  # else it was refused, while its client left
+            ticket.close(closed.outcome, closed.reason)
 
     def _tell_backend(self, backend: str) -> None:
         self._channel.send(messages.Recognised(backend))
