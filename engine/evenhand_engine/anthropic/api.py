@@ -11,7 +11,8 @@ from evenhand_engine.anthropic.blocks import Blocks
 from evenhand_engine.anthropic.bodies import PARAMS, CountTokensRequest, MessageRequest, as_chat
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
+from evenhand_engine.frontend.requests import enter
+from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body
 from evenhand_engine.openai.chat import ReadChat, read_chat
 from evenhand_engine.openai.errors import error_body
@@ -27,7 +28,7 @@ from evenhand_engine.scheduler.request import FinishReason
 
 async def create_message(request: web.Request) -> web.StreamResponse:
     service = request.app[ENGINE]
-    num_taken = await service.door.check(request[TENANT_ID])
+    num_taken = await enter(request)
     asked, is_streamed = await read_request(request, functools.partial(_read, service, MessageRequest))
     message = {
         "id": f"msg_{request[REQUEST_ID]}",
@@ -44,7 +45,7 @@ async def create_message(request: web.Request) -> web.StreamResponse:
 
 async def count_tokens(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    await service.door.count_request(request[TENANT_ID])
+    await enter(request, generates=False)
     asked, _ = await read_request(request, functools.partial(_read, service, CountTokensRequest))
     return json_response(TokenCount(len(asked.prompt)))
 

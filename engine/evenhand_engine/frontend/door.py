@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 from aiohttp import web
 
+from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.auth import Authenticator
 from evenhand_engine.frontend.body_memory import Held
 from evenhand_engine.frontend.claims import Claim, Demand, reserve
@@ -49,20 +50,13 @@ class Door(Protocol):
         """The requests that this process answers, probes aside."""
         ...
 
-    async def check(self, tenant_id: str) -> int:
-        """`Admission.check`."""
-        ...
-
-    async def count_request(self, tenant_id: str) -> None:
-        """`Admission.count_request`."""
+    async def enter(self, tenant_id: str, num_bytes: int, *, generates: bool) -> tuple[Held, int]:
+        """Before anything is read of a request: room for its body, which whoever asks must give back, and a request of the
+        quota, with how many `Admission.check` took. Not `generates`: as `Admission.count_request` takes it."""
         ...
 
     async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
         """Claims for all choices of one request, or none."""
-        ...
-
-    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
-        """Room for a body; whoever asks must give it back."""
         ...
 
     async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
@@ -114,17 +108,11 @@ class OwnDoor:
     def active(self) -> ActiveRequests:
         return self._service.active
 
-    async def check(self, tenant_id: str) -> int:
-        return self._service.admission.check(tenant_id, time.monotonic())
-
-    async def count_request(self, tenant_id: str) -> None:
-        self._service.admission.count_request(tenant_id, time.monotonic())
+    async def enter(self, tenant_id: str, num_bytes: int, *, generates: bool) -> tuple[Held, int]:
+        return enter(self._service, tenant_id, num_bytes, generates=generates)
 
     async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
         return reserve(self._service.admission, self._service.metrics, tenant_id, demand, time.monotonic())
-
-    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
-        return hold(self._service, tenant_id, num_bytes)
 
     async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
         return rate_limits(self._service, tenant_id)
@@ -148,10 +136,18 @@ class OwnDoor:
         self._service.metrics.count_stalled(tenant_id)
 
 
-def hold(service: Service, tenant_id: str, num_bytes: int) -> Held:
-    """Room for a body, or a Refusal with the delay after which one of the tenant's requests ends, about."""
-    delay = service.admission.queue_delay(tenant_id, time.monotonic())
-    return service.bodies.hold(tenant_id, num_bytes, delay)
+def enter(service: Service, tenant_id: str, num_bytes: int, *, generates: bool) -> tuple[Held, int]:
+    """See `Door.enter`. Where the tenant's bodies take too much, it may come back when one of its requests has ended."""
+    admission, now = service.admission, time.monotonic()
+    held = service.bodies.hold(tenant_id, num_bytes, admission.queue_delay(tenant_id, now))
+    try:
+        if generates:
+            return held, admission.check(tenant_id, now)
+        admission.count_request(tenant_id, now)
+        return held, 1
+    except Refusal:
+        held.release()
+        raise
 
 
 def rate_limits(service: Service, tenant_id: str) -> list[RateLimit]:

@@ -17,14 +17,13 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     call_id: int
 
 
-class Check(Call, frozen=True, kw_only=True, tag=True):
-    """Answered with the number of requests taken."""
+class Enter(Call, frozen=True, kw_only=True, tag=True):
+    """See `Door.enter`. Room for a body, which is `body` from now on; answered with the number of requests taken."""
 
     tenant_id: str
-
-
-class CountRequest(Call, frozen=True, kw_only=True, tag=True):
-    tenant_id: str
+    body: int
+    num_bytes: int
+    generates: bool
 
 
 class Reserve(Call, frozen=True, kw_only=True, tag=True):
@@ -33,14 +32,6 @@ class Reserve(Call, frozen=True, kw_only=True, tag=True):
     tenant_id: str
     demand: Demand
     first_claim: int
-
-
-class Hold(Call, frozen=True, kw_only=True, tag=True):
-    """Room for a body, which is `body` from now on."""
-
-    tenant_id: str
-    body: int
-    num_bytes: int
 
 
 class AskRateLimits(Call, frozen=True, kw_only=True, tag=True):
@@ -181,7 +172,7 @@ class Exhausted(msgspec.Struct, frozen=True, tag=True):
     claim: int
 
 
-AnyCall = Check | CountRequest | Reserve | Hold | AskRateLimits | AskQueueDelay | AskHealth | AskMetrics | AskLoad
+AnyCall = Enter | Reserve | AskRateLimits | AskQueueDelay | AskHealth | AskMetrics | AskLoad
 ToOwner = (
     AnyCall
     | Resize

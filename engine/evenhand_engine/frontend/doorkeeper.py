@@ -16,7 +16,7 @@ from evenhand_engine.frontend import door_messages
 from evenhand_engine.frontend.body_memory import Held
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import OwnClaim, reserve
-from evenhand_engine.frontend.door import hold, rate_limits
+from evenhand_engine.frontend.door import enter, rate_limits
 from evenhand_engine.frontend.service import Service
 from evenhand_policy.config import SchedulerConfig
 
@@ -98,15 +98,12 @@ class Doorkeeper:
     def _result(self, call: door_messages.AnyCall) -> Any:
         service, now = self._service, time.monotonic()
         match call:
-            case door_messages.Check():
-                return service.admission.check(call.tenant_id, now)
-            case door_messages.CountRequest():
-                return service.admission.count_request(call.tenant_id, now)
+            case door_messages.Enter():
+                body, num_taken = enter(service, call.tenant_id, call.num_bytes, generates=call.generates)
+                self._bodies[call.body] = body
+                return num_taken
             case door_messages.Reserve():
                 return self._reserve(call, now)
-            case door_messages.Hold():
-                self._bodies[call.body] = hold(service, call.tenant_id, call.num_bytes)
-                return None
             case door_messages.AskRateLimits():
                 return rate_limits(service, call.tenant_id)
             case door_messages.AskQueueDelay():

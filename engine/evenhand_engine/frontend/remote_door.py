@@ -70,11 +70,20 @@ class RemoteDoor:
 
     # -- asked
 
-    async def check(self, tenant_id: str) -> int:
-        return await self.call(door_messages.Check(call_id=self.new_number(), tenant_id=tenant_id), int)
-
-    async def count_request(self, tenant_id: str) -> None:
-        await self.call(door_messages.CountRequest(call_id=self.new_number(), tenant_id=tenant_id), object)
+    async def enter(self, tenant_id: str, num_bytes: int, *, generates: bool) -> tuple[Held, int]:
+        held = _RemoteHeld(self.channel, self.new_number())
+        call = door_messages.Enter(
+            call_id=self.new_number(),
+            tenant_id=tenant_id,
+            body=held.number,
+            num_bytes=num_bytes,
+            generates=generates,
+        )
+        try:
+            return held, await self.call(call, int)
+        except asyncio.CancelledError:  # he may hold it
+            held.release()
+            raise
 
     async def reserve(self, tenant_id: str, demand: Demand) -> Sequence[Claim]:
         claims = [_RemoteClaim(self, self.new_number()) for _ in range(demand.num_claims)]
@@ -94,20 +103,6 @@ class RemoteDoor:
         for claim, limit in zip(claims, limits, strict=True):
             claim.max_tokens = limit
         return claims
-
-    async def hold(self, tenant_id: str, num_bytes: int) -> Held:
-        held = _RemoteHeld(self.channel, self.new_number())
-        try:
-            await self.call(
-                door_messages.Hold(
-                    call_id=self.new_number(), tenant_id=tenant_id, body=held.number, num_bytes=num_bytes
-                ),
-                object,
-            )
-        except asyncio.CancelledError:
-            held.release()
-            raise
-        return held
 
     async def rate_limits(self, tenant_id: str) -> Sequence[RateLimit]:
         if tenant_id not in self._limited:

@@ -1,4 +1,4 @@
-"""Reading requests: the body within its limits of size and time, and a client's request id made safe."""
+"""Reading requests: leave to read one, the body within its limits of size and time, and a client's request id made safe."""
 
 import asyncio
 import re
@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from aiohttp import HttpVersion11, web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import BODY
+from evenhand_engine.frontend.door import DOOR
+from evenhand_engine.frontend.service import BODY, TENANT_ID
 
 _BODY_TIMEOUT_SECONDS = 60.0
 ENCODINGS = ("gzip", "deflate", "identity")
@@ -17,6 +18,20 @@ _PIECE_BYTES = 256 * 1024  # of what is unpacked
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever of the two the data begins with
 _HAS_LEAVE = web.RequestKey("has_leave", bool)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+async def enter(request: web.Request, *, generates: bool = True) -> int:
+    """Before anything is read: see `Door.enter`. Returns how many requests of the quota were taken.
+
+    A body may take its tenant's memory only: as much as it says, or as it may grow to where it does not say. Whoever answers the
+    request gives it back.
+    """
+    num_bytes, limit = 0, request.client_max_size
+    if request.body_exists:
+        size = None if "Content-Encoding" in request.headers else request.content_length
+        num_bytes = limit if size is None else min(size, limit)
+    request[BODY], num_taken = await request.app[DOOR].enter(request[TENANT_ID], num_bytes, generates=generates)
+    return num_taken
 
 
 async def read_start(request: web.Request) -> bytes:

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.requests import enter
 from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
@@ -90,7 +91,7 @@ class _ChatFormat:
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     service, tenant_id = request.app[ENGINE], request[TENANT_ID]
-    num_taken = await service.door.check(tenant_id)
+    num_taken = await enter(request)
     asked = await read_request(request, functools.partial(read_chat, service))
     body, prompt, params = asked.body, asked.prompt, asked.params
     await check_structure(service, tenant_id, asked.structure)

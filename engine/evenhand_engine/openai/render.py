@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID
+from evenhand_engine.frontend.requests import enter
+from evenhand_engine.frontend.service import ENGINE, REQUEST_ID
 from evenhand_engine.openai.answers import Rendered, RenderedSampling
 from evenhand_engine.openai.chat import read_chat
 from evenhand_engine.openai.completions import read_completion
@@ -20,7 +21,7 @@ from evenhand_engine.scheduler.request import SamplingParams
 
 async def render_chat_completion(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    await service.door.count_request(request[TENANT_ID])
+    await enter(request, generates=False)
     asked = await read_request(request, functools.partial(read_chat, service))
     max_tokens = asked.body.max_completion_tokens or asked.body.max_tokens
     return json_response(_rendered(request, "chatcmpl", asked.body, asked.prompt, asked.params, max_tokens))
@@ -29,7 +30,7 @@ async def render_chat_completion(request: web.Request) -> web.Response:
 async def render_completion(request: web.Request) -> web.Response:
     """A list, of each prompt."""
     service = request.app[ENGINE]
-    await service.door.count_request(request[TENANT_ID])
+    await enter(request, generates=False)
     asked = await read_request(request, functools.partial(read_completion, service))
     body = asked.body
     return json_response(

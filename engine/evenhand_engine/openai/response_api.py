@@ -9,7 +9,8 @@ from aiohttp import web
 
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
+from evenhand_engine.frontend.requests import enter
+from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body
 from evenhand_engine.openai.chat import ReadChat, read_chat
 from evenhand_engine.openai.events import Event
@@ -25,7 +26,7 @@ from evenhand_engine.scheduler.request import FinishReason
 
 async def create_response(request: web.Request) -> web.StreamResponse:
     service = request.app[ENGINE]
-    num_taken = await service.door.check(request[TENANT_ID])
+    num_taken = await enter(request)
     asked, fields, is_streamed = await read_request(request, functools.partial(_read, service))
     response = {
         "id": f"resp_{request[REQUEST_ID]}",

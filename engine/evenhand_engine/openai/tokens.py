@@ -8,7 +8,8 @@ from aiohttp import web
 from msgspec import UNSET
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import ENGINE, TENANT_ID, EngineService
+from evenhand_engine.frontend.requests import enter
+from evenhand_engine.frontend.service import ENGINE, EngineService
 from evenhand_engine.openai.answers import Detokenized, Tokens
 from evenhand_engine.openai.bodies import given, parse_body, token_ids
 from evenhand_engine.openai.prompts import PromptReader, check_token_ids
@@ -21,7 +22,7 @@ _MAX_TOKENS = 2**17  # or the model's context, if that is more: each may be a te
 
 async def tokenize(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    await service.door.count_request(request[TENANT_ID])
+    await enter(request, generates=False)
     (answer,) = await read_request(request, functools.partial(_tokenize, service))
     return web.Response(body=answer, content_type="application/json")
 
@@ -58,7 +59,7 @@ def _read(service: EngineService, body: TokenizeRequest, reader: PromptReader) -
 
 async def detokenize(request: web.Request) -> web.Response:
     service = request.app[ENGINE]
-    await service.door.count_request(request[TENANT_ID])
+    await enter(request, generates=False)
     (answer,) = await read_request(request, functools.partial(_detokenize, service))
     return web.Response(body=answer, content_type="application/json")
 

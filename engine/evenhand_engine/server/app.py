@@ -1,7 +1,7 @@
 """The public application: OpenAI's routes and what stands around every one of them.
 
-Outermost first: writing, request id and access log, errors as OpenAI's error body, authentication, refusal while draining, room
-for the body.
+Outermost first: writing, request id and access log, errors as OpenAI's error body, authentication, refusal while draining, what
+a body held.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _NO_TENANT = "none"  # in the metrics: the request has not proved to be anybody'
 
 def build_app(service: EngineService) -> web.Application:
     app = web.Application(
-        middlewares=[bound_writes, log_access, answer_preflights, answer_errors, authenticate, hold_body],
+        middlewares=[bound_writes, log_access, answer_preflights, answer_errors, authenticate, release_body],
         client_max_size=service.settings.max_request_bytes,
     )
     app[ENGINE] = service
@@ -150,18 +150,13 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 @web.middleware
-async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let a body take its tenant's memory only: as much as it says, or as it may grow to where it does not say."""
-    if not request.body_exists:
-        return await handler(request)
-    size = None if "Content-Encoding" in request.headers else request.content_length
-    limit = request.client_max_size
-    body = await request.app[DOOR].hold(request[TENANT_ID], limit if size is None else min(size, limit))
+async def release_body(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give back what the body held of its tenant's memory, if its handler let it in."""
     try:
-        request[BODY] = body
         return await handler(request)
     finally:
-        body.release()
+        if (body := request.get(BODY)) is not None:
+            body.release()
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:

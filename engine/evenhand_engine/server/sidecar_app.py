@@ -10,8 +10,8 @@ from evenhand_engine.server.app import (
     answer_errors,
     authenticate,
     bound_writes,
-    hold_body,
     log_access,
+    release_body,
 )
 from evenhand_engine.server.information import show_health, show_metrics, show_ready
 from evenhand_engine.server.routes import wait_to_be_read
@@ -21,7 +21,7 @@ from evenhand_engine.sidecar.passing import pass_on
 
 def build_sidecar_app(front: Front) -> web.Application:
     app = web.Application(
-        middlewares=[bound_writes, log_access, answer_errors, authenticate, hold_body],
+        middlewares=[bound_writes, log_access, answer_errors, authenticate, release_body],
         client_max_size=front.settings.max_request_bytes,
     )
     app[FRONT] = front

@@ -3,8 +3,7 @@
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.requests import read_pieces, read_start, stream_body
+from evenhand_engine.frontend.requests import enter, read_pieces, read_start, stream_body
 from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange
@@ -17,7 +16,7 @@ _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize
 
 async def pass_on(request: web.Request) -> web.StreamResponse:
     """Any path, known or not. What computes waits for its turn; the rest costs the tenant a request of its quota."""
-    front, door, tenant_id = request.app[FRONT], request.app[DOOR], request[TENANT_ID]
+    front, tenant_id = request.app[FRONT], request[TENANT_ID]
     if not request.raw_path.startswith("/"):
         raise Refusal(400, "invalid_value", "The request's target must be a path.")
     if "upgrade" in request.headers.get("Connection", "").lower():
@@ -29,9 +28,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return await exchange(request, None, None)
     if request.path in _TOKENIZER_PATHS:
-        await door.count_request(tenant_id)
+        await enter(request, generates=False)
         return await exchange(request, [piece async for piece in read_pieces(request)], None)
-    num_taken = await door.check(tenant_id)
+    num_taken = await enter(request)
     start, is_json = b"", request.content_type.endswith("json") or request.content_length == 0
     if not is_json and "Content-Encoding" not in request.headers:
         start = await read_start(request)

@@ -1,145 +1,24 @@
 """A door in another process: both ends of its channel, here in one event loop."""
 
 import asyncio
-import contextlib
-import socket
 import time
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from evenhand_engine.backends.backend import Enforcer, ModelInfo
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend import remote_door
-from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import Demand
-from evenhand_engine.frontend.config_in_force import ConfigInForce
-from evenhand_engine.frontend.config_store import ConfigDocument
 from evenhand_engine.frontend.door import Door, OwnDoor
-from evenhand_engine.frontend.door_messages import Drain, ToOwner
-from evenhand_engine.frontend.doorkeeper import Doorkeeper
-from evenhand_engine.frontend.quota import TokenBucket
-from evenhand_engine.frontend.remote_door import RemoteDoor
-from evenhand_engine.frontend.service import Service
-from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_policy.config import Limits, SchedulerConfig, TenantConfig
-from evenhand_policy.credentials import key_hash
-from evenhand_policy.push_protocol import ConfigSource
+from evenhand_engine.frontend.door_messages import Drain
+from evenhand_policy.config import SchedulerConfig
 
-KEY = "the-key-of-a-tenant-with-limits"
-WAIT_SECONDS = 120.0
-
-
-class Idle:
-    """A backend that serves a model and has nothing to do."""
-
-    info = ModelInfo(model_name="tiny", max_model_len=1000)
-    stats = failure = None
-
-    def on_stats(self, listener: object) -> None: ...
-
-    def reconfigure(self, config: SchedulerConfig, num_replicas: int = 1) -> None: ...
-
-    def seconds_without_progress(self, now: float) -> float:
-        return 0.0
-
-
-class Ends:
-    """The owner and an API server, joined by a channel."""
-
-    def __init__(self) -> None:
-        self.settings = ServerSettings(max_tenant_body_bytes=100)
-        config = SchedulerConfig(tenants=(tenant(requests_per_minute=4, tokens_per_minute=800),))
-        in_force = ConfigInForce(ConfigDocument.unversioned(config, ConfigSource.FILES))
-        self.service = Service(self.settings, cast(Enforcer, Idle()), in_force)
-        self.tokens.rate = 1e-9
-        self.num_in_flight = 0
-        self.lost = asyncio.Event()
-        self.channel: Channel[ToOwner] = Channel(ToOwner, self._receive, self.lost.set)
-        self.keeper = Doorkeeper(self.service, self.channel, self._count)
-        self.door = RemoteDoor(self.settings)
-
-    def _receive(self, message: ToOwner) -> None:
-        self.keeper.receive(message)
-
-    def _count(self, change: int) -> None:
-        self.num_in_flight += change
-
-    async def open(self) -> None:
-        ours, theirs = socket.socketpair()
-        await self.channel.open(ours)
-        await self.door.channel.open(theirs)
-        self.keeper.enforce(self.service.in_force.config)
-        await asyncio.wait_for(self.door.configured.wait(), WAIT_SECONDS)
-
-    async def settle(self) -> None:
-        """Until all that the API server told has arrived."""
-        await self.door.health()
-
-    @property
-    def tokens(self) -> TokenBucket:
-        """Of the tenant, which time does not refill here."""
-        bucket = self.service.admission.account("t").tokens
-        assert bucket is not None
-        return bucket
-
-    @property
-    def in_flight(self) -> int:
-        return self.service.admission.account("t").num_in_flight
-
-
-def tenant(key: str = KEY, **limits: Any) -> TenantConfig:
-    return TenantConfig(tenant_id="t", key_hashes=(key_hash(key),), limits=Limits(**limits))
+from .joined_doors import DEMAND, KEY, WAIT_SECONDS, enter, joined, tenant
 
 
 def bearer(key: str) -> "CIMultiDictProxy[str]":
     return CIMultiDictProxy(CIMultiDict({"Authorization": f"Bearer {key}"}))
-
-
-@contextlib.asynccontextmanager
-async def joined() -> AsyncIterator[Ends]:
-    ends = Ends()
-    await ends.open()
-    try:
-        yield ends
-    finally:
-        ends.channel.close()
-        ends.door.channel.close()
-        await asyncio.wait_for(ends.lost.wait(), WAIT_SECONDS)
-        await asyncio.wait_for(ends.door.told_to_stop.wait(), WAIT_SECONDS)
-
-
-DEMAND = Demand(prompt_lengths=(10, 20), num_choices=2, max_tokens=5, num_taken=1)
-
-
-async def test_both_doors_answer_the_same() -> None:
-    async with joined() as ends:
-        doors: list[Door] = [OwnDoor(ends.service), ends.door]
-        for door in doors:
-            assert await door.check("t") == 1
-            assert [claim.max_tokens for claim in await door.reserve("other", DEMAND)] == [5, 5, 5, 5]
-            assert await door.queue_delay("t") >= 1
-            assert await door.health() is None
-            assert b"vllm:request_success" in await door.metrics_text()
-            assert await door.rate_limits("other") in ([], ())
-            with pytest.raises(Refusal) as caught:
-                await door.reserve("t", Demand(prompt_lengths=(900,), max_tokens=200))
-            assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
-            held = await door.hold("t", 80)
-            with pytest.raises(Refusal, match="take 80 of 100 bytes") as refused:
-                await door.hold("t", 80)
-            assert refused.value.retry_after == 1
-            held.resize(10)
-            (await door.hold("t", 80)).release()
-            held.release()
-        own, remote = await asyncio.gather(*(door.rate_limits("t") for door in doors))
-        assert list(own) == list(remote)
-        assert [(limit.unit, limit.limit, limit.remaining) for limit in remote] == [
-            ("requests", 4, 2),
-            ("tokens", 800, 800),
-        ]
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
@@ -183,7 +62,7 @@ async def test_who_leaves_before_the_answer_holds_nothing() -> None:
     async with joined() as ends:
         waits = [
             asyncio.ensure_future(ends.door.reserve("t", Demand(prompt_lengths=(10,), num_choices=2, max_tokens=5))),
-            asyncio.ensure_future(ends.door.hold("t", 50)),
+            asyncio.ensure_future(enter(ends.door, "t", 50)),
         ]
         await asyncio.sleep(0)
         for wait in waits:
@@ -196,7 +75,7 @@ async def test_who_leaves_before_the_answer_holds_nothing() -> None:
 async def test_what_a_lost_api_server_held_is_given_back() -> None:
     async with joined() as ends:
         (claim, _) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), num_choices=2, max_tokens=100))
-        await ends.door.hold("t", 50)
+        await enter(ends.door, "t", 50)
         now = time.monotonic()
         claim.started(0, now)
         claim.generated(7, now)
@@ -227,11 +106,11 @@ async def test_told_to_drain_and_left_alone() -> None:
         ends.channel.send(Drain())
         await asyncio.wait_for(ends.door.told_to_stop.wait(), WAIT_SECONDS)
         assert ends.door.draining
-        waiting = asyncio.ensure_future(ends.door.check("t"))
+        waiting = asyncio.ensure_future(enter(ends.door, "t"))
         ends.channel.close()
         await asyncio.wait({waiting}, timeout=WAIT_SECONDS)
         with pytest.raises(EngineDeadError):
-            await ends.door.check("t")
+            await enter(ends.door, "t")
         await asyncio.gather(waiting, return_exceptions=True)
 
 
@@ -241,7 +120,7 @@ async def test_a_call_that_fails_is_refused_and_the_others_are_answered(
     async with joined() as ends:
         monkeypatch.delattr(ends.service, "bodies")
         with pytest.raises(Refusal) as caught:
-            await ends.door.hold("t", 1)
+            await enter(ends.door, "t", 1)
         assert caught.value.status == 500
         assert "failed" in caplog.text
         assert await ends.door.health() is None
@@ -256,7 +135,7 @@ async def test_an_owner_who_stands_still_is_given_up(
         (claim, _) = await ends.door.reserve("t", Demand(prompt_lengths=(100,), num_choices=2, max_tokens=100))
         unread: list[object] = []
         monkeypatch.setattr(ends.keeper, "receive", unread.append)
-        calls = (ends.door.check("t"), ends.door.hold("t", 10), ends.door.reserve("t", DEMAND), ends.door.health())
+        calls = (enter(ends.door, "t"), enter(ends.door, "t", 10), ends.door.reserve("t", DEMAND), ends.door.health())
         async with asyncio.timeout(WAIT_SECONDS):
             answers = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(answer) for answer in answers] == [EngineDeadError] * 4
@@ -276,12 +155,12 @@ async def test_a_machine_that_slept_is_no_owner_who_stands_still(monkeypatch: py
         unread: list[Any] = []
         with monkeypatch.context() as patched:
             patched.setattr(ends.keeper, "receive", unread.append)
-            waiting = asyncio.ensure_future(ends.door.check("t"))
+            waiting = asyncio.ensure_future(enter(ends.door, "t"))
             while not unread:
                 await asyncio.sleep(0)
         for _ in range(3):
             ends.door._note_silence()  # all at once, when it wakes; then he answers what he was asked
             ends.keeper.receive(unread[0])
             await ends.door.health()
-        assert await waiting == 1
+        assert (await waiting)[1] == 1
         assert not ends.door.draining
