@@ -3,22 +3,22 @@
 import argparse
 from collections.abc import Sequence
 
-import torch
 from machine_limits import Limits
 from step_floor import Floor
 
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.core.loading import weight_bytes
-from evenhand_engine.model.config import ModelConfig, load_model_config
+from evenhand_engine.model.cache import cache_dir
+from evenhand_engine.model.config import load_model_config
 from evenhand_engine.model.precision import (
     DTYPES,
-    Precision,
     resolve_activation_dtype,
     resolve_kv_cache_dtype,
     resolve_precision,
 )
 from evenhand_engine.model.source import resolve_model_dir
 from evenhand_engine.scheduler.batch import ScheduledRequest
+from evenhand_kernels.cpu.kernels import CpuKernels
 
 
 def fractions(
@@ -37,7 +37,9 @@ def fractions(
     config, precision = load_model_config(model_dir), resolve_precision(options.dtype, options.quantization)
     num_bytes = weight_bytes(EngineConfig(model=model), model_dir, config, precision)
     is_coded = num_bytes < 2 * config.num_parameters
-    peak = limits.flops[_multiplied_as(options.activation_dtype, precision, config, limits, is_coded=is_coded)]
+    activation_dtype = resolve_activation_dtype(options.activation_dtype)
+    kernels = CpuKernels(cache_dir() / "kernels", activation_dtype=activation_dtype)
+    peak = limits.flops[kernels.multiplied_as(None if is_coded else precision.dtype or DTYPES[config.dtype])]
     kv_dtype = resolve_kv_cache_dtype(options.kv_cache_dtype, options.dtype, config)
     floor = Floor(peak, limits.bandwidth, config, num_bytes / config.num_parameters, kv_dtype.itemsize)
     operations, _ = floor.work([ScheduledRequest(0, 0, num_prompt, 1, ())])
@@ -48,17 +50,3 @@ def fractions(
         "matmul_gflop_per_s": peak / 1e9,
         "matmul_fraction": operations / ttft / peak,
     }
-
-
-def _multiplied_as(
-    activation_dtype: str, precision: Precision, config: ModelConfig, limits: Limits, *, is_coded: bool
-) -> torch.dtype:
-    """What products of the weights take, float32 where the processor has no instruction for it. `is_coded`: most weights are
-    codes."""
-    whole = {torch.int8, torch.int16}
-    possible = limits.flops.keys() if is_coded else limits.flops.keys() - whole
-    chosen = resolve_activation_dtype(activation_dtype)
-    weights = torch.int8 if is_coded else precision.dtype or DTYPES[config.dtype]
-    if chosen is None and weights not in (torch.float32, torch.float16):
-        chosen = next((dtype for dtype in (torch.bfloat16, torch.int16) if dtype in possible), None)
-    return chosen if chosen is not None and chosen in possible else torch.float32

@@ -84,6 +84,20 @@ def test_activations_are_by_choice_the_first_that_the_processor_multiplies(
     )
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.int8, torch.int16])
+def test_as_what_rows_are_multiplied_is_told(
+    given: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
+) -> None:
+    """Only codes are multiplied as whole numbers, and nothing as what the processor has no instruction for."""
+    kernels, chosen = kernels_of_level(given), kernels_of_level(None)
+    expected = given if kernels.has_products else torch.float32
+    assert kernels.multiplied_as(None) is expected
+    assert kernels.multiplied_as(torch.bfloat16) is (expected if given is torch.bfloat16 else torch.float32)
+    assert chosen.multiplied_as(None) is chosen.activation_dtype
+    for plain in (torch.float32, torch.float16):
+        assert chosen.multiplied_as(plain) is torch.float32
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_chosen_loses_nothing_of_plain_weights(
     dtype: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]

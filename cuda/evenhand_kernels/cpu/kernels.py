@@ -123,13 +123,21 @@ class CpuKernels:
 
     def _packed(self, weight: Weight, bias: Tensor | None = None, *, gated: bool = False) -> Packed:
         result = packed(self._native, weight, bias, gated=gated)
-        result.structure.activations = ACTIVATION_DTYPES[self._entering(weight)]
+        dtype = None if isinstance(weight, QuantizedTensor) else weight.dtype
+        result.structure.activations = ACTIVATION_DTYPES[self._entering(dtype)]
         return result
 
-    def _entering(self, weight: Weight) -> torch.dtype:
-        """To what the inputs of that weight are rounded."""
-        suits = isinstance(weight, QuantizedTensor) or (weight.dtype, self.activation_dtype) == (torch.bfloat16,) * 2
+    def _entering(self, weight_dtype: torch.dtype | None) -> torch.dtype:
+        """To what the inputs of a weight are rounded; None: it is in codes."""
+        suits = weight_dtype is None or (weight_dtype, self.activation_dtype) == (torch.bfloat16,) * 2
         return self.activation_dtype if suits or not self._chooses else torch.float32
+
+    def multiplied_as(self, weight_dtype: torch.dtype | None) -> torch.dtype:
+        """As what many rows are multiplied with a weight of that dtype, None: in codes; float32 where the processor has no instruction
+        for what they are rounded to."""
+        entering = self._entering(weight_dtype)
+        suits = weight_dtype is None or entering is torch.bfloat16
+        return entering if suits and self._multiplies(entering) else torch.float32
 
     def _norm(self, x: int | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         _check(residual)
