@@ -19,10 +19,8 @@ from evenhand_engine.sidecar.sampling import Sampling
 from evenhand_engine.sidecar.skeleton import Skeleton
 
 _DEFAULT_BYTES_PER_TOKEN = 4.0
-_SMOOTHING_UP, _SMOOTHING_DOWN = (
-    0.1,
-    0.5,
-)  # who was sparse for long is soon taken for dense: else long prompts pass for short
+_SMOOTHING_UP = 0.1
+_SMOOTHING_DOWN = 0.5  # who was sparse for long is soon taken for dense: else long prompts pass for short
 _MAX_RATIO = 8.0  # of text, spaces and names of members included
 _MIN_RATIO = 0.5
 _MEDIA = re.compile(rb'"(?:url|image_url|file_data|data)"\s*:\s*"(?:data:[^",]{1,100},)?([A-Za-z0-9+/=\\]{256,})')

@@ -13,30 +13,10 @@ Members = dict[str, msgspec.Raw]
 
 _MAX_MEMBERS = 16_384
 _MAX_VALUE_BYTES = 4096  # two of which may become an object of sixty
-# members that may be long and have many of their own
-_LARGE = (
-    "messages",
-    "prompt",
-    "prompts",
-    "input",
-    "inputs",
-    "instances",
-    "text",
-    "texts",
-    "documents",
-    "query",
-    "queries",
-    "tools",
-    "functions",
-    "response_format",
-    "image_data",
-    "input_extra",
-    "content",
-    "instructions",
-    "system",
-    "suffix",
-    "input_prefix",
-    "input_suffix",
+_LARGE = (  # members that may be long and have many of their own
+    *("messages", "prompt", "prompts", "input", "inputs", "instances", "text", "texts", "documents", "query"),
+    *("queries", "tools", "functions", "response_format", "image_data", "input_extra", "content", "instructions"),
+    *("system", "suffix", "input_prefix", "input_suffix"),
 )
 _Large: Any = msgspec.defstruct("_Large", [(name, msgspec.Raw, msgspec.Raw()) for name in _LARGE])
 

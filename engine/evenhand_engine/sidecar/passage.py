@@ -17,18 +17,8 @@ from evenhand_engine.sidecar.ticket import Booking, Ticket
 
 OPENAI_STREAMS = ("/v1/completions", "/v1/chat/completions")
 _WITHOUT_OUTPUTS = {  # parts of paths whose answers are no generated text
-    *(
-        "embeddings",
-        "embedding",
-        "embed",
-        "rerank",
-        "reranking",
-        "score",
-        "classify",
-        "pooling",
-        "encode",
-        "moderations",
-    ),
+    *("embeddings", "embedding", "embed", "rerank", "reranking", "score", "classify", "pooling", "encode"),
+    "moderations",
 }
 
 
