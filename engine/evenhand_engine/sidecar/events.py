@@ -8,10 +8,12 @@ import re
 
 import msgspec
 
-_BOUNDARY = re.compile(rb"\r?\n\r?\n")
+_BOUNDARY = re.compile(rb"\n\r?\n|\r\r")  # a line may end in \n, \r\n or \r
+_DATA = re.compile(rb"(?:^|[\r\n])data:")
+_LINES = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)")
+_END = re.compile(rb'\s*(?:\[DONE\]|\{\s*"error"\s*:(?!\s*null))')  # of the answer: what its last data begin with
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')  # no text can hold it: its quotes are escaped
-_ERROR = re.compile(rb'^data:\s*\{\s*"error"\s*:')
 _MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
 
 
@@ -106,9 +108,7 @@ class EventReader:
     @property
     def usage(self) -> Usage | None:
         """What the last event that had a usage says; prompts by the first one where only that knows them."""
-        last = _usage_of_event(
-            self._last_usage or self._last
-        )  # llama.cpp's own tells it in each event, under no such name
+        last = _usage_of_event(self._last_usage or self._last)  # llama.cpp's own has it in each, under no such name
         if last is None or last.num_prompt_tokens is not None:
             return last
         first = _usage_of_event(self._first_usage)
@@ -146,9 +146,10 @@ class EventReader:
         return held
 
     def _keeps(self, event: bytes) -> bool:
-        if b"data:" not in event:
+        data = _DATA.search(event)
+        if data is None:
             return True  # a comment
-        if b"[DONE]" in event[:32] or (b'"error"' in event[:32] and _ERROR.match(event.lstrip())):
+        if _END.match(event, data.end()):
             self.is_done = True
             return True
         if b'"usage"' in event and _USAGE.search(event):
@@ -172,4 +173,5 @@ def _is_plain(chunk: bytes) -> bool:
 
 
 def _usage_of_event(event: bytes) -> Usage | None:
-    return usage_of(event.partition(b"data:")[2]) if event else None
+    """`usage_of` its lines of data, which are one text."""
+    return usage_of(b"\n".join(_LINES.findall(event))) if event else None
