@@ -68,6 +68,11 @@ class UpstreamConnection:
         return URL(self._origin + raw_path, encoded=True)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it was cut, by `close`."""
+        return self.session.closed
+
+    @property
     def authorization(self) -> dict[str, str]:
         """The header that proves to the upstream who asks; empty where it wants none."""
         return {} if self.settings.api_key is None else {"Authorization": f"Bearer {self.settings.api_key}"}

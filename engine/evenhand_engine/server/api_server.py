@@ -29,6 +29,7 @@ from evenhand_engine.server.app import build_app
 from evenhand_engine.server.listener import tls_context
 from evenhand_engine.server.tasks import (
     GRACE_SECONDS,
+    background,
     first_of,
     in_daemon_thread,
     keep_loop_free,
@@ -94,17 +95,20 @@ async def _serve(arguments: ApiServerArguments) -> int:
     return await serve_for_owner(door, lambda stack: _start(stack, arguments, door))
 
 
-async def serve_for_owner(
-    door: RemoteDoor, start: Callable[[contextlib.AsyncExitStack], Awaitable[asyncio.Event]]
-) -> int:
-    """Serve until drained; `start` begins, and returns what is set when there is nothing to serve any more. Returns the exit code."""
+Started = tuple[asyncio.AbstractServer, asyncio.Event]
+"""Who listens at the public port; what is set when there is nothing to serve any more."""
+
+
+async def serve_for_owner(door: RemoteDoor, start: Callable[[contextlib.AsyncExitStack], Awaitable[Started]]) -> int:
+    """Serve until drained; returns the exit code."""
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(door.channel.close)
         try:
-            died = await start(stack)
+            listening, died = await start(stack)
         except StartupError as error:
             door.channel.send(StartFailed(str(error)))
             return 1
+        await stack.enter_async_context(background(_leave_port(door, listening)))
         door.channel.send(Serving())
         await first_of(door.told_to_stop.wait(), died.wait())
         if not died.is_set():
@@ -117,6 +121,12 @@ async def serve_for_owner(
         return 0 if door.told_to_stop.is_set() else 1
 
 
+async def _leave_port(door: RemoteDoor, listening: asyncio.AbstractServer) -> None:
+    """To whoever is started in the owner's place: what runs here may need long to end."""
+    await door.left_alone.wait()
+    listening.close()
+
+
 async def first_config(door: RemoteDoor) -> None:
     """Wait for it. Raises StartupError if the owner ends before."""
     await first_of(door.configured.wait(), door.told_to_stop.wait())
@@ -124,7 +134,7 @@ async def first_config(door: RemoteDoor) -> None:
         raise StartupError("the server has ended")
 
 
-async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> asyncio.Event:
+async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments, door: RemoteDoor) -> Started:
     settings = arguments.settings
     tls = tls_context(settings)
     backend = LocalBackend(ConnectedCore(arguments.core), arguments.core)
@@ -134,7 +144,7 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     await first_config(door)
     service = EngineService(settings, backend, tokenizer, door)
     stack.callback(service.close)
-    await serve_public(stack, build_app(service), arguments.listener, settings, tls)
+    listening = await serve_public(stack, build_app(service), arguments.listener, settings, tls)
     keep_loop_free()
     service.compiler.prepare_aside()
-    return backend.died
+    return listening, backend.died

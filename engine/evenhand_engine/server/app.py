@@ -130,8 +130,12 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def refuse(request: web.Request, refusal: Refusal) -> web.Response:
-    request.app[DOOR].count_refusal(request.get(TENANT_ID, _NO_TENANT), refusal.code)
-    return error_response(refusal)
+    door = request.app[DOOR]
+    door.count_refusal(request.get(TENANT_ID, _NO_TENANT), refusal.code)
+    response = error_response(refusal)
+    if door.draining:
+        response.force_close()  # so that the client's next request goes where one is served
+    return response
 
 
 @web.middleware

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evenhand_engine.backends.upstream_connection import UpstreamConnection, UpstreamSettings
 from evenhand_engine.frontend.settings import ServerSettings
-from evenhand_engine.server.api_server import first_config, run_process, serve_for_owner
+from evenhand_engine.server.api_server import Started, first_config, run_process, serve_for_owner
 from evenhand_engine.server.api_servers import ApiServers, spawn
 from evenhand_engine.server.listener import tls_context
 from evenhand_engine.server.sidecar_app import build_sidecar_app
@@ -80,7 +80,7 @@ async def _start(
     arguments: SidecarServerArguments,
     door: RemoteTickets,
     connection: UpstreamConnection,
-) -> asyncio.Event:
+) -> Started:
     settings, directory = arguments.settings, arguments.tokenizer
     stack.push_async_callback(connection.close)
     tls = tls_context(settings)
@@ -88,10 +88,10 @@ async def _start(
     await first_config(door)
     front = Front(settings, connection, door, door, arguments.options, tokenizer)
     stack.callback(front.close)
-    await serve_public(stack, build_sidecar_app(front), arguments.listener, settings, tls)
+    listening = await serve_public(stack, build_sidecar_app(front), arguments.listener, settings, tls)
     await stack.enter_async_context(background(_cut(door, connection, settings.drain_timeout)))
     keep_loop_free()
-    return door.told_to_cut
+    return listening, door.told_to_cut
 
 
 async def _cut(door: RemoteTickets, connection: UpstreamConnection, drain_timeout: float) -> None:

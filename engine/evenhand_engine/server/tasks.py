@@ -44,8 +44,8 @@ async def serve_app(
     tls: ssl.SSLContext | None,
     *,
     decompress: bool = True,
-) -> None:
-    """Serve `app` until the stack is left."""
+) -> asyncio.AbstractServer:
+    """Serve `app` until the stack is left; the result may be closed before, which refuses what connects and ends nothing."""
     from aiohttp import web
 
     from evenhand_engine.server.malformed import Protocol, keep_out_of_logs
@@ -65,6 +65,7 @@ async def serve_app(
 
     listening = await loop.create_server(connect, sock=listener, ssl=tls, backlog=BACKLOG)
     stack.callback(listening.close)
+    return listening
 
 
 async def serve_public(
@@ -73,11 +74,12 @@ async def serve_public(
     listener: socket.socket,
     settings: ServerSettings,
     tls: ssl.SSLContext | None,
-) -> None:
+) -> asyncio.AbstractServer:
     """`serve_app` for clients: with a certificate that may be renewed, and bodies as they come."""
-    await serve_app(stack, app, listener, tls, decompress=False)  # `read_body` does
+    listening = await serve_app(stack, app, listener, tls, decompress=False)  # `read_body` does
     if tls is not None:
         await stack.enter_async_context(background(watch_certificate(settings, tls)))
+    return listening
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
 from evenhand_engine.frontend.service import REQUEST_ID, TENANT_ID, WRITES
-from evenhand_engine.openai.errors import error_body
+from evenhand_engine.openai.errors import error_body, refuse_draining
 from evenhand_engine.sidecar.events import EventReader, Usage, usage_of
 from evenhand_engine.sidecar.front import FRONT
 from evenhand_engine.sidecar.passage import OPENAI_STREAMS, Passage
@@ -76,6 +76,8 @@ async def _send(
         headers["Content-Length"] = str(sum(map(len, body)))
     deadline = time.monotonic() + upstream.settings.connect_timeout
     while True:
+        if upstream.is_closed:
+            raise refuse_draining()
         try:
             return await upstream.session.request(
                 request.method,
@@ -94,7 +96,7 @@ async def _send(
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if isinstance(error.__cause__, Refusal):  # of a body that did not come, while it was sent
                 raise error.__cause__ from error
-            raise upstream_error(f"it did not answer in HTTP ({type(error).__name__})") from error
+            raise _broken_off(upstream, f"it did not answer in HTTP ({type(error).__name__})") from error
 
 
 def _in_pieces(body: Sequence[bytes]) -> bytes | AsyncIterator[bytes]:
@@ -141,7 +143,7 @@ async def _pass_whole(
     num_bytes = len(start)
     try:
         await writes.wait(response.write(start))
-        async for chunk in _chunks(upstream):
+        async for chunk in _chunks(request, upstream):
             num_bytes += len(chunk)
             await writes.wait(response.write(chunk))
     except Refusal as failure:
@@ -162,7 +164,7 @@ async def _pass_whole(
 async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:
     """An answer that comes as a whole at its end: held until it is known to be one."""
     held, size = list[bytes](), 0
-    async for chunk in _chunks(upstream):
+    async for chunk in _chunks(request, upstream):
         held.append(chunk)
         if (size := size + len(chunk)) > _MAX_HELD_ANSWER:
             return await _pass_whole(request, upstream, passage, b"".join(held))
@@ -216,7 +218,7 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
     except (aiohttp.ClientError, OSError) as error:
         if isinstance(error, ConnectionResetError) and send.is_closed:
             raise  # it is the client who has gone
-        failure = upstream_error("its connection ended before its answer did")
+        failure = _broken_off(request.app[FRONT].connection)
     out = reader.flush()
     passage.take_usage(reader.usage)
     if failure is None and not reader.is_done and request.path in OPENAI_STREAMS:
@@ -233,7 +235,7 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
     return response
 
 
-async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _chunks(request: web.Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The answer's bytes as they come; raises Refusal where they end before the answer does."""
     try:
         async for chunk in upstream.content.iter_any():
@@ -241,7 +243,12 @@ async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     except TimeoutError as error:
         raise upstream_timeout() from error
     except (aiohttp.ClientError, OSError) as error:
-        raise upstream_error("its connection ended before its answer did") from error
+        raise _broken_off(request.app[FRONT].connection) from error
+
+
+def _broken_off(upstream: UpstreamConnection, what: str = "its connection ended before its answer did") -> Refusal:
+    """Whose fault it is that no more comes: ours where a drain has no more time."""
+    return refuse_draining() if upstream.is_closed else upstream_error(what)
 
 
 def upstream_error(what: str) -> Refusal:

@@ -1,13 +1,16 @@
 """Clients of a sidecar of several processes, each of a known one, and an upstream whose answers wait for a test."""
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import psutil
+import pytest
 from aiohttp import web
 
 from evenhand_policy.config import SchedulerConfig, TenantConfig
@@ -87,9 +90,28 @@ class Pinned:
             return response.status, await response.text()
 
 
-def ports_to(sidecar: Sidecar) -> set[int]:
-    """From which this process is connected to the sidecar's public port."""
-    port = int(sidecar.url.rpartition(":")[2])
+async def connect_each(
+    stack: contextlib.AsyncExitStack, url: str, num_clients: int, pids: Callable[[], set[int]] = api_pids
+) -> list[list[Pinned]]:
+    """Lists of `num_clients` each, one list for each of the processes; connected until the stack is left."""
+    clients: dict[int, list[Pinned]] = {}
+    for _ in range(200):
+        before = ports_to(url)
+        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1))
+        await stack.enter_async_context(session)
+        async with session.get(url + "/health") as response:
+            await response.read()
+        [port] = ports_to(url) - before
+        [pid] = [pid for pid in pids() if port in remote_ports(pid)]
+        clients.setdefault(pid, []).append(Pinned(url, session, pid))
+        if len(clients) == len(pids()) and min(map(len, clients.values())) >= num_clients:
+            return [each[:num_clients] for each in clients.values()]
+    pytest.fail("the kernel gives every connection to the same process")
+
+
+def ports_to(url: str) -> set[int]:
+    """From which this process is connected to that port."""
+    port = int(url.rpartition(":")[2])
     return {
         each.laddr.port for each in psutil.Process().net_connections("tcp") if each.raddr and each.raddr.port == port
     }

@@ -37,7 +37,8 @@ async def test_the_engine_waits_until_what_runs_has_ended(upstream: ScriptedUpst
     sidecar.service.draining = True
     async with sidecar.session.get(sidecar.url + "/ready") as response:
         assert response.status == 503
-    assert (await sidecar.stream())[0] == 503  # what is new goes elsewhere
+    async with sidecar.post({"stream": True}) as refused:  # what is new goes elsewhere
+        assert (refused.status, refused.headers["Connection"]) == (503, "close")
     assert not hook.done() and not stream.done()
     go_on.set()
     async with asyncio.timeout(WAIT_SECONDS):
