@@ -67,6 +67,11 @@ class UpstreamConnection:
         """Where a request for this path and query, as the client wrote it, goes."""
         return URL(self._origin + raw_path, encoded=True)
 
+    def without_origin(self, location: str) -> str:
+        """A place at the upstream as clients reach it through this server; any other as it is."""
+        rest = location.removeprefix(self._origin)
+        return rest if rest.startswith("/") else location
+
     @property
     def is_closed(self) -> bool:
         """Whether it was cut, by `close`."""

@@ -5,13 +5,14 @@ answer has begun, an end of the stream that says why.
 """
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.errors import Refusal
@@ -33,6 +34,8 @@ _ANSWERED_BY_US = {"server", "date", "x-request-id"}
 _MAX_HELD_ANSWER = 8 * 2**20  # of an answer that is checked as a whole before it goes on
 _SENT_AT_ONCE = 64 * 1024  # of a body
 _RETRY_SECONDS = 0.1
+_BODILESS = (204, 205, 304)
+_ORIGIN = re.compile("^https?://[^/?#]*", re.IGNORECASE)
 
 
 async def exchange(
@@ -45,11 +48,11 @@ async def exchange(
         response = await _send(upstream, request, body)
         if response.status < 200:
             raise upstream_error("it would change the protocol")
-        if passage is None or response.status >= 400:
+        if passage is None or response.status >= 300 or response.status in _BODILESS:
             return await _pass_whole(request, response, passage)
-        if response.content_type == "text/event-stream" and "Content-Encoding" not in response.headers:
+        if response.content_type == "text/event-stream" and not _is_packed(response):
             return await _pass_events(request, response, passage)
-        if _is_json(response.content_type) and "Content-Encoding" not in response.headers:
+        if _is_json(response.content_type) and not _is_packed(response):
             return await _pass_json(request, response, passage)
         if request.path.startswith("/v1/") and response.content_type == "text/html":
             raise upstream_error(f"it answered {response.content_type} instead of JSON")
@@ -81,7 +84,7 @@ async def _send(
         try:
             return await upstream.session.request(
                 request.method,
-                upstream.url(request.raw_path),
+                upstream.url(target_of(request)),
                 headers=headers,
                 data=_in_pieces(body) if isinstance(body, Sequence) else body,
                 allow_redirects=False,
@@ -97,6 +100,11 @@ async def _send(
             if isinstance(error.__cause__, Refusal):  # of a body that did not come, while it was sent
                 raise error.__cause__ from error
             raise _broken_off(upstream, f"it did not answer in HTTP ({type(error).__name__})") from error
+
+
+def target_of(request: web.Request) -> str:
+    """Path and query as the client wrote them, also behind an origin, which a server has to take (RFC 9112, section 3.2.2)."""
+    return _ORIGIN.sub("", request.raw_path)
 
 
 def _in_pieces(body: Sequence[bytes]) -> bytes | AsyncIterator[bytes]:
@@ -118,14 +126,22 @@ async def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
     yield b"".join(held)
 
 
-def _forwarded(headers: Mapping[str, str], ours: set[str]) -> CIMultiDict[str]:
+def _forwarded(headers: CIMultiDictProxy[str], ours: set[str]) -> CIMultiDict[str]:
     """Headers that go on: those that are about one connection stay on it, and ours are set by us."""
-    listed = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    listed = {name.strip().lower() for line in headers.getall("Connection", []) for name in line.split(",")}
     return CIMultiDict(
         (name, value)
         for name, value in headers.items()
         if name.lower() not in _HOP_BY_HOP and name.lower() not in ours and name.lower() not in listed
     )
+
+
+def _answered(request: web.Request, upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
+    """An answer's headers as they go on. Where it leads the client elsewhere at the upstream, that is at this server."""
+    headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
+    if (location := headers.get("Location")) is not None:
+        headers["Location"] = request.app[FRONT].connection.without_origin(location)
+    return headers
 
 
 async def _pass_whole(
@@ -134,18 +150,17 @@ async def _pass_whole(
     """Any answer, as it comes; `start` came already."""
     if upstream.status >= 500 and upstream.content_type == "text/html":  # a proxy's page in between
         raise Refusal(upstream.status, "upstream_error", f"The engine answered {upstream.status}.", retry_after=1.0)
-    response = web.StreamResponse(status=upstream.status, headers=_forwarded(upstream.headers, _ANSWERED_BY_US))
+    response = web.StreamResponse(status=upstream.status, headers=_answered(request, upstream))
     writes = request[WRITES]
-    if request.method == "HEAD" or upstream.status in (204, 304):
-        await response.prepare(request)
-        return response
+    has_body = request.method != "HEAD" and upstream.status not in _BODILESS
     await response.prepare(request)
     num_bytes = len(start)
     try:
-        await writes.wait(response.write(start))
-        async for chunk in _chunks(request, upstream):
-            num_bytes += len(chunk)
-            await writes.wait(response.write(chunk))
+        if has_body:
+            await writes.wait(response.write(start))
+            async for chunk in _chunks(request, upstream):
+                num_bytes += len(chunk)
+                await writes.wait(response.write(chunk))
     except Refusal as failure:
         if passage is not None:
             passage.fail(failure, was_sent=True)
@@ -153,8 +168,8 @@ async def _pass_whole(
             request.transport.abort()  # the client must see that it is not whole
         return response
     if passage is not None:
-        is_text = "Content-Encoding" in upstream.headers or upstream.content_type.endswith("json")
-        if is_text and upstream.status < 400:
+        is_text = _is_packed(upstream) or upstream.content_type.endswith("json")
+        if is_text and has_body and upstream.status < 300:
             passage.take_bytes(num_bytes)
         passage.finish(upstream.status)
     await writes.wait(response.write_eof())
@@ -173,7 +188,7 @@ async def _pass_json(request: web.Request, upstream: aiohttp.ClientResponse, pas
     if not passage.take_usage(usage):
         passage.take_bytes(size)
     passage.finish(upstream.status)
-    headers = _forwarded(upstream.headers, _ANSWERED_BY_US)
+    headers = _answered(request, upstream)
     headers["Content-Length"] = str(len(answer))
     return web.Response(status=upstream.status, body=answer, headers=headers)
 
@@ -186,6 +201,11 @@ def _usage_of_json(answer: bytes) -> Usage | None:
     return usage_of(answer)
 
 
+def _is_packed(response: aiohttp.ClientResponse) -> bool:
+    """Whether what is in the answer cannot be read here."""
+    return response.headers.get("Content-Encoding", "identity").strip().lower() != "identity"
+
+
 def _is_json(content_type: str) -> bool:
     """Not where each line is an object of its own."""
     return content_type == "application/json" or content_type.endswith("+json")
@@ -193,7 +213,8 @@ def _is_json(content_type: str) -> bool:
 
 async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, passage: Passage) -> web.StreamResponse:
     """An event stream, event by event as they come."""
-    headers = _forwarded(upstream.headers, _ANSWERED_BY_US | {"content-length"})
+    headers = _answered(request, upstream)
+    headers.pop("Content-Length", None)  # an event may be left out, or come in addition
     headers["X-Accel-Buffering"] = "no"
     response = web.StreamResponse(status=upstream.status, headers=headers)
     await response.prepare(request)

@@ -95,6 +95,8 @@ class Passage:
         """Make the body the upstream's: with usage asked for, bounded by the policy, and without a priority of the client's."""
         if body.fields is None:
             return
+        if bytes(body.fields.get("stream", b"null")) not in (b"true", b"false", b"null"):
+            body.set("stream", self.is_stream)  # else an engine may answer as a whole what is taken for a stream
         tenant = self.front.tickets.tenant(self.tenant_id)
         body.set("priority", self.front.options.upstream_priority(tenant))
         if (salt := self.front.options.cache_salt(self.tenant_id, tenant)) is not None:
@@ -136,8 +138,8 @@ class Passage:
             self.ticket.counted(min(estimate, self.ticket.limit * self._num_choices), is_estimate=True)
 
     def finish(self, status: int) -> None:
-        """The answer is complete."""
-        if status >= 400:
+        """The answer is complete. One that refuses, or leads elsewhere, cost nothing."""
+        if status >= 300:
             self.ticket.sized(0)
             self.outcome = ("failed", "upstream_refused")
         else:

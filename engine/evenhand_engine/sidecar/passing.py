@@ -6,7 +6,7 @@ from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.requests import enter, read_pieces, read_start, stream_body
 from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
-from evenhand_engine.sidecar.exchange import exchange
+from evenhand_engine.sidecar.exchange import exchange, target_of
 from evenhand_engine.sidecar.front import FRONT, is_management
 from evenhand_engine.sidecar.intake import Intake
 from evenhand_engine.sidecar.passage import Passage
@@ -17,12 +17,7 @@ _TOKENIZER_PATHS = {"/tokenize", "/detokenize", "/apply-template", "/v1/tokenize
 async def pass_on(request: web.Request) -> web.StreamResponse:
     """Any path, known or not. What computes waits for its turn; the rest costs the tenant a request of its quota."""
     front, tenant_id = request.app[FRONT], request[TENANT_ID]
-    if not request.raw_path.startswith("/"):
-        raise Refusal(400, "invalid_value", "The request's target must be a path.")
-    if "upgrade" in request.headers.get("Connection", "").lower():
-        raise Refusal(
-            501, "unsupported", "Connections that change their protocol, such as WebSockets, are not passed on."
-        )
+    _check_target(request)
     if is_management(request.path):
         raise Refusal(403, "management_path", "This path changes the engine for all tenants, and is not passed on.")
     if request.method in ("GET", "HEAD", "OPTIONS"):
@@ -50,6 +45,18 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         passage.prepare(passage.body)
         pieces = await front.compute(tenant_id, passage.body.num_bytes, passage.body.encode)
         return await exchange(request, pieces, passage)
+
+
+def _check_target(request: web.Request) -> None:
+    """Raises Refusal for what is no request of a resource, or of which one server would make another resource than the next."""
+    if request.method == "TRACE":  # it would be answered with the upstream's key
+        raise Refusal(405, "method_not_allowed", "TRACE is not passed on.")
+    if not target_of(request).startswith("/"):
+        raise Refusal(400, "invalid_value", "The request's target must be a path.")
+    if not {".", ".."}.isdisjoint(request.path.split("/")):
+        raise Refusal(400, "invalid_value", "The request's path must have no part `.` or `..`.")
+    if "websocket" in ",".join(request.headers.getall("Upgrade", [])).lower():  # other offers need not be taken
+        raise Refusal(501, "unsupported", "WebSockets are not passed on.")
 
 
 async def _read(request: web.Request, start: bytes, *, says_json: bool) -> Body:

@@ -243,6 +243,7 @@ async def test_a_stream_tells_its_usage_however_it_was_asked_for(
     upstream.script = say_three
     _, text = await sidecar.stream(stream=stream, stream_options={"include_usage": usage})
     assert upstream.body()["stream_options"] == {"include_usage": True}
+    assert upstream.body()["stream"] is True, "some engines take only that for true"
     assert (b"prompt_tokens" not in text) == is_hidden
     await sidecar.settled()
     assert sidecar.tokens() == (7, 3)
