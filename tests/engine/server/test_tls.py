@@ -34,6 +34,8 @@ def test_tls(serve: Serve, say: Say, authority: trustme.CA, tmp_path: Path) -> N
     authority.configure_trust(context)
     with httpx2.Client(verify=context) as http, server.client(http_client=http) as client:
         assert client.completions.create(model="tiny", prompt="x").choices[0].text == "ok"
+        events = client.completions.create(model="tiny", prompt="x", stream=True)
+        assert "".join(event.choices[0].text for event in events) == "ok"
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{server.url}/health")
     assert httpx2.get(f"{server.admin_url}/health").status_code == 200
