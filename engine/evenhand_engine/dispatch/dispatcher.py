@@ -192,9 +192,11 @@ class Dispatcher:
 
     def generated(self, errand: Errand, num_tokens: int) -> None:
         """So many more tokens of its output came."""
-        if errand.flight is not None and num_tokens > 0:
-            self.window.grow(errand.flight, num_tokens)
-            self._charge_outputs(errand, max(errand.num_charged_outputs, errand.flight.num_output_tokens))
+        flight = errand.flight
+        if flight is not None and num_tokens > 0:
+            self.window.grow(flight, num_tokens)
+            if flight.num_output_tokens > errand.num_charged_outputs:
+                self._charge_outputs(errand, flight.num_output_tokens)
 
     def sized(self, errand: Errand, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         """The upstream says how long the prompt was, and how much of it a prefix hit spared: that is not charged."""

@@ -165,15 +165,17 @@ class OwnTicket:
 
     def generated(self, num_tokens: int) -> Refusal | None:
         now, service, errand = time.monotonic(), self._service, self.errand
-        is_first, may_send = errand.num_charged_outputs == 0, service.upstream.dispatcher.heard(now)
+        dispatcher, reservations = service.upstream.dispatcher, self._reservations
+        is_first, may_send = errand.num_charged_outputs == 0, dispatcher.heard(now)
         if is_first:
-            service.upstream.dispatcher.started(errand, now)
-        service.upstream.dispatcher.generated(errand, num_tokens)
+            dispatcher.started(errand, now)
+        dispatcher.generated(errand, num_tokens)
         self._metrics.take_tokens(num_tokens, now)
         if is_first or may_send:
             service.upstream.pump()
-        self._reservations.append(self._reservations.pop(0))  # whose it is, nobody says: each in turn
-        if service.admission.generated(self._reservations[0], num_tokens, now):
+        if len(reservations) > 1:
+            reservations.append(reservations.pop(0))  # whose it is, nobody says: each in turn
+        if service.admission.generated(reservations[0], num_tokens, now):
             return None
         tenant_id = self._booking.tenant_id
         message = f"Tenant {tenant_id} has used its tokens per minute."
