@@ -14,6 +14,9 @@ _LINES = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)")
 _END = re.compile(rb'\s*(?:\[DONE\]|\{\s*"error"\s*:(?!\s*null))')  # of the answer: what its last data begin with
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')  # no text can hold it: its quotes are escaped
+_PLAIN = re.compile(
+    rb'(?:(?:event: [^\n]*+\n)?data: \{"(?!error")[^\n]*+\n\n)+'
+)  # whole events, where no line ends in \r
 _MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
 
 
@@ -96,6 +99,17 @@ class EventReader:
         is_done: `[DONE]` came, or an error in its place.
     """
 
+    __slots__ = (
+        "_first_usage",
+        "_held",
+        "_hides_usage",
+        "_last",
+        "_last_usage",
+        "_passes_rest",
+        "is_done",
+        "num_events",
+    )
+
     def __init__(self, *, hides_usage: bool) -> None:
         self.num_events = 0
         self.is_done = False
@@ -116,9 +130,11 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in what came; returns what goes to the client now."""
-        if not self._held and _is_plain(chunk):  # as nearly always
-            self.num_events += 1
-            self._last = chunk
+        is_plain = not self._held and b"\r" not in chunk and _PLAIN.fullmatch(chunk) and not _USAGE.search(chunk)
+        if is_plain:  # as nearly always
+            num_events = chunk.count(b"\n\n")
+            self.num_events += num_events
+            self._last = chunk if num_events == 1 else chunk[chunk.rfind(b"\n\n", 0, -2) + 2 :]
             return chunk
         data = self._held + chunk if self._held else chunk
         start, out = 0, []
@@ -159,17 +175,6 @@ class EventReader:
         self.num_events += 1
         self._last = event
         return True
-
-
-def _is_plain(chunk: bytes) -> bool:
-    """Whether it is one whole event, of one line, with neither an error nor a usage."""
-    return (
-        chunk.startswith(b'data: {"')
-        and chunk.find(b"\n") == len(chunk) - 2
-        and chunk.endswith(b"\n\n")
-        and b'"usage"' not in chunk
-        and not chunk.startswith(b'data: {"error"')
-    )
 
 
 def _usage_of_event(event: bytes) -> Usage | None:

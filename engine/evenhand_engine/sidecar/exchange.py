@@ -221,12 +221,14 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
     writes, reader = request[WRITES], EventReader(hides_usage=passage.hides_usage)
     send = EventWriter(request, response)
     failure: Refusal | None = None
+    feed, generated = reader.feed, passage.ticket.generated
 
     def take(chunk: bytes) -> bool:
         nonlocal failure
-        num_events = reader.num_events
-        out = reader.feed(chunk)
-        failure = passage.take_events(reader.num_events - num_events)  # before somebody who does not read stops us
+        num_before = reader.num_events
+        out = feed(chunk)
+        if num_events := reader.num_events - num_before:
+            failure = generated(num_events)  # before somebody who does not read stops us
         return send(out) and failure is None
 
     try:

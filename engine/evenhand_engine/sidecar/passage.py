@@ -114,10 +114,6 @@ class Passage:
 
     # -- what the upstream does
 
-    def take_events(self, num_events: int) -> Refusal | None:
-        """So many more events of its stream came. Returns why it must end, if the quota leaves no more."""
-        return None if num_events == 0 else self.ticket.generated(num_events)
-
     def take_usage(self, usage: Usage | None) -> bool:
         """The upstream says what it was; returns whether it is believed, which it is within what is possible."""
         most = self.front.max_model_len * self._num_prompts

@@ -1,6 +1,8 @@
 """How prompts and outputs are counted: by token ids, a tokenizer here, the upstream's, bytes; and by usage at the end."""
 
 import json
+import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,34 @@ def test_a_usage_that_comes_in_pieces_is_hidden_all_the_same() -> None:
     for cut in range(1, len(whole)):
         reader, out = read(event() + whole[:cut], whole[cut:] + DONE)
         assert out == event() + DONE and reader.usage is not None and reader.usage.completion_tokens == 9
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_events_are_read_the_same_however_they_come(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [
+        *(event("x"), event('"usage"'), event().replace(b"}\n\n", b', "usage": null}\n\n'), b": ping\n\n"),
+        *(
+            b'event: delta\ndata: {"text": "y"}\n\n',
+            event()[:-2] + b"\r\n\r\n",
+            event()[:-2] + b"\r\r",
+            b"data: a\ndata: b\n\n",
+            b"\n\n",
+        ),
+        *(usage_event(3, 4), event().replace(b"}\n\n", b', "usage": {"prompt_tokens": 5}}\n\n'), event() * 3),
+    ]
+    events = rng.choices(kinds, k=rng.randint(1, 12))
+    events += rng.choice([[], [DONE], [b'data: {"error": {}}\n\n'], [b'data: {"tokens_predicted": 7}\n\n']])
+    one_by_one, out = read(*events)
+    whole = b"".join(events)
+    edges = [0, *sorted(rng.choices(range(len(whole)), k=rng.randint(0, 6))), len(whole)]
+    some = [whole[start:end] for start, end in pairwise(edges)]
+    pairs = [b"".join(events[index : index + 2]) for index in range(0, len(events), 2)]
+    for pieces in ([whole], some, pairs, [bytes([byte]) for byte in whole]):
+        reader, same = read(*pieces)
+        assert same == out
+        assert (reader.num_events, reader.is_done) == (one_by_one.num_events, one_by_one.is_done)
+        assert reader.usage == one_by_one.usage
 
 
 async def test_no_more_is_sent_than_llama_cpp_has_slots(upstream: ScriptedUpstream, start: Start) -> None:
