@@ -12,7 +12,7 @@ queue `dispatch`'s, the connection to the engine `backends`'. Bytes that need no
     intake, skeleton        its body as it comes in: of what is large, no more than can be read in one go
     body, sampling, members what the request is by its body: prompts, users; choices and limits; its members
     counting                how many tokens its prompt has
-    relay, events           the answer's bytes handed on as they come; what is read of them in passing
+    relay, chunks, events   the answer's bytes handed on as they come; what is read of them in passing
     front                   what a process at the public port has
     service                 what all requests share, in the process that owns it
 """

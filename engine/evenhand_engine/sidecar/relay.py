@@ -1,13 +1,18 @@
 """Relay: an upstream's bytes handed on in the very call that brings them, while the client keeps up.
 
 To wake a task for each event costs more than the event does. So while a stream runs, a Relay stands between the upstream's
-transport and aiohttp's protocol, which goes on to parse: what it has parsed is taken from it at once.
+transport and aiohttp's protocol, which goes on to parse: what it has parsed is taken from it at once. Of whole chunks, between
+which its parser stands, that need not even be told: it will find the end of the body where it would have found one more chunk.
 """
 
 import asyncio
 from collections.abc import Callable
 
 import aiohttp
+
+from evenhand_engine.sidecar.chunks import whole_chunks
+
+_MAX_CERTAIN_BYTES = 64 * 1024  # a read so short makes aiohttp's parser pause at no chunk of it
 
 
 class Relay(asyncio.Protocol):
@@ -19,6 +24,19 @@ class Relay(asyncio.Protocol):
         idle_timeout: seconds without a byte after which the upstream has failed.
     """
 
+    __slots__ = (
+        "_content",
+        "_done",
+        "_heard_at",
+        "_idle_timeout",
+        "_inner",
+        "_is_between_chunks",
+        "_loop",
+        "_take",
+        "_timer",
+        "_transport",
+    )
+
     def __init__(self, response: aiohttp.ClientResponse, take: Callable[[bytes], bool], idle_timeout: float) -> None:
         self._content = response.content
         self._take = take
@@ -27,6 +45,7 @@ class Relay(asyncio.Protocol):
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._heard_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._is_between_chunks = False  # aiohttp's parser, for certain
         connection = response.connection  # None: all of it has come, and the connection is somebody else's by now
         self._inner = None if connection is None else connection.protocol
         self._transport = None if connection is None else connection.transport
@@ -55,19 +74,27 @@ class Relay(asyncio.Protocol):
             self._stop()
 
     def _hand_on(self) -> None:
+        """Take what aiohttp has parsed."""
         if self._done.done():
             return
         try:
             takes_more = True
-            if chunk := self._content.read_nowait():
+            while takes_more and (chunk := self._content.read_nowait()):
                 takes_more = self._take(chunk)
             if self._content.is_eof() or not takes_more:
-                self._stop()
-                self._done.set_result(None)
+                self._end(None)
             elif self._transport is None or self._transport.is_closing():
                 raise aiohttp.ClientPayloadError("the connection ended before the answer did")
         except Exception as error:
-            self._stop()
+            self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        self._stop()
+        if self._done.done():  # its task is being cancelled
+            return
+        if error is None:
+            self._done.set_result(None)
+        else:
             self._done.set_exception(error)
 
     def _stop(self) -> None:
@@ -76,6 +103,7 @@ class Relay(asyncio.Protocol):
             return
         self._timer.cancel()
         self._timer = None
+        self._is_between_chunks = False
         if self._transport is not None and self._inner is not None:
             self._transport.set_protocol(self._inner)
 
@@ -84,15 +112,30 @@ class Relay(asyncio.Protocol):
         if left > 0:
             self._timer = self._loop.call_later(left, self._check)
         elif not self._done.done():
-            self._stop()
-            self._done.set_exception(TimeoutError())
+            self._end(TimeoutError())
+
+    def _stands_between_chunks(self, data: bytes) -> bool:
+        """Whether aiohttp's parser does, now that it was given `data` last: the last that it has parsed is a chunk's end, and what
+        came ends as no part of the next chunk's first line can. So it is seen after an event, whose last byte ends a line."""
+        ends = getattr(self._content, "_http_chunk_splits", None)  # of the chunks; another aiohttp may have none
+        if not ends or ends[-1] != self._content.total_bytes:
+            return False
+        return data.endswith(b"\n\r\n") and len(data) <= _MAX_CERTAIN_BYTES
 
     # -- asyncio.Protocol
 
     def data_received(self, data: bytes) -> None:
         assert self._inner is not None
         self._heard_at = self._loop.time()
+        if self._is_between_chunks and (chunk := whole_chunks(data)) is not None:
+            try:
+                if not self._take(chunk):
+                    self._end(None)
+            except Exception as error:
+                self._end(error)
+            return
         self._inner.data_received(data)
+        self._is_between_chunks = self._stands_between_chunks(data)
         self._hand_on()
 
     def eof_received(self) -> None:
