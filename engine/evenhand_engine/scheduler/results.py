@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evenhand_engine.scheduler.batch import Batch
+from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 from evenhand_engine.scheduler.ledger import Ledger
 from evenhand_engine.scheduler.request import FinishReason, Request, RequestOutput, Sampled
 from evenhand_engine.scheduler.request_table import RequestTable
@@ -22,21 +22,48 @@ class Results:
 
     def take(self, batch: Batch, requests: Sequence[Request], sampled: Sequence[Sampled]) -> None:
         """The batch, whose its items are, and what was sampled for each of them with samples, in order."""
-        blocks, results = self._request_table.blocks, iter(sampled)
-        block_size = blocks.block_size
-        for item, request in zip(batch.scheduled, requests, strict=True):
-            result = next(results) if item.num_samples else None
-            if request.finish_reason is not None:
-                if result is not None and request.finish_reason in _FROM_RESULTS:
-                    self.correct(request, item.first_output + 1, item.first_output)
-                continue
-            end = item.num_computed_tokens + item.num_scheduled_tokens
-            if result is not None and len(result.token_ids) < item.num_samples:
-                end -= self._reject(request, item.num_samples - len(result.token_ids))
-            if end % block_size == 0 or item.num_scheduled_tokens > 1:
-                blocks.commit(request, item.num_computed_tokens, min(end, request.num_computed_tokens))
-            if result is not None:
-                self._append(request, result)
+        items, num_decodes = batch.scheduled, batch.num_decodes
+        self._take_decodes(items[:num_decodes], requests[:num_decodes], sampled[:num_decodes])
+        results = iter(sampled[num_decodes:])
+        for item, request in zip(items[num_decodes:], requests[num_decodes:], strict=True):
+            self._take(item, request, next(results) if item.num_samples else None)
+
+    def _take_decodes(
+        self, items: Sequence[ScheduledRequest], requests: Sequence[Request], results: Sequence[Sampled]
+    ) -> None:
+        """Of every stream in every step. Nearly each has one token, fills no block and does not end: then this is all of
+        `_take` that there is to do."""
+        block_size, outputs = self._request_table.blocks.block_size, self._request_table.outputs
+        for item, request, result in zip(items, requests, results, strict=True):
+            tokens, token_ids = request.token_ids, result.token_ids
+            if (
+                len(token_ids) == item.num_samples == 1
+                and token_ids[0] not in request.sampling_params.stop_token_ids
+                and (item.num_computed_tokens + 1) % block_size
+                and len(tokens) + 1 < request.max_num_tokens
+                and request.finish_reason is None
+                and not request.guess
+            ):
+                tokens.append(token_ids[0])
+                request.num_in_flight_tokens -= 1
+                outputs.append(
+                    RequestOutput(request_id=request.request_id, token_ids=token_ids, logprobs=result.logprobs)
+                )
+            else:
+                self._take(item, request, result)
+
+    def _take(self, item: ScheduledRequest, request: Request, result: Sampled | None) -> None:
+        if request.finish_reason is not None:
+            if result is not None and request.finish_reason in _FROM_RESULTS:
+                self.correct(request, item.first_output + 1, item.first_output)
+            return
+        end, blocks = item.num_computed_tokens + item.num_scheduled_tokens, self._request_table.blocks
+        if result is not None and len(result.token_ids) < item.num_samples:
+            end -= self._reject(request, item.num_samples - len(result.token_ids))
+        if end % blocks.block_size == 0 or item.num_scheduled_tokens > 1:
+            blocks.commit(request, item.num_computed_tokens, min(end, request.num_computed_tokens))
+        if result is not None:
+            self._append(request, result)
 
     def fail(self, batch: Batch, requests: Sequence[Request]) -> None:
         """The batch could not be computed. What its requests were charged for is given back where it was sampled only;
@@ -54,7 +81,7 @@ class Results:
             self._ledger.correct_outputs(self._request_table.tenant(request.tenant_id), request, charged, end)
 
     def _append(self, request: Request, result: Sampled) -> None:
-        """Append what was sampled, up to the token that ends the request. Of every stream in every step."""
+        """Append what was sampled, up to the token that ends the request."""
         tokens, params, token_ids, logprobs = (
             request.token_ids,
             request.sampling_params,
