@@ -81,16 +81,22 @@ class BatchPlan:
         self._started: list[StartedRequest] = []
         self._num_decodes = 0
 
-    def add_decodes(self, requests: Sequence[Request]) -> None:
-        """The next token of each of these requests past their prompts, which have room for it. Decodes come before chunks."""
+    def add_decodes(self, requests: Sequence[Request]) -> int:
+        """The next token of each of these requests past their prompts, which have room for it; returns how many tokens came
+        before these. Decodes come before chunks."""
         self._num_decodes += len(requests)
         self.requests += requests
-        scheduled = self._scheduled
+        add, context = self._scheduled.append, 0
         for request in requests:
-            start, is_told = request.num_computed_tokens, len(request.block_table) == request.num_sent_blocks
-            scheduled.append(ScheduledRequest(request.seat, start, 1, 1, () if is_told else _take_new_blocks(request)))
+            start = request.num_computed_tokens
+            if len(request.block_table) == request.num_sent_blocks:
+                add(ScheduledRequest(request.seat, start, 1, 1))
+            else:
+                add(ScheduledRequest(request.seat, start, 1, 1, _take_new_blocks(request)))
+            context += start
             request.num_computed_tokens = start + 1
             request.num_in_flight_tokens += 1
+        return context
 
     def add_chunk(self, request: Request, num_tokens: int) -> None:
         """The next tokens of a prompt; the last chunk gives an output."""

@@ -9,7 +9,7 @@ Of 32 seats and more one in 32 is left by tenants that have many, so that one th
 somebody's request ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import Protocol
 
@@ -156,12 +156,12 @@ class KvCapacity:
 
     # -- growth
 
-    def with_room(self, requests: Sequence[Request]) -> list[Request]:
+    def with_room(self, requests: Iterable[Request]) -> list[Request]:
         """Those that run, on blocks with room for their next token."""
         size = self._settings.block_size
         return [r for r in requests if len(r.block_table) * size > r.num_computed_tokens]
 
-    def without_room(self, requests: Sequence[Request]) -> list[Request]:
+    def without_room(self, requests: Iterable[Request]) -> list[Request]:
         """The others."""
         size = self._settings.block_size
         return [r for r in requests if len(r.block_table) * size <= r.num_computed_tokens]

@@ -16,7 +16,7 @@ recompute tax to be the choice of the victim).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
 from evenhand_engine.scheduler.capacity import Fit, KvCapacity
@@ -115,26 +115,31 @@ class Preemption:
 
     # -- during a step: room for running requests to grow
 
-    def grow(self, decodes: Sequence[Request]) -> None:
+    def grow(self, decodes: Iterable[Request]) -> bool:
         """Give each stream room for its next token, in its last block or a new one, where others or it itself must not
-        yield; `KvCapacity.with_room` tells who has it."""
-        for request in self._capacity.without_room(decodes):
+        yield. Whether all have it and nobody yielded; else `KvCapacity.with_room` tells who has it."""
+        needy, have_room = self._capacity.without_room(decodes), True
+        for request in needy:
             if request.block_table:  # else it was preempted for the growth of another
-                self._grow(request)
+                have_room &= self._grow(request)
+        return have_room
 
-    def _grow(self, request: Request) -> None:
-        """Room for the request's next token: others yield for it, or it yields, or nobody can and it ends."""
+    def _grow(self, request: Request) -> bool:
+        """Room for the request's next token; whether there was some. Else others yield for it, or it yields, or nobody can
+        and it ends."""
         request_table, capacity, tenant = (
             self._request_table,
             self._capacity,
             self._request_table.tenants[request.tenant_id],
         )
+        was_room = True
         while (at_ceiling := capacity.is_at_ceiling(tenant)) or not capacity.blocks.grow(request, request.num_tokens):
+            was_room = False
             num_rivals = tenant.num_running if at_ceiling else request_table.num_running
             if num_rivals == 1:
                 if request.num_in_flight_tokens == 0:  # else it ends when its last token has been told
                     request_table.finish(request, FinishReason.LENGTH)
-                return
+                return False
             if at_ceiling:
                 victim = _least_computed_first(tenant.running())[0]
             elif self._is_fair:
@@ -144,7 +149,8 @@ class Preemption:
                 victim = max(running, key=lambda request: request.position)
             request_table.preempt(victim)
             if victim is request:
-                return
+                return False
+        return was_room
 
     # -- the choices
 

@@ -18,7 +18,7 @@ only the runner knows, and what a request computed past its end is discarded and
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
+from itertools import chain
 from typing import NamedTuple
 
 from evenhand_engine.config import SchedulerSettings, SchedulingPolicy
@@ -40,7 +40,6 @@ from evenhand_engine.scheduler.turns import take_turns
 from evenhand_policy.config import SchedulerConfig
 
 _NEVER = float("inf")
-_NUM_COMPUTED_TOKENS = attrgetter("num_computed_tokens")
 
 
 class _Step(NamedTuple):
@@ -207,13 +206,12 @@ class Scheduler:
         of which streams were left out."""
         ledger, capacity = self.ledger, self.request_table.capacity
         turns = take_turns(self.request_table.running_tenants.values(), budget, ledger.service, ledger.next_output_cost)
-        self._preemption.grow([request for _, requests in turns.taken for request in requests])
+        have_room = self._preemption.grow(chain.from_iterable(requests for _, requests in turns.taken))
         context = 0
         for tenant, requests in turns.taken:
-            computed = capacity.with_room(requests)
+            computed = requests if have_room else capacity.with_room(requests)
             if computed:
-                context += sum(map(_NUM_COMPUTED_TOKENS, computed))
-                plan.add_decodes(computed)
+                context += plan.add_decodes(computed)
                 ledger.charge_outputs(tenant, computed)
             if tenant.tenant_id in turns.left_out:
                 tenant.end_turns(computed)

@@ -79,12 +79,10 @@ class Tenant:
 
     def decodes(self) -> list[Request]:
         """Streams that may compute their next token in this step, the one that has waited longest first."""
+        # `is_at_end`, but without a call for each stream in each step
+        streams = [r for r in self.decoding.values() if r.num_computed_tokens + 1 < r.max_num_tokens]
         paused = self.paused
-        return [
-            request
-            for request in self.decoding.values()
-            if not request.is_at_end and (not paused or request.request_id not in paused)
-        ]
+        return [request for request in streams if request.request_id not in paused] if paused else streams
 
     def end_turns(self, requests: Iterable[Request]) -> None:
         """These streams computed a token while others had to wait: theirs is the last turn now."""

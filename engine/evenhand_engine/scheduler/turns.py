@@ -16,6 +16,7 @@ who waits: after the step none that computed is ahead of one that was left out b
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from operator import attrgetter
 
 from evenhand_engine.scheduler.pace import StepBudget
@@ -47,10 +48,11 @@ def take_turns(
 ) -> Turns:
     """Hand out the step's room for decodes. `service` is a tenant's virtual service; nobody is charged here."""
     streams = [(tenant, requests) for tenant in tenants if (requests := tenant.decodes())]
-    everything = [request for _, requests in streams for request in requests]
-    tightest = min((tenant.inter_token_latency for tenant, _ in streams), default=_NEVER)
-    num_context = sum(map(_NUM_COMPUTED_TOKENS, everything))
-    if budget.has_room_for_decodes(len(everything), num_context, tightest):
+    num_streams = sum([len(requests) for _, requests in streams])
+    tightest = min([tenant.inter_token_latency for tenant, _ in streams], default=_NEVER)
+    everything = chain.from_iterable(requests for _, requests in streams)
+    num_context = sum(map(_NUM_COMPUTED_TOKENS, everything)) if tightest != _NEVER else 0  # no objective asks for it
+    if budget.has_room_for_decodes(num_streams, num_context, tightest):
         return Turns(streams, set())
 
     ends = sorted(
