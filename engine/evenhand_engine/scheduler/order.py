@@ -47,6 +47,8 @@ class Order:
 
     def least_served(self) -> Tenant | None:
         """Who is furthest behind, of those whose prompts contend."""
+        if not self._active:
+            return None
         in_order = (self._active[tenant_id] for _, _, tenant_id in self._ledger.shares.in_order())
         return next(filter(self.contends, in_order), None)
 
@@ -62,6 +64,8 @@ class Order:
 
     def next_tenant(self, blocked: Collection[str], *, may_start_new: bool) -> Tenant | None:
         """Whose prompt computes next; `blocked` tenants, or all without `may_start_new`, can only go on with those begun."""
+        if not self._active:
+            return None
         if not self._is_fair:
             return self._oldest(blocked, may_start_new=may_start_new)
         by_class = self._eligible(blocked) if may_start_new else self._in_progress()

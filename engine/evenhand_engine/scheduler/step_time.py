@@ -1,6 +1,8 @@
 """StepTimeModel: how long a step takes, fitted online; StepShape: what of a step its time depends on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from evenhand_engine.scheduler.batch import Batch
 
@@ -66,11 +68,15 @@ class StepTimeModel:
 
     Recursive least squares: Haykin, Adaptive Filter Theory, chapter 10. Small on purpose: four features, no matrix
     library, a few microseconds a step.
+
+    Attributes:
+        coefficients: seconds per step, per token, per token of decode context, per query-key pair; never negative.
     """
 
     def __init__(self) -> None:
         size = len(_SCALES)
-        self._coefficients = [0.0] * size
+        self.coefficients: tuple[float, ...] = (0.0,) * size
+        self._coefficients = [0.0] * size  # of the scaled features, as they come out
         self._covariance = [[1e3 if row == column else 0.0 for column in range(size)] for row in range(size)]
         self._num_samples = 0
 
@@ -79,14 +85,9 @@ class StepTimeModel:
         """Whether enough steps were seen to predict from."""
         return self._num_samples >= _FEWEST_SAMPLES
 
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Seconds: per step, per token, per token of decode context, per query-key pair; never negative."""
-        return tuple(max(0.0, value) * scale for value, scale in zip(self._coefficients, _SCALES, strict=True))
-
     def predict(self, shape: StepShape) -> float:
         """Seconds that a step of this shape takes."""
-        return sum(value * seconds for value, seconds in zip(_features(shape), self.coefficients, strict=True))
+        return _product(_features(shape), self.coefficients)
 
     def seconds_at(self, part: float, num_tokens: int) -> float:
         """The shortest step that computes prompts at this part of the rate of a step of `num_tokens`, their context left
@@ -99,11 +100,11 @@ class StepTimeModel:
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from one step."""
-        features = [value * scale for value, scale in zip(_features(shape), _SCALES, strict=True)]
+        features = list(map(mul, _features(shape), _SCALES))
         covariance = self._covariance
-        gains = [sum(p * x for p, x in zip(row, features, strict=True)) for row in covariance]
-        scale = _FORGETTING + sum(x * gain for x, gain in zip(features, gains, strict=True))
-        error = seconds - sum(c * x for c, x in zip(self._coefficients, features, strict=True))
+        gains = [_product(row, features) for row in covariance]
+        scale = _FORGETTING + _product(features, gains)
+        error = seconds - _product(self._coefficients, features)
         self._coefficients = [c + gain / scale * error for c, gain in zip(self._coefficients, gains, strict=True)]
         trace = sum(covariance[i][i] for i in range(len(covariance)))
         forgetting = _FORGETTING if trace < 1e4 else 1.0  # without news the covariance would grow for ever
@@ -111,7 +112,13 @@ class StepTimeModel:
             [(p - gain * other / scale) / forgetting for p, other in zip(row, gains, strict=True)]
             for row, gain in zip(covariance, gains, strict=True)
         ]
+        self.coefficients = tuple([max(0.0, c) * unit for c, unit in zip(self._coefficients, _SCALES, strict=True)])
         self._num_samples += 1
+
+
+def _product(one: Sequence[float], other: Sequence[float]) -> float:
+    """Inner product of two of the same length."""
+    return sum(map(mul, one, other))
 
 
 def _features(shape: StepShape) -> tuple[int, ...]:
