@@ -30,11 +30,12 @@ from evenhand_kernels.cuda.kernels import CudaKernels
 from evenhand_kernels.cuda.source import Variant
 from evenhand_kernels.device import Event, Graph, Launch
 from evenhand_kernels.kernels import AttentionLayer, KvCacheShape
-from evenhand_policy.config import SchedulerConfig
+from evenhand_policy.config import SchedulerConfig, TenantConfig
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 VOCAB_SIZE = 64  # on a device the host only launches: let what stands for it here cost no more
 PROMPT = 512
+NUM_TENANTS = 8
 PARTS = ("scheduler", "submit", "collect")
 
 
@@ -104,11 +105,12 @@ class IdleRunner(DeviceRunner):
 
 def decode_steps(runner: IdleRunner, size: int, num_steps: int) -> dict[str, list[float]]:
     """Seconds of each part of `num_steps` steps of `size` requests."""
-    scheduler = Scheduler(runner.settings, SchedulerConfig())
+    tenants = tuple(TenantConfig(tenant_id=f"t{number}") for number in range(NUM_TENANTS))
+    scheduler = Scheduler(runner.settings, SchedulerConfig(tenants=tenants))
     for number in range(size):
         params = SamplingParams(max_tokens=num_steps + 100, seed=number)
         prompt = [number % VOCAB_SIZE] * (PROMPT + number % 64)
-        scheduler.add(Request(f"r{number}", f"t{number % 8}", prompt, params, 0.0), 0.0)
+        scheduler.add(Request(f"r{number}", f"t{number % NUM_TENANTS}", prompt, params, 0.0), 0.0)
     seconds: dict[str, list[float]] = {name: [] for name in PARTS}
     in_flight, now = 0, 0.0
     while len(seconds["collect"]) < num_steps:
