@@ -4,6 +4,7 @@ Which rows want what is data on the device that the caller keeps: no launch depe
 recorded in a graph and asked for before the step before is known.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -146,7 +147,7 @@ class DeviceSampler:
             logits=logits,
             adjusted=adjusted,
             adjusted_row=None if adjustments is None else adjustments.adjusted_row,
-            **_arguments(rows),
+            **_arguments(rows, _ROWS),
             token_counts=self._counts,
             token_ids=token_ids,
             vocab_size=self.vocab_size,
@@ -177,7 +178,7 @@ class DeviceSampler:
         self._adjust(
             (len(adjustments.rows), ADJUST_PIECES),
             logits=logits,
-            **_arguments(adjustments, "adjusted_row"),
+            **_arguments(adjustments, _ADJUSTMENTS),
             token_counts=self._counts,
             adjusted=adjusted,
             vocab_size=self.vocab_size,
@@ -185,7 +186,10 @@ class DeviceSampler:
         return adjusted
 
 
-def _arguments(record: SamplingRows | Adjustments, *left_out: str) -> dict[str, Tensor | None]:
-    """The fields of a record, which are named as the kernel's arguments are."""
-    names = (field.name for field in fields(record) if field.name not in left_out)
+_ROWS = tuple(field.name for field in fields(SamplingRows))
+_ADJUSTMENTS = tuple(field.name for field in fields(Adjustments) if field.name != "adjusted_row")
+
+
+def _arguments(record: SamplingRows | Adjustments, names: Iterable[str]) -> dict[str, Tensor | None]:
+    """Fields of a record, which are named as the kernel's arguments are."""
     return {name: getattr(record, name) for name in names}

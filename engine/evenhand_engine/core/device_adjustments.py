@@ -54,13 +54,13 @@ class DeviceAdjustments:
         num_masks = num_seats + settings.max_num_outputs
         self._allowed = torch.zeros(num_masks, words, dtype=torch.int32, device=device.torch_device)
         self._allowed_of: dict[int, NDArray[np.int32]] = {}  # by seat, the same on the host
-        self._counts_samples = settings.num_speculative_tokens == 0
         self._seated: dict[int, _Seated] = {}
         self._adjusts = np.zeros(num_seats, bool)
         self._listens = np.zeros(num_seats, bool)
         self._min_tokens = np.zeros(num_seats, np.int64)  # before which there is a stop token to forbid
         self._mask = np.full(num_seats, -1, np.int32)
         self._penalized = np.full(num_seats, -1, np.int32)
+        self._counted = self._penalized if settings.num_speculative_tokens == 0 else np.full(num_seats, -1, np.int32)
         self._repetition = np.ones(num_seats, np.float32)
         self._frequency = np.zeros(num_seats, np.float32)
         self._presence = np.zeros(num_seats, np.float32)
@@ -79,10 +79,13 @@ class DeviceAdjustments:
                 num_prompt=self._sent(np.array([request.num_prompt_tokens for request in counted], np.int32)),
             )
 
+    def concerns(self, seat: int) -> bool:
+        """Whether who sits there may have adjustments, or listens."""
+        return bool(self._adjusts[seat] or self._listens[seat] or self._min_tokens[seat])
+
     def write(self, samples: Samples, step: HostStep) -> None:
         """Which rows' tokens are counted as they are sampled, into the part `counted_seats`."""
-        nobody = np.full(len(samples.seats), -1, np.int32)
-        step.fill("counted_seats", self._penalized[samples.seats] if self._counts_samples else nobody)
+        step.fill("counted_seats", self._counted[samples.seats])
 
     def count(self, seats: Sequence[int], token_ids: Sequence[int]) -> None:
         """These outputs of these seats are accepted."""

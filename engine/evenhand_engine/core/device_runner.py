@@ -13,7 +13,7 @@ known tokens, so with them each step is collected before the next is planned.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,10 +40,10 @@ PIPELINE_DEPTH = 2
 
 @dataclass(frozen=True, slots=True)
 class _RecordedStep:
-    """A graph of decodes with up to `layout.num_rows` tokens, drafts among them."""
+    """A graph of decodes with up to `step.layout.num_rows` tokens, drafts among them."""
 
     graph: Graph
-    layout: StepLayout
+    step: DeviceStep
     shape: WorkShape
 
 
@@ -74,14 +74,14 @@ class DeviceRunner:
             num_requests=num_seqs,
             num_samples=settings.max_num_outputs,
             num_plan_words=kernels.work.shape(num_seqs, max(num_rows, num_seqs)).words,
-            num_new_blocks=num_seqs * self._seats.max_num_blocks,
             num_scored=num_rows,
         )
+        num_words = largest.num_words_with(num_seqs * self._seats.max_num_blocks)
         self._host = deque(
-            (self._device.pinned(largest.num_words, dtype=torch.int32), self._device.record())
+            (self._device.pinned(num_words, dtype=torch.int32), self._device.record())
             for _ in range(PIPELINE_DEPTH + 1)
         )
-        self._memory = torch.zeros(largest.num_words, dtype=torch.int32, device=torch_device)
+        self._memory = torch.zeros(num_words, dtype=torch.int32, device=torch_device)
         self._logits = torch.zeros(num_seqs, vocab_size, dtype=kernels.dtype, device=torch_device)
         self._graphs: dict[int, _RecordedStep] = {}
         self._steps: deque[SamplingStep] = deque()
@@ -97,9 +97,9 @@ class DeviceRunner:
             scored, structured = self._prompt_logprobs.begin(batch), self._structures.begin(batch)
             recorded = self._recorded(batch)
             if recorded is not None:
-                step, samples = self._copy(batch, recorded.layout, recorded.shape)
+                step, logits = recorded.step, self._logits
+                samples = self._copy(batch, step, recorded.shape)
                 recorded.graph.replay()
-                logits = self._logits
             else:
                 step, samples, shape = self._copy_exactly(batch, scored)
                 logits = self._forward(step, shape, batch.num_decodes)
@@ -148,21 +148,20 @@ class DeviceRunner:
         num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
         bound = self._kernels.work.shape(num_requests, num_rows)
         num_scored = sum(len(part.rows) for part in scored)
-        layout = StepLayout(
-            num_rows, num_requests, _num_samples(batch), bound.words, _num_new_blocks(batch), num_scored
-        )
-        host, memory = self._begin(layout)
-        samples = self._lay_out(batch, scored, host)
+        layout = StepLayout(num_rows, num_requests, _num_samples(batch), bound.words, num_scored)
+        step, (host, memory) = DeviceStep(self._memory, layout), self._begin(layout)
+        samples, num_new_blocks = self._lay_out(batch, scored, host)
         shape = self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"))
-        return self._send(memory, layout), samples, shape
+        self._send(memory, step, num_new_blocks)
+        return step, samples, shape
 
-    def _copy(self, batch: Batch, padded: StepLayout, shape: WorkShape) -> tuple[DeviceStep, Samples]:
+    def _copy(self, batch: Batch, step: DeviceStep, shape: WorkShape) -> Samples:
         """Into the places where a graph reads."""
-        layout = replace(padded, num_new_blocks=_num_new_blocks(batch))
-        host, memory = self._begin(layout)
-        samples = self._lay_out(batch, (), host)
+        host, memory = self._begin(step.layout)
+        samples, num_new_blocks = self._lay_out(batch, (), host)
         self._kernels.work.write(host.part("plan"), host.part("seq_lens"), host.part("cu_seqlens_q"), shape)
-        return self._send(memory, layout), samples
+        self._send(memory, step, num_new_blocks)
+        return samples
 
     def _begin(self, layout: StepLayout) -> tuple[HostStep, Tensor]:
         """Host memory that no copy reads any more; if it is not sent, it is the next one again."""
@@ -170,22 +169,19 @@ class DeviceRunner:
         copied.wait()
         return HostStep(memory.numpy(), layout), memory
 
-    def _send(self, memory: Tensor, layout: StepLayout) -> DeviceStep:
-        size = layout.num_words
+    def _send(self, memory: Tensor, step: DeviceStep, num_new_blocks: int) -> None:
+        size = step.layout.num_words_with(num_new_blocks)
         self._memory[:size].copy_(memory[:size], non_blocking=True)
         self._host[0] = (memory, self._device.record())
         self._host.rotate(-1)
-        step = DeviceStep(self._memory, layout)
-        if layout.num_new_blocks:
-            self._seats.apply_new_blocks(step)
-        return step
+        if num_new_blocks:
+            self._seats.apply_new_blocks(step, num_new_blocks)
 
-    def _lay_out(self, batch: Batch, scored: Sequence[ScoredPart], host: HostStep) -> Samples:
-        """Fill all parts but the plan."""
+    def _lay_out(self, batch: Batch, scored: Sequence[ScoredPart], host: HostStep) -> tuple[Samples, int]:
+        """Fill all parts but the plan; how many blocks are new."""
         samples = self._seats.lay_out(batch, scored, host)
         self._sampler.write(samples, host)
-        self._seats.write_new_blocks(batch.scheduled, host)
-        return samples
+        return samples, self._seats.write_new_blocks(batch.scheduled, host)
 
     # -- computing
 
@@ -219,16 +215,15 @@ class DeviceRunner:
     def _record(self, size: int) -> _RecordedStep:
         """Record the decodes of `size` requests; while it is recorded, all of them are padding."""
         shape = self._kernels.work.shape(size, size)
-        layout = StepLayout(size, size, size, shape.words)
-        empty = Batch(0, (), 0)
+        empty, step = Batch(0, (), 0), DeviceStep(self._memory, StepLayout(size, size, size, shape.words))
 
         def compute() -> None:
-            self._logits[:size].copy_(self._forward(DeviceStep(self._memory, layout), shape, size))
+            self._logits[:size].copy_(self._forward(step, shape, size))
 
         with self._device.stream(), torch.inference_mode():
-            self._copy(empty, layout, shape)
+            self._copy(empty, step, shape)
             compute()
-            return _RecordedStep(self._device.capture(compute), layout, shape)
+            return _RecordedStep(self._device.capture(compute), step, shape)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -243,7 +238,3 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 def _num_samples(batch: Batch) -> int:
     return sum(item.num_samples for item in batch.scheduled)
-
-
-def _num_new_blocks(batch: Batch) -> int:
-    return sum([len(item.new_block_ids) for item in batch.scheduled if item.new_block_ids])

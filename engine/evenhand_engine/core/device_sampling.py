@@ -18,7 +18,7 @@ from evenhand_engine.core.step_layout import DeviceStep, HostStep
 from evenhand_engine.core.structures import StructuredStep
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_engine.scheduler.request import Sampled, TokenLogprobs
-from evenhand_kernels.cuda.sampling import DeviceSampler, SamplingRows
+from evenhand_kernels.cuda.sampling import DeviceSampler
 from evenhand_kernels.device import Device, Event
 
 NO_TOKEN = -1
@@ -125,7 +125,9 @@ class SamplingStep:
             ]
             results = accept(self.planned.batch, tokens)
         else:
-            results = [Sampled((token_id,) if token_id != NO_TOKEN else ()) for token_id in token_ids]
+            results = list(map(Sampled, zip(token_ids, strict=True)))
+            if NO_TOKEN in token_ids:
+                results = [result if result.token_ids != (NO_TOKEN,) else Sampled(()) for result in results]
             for row, entry in entries.items():
                 results[row] = msgspec.structs.replace(results[row], logprobs=(entry,))
         self._score(results)
@@ -150,10 +152,14 @@ class StepSampler:
         """`sampler` counts the tokens of as many seats as there are."""
         self._device, self._sampler, self._seats = device, sampler, seats
         self._adjustments = DeviceAdjustments(device, sampler, settings)
+        self._asks_more = np.zeros(settings.max_num_seqs, bool)  # by seat, than to draw from the logits
 
     def take_in(self, batch: Batch) -> None:
         """Who sits down."""
         self._adjustments.take_in(batch.started)
+        for started in batch.started:
+            asks_for_logprobs = started.sampling_params.num_logprobs is not None
+            self._asks_more[started.seat] = asks_for_logprobs or self._adjustments.concerns(started.seat)
 
     def write(self, samples: Samples, step: HostStep) -> None:
         """How each row is sampled, into the step's parts for samples."""
@@ -173,36 +179,34 @@ class StepSampler:
         token_ids = self._device.pinned(num_rows, dtype=torch.int32)
         of_prompts = self._scored(scored, logits[num_rows:]) if any(part.rows for part in scored) else None
         asked: Mapping[int, int] = {}
-        told = None
+        told: _Told | None = None
+        listeners: Sequence[tuple[int, Callable[[Sequence[int]], None]]] = ()
         if num_rows:
-            logits = logits[:num_rows]
-            rows = SamplingRows(
-                temperature=step.part("temperature", torch.float32)[:num_rows],
-                top_p=step.part("top_p", torch.float32)[:num_rows],
-                min_p=step.part("min_p", torch.float32)[:num_rows],
-                top_k=step.part("top_k")[:num_rows],
-                seeds=step.part("seeds", torch.int64)[:num_rows],
-                indices=step.part("indices", torch.int64)[:num_rows],
-                seats=step.part("counted_seats")[:num_rows],
-            )
-            adjustments = self._adjustments.of(samples, masks, self._seats.last_token_ids)
-            sampled = self._sampler.sample(logits, rows, adjustments)
+            logits, on_device = logits[:num_rows], step.samples(num_rows)
+            asks_more = bool(masks) or bool(self._asks_more[samples.seats].any())
+            adjustments = self._adjustments.of(samples, masks, self._seats.last_token_ids) if asks_more else None
+            sampled = self._sampler.sample(logits, on_device.rows, adjustments)
             token_ids.copy_(sampled, non_blocking=True)
             sampled = sampled.clamp(min=0)  # a request without a token has a step in flight that reads one
             if not samples.drafts:
-                self._seats.last_token_ids[step.part("sample_seats")[:num_rows]] = sampled
-            wanted = self._seats.num_logprobs[samples.seats]
-            asked = {row: int(wanted[row]) for row in (wanted >= 0).nonzero()[0].tolist()}
-            if asked:
-                told_rows = sent(self._device, np.array(list(asked), np.int64))
-                told = self._on_its_way([self._described(logits[told_rows], sampled[told_rows], max(asked.values()))])
-        return SamplingStep(
-            planned, self._device.record(), token_ids, asked, told, of_prompts, self._adjustments.listeners(samples)
-        )
+                self._seats.last_token_ids.index_copy_(0, on_device.seats, sampled)
+            if asks_more:
+                asked, told = self._asked(samples, logits, sampled)
+                listeners = self._adjustments.listeners(samples)
+        return SamplingStep(planned, self._device.record(), token_ids, asked, told, of_prompts, listeners)
 
     def count(self, seats: Sequence[int], token_ids: Sequence[int]) -> None:
         """These outputs of these seats are accepted, where the steps have drafts."""
         self._adjustments.count(seats, token_ids)
+
+    def _asked(self, samples: Samples, logits: Tensor, sampled: Tensor) -> tuple[dict[int, int], _Told | None]:
+        """By row, of how many likeliest tokens a request asks to be told; and these, on their way."""
+        wanted = self._seats.num_logprobs[samples.seats]
+        asked = {row: int(wanted[row]) for row in (wanted >= 0).nonzero()[0].tolist()}
+        if not asked:
+            return asked, None
+        rows = sent(self._device, np.array(list(asked), np.int64))
+        return asked, self._on_its_way([self._described(logits[rows], sampled[rows], max(asked.values()))])
 
     def _scored(self, scored: Sequence[ScoredPart], logits: Tensor) -> _Told:
         tokens = sent(self._device, np.concatenate([np.array(part.token_ids, np.int32) for part in scored]))

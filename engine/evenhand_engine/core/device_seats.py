@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.core.prompt_logprobs import ScoredPart
-from evenhand_engine.core.step_layout import DeviceStep, HostStep
+from evenhand_engine.core.step_layout import BY_SEAT, DeviceStep, HostStep
 from evenhand_engine.scheduler.batch import Batch, ScheduledRequest
 
 ON_DEVICE = -1
@@ -55,16 +55,17 @@ class DeviceSeats:
         num_seats = self.nobody + 1
         self.last_token_ids = torch.zeros(num_seats, dtype=torch.int32, device=device)
         self.block_tables = torch.full((num_seats, self.max_num_blocks), -1, dtype=torch.int32, device=device)
-        self.temperature = np.zeros(num_seats, np.float32)
-        self.top_p = np.ones(num_seats, np.float32)
-        self.min_p = np.zeros(num_seats, np.float32)
-        self.top_k = np.zeros(num_seats, np.int32)
+        self._by_seat = np.zeros((len(BY_SEAT), num_seats), np.int32)  # as steps have it: one look-up finds all
+        self.temperature, self.top_p, self.min_p = self._by_seat[:3].view(np.float32)
+        self.top_k = self._by_seat[3]
         self.seeds = np.zeros(num_seats, np.uint64)
         self.num_prompt_tokens = np.zeros(num_seats, np.int64)
         self.num_logprobs = np.full(num_seats, -1, np.int64)
         self._token_ids = np.zeros((num_seats, settings.max_model_len + 1), np.int32)
         self._num_known = np.zeros(num_seats, np.int64)
         self._num_blocks = [0] * num_seats
+        self._may_draft = settings.num_speculative_tokens > 0
+        self._one_each = np.ones(num_seats, np.int64)
 
     def take_in(self, batch: Batch) -> None:
         """Who sits down."""
@@ -94,7 +95,10 @@ class DeviceSeats:
         num_requests = len(items)
         seat = np.fromiter(map(_SEAT, items), np.int64, num_requests)
         start = np.fromiter(map(_NUM_COMPUTED, items), np.int64, num_requests)
-        count = np.fromiter(map(_NUM_SCHEDULED, items), np.int64, num_requests)
+        if batch.num_decodes == num_requests and not self._may_draft:
+            count = self._one_each[:num_requests]
+        else:
+            count = np.fromiter(map(_NUM_SCHEDULED, items), np.int64, num_requests)
         end = start + count
         cu_seqlens_q = step.part("cu_seqlens_q")
         end_row = count.cumsum()
@@ -146,19 +150,19 @@ class DeviceSeats:
 
     def token_ids(self, seats: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32: the tokens at these places, ON_DEVICE for those that were sampled and are on their way."""
-        return np.where(positions < self._num_known[seats], self._token_ids[seats, positions], ON_DEVICE)
+        is_known = positions < self._num_known[seats]
+        if not is_known.any():  # as where all are streams
+            return np.full(len(seats), ON_DEVICE, np.int32)
+        return np.where(is_known, self._token_ids[seats, positions], ON_DEVICE)
 
     def write_sampling(self, seats: NDArray[np.int64], step: HostStep) -> None:
         """How the requests in these seats are sampled, into the parts for samples."""
-        step.fill("sample_seats", seats)
-        step.fill("temperature", self.temperature[seats], np.float32)
-        step.fill("top_p", self.top_p[seats], np.float32)
-        step.fill("min_p", self.min_p[seats], np.float32)
-        step.fill("top_k", self.top_k[seats])
+        step.fill("sample_seats", seats, np.int64)
+        step.fill_by_seat(self._by_seat.take(seats, axis=1))
         step.fill("seeds", self.seeds[seats], np.uint64)
 
-    def write_new_blocks(self, items: tuple[ScheduledRequest, ...], step: HostStep) -> None:
-        """The entries of block tables that the batch adds, into the parts `block_places` and `blocks`."""
+    def write_new_blocks(self, items: Sequence[ScheduledRequest], step: HostStep) -> int:
+        """What the batch's items add to block tables; how many entries."""
         places: list[int] = []
         blocks: list[int] = []
         for item in items:
@@ -167,12 +171,13 @@ class DeviceSeats:
                 places += range(first, first + len(item.new_block_ids))
                 blocks += item.new_block_ids
                 self._num_blocks[item.seat] += len(item.new_block_ids)
-        step.part("block_places")[:] = places
-        step.part("blocks")[:] = blocks
+        step.fill_new_blocks(places, blocks)
+        return len(blocks)
 
-    def apply_new_blocks(self, step: DeviceStep) -> None:
+    def apply_new_blocks(self, step: DeviceStep, number: int) -> None:
         """On the device, in the order of its stream."""
-        self.block_tables.view(-1)[step.part("block_places").long()] = step.part("blocks")
+        places, blocks = step.new_blocks(number)
+        self.block_tables.view(-1).index_copy_(0, places, blocks)
 
     def resolve(self, token_ids: Tensor, seats: Tensor) -> Tensor:
         """On the device: the tokens of a step, with what only the device knows filled in."""

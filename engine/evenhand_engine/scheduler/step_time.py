@@ -118,7 +118,7 @@ class StepTimeModel:
 
 def _product(one: Sequence[float], other: Sequence[float]) -> float:
     """Inner product of two of the same length."""
-    return sum(map(mul, one, other))
+    return float(sum(map(mul, one, other)))
 
 
 def _features(shape: StepShape) -> tuple[int, ...]:
