@@ -80,7 +80,7 @@ def _a_number(ctx: click.Context, param: click.Parameter, value: float | None) -
 @click.option("--sidecar", is_flag=True, help="Add the policy `sidecar`: the sidecar's dispatcher before `fcfs`.")
 @click.option(
     "--sidecar-fault",
-    type=click.Choice(["late-gauges", "frozen-gauges", "restart", "wrong-sizes", "silent"]),
+    type=click.Choice(["late-gauges", "frozen-gauges", "slow-hop", "restart", "wrong-sizes", "silent"]),
     multiple=True,
     help="What goes wrong around it; may be repeated.",
 )
@@ -143,6 +143,7 @@ def _faults(names: Iterable[str], long_prefill_tokens: int | None) -> "SidecarFa
     changes: dict[str, dict[str, Any]] = {
         "late-gauges": {"gauge_delay": 6.0},
         "frozen-gauges": {"gauges_freeze_at": 10.0},
+        "slow-hop": {"hop_seconds": 0.012},
         "restart": {"restart_at": 30.0},
         "wrong-sizes": {"kv_scale": 0.1, "prompt_scale": 0.5},
         "silent": {"is_silent": True},

@@ -137,7 +137,7 @@ def test_what_cannot_be_simulated_ends_with_one_line(
     assert not result.stdout
 
 
-@pytest.mark.parametrize("fault", ["late-gauges", "frozen-gauges", "restart", "wrong-sizes", "silent"])
+@pytest.mark.parametrize("fault", ["late-gauges", "frozen-gauges", "slow-hop", "restart", "wrong-sizes", "silent"])
 def test_a_sidecar_is_simulated_with_whatever_goes_wrong(fault: str) -> None:
     arguments = [
         "--workload",
