@@ -3,8 +3,8 @@
 //
 //     sum(x * weight) = scale of x * scale * sum(code of x * (code + offset)) + (minimum - offset * scale) * sum(x), for each group
 //
-// A row lies in chunks of CHUNK inputs, and those of BLOCK rows together, chunk by chunk, so that all that a tile reads of rows is at a constant
-// distance from one pointer.
+// Rows lie in the tiles that are multiplied together, and there in chunks of CHUNK inputs: a chunk of each row, then the next of each. So a tile
+// reads them from its first to its last byte, at constant distances from one pointer.
 #pragma once
 
 #include <memory>
@@ -62,31 +62,28 @@ struct ByteCodeProducts {
   }
 };
 
-// All chunks of rows [number * BLOCK, ...) lie together: [inputs / CHUNK][rows of the block].
+// Rows in tiles: [inputs / CHUNK][rows of the tile] chunks of each.
 template <typename P, int CHUNK>
 class IntegerRows {
  public:
-  static constexpr int BLOCK = 4 * P::MOST_ROWS;
-
-  // Rounds to whole numbers up to `most`, which the largest of each `group` inputs becomes.
-  IntegerRows(Pool& pool, Rows from, int group, float most)
-      : chunks_per_row_(from.inputs / CHUNK), rows_(from.rows), chunks_(new Chunk<P, CHUNK>[from.rows * chunks_per_row_]) {
+  // Rounds to whole numbers up to `most_code`, which the largest of each `group` inputs becomes.
+  IntegerRows(Pool& pool, Rows from, int group, float most_code, int rows_of_tile)
+      : tiles{from.rows, rows_of_tile}, chunks_per_row_(from.inputs / CHUNK), chunks_(new Chunk<P, CHUNK>[from.rows * chunks_per_row_]) {
     for_each_row(pool, from.rows, from.inputs, [&](long row) {
-      for (long first = 0; first < from.inputs; first += group) {
-        const float* x = from.x + row * from.inputs + first;
-        const float scale = scale_of(x, group, most), inverse = inverse_of(scale);
-        for (int i = 0; i < group; i += CHUNK) fill(at(row, (first + i) / CHUNK), x + i, scale, inverse);
+      const long tile = tiles.of(row), first_row = tiles.first(tile), stride = tiles.first(tile + 1) - first_row;
+      Chunk<P, CHUNK>* to = &chunks_[first_row * chunks_per_row_ + row - first_row];
+      const float* x = from.x + row * from.inputs;
+      for (long first = 0; first < from.inputs; first += group, x += group) {
+        const float scale = scale_of(x, group, most_code), inverse = inverse_of(scale);
+        for (int i = 0; i < group; i += CHUNK, to += stride) fill(*to, x + i, scale, inverse);
       }
     });
   }
 
-  // The chunk of a row; that of the next row stands behind it, as far as the block goes.
-  Chunk<P, CHUNK>& at(long row, long chunk) const {
-    const long block = row / BLOCK * BLOCK;
-    return chunks_[block * chunks_per_row_ + chunk * rows_in_block(row) + row % BLOCK];
-  }
+  // The chunks of the tile that begins with this row.
+  const Chunk<P, CHUNK>* tile_at(long row) const { return &chunks_[row * chunks_per_row_]; }
 
-  int rows_in_block(long row) const { return static_cast<int>(std::min<long>(BLOCK, rows_ - row / BLOCK * BLOCK)); }
+  const Tiles tiles;
 
  private:
   static void fill(Chunk<P, CHUNK>& chunk, const float* x, float scale, float inverse) {
@@ -104,8 +101,8 @@ class IntegerRows {
     chunk.sum = sum(total) * scale;
   }
 
-  long chunks_per_row_, rows_;
-  std::unique_ptr<Chunk<P, CHUNK>[]> chunks_;
+  const long chunks_per_row_;
+  const std::unique_ptr<Chunk<P, CHUNK>[]> chunks_;
 };
 
 template <typename P>
@@ -114,14 +111,22 @@ static inline void add(IntVec& sums, IntVec codes, IntVec row) {
   asm("" : "+x"(sums));  // else GCC makes all products of a chunk before it adds them, many more than there are registers for
 }
 
-// c[ROWS][PANEL] += x[ROWS][inputs] * panel; x: the first chunk of the first row, `stride`: chunks to the next one of the same row.
+// c += what the sums of a chunk of a row come to, for one half of a panel.
+template <typename P, bool HAS_MINIMA>
+static inline __attribute__((always_inline)) void add_chunk(float* c, IntVec sums, Vec scale, Vec minimum, float row_scale, float row_sum) {
+  Vec result = load(c) + P::total(sums) * (scale * row_scale);
+  if constexpr (HAS_MINIMA) result += minimum * row_sum;
+  store(c, result);
+}
+
+// c[ROWS][PANEL] += x[ROWS][inputs] * panel.
 template <typename F, typename P, int CHUNK, int ROWS>
-static void multiply_integers(const Chunk<P, CHUNK>* x, long stride, const char* panel, long inputs, int group, float* c) {
+static void multiply_integers(const Chunk<P, CHUNK>* x, const char* panel, long inputs, int group, float* c) {
   static_assert(LANES == 8 && CHUNK % F::UNIT == 0);
   for (long g = 0; g < inputs / group; g++) {
     const Place at = F::place(panel, g, group);
     const char* unit = at.codes;
-    for (int first = 0; first < group; first += CHUNK, x += stride) {
+    for (int first = 0; first < group; first += CHUNK, x += ROWS) {
       IntVec sums[ROWS][2] = {};
 #pragma GCC unroll 4
       for (int i = 0; i < CHUNK; i += F::UNIT, unit += F::unit_bytes()) {
@@ -137,23 +142,19 @@ static void multiply_integers(const Chunk<P, CHUNK>* x, long stride, const char*
       const Pair scale = F::code_scales(at), minimum = F::minima_beside(at, P::OFFSET);  // here, where registers are free
 #pragma GCC unroll 6
       for (int m = 0; m < ROWS; m++)
-        for (int half = 0; half < 2; half++) {
-          float* to = c + m * PANEL + half * LANES;
-          Vec result = load(to) + P::total(sums[m][half]) * ((half ? scale.high : scale.low) * x[m].scale);
-          if constexpr (F::HAS_MINIMA || P::OFFSET) result += (half ? minimum.high : minimum.low) * x[m].sum;
-          store(to, result);
-        }
+        for (int half = 0; half < 2; half++)
+          add_chunk<P, F::HAS_MINIMA || P::OFFSET>(c + m * PANEL + half * LANES, sums[m][half], half ? scale.high : scale.low,
+                                                   half ? minimum.high : minimum.low, x[m].scale, x[m].sum);
     }
   }
 }
 
-// The same for rows [row, row + rows), of which the first begins a block.
+// The same for whole tiles of rows, the first of which is `row`.
 template <typename F, typename P, int CHUNK>
 static void multiply_integers(const IntegerRows<P, CHUNK>& x, long row, int rows, const char* panel, long inputs, int group, float* c) {
-  for (const long end = row + rows; row < end; row += x.BLOCK, c += x.BLOCK * PANEL)
-    for_each_row_tile<P::MOST_ROWS>(x.rows_in_block(row), [&](auto tile, int first) {
-      multiply_integers<F, P, CHUNK, decltype(tile)::value>(&x.at(row + first, 0), x.rows_in_block(row), panel, inputs, group, c + first * PANEL);
-    });
+  for_each_row_tile<P::MOST_ROWS>(rows, [&](auto tile, int first) {
+    multiply_integers<F, P, CHUNK, decltype(tile)::value>(x.tile_at(row + first), panel, inputs, group, c + first * PANEL);
+  });
 }
 
 #endif

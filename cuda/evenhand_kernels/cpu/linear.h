@@ -6,8 +6,8 @@
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
 // are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
-// multiplied as they lie in both cases (coded.h), and so they are by AVX2 with rows of 16 and 8 bits (integers.h). Elsewhere the same
-// rounded numbers are multiplied in float32. Sums are float32.
+// multiplied as they lie in both cases (coded.h), and so they are by AVX2 with rows of 16 and 8 bits (integers.h), where codes are unpacked
+// once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in float32. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,9 @@
 #include "integers.h"
 #include "panel.h"
 #include "pool.h"
+#include "unpacked.h"
 
-constexpr int MAX_BLOCK_ROWS = 256;  // rows that pass over a panel together
+constexpr int MAX_BLOCK_ROWS = 264;  // rows that pass over a panel together: whole tiles, of 4, 6 or 12 rows
 
 struct Weight {
   int64_t outputs, inputs;
@@ -56,7 +57,12 @@ static void for_each_panel(Pool& pool, long panels, const Visit& visit) {
 }
 
 static inline void write_rows(const float* c, int rows, int width, float* y, long ldy) {
-  for (int m = 0; m < rows; m++) std::copy(c + m * PANEL, c + m * PANEL + width, y + m * ldy);
+  for (int m = 0; m < rows; m++, c += PANEL, y += ldy) {
+    if (width == PANEL)
+      store(y, load(c)), store(y + LANES, load(c + LANES));  // a copy of varying size is a call
+    else
+      std::copy(c, c + width, y);
+  }
 }
 
 static inline void write_gated_rows(const float* c, int rows, int width, float* y, long ldy) {
@@ -82,16 +88,18 @@ static Products products_of(const Weight& weight, bool is_few) {
   return weight.activations == BFLOAT16 && !F::GROUPED && !is_few ? Products::PAIRS : Products::FLOATS;
 }
 
-// y: the bias and what multiply(first row, rows, panel, c) adds to it, for all panels and rows, at most `most_rows` at a time.
+// y: the bias and what multiply(first row, rows, panel, c) adds to it, for all panels and rows: as many at a time as are whole tiles.
 template <typename F, typename Multiply>
-static void compute(Pool& pool, const Weight& weight, float* y, long rows, long most_rows, const Multiply& multiply) {
+static void compute(Pool& pool, const Weight& weight, float* y, Tiles tiles, const Multiply& multiply) {
   const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
-  for (long row = 0; row < rows; row += most_rows) {
-    const int block_rows = static_cast<int>(std::min(most_rows, rows - row));
+  const long most_tiles = MAX_BLOCK_ROWS / tiles.most;
+  for (long tile = 0; tile < tiles.number(); tile += most_tiles) {
+    const long row = tiles.first(tile);
+    const int block_rows = static_cast<int>(tiles.first(std::min(tile + most_tiles, tiles.number())) - row);
     for_each_panel(pool, num_panels(weight), [&](long p) {
       alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
-      for (int m = 0; m < block_rows; m++)
-        for (int j = 0; j < PANEL; j++) c[m * PANEL + j] = weight.bias ? weight.bias[p * PANEL + j] : 0;
+      const Pair bias = weight.bias ? load_pair(weight.bias + p * PANEL) : Pair{Vec{}, Vec{}};
+      for (int m = 0; m < block_rows; m++) store(c + m * PANEL, bias.low), store(c + m * PANEL + LANES, bias.high);
       multiply(row, block_rows, weight.packed + p * F::panel_bytes(weight.inputs, weight.group), c);
       (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
                                                      y + row * ldy + p * width, ldy);
@@ -102,10 +110,12 @@ static void compute(Pool& pool, const Weight& weight, float* y, long rows, long 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <typename F, typename P, int CHUNK>
 static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
-  const IntegerRows<P, CHUNK> integers(pool, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations));
-  constexpr long MOST_ROWS = MAX_BLOCK_ROWS / integers.BLOCK * integers.BLOCK;
-  compute<F>(pool, weight, y, rows, MOST_ROWS, [&](long row, int block_rows, const char* panel, float* c) {
-    multiply_integers<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
+  const IntegerRows<P, CHUNK> integers(pool, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
+  compute<F>(pool, weight, y, integers.tiles, [&](long row, int block_rows, const char* panel, float* c) {
+    if (rows >= FEWEST_UNPACKED_ROWS)
+      multiply_unpacked<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
+    else
+      multiply_integers<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
   });
 }
 
@@ -151,7 +161,7 @@ static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y
       sums.resize(rows * groups);
       sum_groups(x, rows * inputs, group, sums.data());
     }
-  compute<F>(pool, weight, y, rows, MAX_BLOCK_ROWS, [&](long row, int block_rows, const char* panel, float* c) {
+  compute<F>(pool, weight, y, {rows, MAX_ROWS}, [&](long row, int block_rows, const char* panel, float* c) {
     if (products == Products::CODES) {
       if constexpr (F::GROUPED)
         multiply_coded<F, ByteProducts>(block_rows, coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);

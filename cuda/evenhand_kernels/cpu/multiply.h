@@ -1,6 +1,7 @@
 // Products of matrices, in tiles of registers.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "vec.h"
@@ -61,6 +62,21 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
 }
 
 static inline int num_row_tiles(int rows, int most = MAX_ROWS) { return (rows + most - 1) / most; }
+
+// Rows in tiles of at most `most`, as even as they can be: the first have one more than the last.
+struct Tiles {
+  long rows;
+  int most;
+
+  long number() const { return (rows + most - 1) / most; }
+  // The first row of a tile; that of the one behind the last: `rows`.
+  long first(long tile) const { return tile * (rows / number()) + std::min(tile, rows % number()); }
+  // The tile of a row.
+  long of(long row) const {
+    const long smaller = rows / number(), larger = rows % number(), in_larger = larger * (smaller + 1);
+    return row < in_larger ? row / (smaller + 1) : larger + (row - in_larger) / smaller;
+  }
+};
 
 // Calls visit(tile, first row) for tiles of at most MOST rows, as even as they can be; decltype(tile)::value: their rows.
 template <int MOST = MAX_ROWS, typename Visit>
