@@ -4,7 +4,7 @@ import ctypes
 import math
 import mmap
 import weakref
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_long, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_long, c_void_p
 from pathlib import Path
 
 import torch
@@ -68,17 +68,6 @@ class DecoderStructure(ctypes.Structure):
         ("num_layers", c_int64),
         *((name, c_void_p) for name in ("layers", "embedding", "norm", "lm_head")),
         ("eps", c_float),
-    )
-
-
-class DrawStructure(ctypes.Structure):
-    """`Draw` of sample.h."""
-
-    _fields_ = (
-        *((name, c_float) for name in ("temperature", "top_p")),
-        ("top_k", c_int32),
-        *((name, c_uint64) for name in ("seed", "counter")),
-        ("allowed", c_void_p),
     )
 
 

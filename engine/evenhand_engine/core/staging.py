@@ -12,6 +12,8 @@ from evenhand_engine.model.decoder import ModelInput
 from evenhand_engine.scheduler.batch import Batch
 from evenhand_kernels.kernels import AttentionBatch, Kernels
 
+_FEW = 4  # streams, whose numbers are written one by one
+
 
 @dataclass(frozen=True, slots=True)
 class _Laid:
@@ -53,12 +55,13 @@ class Staging:
         """
         self._take_in(batch)
         items = batch.scheduled
+        is_of_streams = not more_rows and all(item.num_scheduled_tokens == item.num_samples == 1 for item in items)
+        if is_of_streams and len(items) <= _FEW:
+            return self._fill_one_by_one(batch)
         seats = np.array([item.seat for item in items])
         starts = np.array([item.num_computed_tokens for item in items])
         positions = self._positions[: batch.num_tokens]
-        if not more_rows and all(item.num_scheduled_tokens == item.num_samples == 1 for item in items):
-            # A token for each stream, as in most steps: weights have gone through the caches since the last one, and what
-            # is not called need not be read into them again.
+        if is_of_streams:
             counts, owners, cu_seqlens_q = np.array([1]), seats, self._one_each[: len(items) + 1]
             sampled, positions[:] = self._one_each[: len(items)], starts
         else:
@@ -67,32 +70,66 @@ class Staging:
             ends = np.cumsum(counts, out=cu_seqlens_q[1:])
             positions[:] = np.arange(len(positions)) + np.repeat(starts + counts - ends, counts)
             sampled = _merged(_last_of_each(ends, np.array([item.num_samples for item in items])), more_rows)
-        input_ids, slot_mapping = self._input_ids[: len(positions)], self._slot_mapping[: len(positions)]
-        input_ids[:] = self._token_ids[owners, positions]
+        self._input_ids[: len(positions)] = self._token_ids[owners, positions]
         blocks, offsets = np.divmod(positions, self._block_size)
-        slot_mapping[:] = self._block_tables[owners, blocks] * self._block_size + offsets
+        self._slot_mapping[: len(positions)] = self._block_tables[owners, blocks] * self._block_size + offsets
         seq_lens = np.add(starts, counts, out=self._seq_lens[: len(items)])
         block_table = self._block_tables[seats, : -(-int(seq_lens.max()) // self._block_size)]
-        is_of_streams = sampled.base is self._one_each
-        shape = (is_of_streams, batch.num_decodes, block_table.shape)
-        if (last := self._last) is not None and last.shape == shape:
+        shape = (batch.num_decodes, block_table.shape)
+        if is_of_streams and (last := self._last) is not None and last.shape == shape:
             last.block_table[:] = block_table
             return last.model_input
+        return self._model_input(batch, block_table, cu_seqlens_q, sampled, shape if is_of_streams else None)
+
+    def _fill_one_by_one(self, batch: Batch) -> ModelInput:
+        """A token for each of few streams. Weights have gone through the caches since the last step, and what numpy has for many
+        numbers would have to be read into them again."""
+        size, num_blocks = self._block_size, 0
+        for row, item in enumerate(batch.scheduled):
+            seat, position = item.seat, item.num_computed_tokens
+            block, offset = divmod(position, size)
+            self._positions[row], self._seq_lens[row] = position, position + 1
+            self._input_ids[row] = self._token_ids[seat, position]
+            self._slot_mapping[row] = self._block_tables[seat, block] * size + offset
+            num_blocks = max(num_blocks, block + 1)
+        seats = [item.seat for item in batch.scheduled]
+        shape = (batch.num_decodes, num_blocks, seats)
+        if (
+            (last := self._last) is not None
+            and last.shape == shape
+            and not any(i.new_block_ids for i in batch.scheduled)
+        ):
+            return last.model_input
+        rows = self._one_each[: len(seats)]
+        return self._model_input(
+            batch, self._block_tables[seats, :num_blocks], self._one_each[: len(seats) + 1], rows, shape
+        )
+
+    def _model_input(
+        self,
+        batch: Batch,
+        block_table: NDArray[np.int32],
+        cu_seqlens_q: NDArray[np.int32],
+        sampled: NDArray[np.int32],
+        shape: tuple[object, ...] | None,
+    ) -> ModelInput:
+        """Of what the arrays hold. `shape`: what a later step has in common with this one if it is to have the same; None: none may."""
+        num_rows, num_requests = batch.num_tokens, len(batch.scheduled)
         attention = AttentionBatch(
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slot_mapping),
+            positions=torch.from_numpy(self._positions[:num_rows]),
+            slot_mapping=torch.from_numpy(self._slot_mapping[:num_rows]),
             block_table=torch.from_numpy(block_table),
-            seq_lens=torch.from_numpy(seq_lens),
+            seq_lens=torch.from_numpy(self._seq_lens[:num_requests]),
             cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
             num_decodes=batch.num_decodes,
         )
         model_input = ModelInput(
-            input_ids=torch.from_numpy(input_ids).to(self._torch_device),
+            input_ids=torch.from_numpy(self._input_ids[:num_rows]).to(self._torch_device),
             plan=self._plan(attention),
             logits_indices=torch.from_numpy(sampled).to(self._torch_device),
         )
-        is_shared = is_of_streams and self._torch_device.type == "cpu"
-        self._last = _Laid(shape, block_table, model_input) if is_shared else None
+        is_shared = self._torch_device.type == "cpu"
+        self._last = _Laid(shape, block_table, model_input) if shape is not None and is_shared else None
         return model_input
 
     def token_ids(self, seat: int, end: int) -> NDArray[np.int32]:
