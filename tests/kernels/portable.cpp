@@ -1,4 +1,6 @@
-// Linear layers and attention against plain loops in double: ends with 0 if all are near. For processors that no Python runs on here.
+// Threads; linear layers and attention against plain loops in double: ends with 0 if all are near. For processors that no Python runs on here.
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -69,7 +71,7 @@ static bool check_linear(Pool& pool, const char* what, Made made) {
       const std::vector<float> x = random_numbers(rows * inputs);
       std::vector<float> y(rows * outputs);
       std::vector<double> expected(rows * outputs);
-      linear(pool, made.weight, x.data(), y.data(), rows);
+      linear(pool, made.weight, {x.data()}, y.data(), rows);
       const bool is_plain = made.weight.format < QUANTIZED, rounds_weights = is_plain && dtype == BFLOAT16 && rows > FEW_ROWS;
       const std::vector<double> multiplied = entering(x, dtype, inputs, is_plain ? CODE_GROUP : made.weight.group);
       for (long m = 0; m < rows; m++)
@@ -141,8 +143,43 @@ static bool check_attention(Pool& pool, const char* what, int cache_dtype, int l
   return near(what, found, expected, 1e-5);
 }
 
+// Each item of a job is done once, by whatever thread, also of more items than a claim has bits for.
+static bool check_pool(Pool& pool) {
+  bool all = true;
+  for (const long items : {0L, 1L, 2L, 7L, 1000L, 0xffffL, 0x10000L, 0x1ffffL}) {
+    std::vector<std::atomic<int>> shared(items), in_order(items);
+    pool.share(items, [&](Pool::Claims& claims) {
+      do
+        for (long i = claims.first; i < claims.end; i++) shared[i]++;
+      while (claims.next());
+    });
+    pool.run(items, [&](long i) { in_order[i]++; });
+    for (const auto* times : {&shared, &in_order}) all &= std::all_of(times->begin(), times->end(), [](int each) { return each == 1; });
+  }
+  std::printf("pool: %s\n", all ? "right" : "wrong");
+  return all;
+}
+
+// Few rows are normed by each thread for itself, and their sum is kept by one, whichever claims the first panel; more of them by all.
+static bool check_norm(Pool& pool, Made made) {
+  const long outputs = made.weight.outputs, inputs = made.weight.inputs;
+  const std::vector<float> weight = random_numbers(inputs);
+  bool all = true;
+  for (const long rows : {1L, 4L, 9L})
+    for (int repeat = 0; repeat < 50; repeat++) {
+      const std::vector<float> x = random_numbers(rows * inputs), residual = random_numbers(rows * inputs);
+      std::vector<float> expected_sum = residual, sum(rows * inputs), memory(rows * inputs), normed(rows * inputs), y(rows * outputs), expected = y;
+      add_rms_norm(pool, x.data(), residual.data(), expected_sum.data(), weight.data(), normed.data(), rows, inputs, 1e-5f);
+      linear(pool, made.weight, {normed.data()}, expected.data(), rows);
+      linear(pool, made.weight, {x.data(), residual.data(), sum.data(), weight.data(), 1e-5f, memory.data()}, y.data(), rows);
+      all &= y == expected && sum == expected_sum;
+    }
+  std::printf("norm: %s\n", all ? "right" : "wrong");
+  return all;
+}
+
 int main() {
-  Pool pool(2);
+  Pool pool(2), crowd(5);
   constexpr long OUTPUTS = 37, INPUTS = 96;
   const std::vector<float> plain = random_numbers(OUTPUTS * INPUTS);
   std::vector<Float16> halves(plain.size()), scales(OUTPUTS * 3), minima(OUTPUTS * 3);
@@ -156,6 +193,8 @@ int main() {
   all &= check_linear(pool, "4 bits", made<Grouped<4, Float16, true>>(pool, QUANTIZED, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), minima.data(), nullptr}));
   all &= check_linear(pool, "8 bits", made<Grouped<8, Float16, false>>(pool, QUANTIZED + 1, OUTPUTS, INPUTS, 32, {codes.data(), scales.data(), nullptr, nullptr}));
   all &= check_k_quant<4>(pool, "K-quant of 4 bits") && check_k_quant<5>(pool, "of 5") && check_k_quant<6>(pool, "of 6");
+  all &= check_norm(crowd, made<Plain<float>>(pool, 0, OUTPUTS, INPUTS, 1, {plain.data(), nullptr, nullptr, nullptr}));
+  all &= check_pool(pool) && check_pool(crowd);
   all &= check_attention<float>(pool, "attention", 0, 67);
   all &= check_attention<Float16>(pool, "attention over float16", 2, 1000);
   return all ? 0 : 1;

@@ -79,7 +79,7 @@ static std::vector<WorkItem> split(const std::vector<WorkItem>& items, const Att
 }
 
 template <typename T>
-static void attention_in(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
+static void attention_in(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out, const Readings& after) {
   const long width = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
   for_each_row(pool, batch.num_tokens, width, [&](long token) {
     store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
@@ -95,13 +95,14 @@ static void attention_in(Pool& pool, const AttentionLayer& layer, const Attentio
     const long first = i - item.part;  // whoever does the last part merges all of them
     attender.run(item, partials[i]);
     if (num_done[first].fetch_add(1, std::memory_order_acq_rel) == item.num_parts - 1) attender.merge(item, &partials[first]);
-  });
+  }, after);
 }
 
-static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out) {
+// `after`: what is read next.
+static void attention(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out, const Readings& after = {}) {
   switch (layer.cache_dtype) {
-    case 0: return attention_in<float>(pool, layer, batch, qkv, out);
-    case 1: return attention_in<BFloat16>(pool, layer, batch, qkv, out);
-    case 2: return attention_in<Float16>(pool, layer, batch, qkv, out);
+    case 0: return attention_in<float>(pool, layer, batch, qkv, out, after);
+    case 1: return attention_in<BFloat16>(pool, layer, batch, qkv, out, after);
+    case 2: return attention_in<Float16>(pool, layer, batch, qkv, out, after);
   }
 }

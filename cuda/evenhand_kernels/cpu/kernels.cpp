@@ -56,16 +56,17 @@ void evenhand_pack(Pool* pool, const Weight* weight, const Parts* parts) {
 }
 
 void evenhand_linear(Pool* pool, const Weight* weight, const float* x, float* y, long rows) {
-  linear(*pool, *weight, x, y, rows);
+  linear(*pool, *weight, {.x = x}, y, rows);
 }
 
 void evenhand_embedding(Pool* pool, const Weight* weight, const int32_t* ids, float* y, long rows) {
   embedding(*pool, *weight, ids, y, rows);
 }
 
+// residual += x, unless x is null; y = norm(residual) * weight.
 void evenhand_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float* y, long rows,
                            long size, float eps) {
-  add_rms_norm(*pool, x, residual, weight, y, rows, size, eps);
+  add_rms_norm(*pool, x ? x : residual, x ? residual : nullptr, residual, weight, y, rows, size, eps);
 }
 
 void evenhand_attention(Pool* pool, const AttentionLayer* layer, const AttentionBatch* batch, float* qkv, float* out) {

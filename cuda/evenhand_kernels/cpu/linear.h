@@ -1,7 +1,7 @@
 // Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights in any format of weight.h.
 //
-// Threads share out the panels. Few rows take every weight from memory into registers, once. With more, a panel's block of
-// inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
+// Threads share out the panels. Few rows take every weight from memory into registers, once, and each thread makes for itself what
+// enters, which takes less time than to wait until another has. With more, a panel's block of inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
@@ -45,14 +45,13 @@ static inline long source_row(const Weight& weight, long panel, int lane) {
   return row >= rows ? -1 : lane < rows_per_panel(weight.gated) ? row : rows + row;
 }
 
-// Calls visit(panel) for all panels. A piece is half a fair share of what is left then, so threads read memory in long runs and yet
-// end together (guided self-scheduling, Polychronopoulos and Kuck, 1987).
+// Calls visit(panel) for all panels. Threads read memory in long runs and yet end together.
 template <typename Visit>
 static void for_each_panel(Pool& pool, long panels, const Visit& visit) {
-  std::vector<long> ends;
-  for (long end = 0; end < panels;) ends.push_back(end += std::max(1L, (panels - end) / (2 * pool.num_threads())));
-  pool.run(static_cast<long>(ends.size()), [&](long piece) {
-    for (long panel = piece ? ends[piece - 1] : 0; panel < ends[piece]; panel++) visit(panel);
+  pool.share(panels, [&](Pool::Claims& claims) {
+    do
+      for (long panel = claims.first; panel < claims.end; panel++) visit(panel);
+    while (claims.next());
   });
 }
 
@@ -88,92 +87,168 @@ static Products products_of(const Weight& weight, bool is_few) {
   return weight.activations == BFLOAT16 && !F::GROUPED && !is_few ? Products::PAIRS : Products::FLOATS;
 }
 
-// y: the bias and what multiply(first row, rows, panel, c) adds to it, for all panels and rows: as many at a time as are whole tiles.
-template <typename F, typename Multiply>
-static void compute(Pool& pool, const Weight& weight, float* y, Tiles tiles, const Multiply& multiply) {
+// What enters a linear layer: rows x, or where there is a norm, what that makes of residual + x, or of x where residual is null.
+struct Entering {
+  const float *x, *residual = nullptr;
+  float* sum = nullptr;  // becomes residual + x
+  const float* norm = nullptr;
+  float eps = 0;
+  float* normed = nullptr;  // memory of as many rows, for many
+};
+
+// What enters, made by one thread for itself.
+class EnteringHere {
+ public:
+  EnteringHere(const Entering& entering, long rows, long inputs) : entering_(entering), size_(rows * inputs), x_(entering.x) {
+    if (!entering.norm) return;
+    thread_local std::vector<float> memory;  // stays in the core's cache from one layer to the next
+    memory.resize(std::max<size_t>(memory.size(), 2 * size_));
+    float *normed = memory.data(), *sum = normed + size_;
+    add_rms_norm(Pool::alone(), entering.x, entering.residual, sum, entering.norm, normed, rows, inputs, entering.eps);
+    x_ = normed, sum_ = sum;
+  }
+
+  const float* x() const { return x_; }
+
+  // One thread does that.
+  void store_sum() const {
+    if (entering_.norm) std::copy_n(sum_, size_, entering_.sum);
+  }
+
+ private:
+  const Entering& entering_;
+  const long size_;
+  const float *x_, *sum_ = nullptr;
+};
+
+static const float* normed_by_all(Pool& pool, const Entering& entering, long rows, long inputs) {
+  if (!entering.norm) return entering.x;
+  add_rms_norm(pool, entering.x, entering.residual, entering.sum, entering.norm, entering.normed, rows, inputs, entering.eps);
+  return entering.normed;
+}
+
+// y: the bias and what multiply(prepared, first row, rows, panel, c) adds to it, for all panels and rows: as many at a time as are whole
+// tiles; prepared = prepare(pool, what enters).
+template <typename F, typename Prepare, typename Multiply>
+static void compute(Pool& pool, const Weight& weight, const Entering& entering, float* y, Tiles tiles, const Readings& after,
+                    const Prepare& prepare, const Multiply& multiply) {
   const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
+  const long rows = tiles.rows, panels = num_panels(weight), panel_bytes = F::panel_bytes(weight.inputs, weight.group);
+  const auto compute_panel = [&](const auto& prepared, long row, int block_rows, long p) {
+    alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
+    const Pair bias = weight.bias ? load_pair(weight.bias + p * PANEL) : Pair{Vec{}, Vec{}};
+    for (int m = 0; m < block_rows; m++) store(c + m * PANEL, bias.low), store(c + m * PANEL + LANES, bias.high);
+    multiply(prepared, row, block_rows, weight.packed + p * panel_bytes, c);
+    (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
+                                                   y + row * ldy + p * width, ldy);
+  };
+  if (rows == 0) return;
+  if (rows <= FEW_ROWS) {
+    pool.share(
+        panels,
+        [&](Pool::Claims& claims) {
+          const char* first = weight.packed + claims.first * panel_bytes;
+          for (long line = 0; line < PREFETCH_BYTES; line += 64) __builtin_prefetch(first + line, 0, 3);
+          const EnteringHere here(entering, rows, weight.inputs);
+          const auto prepared = prepare(Pool::alone(), here.x());
+          do {
+            if (claims.first == 0) here.store_sum();
+            for (long p = claims.first; p < claims.end; p++) compute_panel(prepared, 0, static_cast<int>(rows), p);
+          } while (claims.next());
+        },
+        after);
+    return;
+  }
+  const auto prepared = prepare(pool, normed_by_all(pool, entering, rows, weight.inputs));
   const long most_tiles = MAX_BLOCK_ROWS / tiles.most;
   for (long tile = 0; tile < tiles.number(); tile += most_tiles) {
     const long row = tiles.first(tile);
     const int block_rows = static_cast<int>(tiles.first(std::min(tile + most_tiles, tiles.number())) - row);
-    for_each_panel(pool, num_panels(weight), [&](long p) {
-      alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
-      const Pair bias = weight.bias ? load_pair(weight.bias + p * PANEL) : Pair{Vec{}, Vec{}};
-      for (int m = 0; m < block_rows; m++) store(c + m * PANEL, bias.low), store(c + m * PANEL + LANES, bias.high);
-      multiply(row, block_rows, weight.packed + p * F::panel_bytes(weight.inputs, weight.group), c);
-      (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
-                                                     y + row * ldy + p * width, ldy);
-    });
+    for_each_panel(pool, panels, [&](long p) { compute_panel(prepared, row, block_rows, p); });
   }
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <typename F, typename P, int CHUNK>
-static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
-  const IntegerRows<P, CHUNK> integers(pool, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
-  compute<F>(pool, weight, y, integers.tiles, [&](long row, int block_rows, const char* panel, float* c) {
+static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
+  using Integers = IntegerRows<P, CHUNK>;
+  const auto prepare = [&](Pool& threads, const float* x) {
+    return Integers(threads, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
+  };
+  const Tiles tiles = {rows, P::MOST_ROWS};
+  compute<F>(pool, weight, entering, y, tiles, after, prepare, [&](const Integers& x, long row, int block_rows, const char* panel, float* c) {
     if (rows >= FEWEST_UNPACKED_ROWS)
-      multiply_unpacked<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
+      multiply_unpacked<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
     else
-      multiply_integers<F>(integers, row, block_rows, panel, weight.inputs, weight.group, c);
+      multiply_integers<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
   });
 }
 
 template <typename F, typename P>
-static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   if constexpr (F::UNIT <= 16)
-    if (weight.group % 32) return linear_of_integers<F, P, 16>(pool, weight, x, y, rows);
-  linear_of_integers<F, P, 32>(pool, weight, x, y, rows);
+    if (weight.group % 32) return linear_of_integers<F, P, 16>(pool, weight, entering, y, rows, after);
+  linear_of_integers<F, P, 32>(pool, weight, entering, y, rows, after);
 }
 
 template <typename F>
-static void linear_of_integers(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
+static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   if constexpr (F::CODE_BITS == 4)
-    if (weight.activations == INT8) return linear_of_integers<F, ByteCodeProducts<F>>(pool, weight, x, y, rows);
-  linear_of_integers<F, ShortProducts<F>>(pool, weight, x, y, rows);
+    if (weight.activations == INT8) return linear_of_integers<F, ByteCodeProducts<F>>(pool, weight, entering, y, rows, after);
+  linear_of_integers<F, ShortProducts<F>>(pool, weight, entering, y, rows, after);
 }
 #endif
 
-template <typename F>
-static void linear_in(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
-  const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (F::GROUPED)
-    if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0) return linear_of_integers<F>(pool, weight, x, y, rows);
-#endif
-  const bool is_few = rows <= FEW_ROWS;
-  const Products products = products_of<F>(weight, is_few);
+// Rows in all forms that products take; of which one is there.
+struct Prepared {
+  const float* x;
   std::vector<BFloat16Pair> pairs;
   std::vector<float> rounded_x, sums;
   CodedMemory coded;
-  if (products == Products::PAIRS) {
-    pairs = to_pairs(pool, {x, rows, inputs});
-  } else if (products == Products::CODES) {
-    if constexpr (F::GROUPED) coded = to_codes<F>(pool, {x, rows, inputs}, group);
-  } else if (products == Products::CODED_PAIRS) {
-    if constexpr (F::GROUPED) coded = to_coded_pairs<F>(pool, {x, rows, inputs}, group);
-  } else if (weight.activations != FLOAT32) {
-    rounded_x = rounded(pool, {x, rows, inputs}, weight.activations, F::GROUPED ? group : CODE_GROUP);
-    x = rounded_x.data();
-  }
+};
+
+template <typename F>
+static void linear_in(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
+  const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
+#if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (F::GROUPED)
-    if (F::HAS_MINIMA && is_few && products == Products::FLOATS) {
-      sums.resize(rows * groups);
-      sum_groups(x, rows * inputs, group, sums.data());
+    if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0)
+      return linear_of_integers<F>(pool, weight, entering, y, rows, after);
+#endif
+  const bool is_few = rows <= FEW_ROWS;
+  const Products products = products_of<F>(weight, is_few);
+  const auto prepare = [&](Pool& threads, const float* x) {
+    Prepared result = {x, {}, {}, {}, {}};
+    if (products == Products::PAIRS) {
+      result.pairs = to_pairs(threads, {x, rows, inputs});
+    } else if (products == Products::CODES) {
+      if constexpr (F::GROUPED) result.coded = to_codes<F>(threads, {x, rows, inputs}, group);
+    } else if (products == Products::CODED_PAIRS) {
+      if constexpr (F::GROUPED) result.coded = to_coded_pairs<F>(threads, {x, rows, inputs}, group);
+    } else if (weight.activations != FLOAT32) {
+      result.rounded_x = rounded(threads, {x, rows, inputs}, weight.activations, F::GROUPED ? group : CODE_GROUP);
+      result.x = result.rounded_x.data();
     }
-  compute<F>(pool, weight, y, {rows, MAX_ROWS}, [&](long row, int block_rows, const char* panel, float* c) {
+    if constexpr (F::GROUPED)
+      if (F::HAS_MINIMA && is_few && products == Products::FLOATS) {
+        result.sums.resize(rows * groups);
+        sum_groups(result.x, rows * inputs, group, result.sums.data());
+      }
+    return result;
+  };
+  compute<F>(pool, weight, entering, y, {rows, MAX_ROWS}, after, prepare, [&](const Prepared& prepared, long row, int block_rows, const char* panel, float* c) {
     if (products == Products::CODES) {
       if constexpr (F::GROUPED)
-        multiply_coded<F, ByteProducts>(block_rows, coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);
+        multiply_coded<F, ByteProducts>(block_rows, prepared.coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);
     } else if (products == Products::CODED_PAIRS) {
       if constexpr (F::GROUPED)
-        multiply_coded<F, PairProducts>(block_rows, coded.rows().from(row, inputs / 2, groups), panel, inputs, group, c);
+        multiply_coded<F, PairProducts>(block_rows, prepared.coded.rows().from(row, inputs / 2, groups), panel, inputs, group, c);
     } else if (products == Products::PAIRS) {
-      multiply_many<F>(block_rows, pairs.data() + row * num_pairs(inputs), panel, inputs, group, c);
+      multiply_many<F>(block_rows, prepared.pairs.data() + row * num_pairs(inputs), panel, inputs, group, c);
     } else if (is_few) {
-      multiply_few<F>(block_rows, x + row * inputs, sums.data(), panel, inputs, group, c);
+      multiply_few<F>(block_rows, prepared.x + row * inputs, prepared.sums.data(), panel, inputs, group, c);
     } else {
-      multiply_many<F>(block_rows, x + row * inputs, panel, inputs, group, c);
+      multiply_many<F>(block_rows, prepared.x + row * inputs, panel, inputs, group, c);
     }
   });
 }
@@ -193,8 +268,16 @@ static void embedding_in(Pool& pool, const Weight& weight, const int32_t* ids, f
   });
 }
 
-static void linear(Pool& pool, const Weight& weight, const float* x, float* y, long rows) {
-  dispatch_format(weight.format, [&](auto format) { linear_in<decltype(format)>(pool, weight, x, y, rows); });
+// `after`: what is read next.
+static void linear(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after = {}) {
+  dispatch_format(weight.format, [&](auto format) { linear_in<decltype(format)>(pool, weight, entering, y, rows, after); });
+}
+
+// What computing it reads.
+static Reading reading(const Weight& weight) {
+  Reading result = {weight.packed, num_panels(weight), 0};
+  dispatch_format(weight.format, [&](auto format) { result.item_bytes = decltype(format)::panel_bytes(weight.inputs, weight.group); });
+  return result;
 }
 
 static void embedding(Pool& pool, const Weight& weight, const int32_t* ids, float* y, long rows) {

@@ -34,13 +34,17 @@ static void for_each_row(Pool& pool, long rows, long size, const Visit& visit) {
   });
 }
 
-// residual += x, unless x is null; y = norm(residual) * weight.
-static void add_rms_norm(Pool& pool, const float* x, float* residual, const float* weight, float* y, long rows, long size,
+// sum = residual + x, or x where residual is null; y = norm(sum) * weight. `sum` may be either of the others.
+static inline void add_rms_norm_row(const float* x, const float* residual, float* sum, const float* weight, float* y, long size, float eps) {
+  for (long i = 0; i < size; i++) sum[i] = residual ? residual[i] + x[i] : x[i];
+  rms_norm_row(sum, weight, y, size, eps);
+}
+
+// The same for rows.
+static void add_rms_norm(Pool& pool, const float* x, const float* residual, float* sum, const float* weight, float* y, long rows, long size,
                          float eps) {
   for_each_row(pool, rows, size, [&](long row) {
-    float* r = residual + row * size;
-    if (x)
-      for (long i = 0; i < size; i++) r[i] += x[row * size + i];
-    rms_norm_row(r, weight, y + row * size, size, eps);
+    const long at = row * size;
+    add_rms_norm_row(x + at, residual ? residual + at : nullptr, sum + at, weight, y + at, size, eps);
   });
 }
