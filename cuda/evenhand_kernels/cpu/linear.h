@@ -1,7 +1,8 @@
 // Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights in any format of weight.h.
 //
-// Threads share out the panels. Few rows take every weight from memory into registers, once, and each thread makes for itself what
-// enters, which takes less time than to wait until another has. With more, a panel's block of inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
+// Threads share out the panels. Few rows take every weight from memory into registers, once (with AVX2 any number does of bfloat16),
+// and each thread makes for itself what enters, which takes less time than to wait until another has. With more, a panel's block of
+// inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
@@ -215,7 +216,7 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
     if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0)
       return linear_of_integers<F>(pool, weight, entering, y, rows, after);
 #endif
-  const bool is_few = rows <= FEW_ROWS;
+  const bool is_few = rows <= FEW_ROWS || (WIDENS_IN_REGISTERS<F> && weight.activations != BFLOAT16);
   const Products products = products_of<F>(weight, is_few);
   const auto prepare = [&](Pool& threads, const float* x) {
     Prepared result = {x, {}, {}, {}, {}};

@@ -9,6 +9,16 @@
 #include "weight.h"
 
 constexpr int FEW_ROWS = 4;
+
+// Whether any number of rows takes weights into registers as they lie, tile by tile: a shift or a mask widens a vector of bfloat16, which is
+// little beside six products with it, where a vector has 8 floats, and saves a block of twice the size in the first-level cache.
+template <typename F>
+constexpr bool WIDENS_IN_REGISTERS = F::PAIRED && LANES == 8;
+
+// Rows of a tile that does.
+template <typename F>
+constexpr int MOST_FEW_ROWS = WIDENS_IN_REGISTERS<F> ? MAX_ROWS : FEW_ROWS;
+
 constexpr int MAX_DEPTH = 320;  // rows of a block: with PANEL floats or pairs each it leaves room in a first-level cache of 32 KB
 
 // Sums of each group of inputs of each row: [rows][inputs / group].
@@ -20,7 +30,7 @@ static inline void sum_groups(const float* x, long size, int group, float* sums)
   }
 }
 
-// c[ROWS][PANEL] += x[ROWS][inputs] * panel. CHAINS sums of each output, so that no addition waits for the one before.
+// c[ROWS][PANEL] += x[ROWS][inputs] * panel, with weights widened in registers. CHAINS sums of each output, so that no addition waits for the one before.
 template <typename F, int ROWS>
 static void multiply_few(const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
   constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
@@ -89,12 +99,9 @@ static void multiply_few(const float* x, const float* sums, const char* panel, l
 
 template <typename F>
 static void multiply_few(int rows, const float* x, const float* sums, const char* panel, long inputs, int group, float* c) {
-  switch (rows) {
-    case 1: return multiply_few<F, 1>(x, sums, panel, inputs, group, c);
-    case 2: return multiply_few<F, 2>(x, sums, panel, inputs, group, c);
-    case 3: return multiply_few<F, 3>(x, sums, panel, inputs, group, c);
-    case 4: return multiply_few<F, 4>(x, sums, panel, inputs, group, c);
-  }
+  for_each_row_tile<MOST_FEW_ROWS<F>>(rows, [&](auto tile, int first) {
+    multiply_few<F, decltype(tile)::value>(x + first * inputs, sums, panel, inputs, group, c + first * PANEL);
+  });
 }
 
 // Inputs that an element of a block or of a row stands for.

@@ -145,7 +145,7 @@ static void widen_groups(const char* panel, long k, int depth, int group, Block<
 // Codes of BITS bits; SCALE is the type of scales and minima.
 template <int BITS, typename SCALE, bool MINIMA>
 struct Grouped {
-  static constexpr bool GROUPED = true, HAS_MINIMA = MINIMA;
+  static constexpr bool GROUPED = true, PAIRED = false, HAS_MINIMA = MINIMA;
   static_assert(MINIMA || BITS == 8);
   template <typename T>
   static constexpr bool LIES_AS = false;
