@@ -45,6 +45,12 @@ class Load:
     waiting: Asked
     idle: list[Pinned]
 
+    async def ends_as_drained(self) -> None:
+        """Streams in their midst, what waits without a beginning, both with the reason."""
+        for status, text in await asyncio.gather(*self.streams):
+            assert (status, code_of(text)) == (200, "draining") and text.startswith(event()) and DONE not in text
+        assert {(status, code_of(text)) for status, text in await asyncio.gather(*self.waiting)} == {(503, "draining")}
+
 
 async def load(sidecar: SidecarProcess) -> Load:
     """Of one that is started with a seat for each process at its port."""
@@ -109,9 +115,7 @@ async def test_the_owners_death_ends_streams_that_outlast_a_drain(
     async with sidecar_process(upstream.url, policies, *flags) as sidecar:
         work = await load(sidecar)
         sidecar.process.kill()
-        for status, text in await asyncio.gather(*work.streams):
-            assert (status, code_of(text)) == (200, "draining") and text.startswith(event()) and DONE not in text
-        assert {(status, code_of(text)) for status, text in await asyncio.gather(*work.waiting)} == {(503, "draining")}
+        await work.ends_as_drained()
         await sidecar.all_have_ended()
     while upstream.num_open:
         await asyncio.sleep(0.01)
@@ -147,9 +151,7 @@ async def test_a_signal_ends_what_outlasts_the_drain_with_a_reason(
     async with sidecar_process(upstream.url, policies, *flags) as sidecar:
         work = await load(sidecar)
         sidecar.process.send_signal(signal.SIGTERM)
-        for status, text in await asyncio.gather(*work.streams):
-            assert (status, code_of(text)) == (200, "draining") and text.startswith(event()) and DONE not in text
-        assert {(status, code_of(text)) for status, text in await asyncio.gather(*work.waiting)} == {(503, "draining")}
+        await work.ends_as_drained()
         assert await sidecar.process.wait() == 0
         await sidecar.all_have_ended()
     while upstream.num_open:
