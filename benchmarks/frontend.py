@@ -11,7 +11,6 @@ of them in one process, is no part of it.
 """
 
 import asyncio
-import contextlib
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import struct
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -69,17 +67,6 @@ def divide_cores(num_processes: int) -> tuple[set[int], set[int]]:
     where there are too few for that, all are everybody's."""
     cores = sorted(os.sched_getaffinity(0))
     return (set(cores[-1:]), set(cores[:-1])) if len(cores) > num_processes else (set(cores), set(cores))
-
-
-@contextlib.contextmanager
-def on_cores(cores: set[int]) -> Iterator[None]:
-    """This thread, and what it starts meanwhile."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def run_core(
@@ -216,13 +203,13 @@ def measure(
         target=run_core, args=(to_core, cores_doors, num_streams, num_steps, step_seconds, sends), daemon=True
     )
     server = SPAWN.Process(target=run_server, args=(model, num_processes, from_server, doors, servers_control))
-    with on_cores(servers_cores):
+    with common.on_cores(servers_cores):
         core.start()
         server.start()
     for end in (to_core, from_server, cores_doors, doors):
         end.close()
     try:
-        with on_cores(clients_cores):
+        with common.on_cores(clients_cores):
             received = read_streams(control.recv(), num_streams, num_steps, control)
         cpu_seconds, num_bytes = control.recv()
         times = sent.recv()

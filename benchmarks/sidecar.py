@@ -98,13 +98,10 @@ def measure_processes(rounds: int, num_streams: int, seconds: float, seed: int) 
 def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) > 1:  # children inherit it: first the sidecar's, then everybody else's
-            stack.callback(os.sched_setaffinity, 0, cores)
-            os.sched_setaffinity(0, cores[:-1])
+        stack.enter_context(common.on_cores(cores[:-1] or cores))
         direct = stack.enter_context(scripted_upstream())
-        os.sched_setaffinity(0, cores[-1:])
-        server = stack.enter_context(serving.sidecar(direct))
-        os.sched_setaffinity(0, cores[:-1] or cores)
+        with common.on_cores(cores[-1:]):
+            server = stack.enter_context(serving.sidecar(direct))
         added = asyncio.run(paired_ttft(direct, server.url, rounds, random.Random(seed)))
         idle, memory = resident_kib(server.pid), 0
 
