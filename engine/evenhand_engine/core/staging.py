@@ -93,17 +93,11 @@ class Staging:
             self._slot_mapping[row] = self._block_tables[seat, block] * size + offset
             num_blocks = max(num_blocks, block + 1)
         seats = [item.seat for item in batch.scheduled]
-        shape = (batch.num_decodes, num_blocks, seats)
-        if (
-            (last := self._last) is not None
-            and last.shape == shape
-            and not any(i.new_block_ids for i in batch.scheduled)
-        ):
+        shape, has_new_blocks = (batch.num_decodes, num_blocks, seats), any(i.new_block_ids for i in batch.scheduled)
+        if (last := self._last) is not None and last.shape == shape and not has_new_blocks:
             return last.model_input
-        rows = self._one_each[: len(seats)]
-        return self._model_input(
-            batch, self._block_tables[seats, :num_blocks], self._one_each[: len(seats) + 1], rows, shape
-        )
+        block_table, one_each = self._block_tables[seats, :num_blocks], self._one_each
+        return self._model_input(batch, block_table, one_each[: len(seats) + 1], one_each[: len(seats)], shape)
 
     def _model_input(
         self,
