@@ -163,10 +163,9 @@ class Dispatcher:
         self.window.advance(now)
         for request in self._timeouts.take_overdue(now):
             self.request_table.finish(request, FinishReason.QUEUE_TIMEOUT)
-        active = self.request_table.active  # nobody waits, mostly, when a request ends
-        while active and (errand := self._next(now)) is not None:
+        while (errand := self._next(now)) is not None:
             yield self._send(errand, now)
-        if not active:
+        if not self.request_table.active:
             self.window.release()
         self._close()
 
@@ -288,7 +287,7 @@ class Dispatcher:
 
     def _close(self) -> None:
         """Advance the virtual time: what waits here is left out."""
-        waits = self._order.least_served() if self.request_table.active else None
+        waits = self._order.least_served()
         self.ledger.close_step({waits.tenant_id} if waits else set())
 
 

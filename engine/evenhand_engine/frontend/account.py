@@ -1,7 +1,7 @@
 """TenantAccount: one tenant at the door: its buckets, what it has in flight, how fast it drains. Pure: time is an argument."""
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evenhand_engine.frontend.quota import TokenBucket
 from evenhand_policy.config import Enforcement, TenantConfig
@@ -47,8 +47,7 @@ class Reservation:
 
     def resize_prompt(self, num_prompt_tokens: int) -> None:
         """The prompt turned out to have so many tokens, which are settled instead of the estimate."""
-        cost = self.cost
-        self.cost = Cost(num_prompt_tokens, cost.max_output_tokens, cost.expected_output_tokens)
+        self.cost = replace(self.cost, num_prompt_tokens=num_prompt_tokens)
 
 
 @dataclass(slots=True, eq=False)

@@ -81,9 +81,11 @@ class Ledger:
     def output_cost(self, request: Request, start: int, end: int) -> int:
         """Of the request's outputs at the positions [start, end). An output is computed from the token before it, whose
         context it pays for; the prompt paid for that of the first."""
-        first = request.num_prompt_tokens
-        context = self._context_cost(max(first, start - 1), max(first, end - 1))
-        return (end - start) * self.prices.output_token + context
+        cost = (end - start) * self.prices.output_token
+        if self.prices.context_token:
+            first = request.num_prompt_tokens
+            cost += self._context_cost(max(first, start - 1), max(first, end - 1))
+        return cost
 
     def next_output_cost(self, tenant: Tenant, request: Request) -> int:
         """By how much the request's next output raises its tenant's virtual service."""
@@ -113,12 +115,8 @@ class Ledger:
         """Outputs were charged up to the position `charged`, and there are some up to `end`: fewer, so that the rest is
         given back, or more."""
         tenant.num_generation_tokens += end - charged
-        if self.prices.context_token:
-            cost = self.output_cost(request, min(charged, end), max(charged, end))
-            cost = cost if end > charged else -cost
-        else:  # of every event before another engine
-            cost = (end - charged) * self.prices.output_token
-        self._charge(tenant, (request,), (cost,))
+        cost = self.output_cost(request, min(charged, end), max(charged, end))
+        self._charge(tenant, (request,), [cost if end > charged else -cost])
 
     def correct_prompt(self, tenant: Tenant, request: Request, num_tokens: int) -> None:
         """A prompt that was charged by an estimate turns out to cost `num_tokens`: more is charged, less given back."""
