@@ -14,9 +14,7 @@ import asyncio
 import json
 import multiprocessing
 import os
-import select
 import socket
-import struct
 import tempfile
 import time
 from array import array
@@ -28,6 +26,7 @@ import common
 import psutil
 import tokenizers
 import uvloop
+from arrivals import Client, Clients
 from tokenizers import decoders, models
 
 from evenhand_engine.backends.engine_client import ConnectedCore, SpawnedCore
@@ -46,9 +45,6 @@ _KEYS = {
     "rss_mib": "MiB",
 }
 LETTER = 97  # the token, and the character that it is
-SO_TIMESTAMPNS = 35  # Linux's, which Python has no name for; the time of a message's arrival comes with it
-_TIME = struct.Struct("qq")
-_ROOM_FOR_TIME = socket.CMSG_SPACE(_TIME.size)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -135,57 +131,32 @@ def usage() -> tuple[float, int]:
     return seconds, num_bytes
 
 
-class Stream:
-    """One client: asks, then notes what came when; what it was is read afterwards."""
-
-    def __init__(self, address: tuple[str, int], body: bytes) -> None:
-        self.socket = socket.create_connection(address)
-        self.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.socket.sendall(head.encode() + body)
-        self._parts: list[tuple[float, bytes]] = []
-
-    def read(self) -> bool:
-        """What has come; returns whether more will."""
-        data, told, _, _ = self.socket.recvmsg(65536, _ROOM_FOR_TIME)
-        seconds, nanoseconds = _TIME.unpack(told[0][2]) if told else (time.time(), 0)  # told of all but the first
-        self._parts.append((seconds + 1e-9 * nanoseconds, data))
-        return bool(data) and b"[DONE]" not in data[-32:]
-
-    def times(self) -> "array[float]":
-        """When each token came."""
-        times, tail = array("d"), b""
-        for now, data in self._parts:
-            *events, tail = (tail + data).split(b"\n\n")
-            for event in events:
-                at = event.find(b'"text":"')
-                num_tokens = event.find(b'"', at + 8) - at - 8 if at >= 0 else 0
-                times.extend([now] * num_tokens)
-        return times
+def token_times(client: Client) -> "array[float]":
+    """When each token came."""
+    times = array("d")
+    for now, event in client.events():
+        at = event.find(b'"text":"')
+        num_tokens = event.find(b'"', at + 8) - at - 8 if at >= 0 else 0
+        times.extend([now] * num_tokens)
+    return times
 
 
 def read_streams(url: str, num_streams: int, num_tokens: int, control: Connection) -> "list[array[float]]":
-    """Never sleeps: to wake a process of the same machine costs the server as much as the event, and it has no such clients."""
+    """When each stream's tokens came; tells when the streams are open and when they have ended."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "x", "stream": True, "max_tokens": num_tokens, "ignore_eos": True}).encode()
-    streams = [Stream((host, int(port)), body) for _ in range(num_streams)]
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    streams = [Client((host, int(port)), head.encode() + body) for _ in range(num_streams)]
+    reading = Clients()
     for stream in streams:
         stream.read()  # the first event: it runs
+        reading.add(stream)
     control.send("open")
-    with select.epoll() as events:
-        by_descriptor = {stream.socket.fileno(): stream for stream in streams}
-        for descriptor in by_descriptor:
-            events.register(descriptor, select.EPOLLIN)
-        num_open = len(streams)
-        while num_open:
-            for descriptor, _ in events.poll(0):
-                if not by_descriptor[descriptor].read():
-                    events.unregister(descriptor)
-                    num_open -= 1
+    while reading.num_open:
+        reading.read()
     control.send("ended")
-    for stream in streams:
-        stream.socket.close()
-    return [stream.times() for stream in streams]
+    reading.close()
+    return [token_times(stream) for stream in streams]
 
 
 def measure(

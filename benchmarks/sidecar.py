@@ -16,7 +16,6 @@ of 8,000. With `--peer llama.cpp`, llama.cpp's server in its place, and prompts 
 Upstream, sidecar and client share this machine. Streams: where it has two cores, the sidecar has one of them to itself; processes: nobody has.
 """
 
-import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -32,13 +31,13 @@ import serving
 from sidecar_incident import ON_GPU, SCALED, PeerIncident, Plan, SidecarIncident, figures
 
 
-async def paired_ttft(direct: str, through: str, rounds: int, rng: random.Random) -> list[float]:
+def paired_ttft(direct: str, through: str, rounds: int, rng: random.Random) -> list[float]:
     """Seconds that the sidecar adds to the first event of a lone request; the first tenth is warm-up."""
     added = []
     for _ in range(rounds):
         times = {}
         for url in rng.sample([direct, through], 2):
-            times[url] = (await event_streams.one(url)).times[0]
+            times[url] = event_streams.time_to_first_event(url)
         added.append(times[through] - times[direct])
     return added[rounds // 10 :]
 
@@ -79,12 +78,12 @@ def measure_processes(rounds: int, num_streams: int, seconds: float, seed: int) 
         for count in (1, 2):
             with serving.sidecar(direct, "--api-server-count", str(count)) as server:
                 if count == 1:
-                    alone = asyncio.run(event_streams.many(direct, num_streams, seconds))
+                    alone = event_streams.gaps(direct, num_streams, seconds)
                     results["processes_gap_direct_p99_ms"] = 1e3 * serving.percentile(alone, 99)
-                added = asyncio.run(paired_ttft(direct, server.url, rounds, random.Random(seed)))
+                added = paired_ttft(direct, server.url, rounds, random.Random(seed))
                 pids = family(server.pid)
                 before = [processor_seconds(pid) for pid in pids]
-                through = asyncio.run(event_streams.many(server.url, num_streams, seconds))
+                through = event_streams.gaps(server.url, num_streams, seconds)
                 used = [processor_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
             name = f"processes_{count}"
             results[f"{name}_ttft_added_p50_ms"] = 1e3 * median(added)
@@ -102,16 +101,16 @@ def measure_streams(rounds: int, num_streams: int, seconds: float, seed: int) ->
         direct = stack.enter_context(scripted_upstream())
         with common.on_cores(cores[-1:]):
             server = stack.enter_context(serving.sidecar(direct))
-        added = asyncio.run(paired_ttft(direct, server.url, rounds, random.Random(seed)))
+        added = paired_ttft(direct, server.url, rounds, random.Random(seed))
         idle, memory = resident_kib(server.pid), 0
 
         def look() -> None:
             nonlocal memory
             memory = resident_kib(server.pid)
 
-        alone = asyncio.run(event_streams.many(direct, num_streams, seconds))
+        alone = event_streams.gaps(direct, num_streams, seconds)
         used = processor_seconds(server.pid)
-        through = asyncio.run(event_streams.many(server.url, num_streams, seconds, look))
+        through = event_streams.gaps(server.url, num_streams, seconds, look)
         used = processor_seconds(server.pid) - used
     num_events = num_streams * int(seconds * event_streams.EVENTS_PER_SECOND)
     return {
