@@ -220,9 +220,10 @@ class Window:
 
     def grow(self, flight: Flight, num_tokens: int) -> None:
         """So many more tokens of its output came."""
-        before = flight.num_tokens
-        flight.num_output_tokens += num_tokens
-        self.num_tokens += flight.num_tokens - before
+        expected, before = flight.num_expected_tokens, flight.num_output_tokens
+        flight.num_output_tokens = after = before + num_tokens
+        if after > expected or before > expected:
+            self.num_tokens += max(expected, after) - max(expected, before)
 
     def resize_prompt(self, flight: Flight, num_prompt_tokens: int) -> None:
         """Its prompt turned out to have so many tokens."""

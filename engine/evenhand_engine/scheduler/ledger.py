@@ -100,7 +100,7 @@ class Ledger:
         if start < end:
             request.num_charged_tokens = end
             tenant.num_prompt_tokens += end - start
-            self._charge(tenant, (request,), [self.prompt_cost(start, end)])
+            self._charge_one(tenant, request, self.prompt_cost(start, end))
 
     def charge_outputs(self, tenant: Tenant, requests: Sequence[Request]) -> None:
         """Charge the next output of each request, which is in flight now."""
@@ -115,15 +115,19 @@ class Ledger:
         """Outputs were charged up to the position `charged`, and there are some up to `end`: fewer, so that the rest is
         given back, or more."""
         tenant.num_generation_tokens += end - charged
-        cost = self.output_cost(request, min(charged, end), max(charged, end))
-        self._charge(tenant, (request,), [cost if end > charged else -cost])
+        if self.prices.context_token:
+            cost = self.output_cost(request, min(charged, end), max(charged, end))
+            cost = cost if end > charged else -cost
+        else:  # of every event that a sidecar relays
+            cost = (end - charged) * self.prices.output_token
+        self._charge_one(tenant, request, cost)
 
     def correct_prompt(self, tenant: Tenant, request: Request, num_tokens: int) -> None:
         """A prompt that was charged by an estimate turns out to cost `num_tokens`: more is charged, less given back."""
         charged, request.num_charged_tokens = request.num_charged_tokens, num_tokens
         tenant.num_prompt_tokens += num_tokens - charged
         cost = self.prompt_cost(0, num_tokens) - self.prompt_cost(0, charged)
-        self._charge(tenant, (request,), [cost])
+        self._charge_one(tenant, request, cost)
 
     def _charge(self, tenant: Tenant, requests: Sequence[Request], costs: Sequence[int]) -> None:
         total = sum(costs)
@@ -133,6 +137,13 @@ class Ledger:
             self._charged_per_user[tenant.tenant_id] = tenant
             for request, cost in zip(requests, costs, strict=True):
                 tenant.waiting.charge(request, cost)
+
+    def _charge_one(self, tenant: Tenant, request: Request, cost: int) -> None:
+        tenant.service += cost
+        self.shares.charge(tenant.tenant_id, cost, tenant.weight)
+        if tenant.waiting.per_user:
+            self._charged_per_user[tenant.tenant_id] = tenant
+            tenant.waiting.charge(request, cost)
 
     # -- a step
 

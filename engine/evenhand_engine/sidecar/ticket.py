@@ -119,6 +119,7 @@ class OwnTicket:
         costs = [Cost(length, self.limit, expected)] * num_choices
         self._reservations = admission.reserve(tenant_id, costs, now, booking.num_taken)  # one for each answer
         self._service = service
+        self._dispatcher = service.upstream.dispatcher
         self._booking = booking
         self._num_prompt_tokens = booking.num_prompt_tokens
         self.errand = Errand(
@@ -164,39 +165,41 @@ class OwnTicket:
         self._metrics.start(0, time.monotonic())
 
     def generated(self, num_tokens: int) -> Refusal | None:
-        now, service, errand = time.monotonic(), self._service, self.errand
-        dispatcher, reservations = service.upstream.dispatcher, self._reservations
+        now, errand, dispatcher = time.monotonic(), self.errand, self._dispatcher
         is_first, may_send = errand.num_charged_outputs == 0, dispatcher.heard(now)
         if is_first:
             dispatcher.started(errand, now)
         dispatcher.generated(errand, num_tokens)
         self._metrics.take_tokens(num_tokens, now)
         if is_first or may_send:
-            service.upstream.pump()
+            self._service.upstream.pump()
+        reservations = self._reservations
         if len(reservations) > 1:
             reservations.append(reservations.pop(0))  # whose it is, nobody says: each in turn
-        if service.admission.generated(reservations[0], num_tokens, now):
+        reservation = reservations[0]
+        if reservation.account.generated(reservation, num_tokens, now):
             return None
         tenant_id = self._booking.tenant_id
         message = f"Tenant {tenant_id} has used its tokens per minute."
-        return Refusal(429, "tokens_per_minute", message, retry_after=service.admission.queue_delay(tenant_id, now))
+        delay = self._service.admission.queue_delay(tenant_id, now)
+        return Refusal(429, "tokens_per_minute", message, retry_after=delay)
 
     def sized(self, num_prompt_tokens: int, num_cached_tokens: int = 0) -> None:
         self._num_prompt_tokens = num_prompt_tokens
-        self._service.upstream.dispatcher.sized(self.errand, num_prompt_tokens, num_cached_tokens)
+        self._dispatcher.sized(self.errand, num_prompt_tokens, num_cached_tokens)
 
     def counted(self, num_output_tokens: int, *, is_estimate: bool = False) -> None:
         if self._booking.is_silent and not is_estimate:
             self._metrics.take_tokens(num_output_tokens, time.monotonic())
-        self._service.upstream.dispatcher.counted(self.errand, num_output_tokens)
+        self._dispatcher.counted(self.errand, num_output_tokens)
 
     def complete(self) -> None:
-        self._service.upstream.dispatcher.end(self.errand)
+        self._dispatcher.end(self.errand)
 
     def close(self, outcome: str, reason: str) -> None:
         now, service, errand = time.monotonic(), self._service, self.errand
         if outcome == "aborted":
-            service.upstream.dispatcher.left(errand, now)
+            self._dispatcher.left(errand, now)
         service.upstream.end(errand)
         num_prompt_tokens = math.ceil(self._num_prompt_tokens / self._booking.num_prompts)
         share, rest = divmod(errand.num_charged_outputs, len(self._reservations))
