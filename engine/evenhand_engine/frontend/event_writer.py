@@ -16,18 +16,21 @@ class EventWriter:
 
     Args:
         response: to `request`; prepared, and nothing else is written until this is done.
+
+    Attributes:
+        is_chunked: whether the answer goes in chunks: not to a client of HTTP/1.0.
     """
 
     __slots__ = (
-        "_is_chunked",
         "_protocol",
         "_request",
+        "is_chunked",
     )
 
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._request = request
         self._protocol = request.protocol
-        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not to a client of HTTP/1.0
+        self.is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=_MAX_BUFFERED_BYTES)
 
@@ -49,13 +52,22 @@ class EventWriter:
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has gone")
         if data:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
         return not protocol.writing_paused
+
+    def pass_on(self, chunks: bytes) -> bool:
+        """The same with what is framed already, to a client whose answer is chunked."""
+        protocol = self._protocol
+        transport = protocol.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has gone")
+        transport.write(chunks)
+        return not (transport.get_write_buffer_size() and protocol.writing_paused)
 
     def between(self, before: bytes, after: bytes, full: Callable[[], None]) -> Callable[[str], bool] | None:
         """What writes texts between these bytes, see `TextWriter`; None if the client's protocol does not let it."""
         transport = self._protocol.transport
-        if transport is None or not self._is_chunked:
+        if transport is None or not self.is_chunked:
             return None
         return TextWriter(self._protocol, transport, before, after, full).write
 

@@ -17,7 +17,21 @@ _USAGE = re.compile(rb'"usage"\s*:\s*\{')  # no text can hold it: its quotes are
 _PLAIN = re.compile(
     rb'(?:(?:event: [^\n]*+\n)?data: \{"(?!error")[^\n]*+\n\n)+'
 )  # whole events, where no line ends in \r
+_CR, _LF, _E = b"\r\ne"  # an error begins with the last one
+_MAX_USUAL_BYTES = 4096
 _MAX_HELD_BYTES = 64 * 1024  # of an event that has not ended; a usage is shorter
+
+
+def _usual_beginnings() -> list[bytes]:
+    """By the length of all of it, how an event begins that has a chunk to itself."""
+    beginnings = [b"\n"] * _MAX_USUAL_BYTES  # none begins so
+    for size in range(_MAX_USUAL_BYTES - 16):
+        line = b"%x\r\n" % size
+        beginnings[len(line) + size + 2] = line + b'data: {"'
+    return beginnings
+
+
+_USUAL_BEGINNINGS = _usual_beginnings()
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -127,6 +141,27 @@ class EventReader:
             return last
         first = _usage_of_event(self._first_usage)
         return last if first is None else msgspec.structs.replace(last, input_tokens=first.num_prompt_tokens)
+
+    def passes(self, data: bytes) -> bool:
+        """Take in what came, framing of chunks included, if it is one event in one chunk, as nearly always, and goes on just so.
+        Returns whether it is; it begins where a chunk may begin."""
+        num_bytes = len(data)
+        if self._held or num_bytes >= _MAX_USUAL_BYTES:
+            return False
+        beginning = _USUAL_BEGINNINGS[num_bytes]
+        start = len(beginning)
+        if (
+            not data.startswith(beginning)
+            or data[start] == _E
+            or data.find(_LF, start) != num_bytes - 4
+            or data.find(_CR, start) != num_bytes - 2
+            or data[-4:] != b"\n\n\r\n"
+            or _USAGE.search(data)
+        ):
+            return False
+        self.num_events += 1
+        self._last = data
+        return True
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in what came; returns what goes to the client now."""

@@ -231,8 +231,15 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
             failure = generated(num_events)  # before somebody who does not read stops us
         return send(out) and failure is None
 
+    def take_framed(data: bytes) -> bool | None:
+        nonlocal failure
+        if not send.is_chunked or not reader.passes(data):
+            return None
+        failure = generated(1)
+        return send.pass_on(data) and failure is None
+
     try:
-        relay = Relay(upstream, take, request.app[FRONT].connection.settings.idle_timeout)
+        relay = Relay(upstream, take, request.app[FRONT].connection.settings.idle_timeout, take_framed)
         while failure is None and not relay.has_ended:
             await relay.run()
             await writes.wait(send.drain())

@@ -21,6 +21,7 @@ class Relay(asyncio.Protocol):
     Args:
         response: of the upstream.
         take: is given what came, and says whether it takes more; what it raises ends the relay.
+        take_framed: is given before that what came between two chunks, their framing included, and may leave it by None.
         idle_timeout: seconds without a byte after which the upstream has failed.
     """
 
@@ -33,13 +34,21 @@ class Relay(asyncio.Protocol):
         "_is_between_chunks",
         "_loop",
         "_take",
+        "_take_framed",
         "_timer",
         "_transport",
     )
 
-    def __init__(self, response: aiohttp.ClientResponse, take: Callable[[bytes], bool], idle_timeout: float) -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        take: Callable[[bytes], bool],
+        idle_timeout: float,
+        take_framed: Callable[[bytes], bool | None] = lambda data: None,
+    ) -> None:
         self._content = response.content
         self._take = take
+        self._take_framed = take_framed
         self._idle_timeout = idle_timeout
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
@@ -125,15 +134,17 @@ class Relay(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def data_received(self, data: bytes) -> None:
-        assert self._inner is not None
         self._heard_at = self._loop.time()
-        if self._is_between_chunks and (chunk := whole_chunks(data)) is not None:
+        if self._is_between_chunks:
             try:
-                if not self._take(chunk):
-                    self._end(None)
+                takes_more = self._take_framed(data)
+                if takes_more is None and (chunk := whole_chunks(data)) is not None:
+                    takes_more = self._take(chunk)
             except Exception as error:
-                self._end(error)
-            return
+                return self._end(error)
+            if takes_more is not None:
+                return None if takes_more else self._end(None)
+        assert self._inner is not None
         self._inner.data_received(data)
         self._is_between_chunks = self._stands_between_chunks(data)
         self._hand_on()

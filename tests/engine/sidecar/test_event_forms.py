@@ -34,6 +34,56 @@ def test_an_event_goes_on_when_it_has_ended_and_not_when_the_next_one_comes(end:
     assert EventReader(hides_usage=True).feed(said) == said
 
 
+def framed(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.mark.parametrize("said", [event("x" * size) for size in (0, 1, 100, 186, 187, 188, 4000)])
+def test_a_usual_event_in_a_chunk_of_its_own_passes_and_counts(said: bytes) -> None:
+    reader = EventReader(hides_usage=True)
+    assert reader.passes(framed(said)) and reader.num_events == 1
+    assert reader.feed(usage_event(4, 9)) == b"" and reader.num_events == 1
+    own = b'data: {"index":0,"content":"x","tokens_evaluated":4,"tokens_predicted":9}\n\n'  # llama.cpp's, in the last event
+    reader = EventReader(hides_usage=True)
+    assert reader.passes(framed(own)) and reader.usage is not None
+    assert (reader.usage.num_prompt_tokens, reader.usage.num_output_tokens) == (4, 9)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        event(),
+        framed(event())[:-1],
+        framed(event())[1:],
+        framed(event()) + b"1",
+        framed(event() + event()),
+        framed(event()) + framed(event()),
+        framed(event()[:-1]),
+        framed(event()[:-2]),
+        framed(event() + b"\n"),
+        framed(event().replace(b"\n", b"\r\n")),
+        framed(event().replace(b"\n", b"\r")),
+        framed(event()).replace(b"\r\n", b";x\r\n", 1),
+        framed(usage_event(4, 9)),
+        framed(DONE),
+        framed(b": comment\n\n"),
+        framed(b'data: {"error": {"message": "x"}}\n\n'),
+        framed(event("x" * 5000)),
+        b"0\r\n\r\n",
+        b"",
+    ],
+)
+def test_whatever_else_has_to_be_fed(data: bytes) -> None:
+    reader = EventReader(hides_usage=True)
+    assert not reader.passes(data) and reader.num_events == 0
+
+
+def test_nothing_passes_behind_an_event_that_has_not_ended() -> None:
+    reader = EventReader(hides_usage=True)
+    reader.feed(b'data: {"choices":[],"usage":{"prompt_tokens":')
+    assert not reader.passes(framed(event()))
+
+
 def test_data_need_no_space_and_may_have_lines_and_other_fields_around_them() -> None:
     first = b'id: 7\nevent: chunk\ndata:{"choices":[{"text":"x"}]}\nretry: 10\n\n'
     usage = b'data: {"choices":[],\ndata: "usage":{"prompt_tokens":4,\ndata:"completion_tokens":9}}\n\n'

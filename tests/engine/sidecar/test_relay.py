@@ -139,7 +139,9 @@ async def test_clients_of_http_1_0_get_streams_without_chunks(upstream: Scripted
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await open_stream(request, "text/event-stream" if request.method == "POST" else "text/plain")
-        await response.write(event())
+        for number in "123":
+            await response.write(event(number))
+            await asyncio.sleep(0.01)  # so that it is read alone
         await response.write(DONE)
         return response
 
@@ -149,7 +151,7 @@ async def test_clients_of_http_1_0_get_streams_without_chunks(upstream: Scripted
     for request in (b"POST /v1/chat/completions HTTP/1.0\r\n" + head + body, b"GET /other HTTP/1.0\r\n\r\n"):
         status, _, text = (await raw(sidecar, request)).partition(b"\r\n\r\n")
         assert b" 200 " in status.splitlines()[0] and b"chunked" not in status
-        assert text == event() + DONE
+        assert text == event("1") + event("2") + event("3") + DONE
     await sidecar.settled()
 
 
