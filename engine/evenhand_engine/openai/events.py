@@ -73,8 +73,8 @@ class EventStream:
             await self._drain()
 
     async def close(self, end: bytes) -> web.StreamResponse:
-        await self.write(end)
-        await self._writes.wait(self._response.write_eof())
+        """In one write: to send the end of the body by itself would cost as much as a token."""
+        await self._writes.wait(self._response.write_eof(end))
         return self._response
 
     async def _drain(self) -> None:

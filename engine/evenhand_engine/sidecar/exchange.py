@@ -259,9 +259,7 @@ async def _pass_events(request: web.Request, upstream: aiohttp.ClientResponse, p
         passage.fail(failure, was_sent=True)
         request.app[DOOR].count_refusal(passage.tenant_id, failure.code)
         out += b"\n\ndata: " + msgspec.json.encode(error_body(failure)) + b"\n\n"
-    if out:
-        await writes.wait(response.write(out))
-    await writes.wait(response.write_eof())
+    await writes.wait(response.write_eof(out))
     return response
 
 
