@@ -129,13 +129,18 @@ class LocalBackend:
         await self._client.close(timeout)
 
     def _receive(self, message: StepOutputs, now: float) -> None:
+        """What all say goes first, then what is noted of those that end, which takes as long as some tokens."""
         if message.outputs:
             self._progress_at = now
+        ended = []
         for output in message.outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
+                stream.receive(output, now)
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
-                stream.receive(output, now)
+                    ended.append((stream, output))
+        for stream, output in ended:
+            stream.end(output, now)
         if message.stats is not None:
             self._take_stats(message.stats, now)
 

@@ -117,7 +117,7 @@ class LocalStream:
     # -- the core's side
 
     def receive(self, output: RequestOutput, now: float) -> None:
-        """One output of the core; after one with a finish reason nothing comes any more."""
+        """One output of the core. After one with a finish reason nothing comes any more but `end` with the same."""
         token_ids, reason = output.token_ids, output.finish_reason
         num_tokens = len(token_ids)
         if not self._has_started and (reason is None or num_tokens or output.num_output_tokens):
@@ -141,12 +141,14 @@ class LocalStream:
             except Exception:  # a fault of this text alone: the others' outputs are in the same message
                 log.exception("an output cannot be read", extra={"fields": {"request_id": self._request.request_id}})
                 self._end(FinishReason.ERROR, output)
-        if reason is not None:
-            num_computed = max(self._num_passed + self._num_computed, output.num_output_tokens)
-            self._observer.ended(Ending(reason, num_computed, output.num_preemptions), now)
         if self._has_news:
             listener = self._listener
             listener()
+
+    def end(self, output: RequestOutput, now: float) -> None:
+        """The output that was received last is the last one of all."""
+        num_computed = max(self._num_passed + self._num_computed, output.num_output_tokens)
+        self._observer.ended(Ending(output.finish_reason, num_computed, output.num_preemptions), now)
 
     def lose(self, failure: str, now: float) -> None:
         """The core is gone."""

@@ -168,12 +168,14 @@ class _Events:
         self._envelope = form.envelope(streamed=True)
         self._head = b'data: %b,"choices":[' % _encode(self._envelope)[:-1]
         self._is_text = form.is_text and not body.includes_continuous_usage
-        self._around: list[_Around | None] = [None] * len(generations)  # each choice's text
+        self._around: list[_Around] = []  # each choice's text, where they are text
         self._has_opened = False
 
     async def write(self, events: EventStream, first: First) -> None:
         await events.write(self._render(*await first))
         self._put = events.put
+        if self._is_text:  # now, as the first token is still awaited
+            self._around = [self._find_around(index) for index in range(len(self._generations))]
         await events.hand_on(self._deltas, self._take)
         if self._body.includes_usage:
             await events.write(data_event({**self._envelope, "choices": [], "usage": usage(self._generations)}))
@@ -194,11 +196,11 @@ class _Events:
         """Of a delta that is text and no more, nothing but that is rendered; of what follows by who writes such text, not even this
         is called."""
         pieces, put = delta.pieces, self._put
-        if self._is_text and delta.finish_reason is None and pieces and self._has_opened:
+        if self._is_text and delta.finish_reason is None and pieces:
             text = pieces[0].text if len(pieces) == 1 else text_of(pieces)
             if text:
-                before, after, say = self._around[index] or self._find_around(index)
-                keeps_up = put(before + _encode(text) + after)
+                before, after, say = self._around[index]
+                keeps_up = put(self._opening() + before + _encode(text) + after)
                 if keeps_up and say is not None:
                     self._deltas.pass_text(index, say)
                 return keeps_up
@@ -218,8 +220,7 @@ class _Events:
     def _find_around(self, index: int) -> _Around:
         event = self._event(self._form.choice(index, [Piece(_MARK)], None, streamed=True))
         before, after = event.split(_encode(_MARK))
-        self._around[index] = around = _Around(before, after, self._put.between(before, after, self._deltas.fill))
-        return around
+        return _Around(before, after, self._put.between(before, after, self._deltas.fill))
 
     def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = {}) -> bytes:
         """With one choice; `more`: other fields of it."""

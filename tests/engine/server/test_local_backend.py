@@ -78,6 +78,26 @@ async def test_a_finished_request_is_not_aborted() -> None:
         assert notes.endings == [Ending(FinishReason.STOP, 1)]
 
 
+async def test_what_all_say_goes_before_what_is_noted_of_those_that_end() -> None:
+    told: list[str] = []
+
+    class Telling(Notes):
+        def ended(self, ending: Ending, now: float) -> None:
+            told.append("ended")
+            super().ended(ending, now)
+
+    core, notes = ScriptedCore(), (Telling(), Telling())
+    async with connected(core) as backend:
+        await backend.start()
+        for name, each in zip("ab", notes, strict=True):
+            backend.generate(ask(name), each).listen(lambda: told.append("said"))
+            await asyncio.to_thread(core.expect, AddRequest)
+        core.output(*(output(name, 65, finish=FinishReason.LENGTH) for name in "ab"))
+        for each in notes:
+            await asyncio.wait_for(each.has_ended.wait(), WAIT_SECONDS)
+        assert told == ["said", "said", "ended", "ended"]
+
+
 async def test_a_request_that_is_refused_in_the_queue_has_not_started() -> None:
     core = ScriptedCore(lambda request: [output(request.request_id, finish=FinishReason.QUEUE_TIMEOUT)])
     async with connected(core) as backend:
