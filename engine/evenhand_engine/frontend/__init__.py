@@ -15,5 +15,5 @@ config in force, which `push_receiver` and `policy_source` replace, `metrics` an
     how it waits         fair_executor: long computations, a tenant at a time; directory_watch: files that change
     how it is answered   event_writer: to one client, at its pace; write_timeout: no slower than that
     what is told         metrics, counted as things happen; metrics_collector, the core's own numbers, read when asked for;
-                         token_meter, share_tracker
+                         histograms, token_meter, share_tracker
 """

@@ -8,8 +8,9 @@ tenant, for the admin port only. Label values are bounded: the first tenants see
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
 
+from evenhand_engine.frontend.histograms import Histogram, Histograms
 from evenhand_engine.frontend.metrics_collector import PublicCollector, Snapshot, TenantCollector, TenantLabels
 from evenhand_engine.frontend.token_meter import INTERVAL_BUCKETS, PublicTokens, TenantTokens, TokenMeters
 from evenhand_engine.messages import EngineStats
@@ -59,10 +60,8 @@ class Metrics:
 
     def _create_public(self) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            family = Histogram(
-                f"vllm:{name}", text, tuple(self._names), registry=self.public_registry, buckets=tuple(buckets)
-            )
-            return family.labels(*self._names.values())
+            family = Histograms(f"vllm:{name}", text, tuple(self._names), buckets, self.public_registry)
+            return family.of(*self._names.values())
 
         self.time_to_first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
         self.time_per_output_token = histogram(
@@ -97,14 +96,14 @@ class Metrics:
         )
 
     def _create_tenant(self) -> None:
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"evenhand_{name}", text, ("tenant",), registry=self.tenant_registry, buckets=buckets)
+        def histograms(name: str, text: str, buckets: Sequence[float]) -> Histograms:
+            return Histograms(f"evenhand_{name}", text, ("tenant",), buckets, self.tenant_registry)
 
-        self.tenant_first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
-        self.tenant_queue_time = histogram("queue_time_seconds", "Arrival to first step.", _REQUEST_BUCKETS)
-        self.step_time = Histogram(
-            "evenhand_step_seconds", "Duration of one step.", registry=self.tenant_registry, buckets=_STEP_TIME_BUCKETS
-        )
+        self.tenant_first_token = histograms("time_to_first_token_seconds", "To the first token.", _FIRST_TOKEN_BUCKETS)
+        self.tenant_queue_time = histograms("queue_time_seconds", "Arrival to first step.", _REQUEST_BUCKETS)
+        self.step_time = Histograms(
+            "evenhand_step_seconds", "Duration of one step.", (), _STEP_TIME_BUCKETS, self.tenant_registry
+        ).of()
         self.tenant_requests = Counter(
             "evenhand_requests",
             "Prompts that were handed to the engine, by outcome (finished, refused, aborted, failed) and reason.",
@@ -193,7 +192,7 @@ class RequestMetrics:
         self._started_at = now
         metrics, waited = self._metrics, now - self._arrived_at
         metrics.queue_time.observe(waited)
-        metrics.tenant_queue_time.labels(self._tenant).observe(waited)
+        metrics.tenant_queue_time.of(self._tenant).observe(waited)
         self._meter.num_prompt += self._num_prompt_tokens
         self._meter.num_cached += num_cached_tokens
 
@@ -205,7 +204,7 @@ class RequestMetrics:
             self._first_token_at = now
             metrics = self._metrics
             metrics.time_to_first_token.observe(now - self._arrived_at)
-            metrics.tenant_first_token.labels(self._tenant).observe(now - self._arrived_at)
+            metrics.tenant_first_token.of(self._tenant).observe(now - self._arrived_at)
         else:
             interval = now - self._last_token_at
             meter.intervals[bisect_left(INTERVAL_BUCKETS, interval)] += 1

@@ -3,10 +3,12 @@
 What all tenants have together is added up then, not counted beside.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from evenhand_engine.frontend.histograms import cumulative
 
 INTERVAL_BUCKETS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
@@ -66,7 +68,7 @@ class PublicTokens(Collector):
             yield family
         histogram = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Between tokens.", labels=labels)
         counts = [sum(column) for column in zip(*(m.intervals for m in meters), strict=True)] or TokenMeter().intervals
-        histogram.add_metric(values, _buckets(counts), sum(m.interval_seconds for m in meters))
+        histogram.add_metric(values, cumulative(INTERVAL_BUCKETS, counts), sum(m.interval_seconds for m in meters))
         yield histogram
 
 
@@ -84,12 +86,6 @@ class TenantTokens(Collector):
             tokens.add_metric([label, "prompt"], meter.num_prompt)
             tokens.add_metric([label, "cached"], meter.num_cached)
             tokens.add_metric([label, "generation"], meter.num_generated)
-            intervals.add_metric([label], _buckets(meter.intervals), meter.interval_seconds)
+            intervals.add_metric([label], cumulative(INTERVAL_BUCKETS, meter.intervals), meter.interval_seconds)
         yield tokens
         yield intervals
-
-
-def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
-    """As Prometheus has them: each bucket counts the smaller ones too."""
-    bounds = [*map(str, INTERVAL_BUCKETS), "+Inf"]
-    return [(bound, float(sum(counts[: number + 1]))) for number, bound in enumerate(bounds)]
