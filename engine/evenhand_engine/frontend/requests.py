@@ -75,13 +75,8 @@ async def read_pieces(request: web.Request, start: bytes = b"") -> AsyncIterator
     size = len(start)
     if start:
         yield start
-    deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
-    pieces = _read(request, encoding)
     try:
-        while True:
-            async with asyncio.timeout_at(deadline):
-                if (piece := await anext(pieces, None)) is None:
-                    break
+        async for piece in _read(request, encoding):
             if (size := size + len(piece)) > request.client_max_size:
                 raise _too_large(request)
             yield piece
@@ -133,7 +128,15 @@ async def _give_leave(request: web.Request) -> None:
 async def _read(request: web.Request, encoding: str) -> AsyncIterator[bytes]:
     """Unlike `request.read`, which keeps the body for as long as the request. What a little unpacks to comes in turns with others."""
     decoder = None if encoding == "identity" else zlib.decompressobj(_GZIP_OR_ZLIB)
-    async for chunk in request.content.iter_any():
+    content = request.content
+    deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
+    while not content.at_eof():
+        if content.is_eof():
+            chunk = content.read_nowait()  # all that is left: small bodies have come when they are asked for
+        else:
+            async with asyncio.timeout_at(deadline):
+                if not (chunk := await content.readany()):
+                    break
         if decoder is None:
             yield chunk
             continue

@@ -174,7 +174,7 @@ class Body:
 
     def _prompts(self) -> list[bytes]:
         fields = self.fields or {}
-        return [raw for name in _PROMPTS if (raw := bytes(fields.get(name, b"null"))) != b"null"]
+        return [raw for name in _PROMPTS if name in fields and (raw := bytes(fields[name])) != b"null"]
 
     @functools.cached_property
     def num_token_ids(self) -> int | None:

@@ -128,12 +128,9 @@ async def _pieces(body: Sequence[bytes]) -> AsyncIterator[bytes]:
 
 def _forwarded(headers: CIMultiDictProxy[str], ours: set[str]) -> CIMultiDict[str]:
     """Headers that go on: those that are about one connection stay on it, and ours are set by us."""
-    listed = {name.strip().lower() for line in headers.getall("Connection", []) for name in line.split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in ours and name.lower() not in listed
-    )
+    listed = {name.strip().lower() for line in headers.getall("Connection", ()) for name in line.split(",")}
+    stay = _HOP_BY_HOP | ours | listed
+    return CIMultiDict([(name, value) for name, value in headers.items() if name.lower() not in stay])
 
 
 def _answered(request: web.Request, upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
