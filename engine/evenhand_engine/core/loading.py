@@ -131,8 +131,9 @@ def _load_with(
     decoder = build_decoder(model_config, weights, kernels, cache, settings.max_model_len)
     runner = ModelRunner(decoder, settings, structures)
     Stage("warming up", total=0)
-    run_largest_step(runner, settings)
-    if config.max_num_batched_tokens is None:
+    if config.max_num_batched_tokens is not None:
+        run_largest_step(runner, settings)
+    else:
         budget = measured_token_budget(runner, settings, _token_budgets(settings))
         settings = replace(settings, max_num_batched_tokens=budget)
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype

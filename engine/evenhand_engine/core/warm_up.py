@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from evenhand_engine.config import SchedulerSettings
 from evenhand_engine.scheduler.batch import BatchPlan, Runner
 from evenhand_engine.scheduler.request import Request, SamplingParams
 
-_REPEATS = 2  # the fastest counts: the first one touches memory, and another process may have the core
+_REPEATS = 2  # the fastest counts: the first one of its size touches memory, and another process may have the core
 _NEARLY = 0.97  # of the best rate: what is lost of it is less than a machine varies
 _SECONDS_ENOUGH = 0.2  # a step that takes longer is long enough, whatever a larger one would give
 
@@ -23,8 +24,10 @@ def measured_token_budget(
 ) -> int:
     """The least of these, which ascend, by which prompts are computed nearly as fast as by the best.
 
-    More tokens in a step than that add nothing but to the time for which streams and newcomers wait.
+    More tokens in a step than that add nothing but to the time for which streams and newcomers wait. The runner may be cold, and is
+    warm then for steps of that size. Steps that are larger than any that will come are run only to be measured: they take long.
     """
+    run_largest_step(runner, replace(settings, max_num_batched_tokens=budgets[0]))
     rates: dict[int, float] = {}
     for budget in budgets:
         num_tokens = min(budget, settings.max_model_len - 1)
