@@ -81,11 +81,10 @@ class Window:
     ) -> None:
         self.batch_tokens = batch_tokens
         self.kv_tokens = self.num_seats = _NEVER
-        self.num_seats_taken = 0
-        self.num_unstarted_tokens = 0
-        self.num_tokens = 0
+        self.num_seats_taken = self.num_unstarted_tokens = self.num_tokens = 0
         self._flights: dict[Flight, None] = {}
         self._unstarted: dict[Flight, None] = {}  # in the order in which they were sent
+        self._silent: dict[Flight, None] = {}  # of these
         self._num_short = self._num_short_tokens = 0  # of the unstarted
         self._rate = PrefillRate(prefill_rate)
         self._head_since = -_NEVER  # when the last one before the head started
@@ -93,8 +92,7 @@ class Window:
         self._steps = Steps()
         self._ending: Flight | None = None  # a long one whose last step has begun, in which a short one is taken in
         self._silent_until = 0.0  # when the silent ones sent so far will have been prefilled
-        self._burst_at = self._last_start = -_NEVER
-        self._grew_at = -_NEVER
+        self._burst_at = self._last_start = self._grew_at = -_NEVER
         self._holds_for_batch = False  # a short prompt waited for (1), or any request for (2), when last asked
         self._holds_for_kv = False
         self._aged_at = 0.0
@@ -190,6 +188,7 @@ class Window:
         if is_silent:
             self._silent_until = max(self._silent_until, now) + num_prompt_tokens / self.prefill_rate
             flight.due = self._silent_until
+            self._silent[flight] = None
         self._count_unstarted(flight, 1, num_prompt_tokens)
         self.num_tokens += flight.num_tokens
         self._peak_tokens = max(self._peak_tokens, self.num_tokens)
@@ -200,7 +199,7 @@ class Window:
         """Its first chunk came; silent ones sent before it have started too. Again: nothing."""
         if flight not in self._unstarted:
             return
-        for earlier in [f for f in self._unstarted if f.is_silent and f.sent_at < flight.sent_at]:
+        for earlier in [f for f in self._silent if f.sent_at < flight.sent_at]:
             self._leave_unstarted(earlier)
         if next(iter(self._unstarted)) is flight:  # else it did not wait for all that was left before it
             self._rate.observe(flight.backlog, now - flight.sent_at)
@@ -243,14 +242,13 @@ class Window:
 
     def advance(self, now: float) -> None:
         """Silent requests that are due have started."""
-        for flight in [flight for flight in self._unstarted if flight.due <= now]:
+        for flight in [flight for flight in self._silent if flight.due <= now]:
             self._leave_unstarted(flight)
 
     @property
     def next_due(self) -> float:
         """When to ask again although nothing happens: a silent request will have started, or a long prompt has its turn."""
-        silent = (flight.due for flight in self._unstarted if flight.is_silent)
-        return min(self._opens_at, min(silent, default=_NEVER))
+        return min(self._opens_at, min((flight.due for flight in self._silent), default=_NEVER))
 
     def correct(self, gauges: Gauges, now: float) -> None:
         """Take in a report of the upstream; one that says what the last one said says nothing."""
@@ -274,6 +272,7 @@ class Window:
 
     def _leave_unstarted(self, flight: Flight) -> None:
         del self._unstarted[flight]
+        self._silent.pop(flight, None)
         self._count_unstarted(flight, -1, -flight.num_prompt_tokens)
 
     def _count_unstarted(self, flight: Flight, num: int, num_tokens: int) -> None:
