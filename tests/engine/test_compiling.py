@@ -1,5 +1,6 @@
 """Compiling: what is kept, in whose turn, when the vocabulary is read, and what goes wrong."""
 
+import functools
 import queue
 import threading
 from multiprocessing import Pipe
@@ -81,26 +82,39 @@ def test_a_vocabulary_that_cannot_be_read_is_said_when_it_is_needed(tokenizer: T
         compiler.compile("t", grammars.choice(["x"]))
 
 
-def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = threading.Event()
+def steps_of_a_start(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a core does until it serves, and what it does to the collector of garbage, in order."""
+    steps = list[str]()
 
     class Core:
         def __init__(self, *args: Any, **options: Any) -> None: ...
 
         def run(self) -> None:
-            assert prepared.wait(120)
+            steps.append("serve")
 
-    loaded = LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", tmp_path, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
-    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
-    monkeypatch.setattr("evenhand_engine.core.loading.load_model", lambda config, lost: loaded)
+    def load(*_: object) -> LoadedModel:
+        steps.append("load")
+        return LoadedModel(None, SchedulerSettings(), "tiny", "float32", "cpu", directory, Structures(VOCAB_SIZE))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: steps.append("prepare"))
+    monkeypatch.setattr("evenhand_engine.core.loading.load_model", load)
     monkeypatch.setattr(engine, "EngineCore", Core)
     monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
     for name in ("collect", "freeze", "disable"):
-        monkeypatch.setattr(engine.gc, name, lambda: None)
+        monkeypatch.setattr(engine.gc, name, functools.partial(steps.append, name))
     ours, theirs = Pipe()
-    engine.run_core(EngineConfig(model=str(tmp_path)), theirs)
-    assert prepared.is_set()
+    engine.run_core(EngineConfig(model=str(directory)), theirs)
     ours.close()
+    return steps
+
+
+def test_the_core_reads_it_as_soon_as_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert steps_of_a_start(tmp_path, monkeypatch)[-2:] == ["prepare", "serve"]
+
+
+def test_the_core_looks_for_garbage_once_and_not_among_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = steps_of_a_start(tmp_path, monkeypatch)
+    assert steps[:-2] == ["disable", "freeze", "load", "collect", "freeze"]
 
 
 def request(request_id: str, tenant_id: str, grammar: str) -> AddRequest:

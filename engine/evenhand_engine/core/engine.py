@@ -62,6 +62,7 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
     `doors` brings more pipes, of API servers: see `Connections`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
+    gc.disable()  # no request is part of a cycle, and a look at 60,000 that are queued takes 200 ms: see _rest
 
     def lose(message: str) -> NoReturn:
         """Any thread, whatever the loop waits for."""
@@ -72,6 +73,7 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
     try:
         from evenhand_engine.core.loading import load_model  # imports torch: only this process pays for it
 
+        gc.freeze()  # what modules hold stays: a search for garbage among it would take 100 ms of the start
         token_budgets = load_token_budgets(config.replay_steps) if config.replay_steps else None
         with listening(lambda stage: _tell(connection, StartupProgress(stage=stage))):
             model = load_model(config, lose)
@@ -81,7 +83,6 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
         return
     gc.collect()
     gc.freeze()
-    gc.disable()  # no request is part of a cycle, and a look at 60,000 that are queued takes 200 ms: see _rest
     try:
         ready = EngineReady(
             model_name=model.model_name,
