@@ -214,13 +214,15 @@ class Service:
 class EngineService:
     """What a process at the public port of our own engine needs: it tokenizes here, and asks its door for the rest."""
 
-    def __init__(self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, door: "Door") -> None:
+    def __init__(
+        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, compiler: Compiler, door: "Door"
+    ) -> None:
         self.settings = settings
         self.backend = backend
         self.tokenizer = tokenizer
         self.door = door
         self.created = int(time.time())
-        self.compiler = Compiler(lambda: tokenizer)
+        self.compiler = compiler
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 
     @property

@@ -36,6 +36,7 @@ from evenhand_engine.server.tasks import (
     serve_public,
 )
 from evenhand_engine.signals import leave_to_the_first
+from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
 
 
@@ -140,11 +141,12 @@ async def _start(stack: contextlib.AsyncExitStack, arguments: ApiServerArguments
     backend = LocalBackend(ConnectedCore(arguments.core), arguments.core)
     stack.push_async_callback(backend.close)
     tokenizer = backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(arguments.model_dir))
+    compiler = Compiler(lambda: tokenizer)
+    compiler.prepare_aside()
     await backend.start()
     await first_config(door)
-    service = EngineService(settings, backend, tokenizer, door)
+    service = EngineService(settings, backend, tokenizer, compiler, door)
     stack.callback(service.close)
     listening = await serve_public(stack, build_app(service), arguments.listener, settings, tls)
     keep_loop_free()
-    service.compiler.prepare_aside()
     return listening, backend.died

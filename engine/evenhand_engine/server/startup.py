@@ -98,9 +98,10 @@ async def start_server(
             from evenhand_engine.frontend.service import EngineService, Service
             from evenhand_engine.server.admin import build_admin_app
             from evenhand_engine.server.app import build_app
+            from evenhand_engine.structured.compiler import Compiler
             from evenhand_engine.text.tokenizer import Tokenizer
 
-            api_servers = None
+            api_servers = compiler = None
             if len(ports.publics) > 1:
                 from evenhand_engine.server.api_server import start_api_servers
 
@@ -108,7 +109,9 @@ async def start_server(
                 stack.push_async_callback(api_servers.close)
             in_force = await in_daemon_thread(lambda: initial_config(settings))
             if api_servers is None:
-                backend.tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
+                tokenizer = await in_daemon_thread(lambda: Tokenizer(directory))
+                backend.tokenizer, compiler = tokenizer, Compiler(lambda: tokenizer)
+                compiler.prepare_aside()
             await backend.start()
         service = Service(settings, backend, in_force)
         await serve_app(stack, build_admin_app(service, push_receiver(service)), ports.admin, None)
@@ -116,14 +119,12 @@ async def start_server(
         if api_servers is not None:
             await api_servers.serve(service, lambda channel: Doorkeeper(service, channel, backend.count_elsewhere))
         else:
-            assert backend.tokenizer is not None
-            engine = EngineService(settings, backend, backend.tokenizer, OwnDoor(service))
+            assert backend.tokenizer is not None and compiler is not None
+            engine = EngineService(settings, backend, backend.tokenizer, compiler, OwnDoor(service))
             stack.callback(engine.close)
             await serve_public(stack, build_app(engine), ports.publics[0], settings, ports.tls)
         await stack.enter_async_context(watch_policies(service))
         keep_loop_free()
-        if engine is not None:
-            engine.compiler.prepare_aside()
         yield Running(service, ports.url, ports.admin_url, engine, api_servers=api_servers)
 
 

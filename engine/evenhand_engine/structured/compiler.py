@@ -49,10 +49,9 @@ class Compiler:
         self._kept: OrderedDict[str, OrderedDict[str, LLMatcher]] = OrderedDict()
 
     def prepare_aside(self) -> None:
-        """Read the vocabulary in a thread, as soon as the process serves: for so long, 0.2 s to a second, Python stands still.
+        """Read the vocabulary in a thread, before the process serves: for so long, 0.2 s to a second, Python stands still.
 
-        So rather then than when a request waits for it, with all streams; before, it would make the start slower. A
-        vocabulary that cannot be read is said so by `compile`.
+        So rather then than when requests wait for it, with all streams. A vocabulary that cannot be read is said so by `compile`.
         """
         threading.Thread(target=self._prepare, name="vocabulary", daemon=True).start()
 

@@ -30,12 +30,13 @@ def server(serve: Serve, say: Say) -> Server:
     return serve(say('{"a": 7}'))
 
 
-def test_the_vocabulary_is_read_as_soon_as_it_serves(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_is_read_while_the_core_loads(serve: Serve, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than when a request waits for it: while it is read, Python stands still, and with it every stream."""
-    prepared = threading.Event()
-    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: prepared.set())
-    serve(say("x"))
-    assert prepared.is_set()
+    core = ScriptedCore(say("x"))
+    say_ready = core.start
+    monkeypatch.setattr(core, "start", lambda: None)
+    monkeypatch.setattr(Compiler, "prepare_aside", lambda compiler: say_ready())
+    assert serve(core=core).client().completions.create(model="tiny", prompt="x").choices[0].text == "x"
 
 
 def told(server: Server, **fields: Any) -> str | None:
