@@ -5,11 +5,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance = Callable[[float], None]
 
@@ -49,7 +48,11 @@ class Stage:
 class Progress:
     """Stages one after the other, each with a known total in any unit."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: "Console | None" = None) -> None:
+        from rich.console import Console  # here, since a start that prepares nothing needs none of it
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
         self._console = console or Console(stderr=True)
         self._bars = RichProgress(
             TextColumn("{task.description}"),

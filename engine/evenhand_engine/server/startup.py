@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from evenhand_engine.backends.engine_client import Core, spawn_core
-from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.config import EngineConfig
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.model.config import load_model_config
@@ -90,6 +89,9 @@ async def start_server(
             directory = await in_daemon_thread(lambda: resolve_model_dir(config.model))
             load_model_config(directory)  # the core needs it, but what can be refused should not wait for torch
             core, connection = spawn(config)
+
+            from evenhand_engine.backends.local import LocalBackend
+
             backend = LocalBackend(core, connection)
             stack.push_async_callback(backend.close)
 

@@ -18,6 +18,13 @@ def test_the_http_process_loads_neither_torch_nor_transformers(module: str) -> N
     assert loaded.stdout.strip() == "[]"
 
 
+def test_the_core_is_spawned_before_what_requests_need_is_imported() -> None:
+    """It loads meanwhile, which takes longer."""
+    code = "import sys, evenhand_engine.server.run; print([m for m in ('aiohttp', 'jinja2', 'rich', 'tokenizers') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
 def test_log_lines_cannot_be_forged() -> None:
     record = logging.LogRecord("x", logging.INFO, "", 0, "request", None, None)
     record.fields = {"path": "/a\n2026 INFO forged", "status": 200, "reason": "", "quote": 'a "b"'}
