@@ -88,6 +88,10 @@ def test_the_scheduler_knows_no_device() -> None:
     }
 
 
+def test_the_core_imports_torch_only_once_it_searches_for_no_garbage() -> None:
+    assert not loaded_by("import evenhand_engine.core.engine") & {"torch", "numpy"}
+
+
 def test_the_operator_loads_no_model() -> None:
     assert not loaded_by("import evenhand_operator") & {"torch", "transformers", "cupy", "evenhand_engine"}
 

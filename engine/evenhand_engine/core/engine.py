@@ -17,14 +17,13 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from evenhand_engine.config import EngineConfig, SchedulerSettings
 from evenhand_engine.core.compile_queue import Compiled, CompileQueue
 from evenhand_engine.core.connections import Connections, send
 from evenhand_engine.core.stats import StatsRecorder
 from evenhand_engine.core.step_recorder import StepRecorder, load_token_budgets
-from evenhand_engine.core.structures import Structures
 from evenhand_engine.core.workers import describe
 from evenhand_engine.errors import StartupError
 from evenhand_engine.messages import (
@@ -48,6 +47,9 @@ from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import SchedulerConfig
 
+if TYPE_CHECKING:
+    from evenhand_engine.core.structures import Structures
+
 logger = logging.getLogger(__name__)
 
 _COMMAND_SECONDS = 0.005  # of each step for commands: what comes in a flood is taken in over several steps
@@ -62,7 +64,7 @@ def run_core(config: EngineConfig, connection: Connection, doors: socket.socket 
     `doors` brings more pipes, of API servers: see `Connections`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the HTTP side decides
-    gc.disable()  # no request is part of a cycle, and a look at 60,000 that are queued takes 200 ms: see _rest
+    gc.disable()  # nothing of a start is garbage, nor is a request: a look at 60,000 that are queued takes 200 ms: see _rest
 
     def lose(message: str) -> NoReturn:
         """Any thread, whatever the loop waits for."""
@@ -135,7 +137,7 @@ class EngineCore:
         runner: Runner,
         connections: Connections,
         *,
-        structures: Structures | None = None,
+        structures: "Structures | None" = None,
         compiler: Compiler | None = None,
         token_budgets: Iterator[int] | None = None,
         recorder: StepRecorder | None = None,
