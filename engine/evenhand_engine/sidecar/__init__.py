@@ -6,7 +6,6 @@ queue `dispatch`'s, the connection to the engine `backends`'. Bytes that need no
 
     passing                 one request from end to end: identity, quota, queue, then its exchange with the upstream
     passage                 the same with its body made ready and its answer counted, and its ticket, closed whatever happens
-    starts                  how many begin in one turn of the event loop
     ticket                  what it holds of quota, queue and metrics, given back exactly once; whoever gives tickets out
     one ticket, two ends    ticket; or remote_tickets ──channel, messages──▶ ticket_keeper, who holds the tickets
     exchange                the HTTP exchange itself: the request as it goes, the answer as it comes; cancelled with its client

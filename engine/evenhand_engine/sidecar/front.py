@@ -13,7 +13,6 @@ from evenhand_engine.frontend.door import Door
 from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.sidecar.counting import PromptCounter
-from evenhand_engine.sidecar.starts import Starts
 from evenhand_engine.sidecar.ticket import Tickets
 from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import LatencyClass, TenantConfig
@@ -87,7 +86,6 @@ class Front:
         door: to whoever owns what tenants share.
         tickets: from whoever says who is sent next.
         prompts: counts prompts before the upstream does.
-        starts: says when a request may begin.
     """
 
     def __init__(
@@ -104,7 +102,6 @@ class Front:
         self.door = door
         self.tickets = tickets
         self.options = options
-        self.starts = Starts()
         self._executor = FairExecutor(_THREADS)
         self.prompts = PromptCounter(connection, tokenizer, self._executor)
 

@@ -26,7 +26,6 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         await enter(request, generates=False)
         return await exchange(request, [piece async for piece in read_pieces(request)], None)
     num_taken = await enter(request)
-    await front.starts.turn(tenant_id)
     start, is_json = b"", request.content_type.endswith("json") or request.content_length == 0
     if not is_json and "Content-Encoding" not in request.headers:
         start = await read_start(request)
