@@ -21,7 +21,7 @@ static float run(long rounds, const Add& add) {
   return total;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
 template <template <typename> typename Products>
 static float run_integers(long rounds) {
   using P = Products<Grouped<4, Float16, true>>;
@@ -39,7 +39,7 @@ double limit_operations(int kind, long rounds) {
   if (kind == 0) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return sum + a * b; });
   if (kind == 1)
     sink = run(rounds, [](Vec sum, Vec a, Vec b) { return multiply_add(sum, a, b, static_cast<const BFloat16Pair*>(nullptr)); });
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
   if (kind == 2 && !HAS_CODE_PRODUCTS) sink = run_integers<ByteCodeProducts>(rounds);
   if (kind == 3) sink = run_integers<ShortProducts>(rounds);
 #endif

@@ -1,5 +1,5 @@
-// Products of rows in whole numbers of 16 or 8 bits with the codes of a panel, by AVX2: vpmaddwd multiplies two inputs of each output
-// at a time, vpmaddubsw four. Sums of products are exact; of a weight nothing is rounded:
+// Products of rows in whole numbers of 16 or 8 bits with the codes of a panel, by AVX2, or AVX-512 without VNNI: vpmaddwd multiplies two
+// inputs of each output at a time, vpmaddubsw four. Sums of products are exact; of a weight nothing is rounded:
 //
 //     sum(x * weight) = scale of x * scale * sum(code of x * (code + offset)) + (minimum - offset * scale) * sum(x), for each group
 //
@@ -14,32 +14,30 @@
 #include "multiply.h"
 #include "weight.h"
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool HAS_SHORT_PRODUCTS = true;
-#else
-constexpr bool HAS_SHORT_PRODUCTS = false;
-#endif
-
 template <typename P, int CHUNK>
 struct Chunk {
   Word words[CHUNK / P::INPUTS];
   float scale, sum;  // the latter of the rounded inputs
 };
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
+
+// Rows of a tile: 16 of 32 registers are sums. With 24 it is no faster, and takes longer to compile.
+template <int OF_16_REGISTERS>
+constexpr int MOST_INTEGER_ROWS = LANES == 16 ? 8 : OF_16_REGISTERS;
 
 // Rows and codes in 16 bits, two of them in a word.
 template <typename F>
 struct ShortProducts {
   using Code = int16_t;
   using Codes = ShortVec;
-  static constexpr int INPUTS = 2, MOST_ROWS = 5, OFFSET = F::SHORT_OFFSET;
+  static constexpr int INPUTS = 2, MOST_ROWS = MOST_INTEGER_ROWS<5>, OFFSET = F::SHORT_OFFSET;
 
   static constexpr int input(int i) { return F::pair_input(i); }
 
   template <typename Visit>
   static inline __attribute__((always_inline)) void words(const char* at, const Visit& visit) { F::short_pairs(at, visit); }
-  static inline IntVec product(IntVec codes, IntVec row) { return (IntVec)_mm256_madd_epi16((__m256i)codes, (__m256i)row); }
+  static inline IntVec product(IntVec codes, IntVec row) { return add_products_of_shorts(codes, row); }
   static inline IntVec sum(IntVec a, IntVec b) { return a + b; }
   static inline Vec total(IntVec sums) { return __builtin_convertvector(sums, Vec); }
 };
@@ -49,16 +47,16 @@ template <typename F>
 struct ByteCodeProducts {
   using Code = int8_t;
   using Codes = ByteVec;
-  static constexpr int INPUTS = 4, MOST_ROWS = 6, OFFSET = F::BYTE_OFFSET;
+  static constexpr int INPUTS = 4, MOST_ROWS = MOST_INTEGER_ROWS<6>, OFFSET = F::BYTE_OFFSET;
 
   static constexpr int input(int i) { return F::byte_input(i); }
 
   template <typename Visit>
   static inline __attribute__((always_inline)) void words(const char* at, const Visit& visit) { F::unsigned_codes(at, visit); }
-  static inline IntVec product(IntVec codes, IntVec row) { return (IntVec)_mm256_maddubs_epi16((__m256i)codes, (__m256i)row); }
-  static inline IntVec sum(IntVec a, IntVec b) { return (IntVec)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+  static inline IntVec product(IntVec codes, IntVec row) { return add_products_of_bytes(codes, row); }
+  static inline IntVec sum(IntVec a, IntVec b) { return add_shorts(a, b); }
   static inline Vec total(IntVec sums) {
-    return __builtin_convertvector((IntVec)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)), Vec);
+    return __builtin_convertvector(add_products_of_shorts(sums, IntVec{} + 0x00010001), Vec);
   }
 };
 
@@ -108,7 +106,7 @@ class IntegerRows {
 template <typename P>
 static inline void add(IntVec& sums, IntVec codes, IntVec row) {
   sums = P::sum(sums, P::product(codes, row));
-  asm("" : "+x"(sums));  // else GCC makes all products of a chunk before it adds them, many more than there are registers for
+  asm("" : "+v"(sums));  // else GCC makes all products of a chunk before it adds them, many more than there are registers for
 }
 
 // c += what the sums of a chunk of a row come to, for one half of a panel.
@@ -122,7 +120,7 @@ static inline __attribute__((always_inline)) void add_chunk(float* c, IntVec sum
 // c[ROWS][PANEL] += x[ROWS][inputs] * panel.
 template <typename F, typename P, int CHUNK, int ROWS>
 static void multiply_integers(const Chunk<P, CHUNK>* x, const char* panel, long inputs, int group, float* c) {
-  static_assert(LANES == 8 && CHUNK % F::UNIT == 0);
+  static_assert(CHUNK % F::UNIT == 0);
   for (long g = 0; g < inputs / group; g++) {
     const Place at = F::place(panel, g, group);
     const char* unit = at.codes;
@@ -132,7 +130,7 @@ static void multiply_integers(const Chunk<P, CHUNK>* x, const char* panel, long 
       for (int i = 0; i < CHUNK; i += F::UNIT, unit += F::unit_bytes()) {
         for (int line = 0; line < F::unit_bytes(); line += 64) __builtin_prefetch(unit + PREFETCH_BYTES + line, 0, 3);
         P::words(unit, [&](int word, IntVec low, IntVec high) __attribute__((always_inline)) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
           for (int m = 0; m < ROWS; m++) {
             const IntVec left = IntVec{} + x[m].words[i / P::INPUTS + word];
             add<P>(sums[m][0], low, left), add<P>(sums[m][1], high, left);
@@ -140,7 +138,7 @@ static void multiply_integers(const Chunk<P, CHUNK>* x, const char* panel, long 
         });
       }
       const Pair scale = F::code_scales(at), minimum = F::minima_beside(at, P::OFFSET);  // here, where registers are free
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int m = 0; m < ROWS; m++)
         for (int half = 0; half < 2; half++)
           add_chunk<P, F::HAS_MINIMA || P::OFFSET>(c + m * PANEL + half * LANES, sums[m][half], half ? scale.high : scale.low,

@@ -7,8 +7,9 @@
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
 // are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
-// multiplied as they lie in both cases (coded.h), and so they are by AVX2 with rows of 16 and 8 bits (integers.h), where codes are unpacked
-// once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in float32. Sums are float32.
+// multiplied as they lie in both cases (coded.h), and so they are by AVX2, and AVX-512 without VNNI, with rows of 16 and 8 bits
+// (integers.h), where codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
+// float32. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -169,7 +170,7 @@ static void compute(Pool& pool, const Weight& weight, const Entering& entering, 
   }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
 template <typename F, typename P, int CHUNK>
 static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   using Integers = IntegerRows<P, CHUNK>;
@@ -211,7 +212,7 @@ struct Prepared {
 template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
   if constexpr (F::GROUPED)
     if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0)
       return linear_of_integers<F>(pool, weight, entering, y, rows, after);

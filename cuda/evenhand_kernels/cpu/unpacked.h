@@ -4,9 +4,9 @@
 
 #include "integers.h"
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
 
-constexpr int UNPACKED_INPUTS = 640;  // of a block: 20 KB of 16 bits
+constexpr int UNPACKED_INPUTS = 10240 / PANEL;  // of a block: 20 KB of 16 bits
 constexpr int FEWEST_UNPACKED_ROWS = 32;  // that are worth it
 
 // Some groups of inputs of a panel.
@@ -38,14 +38,14 @@ static void multiply_unpacked(const Chunk<P, CHUNK>* x, const Unpacked<P>& panel
 #pragma GCC unroll 16
       for (int word = 0; word < CHUNK / P::INPUTS; word++) {
         IntVec low = codes[word][0], high = codes[word][1];
-        asm("" : "+x"(low), "+x"(high));  // keep them in registers: GCC would load them again for every row
-#pragma GCC unroll 6
+        asm("" : "+v"(low), "+v"(high));  // keep them in registers: GCC would load them again for every row
+#pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
           const IntVec left = IntVec{} + x[m].words[word];
           add<P>(sums[m][0], low, left), add<P>(sums[m][1], high, left);
         }
       }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int m = 0; m < ROWS; m++) {
         add_chunk<P, HAS_MINIMA>(c + m * PANEL, sums[m][0], panel.scales[g].low, panel.minima[g].low, x[m].scale, x[m].sum);
         add_chunk<P, HAS_MINIMA>(c + m * PANEL + LANES, sums[m][1], panel.scales[g].high, panel.minima[g].high, x[m].scale, x[m].sum);

@@ -155,6 +155,39 @@ static inline IntVec dot(IntVec total, IntVec unsigned_bytes, IntVec bytes) {
 #endif
 }
 
+// Products of vectors of 16 or 8 bits, added in pairs (vpmaddwd, vpmaddubsw), where there are no better ones.
+#if (defined(__AVX2__) && !defined(__AVX512F__)) || (defined(__AVX512BW__) && !defined(__AVX512VNNI__))
+#define EVENHAND_SHORT_PRODUCTS
+constexpr bool HAS_SHORT_PRODUCTS = true;
+#else
+constexpr bool HAS_SHORT_PRODUCTS = false;
+#endif
+
+#if defined(EVENHAND_SHORT_PRODUCTS) && defined(__AVX512F__)
+static inline IntVec add_products_of_shorts(IntVec a, IntVec b) { return (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+static inline IntVec add_products_of_bytes(IntVec a, IntVec b) { return (IntVec)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
+static inline IntVec add_shorts(IntVec a, IntVec b) { return (IntVec)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+// Two rows of 2 * LANES bytes as pairs in 16 bits: those of the first half, and of the second.
+static inline void interleave(const char* rows, IntVec& low, IntVec& high) {
+  const ByteVec* bytes = reinterpret_cast<const ByteVec*>(rows);
+  const auto pairs = [](ByteVec first, ByteVec second) {
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepi8_epi32((__m128i)second), 16);
+    return (IntVec)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtepi8_epi32((__m128i)first), upper);
+  };
+  low = pairs(bytes[0], bytes[2]), high = pairs(bytes[1], bytes[3]);
+}
+#elif defined(EVENHAND_SHORT_PRODUCTS)
+static inline IntVec add_products_of_shorts(IntVec a, IntVec b) { return (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+static inline IntVec add_products_of_bytes(IntVec a, IntVec b) { return (IntVec)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+static inline IntVec add_shorts(IntVec a, IntVec b) { return (IntVec)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+static inline void interleave(const char* rows, IntVec& low, IntVec& high) {
+  const __m128i* bytes = reinterpret_cast<const __m128i*>(rows);
+  const __m128i first = _mm_loadu_si128(bytes), second = _mm_loadu_si128(bytes + 1);
+  low = (IntVec)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second));
+  high = (IntVec)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second));
+}
+#endif
+
 #if defined(__AVX512F__)
 static inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 static inline float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v); }

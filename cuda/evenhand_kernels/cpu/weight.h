@@ -250,7 +250,7 @@ struct Grouped {
   // is the first of each half of the eight inputs, and so on. There they become the upper bits of the fraction of 16.
   static constexpr int pair_input(int i) { return BITS == 4 ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i; }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EVENHAND_SHORT_PRODUCTS)
   // Calls visit(pair, low, high) four times: in each lane codes + SHORT_OFFSET of these two inputs in 16 bits.
   static constexpr int SHORT_OFFSET = 0;
   template <typename Visit>
@@ -263,10 +263,9 @@ struct Grouped {
     } else {
 #pragma GCC unroll 4
       for (int pair = 0; pair < 4; pair++) {
-        const __m128i* bytes = reinterpret_cast<const __m128i*>(at + 2 * pair * PANEL);
-        const __m128i first = _mm_loadu_si128(bytes), second = _mm_loadu_si128(bytes + 1);
-        visit(pair, (IntVec)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second)),
-              (IntVec)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second)));
+        IntVec low, high;
+        interleave(at + 2 * pair * PANEL, low, high);
+        visit(pair, low, high);
       }
     }
   }
