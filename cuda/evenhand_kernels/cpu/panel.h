@@ -25,8 +25,11 @@ constexpr int MAX_DEPTH = 320;  // rows of a block: with PANEL floats or pairs e
 static inline void sum_groups(const float* x, long size, int group, float* sums) {
   for (long i = 0; i < size; i += group, sums++) {
     Vec total = {};
-    for (int j = 0; j < group; j += LANES) total += load(x + i + j);
-    *sums = sum(total);
+    float rest = 0;
+    int j = 0;
+    for (; j + LANES <= group; j += LANES) total += load(x + i + j);
+    for (; j < group; j++) rest += x[i + j];
+    *sums = sum(total) + rest;
   }
 }
 
