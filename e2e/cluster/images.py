@@ -87,6 +87,8 @@ def build_missing() -> None:
 
 
 def _build_missing() -> None:
+    # Containers of a build that was killed, whose images could not be removed: nobody else builds now.
+    _buildah("rm", "--all")
     if not _output("images", "--quiet", "--filter", f"reference={BASE}"):
         _build_base()
     for target in missing():
