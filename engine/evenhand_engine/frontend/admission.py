@@ -138,10 +138,6 @@ class Admission:
         """The scheduler has begun the request: it has left the queue."""
         reservation.account.start(reservation)
 
-    def generated(self, reservation: Reservation, num_tokens: int, now: float) -> bool:
-        """So many more outputs were computed; False if the quota leaves no more for this request, which must end."""
-        return reservation.account.generated(reservation, num_tokens, now)
-
     def settle(self, reservation: Reservation, num_output_tokens: int, now: float) -> None:
         """Give back what the request did not use, or take what it used beyond. Called once, when it has ended.
 

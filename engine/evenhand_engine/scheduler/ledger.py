@@ -115,12 +115,8 @@ class Ledger:
         """Outputs were charged up to the position `charged`, and there are some up to `end`: fewer, so that the rest is
         given back, or more."""
         tenant.num_generation_tokens += end - charged
-        if self.prices.context_token:
-            cost = self.output_cost(request, min(charged, end), max(charged, end))
-            cost = cost if end > charged else -cost
-        else:  # of every event that a sidecar relays
-            cost = (end - charged) * self.prices.output_token
-        self._charge_one(tenant, request, cost)
+        cost = self.output_cost(request, min(charged, end), max(charged, end))
+        self._charge_one(tenant, request, cost if end > charged else -cost)
 
     def correct_prompt(self, tenant: Tenant, request: Request, num_tokens: int) -> None:
         """A prompt that was charged by an estimate turns out to cost `num_tokens`: more is charged, less given back."""

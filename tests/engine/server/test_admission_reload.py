@@ -73,7 +73,7 @@ def test_what_outgrows_its_reservation_overshoots_by_one_part_at_most(steps: lis
                 running.append(open_ended(door))
             except Refusal:
                 continue
-        elif not door.generated(running[index], num_tokens, 0.0):
+        elif not running[index].account.generated(running[index], num_tokens, 0.0):
             ended = running.pop(index)
             door.settle(ended, ended.num_output_tokens, 0.0)
         assert bucket.level(0.0) >= -door.expected_output_tokens("a") - 40
@@ -89,9 +89,9 @@ def test_retry_after_of_a_cold_flooded_tenant() -> None:
     first, _ = reserve(door, output=100, count=2)
     assert refusal(door, now=8.0).retry_after == pytest.approx(8.0)
     door.start(first)
-    door.generated(first, 10, 10.0)
+    first.account.generated(first, 10, 10.0)
     assert refusal(door, now=10.0).retry_after == pytest.approx(100.0)
-    door.generated(first, 80, 40.0)
+    first.account.generated(first, 80, 40.0)
     assert refusal(door, now=45.0).retry_after == pytest.approx(50.0)
     door.settle(first, 90, 45.0)
     reserve(door, now=45.0)
