@@ -9,9 +9,9 @@
 #include "multiply.h"
 
 constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
-constexpr int GROUP_VECS = GROUP / LANES;
+constexpr int GROUPS_AT_ONCE = 2 * LANES / GROUP;  // that two vectors hold
 constexpr int SPAN = 64;         // tokens between two updates of the running maximum
-constexpr int MAX_QUERIES = 48;  // rows of an item: 8 register tiles share each load of keys and values
+constexpr int MAX_QUERIES = 96;  // rows of an item: 8 register tiles or more share each load of keys and values
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float HIDDEN = -1e30f;  // score of what a query must not see; finite, so that its exp never is NaN
 
@@ -97,16 +97,11 @@ class Attender {
     for (int32_t token = part_begin; token < end; token += SPAN) {
       const int num_tokens = std::min(SPAN, end - token);
       for (int group = 0; group * GROUP < num_tokens; group++) places_[group] = place_of(item, token + group * GROUP);
-      // A single row tile widens what it reads itself; several share what is widened once.
-      const bool widens = sizeof(T) < 4 && num_row_tiles(rows) > 1;
-      if (widens) widen(num_tokens);
-      widens ? compute_scores(wide_keys_of(), GROUP, item, rows, token, num_tokens, end)
-             : compute_scores(keys_of(), layer_.block_size, item, rows, token, num_tokens, end);
+      compute_scores(item, rows, token, num_tokens, end);
       mask(rows, num_heads, first_position, token, num_tokens);
       raise_maxima(rows, num_tokens);
       weigh(rows, num_tokens);
-      widens ? accumulate_values(wide_values_of(), item, rows, token, num_tokens, end)
-             : accumulate_values(values_of(), item, rows, token, num_tokens, end);
+      accumulate_values(item, rows, token, num_tokens, end);
     }
   }
 
@@ -133,44 +128,35 @@ class Attender {
             static_cast<const T*>(layer_.values) + (head * layer_.block_size + offset) * width_};
   }
 
-  // Where the numbers of each group of the span begin.
-  template <typename N>
-  using Groups = std::array<const N*, SPAN / GROUP>;
+  // Of these rows several tiles share what is widened once; a single one widens what it reads itself.
+  static bool widens(int rows) { return sizeof(T) < 4 && num_row_tiles(rows) > 1; }
 
-  template <typename N, typename F>
-  Groups<N> groups(const F& begin_of) const {
-    Groups<N> result;
-    for (int group = 0; group < SPAN / GROUP; group++) result[group] = begin_of(group);
-    return result;
-  }
-
-  Groups<T> keys_of() const { return groups<T>([&](int group) { return places_[group].keys; }); }
-  Groups<T> values_of() const { return groups<T>([&](int group) { return places_[group].values; }); }
-  Groups<float> wide_keys_of() const { return groups<float>([&](int group) { return wide_keys_ + group * GROUP * dim_; }); }
-  Groups<float> wide_values_of() const { return groups<float>([&](int group) { return wide_values_ + group * GROUP * width_; }); }
-
-  // Keys and values of the span in float32: [dim_][GROUP] and [GROUP][width_] of each group.
-  void widen(int num_tokens) {
-    for (int group = 0; group * GROUP < num_tokens; group++) {
-      const Place place = places_[group];
-      float *keys = wide_keys_ + group * GROUP * dim_, *values = wide_values_ + group * GROUP * width_;
-      for (int i = 0; i < dim_; i++)
-        for (int j = 0; j < GROUP; j += LANES) store(keys + i * GROUP + j, load(place.keys + i * layer_.block_size + j));
-      for (int i = 0; i < GROUP * width_; i += LANES) store(values + i, load(place.values + i));
-    }
-  }
-
-  // Meanwhile asks for the keys of the same group of the next span.
-  template <typename N>
-  void compute_scores(Groups<N> keys, long stride, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
-    const long prefetch_stride = layer_.block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
-    for (int group = 0; group * GROUP < num_tokens; group++) {
+  // Two vectors at a time, of two groups where one vector holds a group. Meanwhile asks for the keys of the same groups of the next span.
+  void compute_scores(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+    const long block_size = layer_.block_size;
+    const auto compute = [&](auto vectors, int group, long second) {
+      constexpr int NV = decltype(vectors)::value;
+      const T* keys = places_[group].keys;
+      float* to = scores_ + group * GROUP;
       Prefetch prefetch;
-      if (const int32_t next = token + SPAN + group * GROUP; next < end)
-        prefetch = {reinterpret_cast<const char*>(place_of(item, next).keys), prefetch_stride};
-      multiply<GROUP_VECS, true>(rows, queries_, dim_, RightSide<N>{&keys[group], dim_, stride}, dim_,
-                                 scores_ + group * GROUP, SPAN, prefetch);
-    }
+      if (const int32_t next = token + SPAN + group * GROUP; next < end) {
+        const auto keys_at = [&](int32_t position) { return reinterpret_cast<const char*>(place_of(item, position).keys); };
+        prefetch = {keys_at(next), block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows)};
+        if (NV == 2 && LANES == GROUP && next + GROUP < end) prefetch.second = keys_at(next + GROUP) - prefetch.next;
+      }
+      if (!widens(rows)) return multiply<NV, true>(rows, queries_, dim_, RightSide<T>{&keys, dim_, block_size, second}, dim_, to, SPAN, prefetch);
+      for (int i = 0; i < dim_; i++)
+        for (int v = 0; v < NV; v++) store(wide_ + (i * NV + v) * LANES, load(keys + i * block_size + v * second));
+      const float* wide = wide_;
+      multiply<NV, true>(rows, queries_, dim_, RightSide<float>{&wide, dim_, NV * LANES}, dim_, to, SPAN, prefetch);
+    };
+    for (int group = 0; group * GROUP < num_tokens; group += GROUPS_AT_ONCE)
+      if (GROUPS_AT_ONCE == 1)
+        compute(std::integral_constant<int, 2>{}, group, LANES);
+      else if ((group + 1) * GROUP < num_tokens)
+        compute(std::integral_constant<int, 2>{}, group, places_[group + 1].keys - places_[group].keys);
+      else
+        compute(std::integral_constant<int, 1>{}, group, 0);
   }
 
   void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
@@ -219,19 +205,27 @@ class Attender {
     }
   }
 
-  // Meanwhile asks for the values of the next span, each column for as many as it reads itself.
-  template <typename N>
-  void accumulate_values(Groups<N> values, const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
-    const long prefetch_stride = GROUP * static_cast<long>(sizeof(T)) / num_row_tiles(rows);
-    for (int column = 0; column < width_; column += GROUP) {
-      const N* columns[SPAN / GROUP];
-      for (int group = 0; group * GROUP < num_tokens; group++) columns[group] = values[group] + column;
+  // Two vectors of columns at a time. Meanwhile asks for the values of the next span, each for as many as it reads itself.
+  void accumulate_values(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
+    const auto accumulate = [&](auto vectors, int column) {
+      constexpr int NV = decltype(vectors)::value;
+      const T* columns[SPAN / GROUP];
+      for (int group = 0; group * GROUP < num_tokens; group++) columns[group] = places_[group].values + column;
+      float* to = output_ + column;
       Prefetch prefetch;
       const int first = column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
       if (const int32_t next = token + SPAN + group * GROUP; next < end)
-        prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)), prefetch_stride};
-      multiply<GROUP_VECS>(rows, scores_, SPAN, RightSide<N>{columns, GROUP, width_}, num_tokens, output_ + column, width_, prefetch);
-    }
+        prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)),
+                    NV * LANES * static_cast<long>(sizeof(T)) / num_row_tiles(rows)};
+      if (!widens(rows)) return multiply<NV>(rows, scores_, SPAN, RightSide<T>{columns, GROUP, width_}, num_tokens, to, width_, prefetch);
+      for (int i = 0; i < num_tokens; i++)
+        for (int v = 0; v < NV; v++) store(wide_ + (i * NV + v) * LANES, load(columns[i / GROUP] + i % GROUP * width_ + v * LANES));
+      const float* wide = wide_;
+      multiply<NV>(rows, scores_, SPAN, RightSide<float>{&wide, SPAN, NV * LANES}, num_tokens, to, width_, prefetch);
+    };
+    int column = 0;
+    for (; column + 2 * LANES <= width_; column += 2 * LANES) accumulate(std::integral_constant<int, 2>{}, column);
+    if (column < width_) accumulate(std::integral_constant<int, 1>{}, column);
   }
 
   void write_output(int32_t token, int rows, int first_head, int num_heads) {
@@ -251,8 +245,7 @@ class Attender {
   alignas(64) float queries_[MAX_QUERIES * MAX_HEAD_DIM];
   alignas(64) float output_[MAX_QUERIES * MAX_HEAD_DIM];
   alignas(64) float scores_[MAX_QUERIES * SPAN];
-  alignas(64) float wide_keys_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
-  alignas(64) float wide_values_[sizeof(T) == 4 ? 1 : SPAN * MAX_HEAD_DIM];
+  alignas(64) float wide_[sizeof(T) == 4 ? 1 : 2 * LANES * MAX_HEAD_DIM];  // keys or values of two vectors: they stay in the first-level cache
   alignas(64) float totals_[MAX_QUERIES * LANES];  // sums of weights, lane by lane
   float maximum_[MAX_QUERIES];
 };

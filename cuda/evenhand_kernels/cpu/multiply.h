@@ -10,20 +10,22 @@
 constexpr int MAX_ROWS = LANES == 16 ? 12 : 6;
 
 // Memory that a later product reads, asked for along the way so that it is in the cache by then: one line at `next` with
-// every step in depth, `stride` bytes on each time. An address that is not mapped would cost a walk of the page tables.
+// every step in depth, `stride` bytes on each time, and one `second` bytes behind it where a vector holds a group of an Attender.
+// An address that is not mapped would cost a walk of the page tables.
 struct Prefetch {
   const char* next = "";
-  long stride = 0;
+  long stride = 0, second = 0;
 };
 
-// The right side of a product: rows of NV * LANES numbers in groups of `group` rows, `stride` numbers apart, at groups[0],
-// groups[1], ... Numbers of 16 bits are widened by each row tile anew. Of pairs a row is two rows, and so it is with the left side.
+// The right side of a product: rows of NV vectors in groups of `group` rows, `stride` numbers apart, at groups[0], groups[1], ...
+// A row's second vector lies `second` numbers behind its first. Numbers of 16 bits are widened by each row tile anew. Of pairs a
+// row is two rows, and so it is with the left side.
 template <typename T>
 struct RightSide {
   using Left = std::conditional_t<std::is_same_v<T, BFloat16Pair>, BFloat16Pair, float>;
   const T* const* groups;
   int group;
-  long stride;
+  long stride, second = LANES;
 };
 
 // The register tile of all matrix products here: c[m][...] += sum over k < depth of a[m * lda + k] * b[k][...].
@@ -36,14 +38,17 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
   const auto *__restrict a1 = a + THIRD * lda, *__restrict a2 = a + 2 * THIRD * lda;
   const char* next = prefetch.next;
   Vec acc[ROWS][NV];
+#pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
     for (int j = 0; j < NV; j++) acc[m][j] = FRESH ? Vec{} : load(c + m * ldc + j * LANES);
   for (; depth > 0; depth -= b.group, b.groups++) {
     const T* __restrict row_of_b = *b.groups;
     for (int k = depth < b.group ? depth : b.group; k > 0; k--, a++, a1++, a2++, row_of_b += b.stride) {
       __builtin_prefetch(next, 0, 2);
+      if constexpr (LANES == 16 && NV == 2) __builtin_prefetch(next + prefetch.second, 0, 2);
       next += prefetch.stride;
-      Vec right0 = load(row_of_b), right1 = load(row_of_b + (NV - 1) * LANES);
+      Vec right0 = load(row_of_b), right1 = NV == 2 ? load(row_of_b + b.second) : right0;
 #if defined(__AVX__)
       asm("" : "+v"(right0), "+v"(right1));  // keep them in registers: GCC would load them again for every row
 #endif
@@ -56,7 +61,9 @@ static inline void multiply_tile(const typename RightSide<T>::Left* __restrict a
       }
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
     for (int j = 0; j < NV; j++) store(c + m * ldc + j * LANES, acc[m][j]);
   prefetch.next = next;
 }

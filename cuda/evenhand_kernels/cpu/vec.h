@@ -262,5 +262,9 @@ static inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   return p * (Vec)((__builtin_convertvector(n, IntVec) + 127) << 23);
+#endif
 }
