@@ -11,9 +11,9 @@
 constexpr int FEW_ROWS = 4;
 
 // Whether any number of rows takes weights into registers as they lie, tile by tile: a shift or a mask widens a vector of bfloat16, which is
-// little beside six products with it, where a vector has 8 floats, and saves a block of twice the size in the first-level cache.
+// little beside the products of a tile with it, and saves a block of twice the size in the first-level cache.
 template <typename F>
-constexpr bool WIDENS_IN_REGISTERS = F::PAIRED && LANES == 8;
+constexpr bool WIDENS_IN_REGISTERS = F::PAIRED && !HAS_PAIR_PRODUCTS;
 
 // Rows of a tile that does.
 template <typename F>
