@@ -1,14 +1,14 @@
 // Linear layers: y = x W^T + bias, and silu(x G^T) * (x U^T), for few or many rows x and weights in any format of weight.h.
 //
-// Threads share out the panels. Few rows take every weight from memory into registers, once (with AVX2 any number does of bfloat16),
+// Threads share out the panels. Few rows take every weight from memory into registers, once (without bfloat16 units any number does of bfloat16),
 // and each thread makes for itself what enters, which takes less time than to wait until another has. With more, a panel's block of
 // inputs is widened into the first-level cache and all rows pass over it, while the next block is prefetched, so that from
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
 // are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
-// multiplied as they lie in both cases (coded.h), and so they are by AVX2, and AVX-512 without VNNI, with rows of 16 and 8 bits
-// (integers.h), where codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
+// multiplied as they lie in both cases (coded.h), and so they are by AVX2 and AVX-512 with rows of 16 bits, and without VNNI with those of
+// 8 (integers.h), where codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
 // float32. Sums are float32.
 #pragma once
 
@@ -171,9 +171,9 @@ static void compute(Pool& pool, const Weight& weight, const Entering& entering, 
 }
 
 #if defined(EVENHAND_SHORT_PRODUCTS)
-template <typename F, typename P, int CHUNK>
+template <typename F, typename P>
 static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
-  using Integers = IntegerRows<P, CHUNK>;
+  using Integers = IntegerRows<P, F::CHUNK>;
   const auto prepare = [&](Pool& threads, const float* x) {
     return Integers(threads, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
   };
@@ -186,16 +186,9 @@ static void linear_of_integers(Pool& pool, const Weight& weight, const Entering&
   });
 }
 
-template <typename F, typename P>
-static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
-  if constexpr (F::UNIT <= 16)
-    if (weight.group % 32) return linear_of_integers<F, P, 16>(pool, weight, entering, y, rows, after);
-  linear_of_integers<F, P, 32>(pool, weight, entering, y, rows, after);
-}
-
 template <typename F>
 static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
-  if constexpr (F::CODE_BITS == 4)
+  if constexpr (F::CODE_BITS == 4 && !HAS_CODE_PRODUCTS)
     if (weight.activations == INT8) return linear_of_integers<F, ByteCodeProducts<F>>(pool, weight, entering, y, rows, after);
   linear_of_integers<F, ShortProducts<F>>(pool, weight, entering, y, rows, after);
 }
@@ -214,7 +207,7 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
 #if defined(EVENHAND_SHORT_PRODUCTS)
   if constexpr (F::GROUPED)
-    if ((weight.activations == INT16 || weight.activations == INT8) && group % 16 == 0)
+    if ((weight.activations == INT16 || (weight.activations == INT8 && !HAS_CODE_PRODUCTS)) && group % F::CHUNK == 0)
       return linear_of_integers<F>(pool, weight, entering, y, rows, after);
 #endif
   const bool is_few = rows <= FEW_ROWS || (WIDENS_IN_REGISTERS<F> && weight.activations != BFLOAT16);

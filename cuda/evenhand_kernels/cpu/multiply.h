@@ -85,16 +85,17 @@ struct Tiles {
   }
 };
 
-// Calls visit(tile, first row) for tiles of at most MOST rows, as even as they can be; decltype(tile)::value: their rows.
-template <int MOST = MAX_ROWS, typename Visit>
+// Calls visit(tile, first row) for tiles of at most MOST rows, as even as they can be; decltype(tile)::value: their rows. None has fewer
+// than FEWEST: the caller knows, and code for such is not made.
+template <int MOST = MAX_ROWS, int FEWEST = 1, typename Visit>
 static inline void for_each_row_tile(int rows, const Visit& visit) {
   const int tiles = num_row_tiles(rows, MOST), smaller = rows / tiles, num_larger = rows % tiles;
   int first = 0;
   const auto run = [&](int size, int num_tiles) {
     for (; num_tiles > 0; num_tiles--, first += size) switch (size) {
-#define CASE(n)                                                             \
-  case n:                                                                   \
-    if constexpr (n <= MOST) visit(std::integral_constant<int, n>{}, first); \
+#define CASE(n)                                                                             \
+  case n:                                                                                   \
+    if constexpr (FEWEST <= n && n <= MOST) visit(std::integral_constant<int, n>{}, first); \
     break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE

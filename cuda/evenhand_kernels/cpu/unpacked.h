@@ -7,7 +7,7 @@
 #if defined(EVENHAND_SHORT_PRODUCTS)
 
 constexpr int UNPACKED_INPUTS = 10240 / PANEL;  // of a block: 20 KB of 16 bits
-constexpr int FEWEST_UNPACKED_ROWS = 32;  // that are worth it
+constexpr int FEWEST_UNPACKED_ROWS = 32;  // that are worth it: so many are at least four tiles, of which none lacks more than two rows
 
 // Some groups of inputs of a panel.
 template <typename P>
@@ -63,7 +63,7 @@ static void multiply_unpacked(const IntegerRows<P, CHUNK>& x, long row, int rows
     unpacked.template fill<F>(panel, begin, static_cast<int>(end - begin), group);
     const char* next = panel + F::panel_bytes(end * group, group);
     const long next_bytes = F::panel_bytes((end - begin) * group, group) / num_row_tiles(rows, P::MOST_ROWS);
-    for_each_row_tile<P::MOST_ROWS>(rows, [&](auto tile, int first) {
+    for_each_row_tile<P::MOST_ROWS, P::MOST_ROWS - 2>(rows, [&](auto tile, int first) {
       constexpr int ROWS = decltype(tile)::value;
       for (const char* end_of_share = next + next_bytes; next < end_of_share; next += 64) __builtin_prefetch(next, 0, 2);
       multiply_unpacked<P, CHUNK, F::HAS_MINIMA || P::OFFSET, ROWS>(x.tile_at(row + first) + begin * group / CHUNK * ROWS, unpacked,

@@ -149,7 +149,8 @@ struct Grouped {
   static_assert(MINIMA || BITS == 8);
   template <typename T>
   static constexpr bool LIES_AS = false;
-  static constexpr int UNIT = 8;  // inputs that `codes` visits together
+  static constexpr int UNIT = 8;    // inputs that `codes` visits together
+  static constexpr int CHUNK = 32;  // whose products with rows in whole numbers are added before a scale is applied
   static constexpr int CODE_BITS = BITS;
 
   static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
