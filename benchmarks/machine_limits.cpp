@@ -25,7 +25,7 @@ static float run(long rounds, const Add& add) {
 template <template <typename> typename Products>
 static float run_integers(long rounds) {
   using P = Products<Grouped<4, Float16, true>>;
-  return run(rounds, [](Vec sums, Vec a, Vec b) { return (Vec)P::sum((IntVec)sums, P::product((IntVec)a, (IntVec)b)); });
+  return run(rounds, [](Vec sums, Vec a, Vec b) { return (Vec)P::add((IntVec)sums, (IntVec)a, (IntVec)b); });
 }
 #endif
 

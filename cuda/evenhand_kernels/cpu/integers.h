@@ -1,5 +1,5 @@
-// Products of rows in whole numbers of 16 or 8 bits with the codes of a panel, by AVX2, or AVX-512 without VNNI: vpmaddwd multiplies two
-// inputs of each output at a time, vpmaddubsw four. Sums of products are exact; of a weight nothing is rounded:
+// Products of rows in whole numbers of 16 or 8 bits with the codes of a panel, by AVX2 or AVX-512: vpmaddwd multiplies two inputs of each
+// output at a time, or with VNNI vpdpwssd, which adds them as well, and vpmaddubsw four. Sums of products are exact; of a weight nothing is rounded:
 //
 //     sum(x * weight) = scale of x * scale * sum(code of x * (code + offset)) + (minimum - offset * scale) * sum(x), for each group
 //
@@ -37,8 +37,7 @@ struct ShortProducts {
 
   template <typename Visit>
   static inline __attribute__((always_inline)) void words(const char* at, const Visit& visit) { F::short_pairs(at, visit); }
-  static inline IntVec product(IntVec codes, IntVec row) { return add_products_of_shorts(codes, row); }
-  static inline IntVec sum(IntVec a, IntVec b) { return a + b; }
+  static inline IntVec add(IntVec sums, IntVec codes, IntVec row) { return add_products_of_shorts(sums, codes, row); }
   static inline Vec total(IntVec sums) { return __builtin_convertvector(sums, Vec); }
 };
 
@@ -53,8 +52,7 @@ struct ByteCodeProducts {
 
   template <typename Visit>
   static inline __attribute__((always_inline)) void words(const char* at, const Visit& visit) { F::unsigned_codes(at, visit); }
-  static inline IntVec product(IntVec codes, IntVec row) { return add_products_of_bytes(codes, row); }
-  static inline IntVec sum(IntVec a, IntVec b) { return add_shorts(a, b); }
+  static inline IntVec add(IntVec sums, IntVec codes, IntVec row) { return add_shorts(sums, add_products_of_bytes(codes, row)); }
   static inline Vec total(IntVec sums) {
     return __builtin_convertvector(add_products_of_shorts(sums, IntVec{} + 0x00010001), Vec);
   }
@@ -105,7 +103,7 @@ class IntegerRows {
 
 template <typename P>
 static inline void add(IntVec& sums, IntVec codes, IntVec row) {
-  sums = P::sum(sums, P::product(codes, row));
+  sums = P::add(sums, codes, row);
   asm("" : "+v"(sums));  // else GCC makes all products of a chunk before it adds them, many more than there are registers for
 }
 

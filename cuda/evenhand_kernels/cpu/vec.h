@@ -155,8 +155,8 @@ static inline IntVec dot(IntVec total, IntVec unsigned_bytes, IntVec bytes) {
 #endif
 }
 
-// Products of vectors of 16 or 8 bits, added in pairs (vpmaddwd, vpmaddubsw), where there are no better ones.
-#if (defined(__AVX2__) && !defined(__AVX512F__)) || (defined(__AVX512BW__) && !defined(__AVX512VNNI__))
+// Products of vectors of 16 or 8 bits, added in pairs (vpmaddwd, vpmaddubsw).
+#if (defined(__AVX2__) && !defined(__AVX512F__)) || defined(__AVX512BW__)
 #define EVENHAND_SHORT_PRODUCTS
 constexpr bool HAS_SHORT_PRODUCTS = true;
 #else
@@ -185,6 +185,19 @@ static inline void interleave(const char* rows, IntVec& low, IntVec& high) {
   const __m128i first = _mm_loadu_si128(bytes), second = _mm_loadu_si128(bytes + 1);
   low = (IntVec)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second));
   high = (IntVec)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(first, second));
+}
+#endif
+
+#if defined(EVENHAND_SHORT_PRODUCTS)
+// total + the sum, in each lane, of the products of two numbers of 16 bits.
+static inline IntVec add_products_of_shorts(IntVec total, IntVec a, IntVec b) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (IntVec)_mm256_dpwssd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#else
+  return total + add_products_of_shorts(a, b);
+#endif
 }
 #endif
 
