@@ -93,6 +93,7 @@ def _core_main(config: EngineConfig, connection: Connection, doors: socket.socke
     from evenhand_engine.core.engine import run_core  # here, so that the HTTP process never imports torch
 
     run_core(config, connection, doors)
+    os._exit(0)  # a thread that is in compiled code must not come back to an interpreter that ends: it would abort
 
 
 def spawn_core(config: EngineConfig) -> tuple[Core, Connection]:
