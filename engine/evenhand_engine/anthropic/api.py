@@ -11,8 +11,9 @@ from evenhand_engine.anthropic.blocks import Blocks
 from evenhand_engine.anthropic.bodies import PARAMS, CountTokensRequest, MessageRequest, as_chat
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.engine_service import ENGINE, EngineService
+from evenhand_engine.frontend.keys import REQUEST_ID
 from evenhand_engine.frontend.requests import enter
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body
 from evenhand_engine.openai.chat import ReadChat, read_chat
 from evenhand_engine.openai.errors import error_body

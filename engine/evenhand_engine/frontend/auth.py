@@ -7,12 +7,13 @@ It never keeps, logs or returns a credential.
 import re
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import jwt
 from multidict import CIMultiDictProxy
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_policy.config import (
     DEFAULT_TENANT_ID,
     SchedulerConfig,
@@ -57,6 +58,12 @@ class Authenticator:
         self._tenant_headers = config.gateway.headers
         self._is_open = anonymous and not (self._tenants_by_key or self._gateway_keys or config.service_accounts)
         self._tokens = None if config.service_accounts is None else _TokenVerifier(config.service_accounts)
+
+    @classmethod
+    def of(cls, settings: ServerSettings, config: SchedulerConfig) -> Self:
+        """By the config and by the command line."""
+        key = settings.api_key
+        return cls(config, anonymous=settings.anonymous and key is None, shared_keys=[] if key is None else [key])
 
     def authenticate(self, headers: CIMultiDictProxy[str]) -> str:
         """The tenant's id; raises Refusal 401 without a valid credential, 403 if a valid one has no tenant."""

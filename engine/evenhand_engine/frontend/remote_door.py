@@ -21,7 +21,7 @@ from evenhand_engine.frontend.body_memory import Held
 from evenhand_engine.frontend.channel import Channel
 from evenhand_engine.frontend.claims import Claim, Demand
 from evenhand_engine.frontend.door import RateLimit
-from evenhand_engine.frontend.service import ActiveRequests, make_authenticator
+from evenhand_engine.frontend.service import ActiveRequests
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_policy.config import SchedulerConfig
 
@@ -212,7 +212,7 @@ class RemoteDoor:
     def enforce(self, config: SchedulerConfig, is_configured: bool) -> None:
         """From now on."""
         self.is_configured = is_configured
-        self.authenticator = make_authenticator(self._settings, config)
+        self.authenticator = Authenticator.of(self._settings, config)
         self._limited = frozenset(
             tenant.tenant_id
             for tenant in config.tenants

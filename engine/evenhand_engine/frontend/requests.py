@@ -10,7 +10,7 @@ from aiohttp import HttpVersion11, web
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.service import BODY, TENANT_ID
+from evenhand_engine.frontend.keys import BODY, TENANT_ID
 
 _BODY_TIMEOUT_SECONDS = 60.0
 ENCODINGS = ("gzip", "deflate", "identity")

@@ -1,41 +1,24 @@
-"""Service: the owner of what tenants share, and the one place where a new config takes effect.
-
-And EngineService: what each process that serves our own engine's public port needs beside its door to the owner.
-"""
+"""Service: the owner of what tenants share, and the one place where a new config takes effect."""
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Protocol
 
 from aiohttp import web
 
-from evenhand_engine.backends.backend import Backend, Enforcer, ModelInfo
-from evenhand_engine.errors import Refusal
+from evenhand_engine.backends.backend import Enforcer, ModelInfo
 from evenhand_engine.frontend.admission import Admission
 from evenhand_engine.frontend.auth import Authenticator
-from evenhand_engine.frontend.body_memory import BodyMemory, Held
+from evenhand_engine.frontend.body_memory import BodyMemory
 from evenhand_engine.frontend.config_in_force import ConfigInForce
 from evenhand_engine.frontend.config_store import ConfigDocument
-from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.metrics import Metrics
 from evenhand_engine.frontend.metrics_collector import Snapshot
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.frontend.share_tracker import ShareTracker
-from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.messages import EngineStats, TenantStats
-from evenhand_engine.structured.compiler import Compiler
-from evenhand_engine.text.tokenizer import Tokenizer
 from evenhand_policy.config import DEFAULT_TENANT_ID, SchedulerConfig
 from evenhand_policy.push_protocol import ConfigSource
-
-if TYPE_CHECKING:
-    from evenhand_engine.frontend.door import Door
-
-_TOKENIZER_THREADS = 2
-_INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
-
-T = TypeVar("T")
 
 
 class ActiveRequests:
@@ -104,7 +87,7 @@ class Service:
         self.api_side: ApiSide | None = None
         self.draining = False
         self.admission = Admission(in_force.config, max_model_len=self.info.max_model_len, now=time.monotonic())
-        self.authenticator = make_authenticator(settings, in_force.config)
+        self.authenticator = Authenticator.of(settings, in_force.config)
         self.active = ActiveRequests()
         self.bodies = BodyMemory(settings.max_tenant_body_bytes)
         self.tenants: dict[str, TenantStats] = {}
@@ -130,7 +113,7 @@ class Service:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return served_names(self.settings, self.info)
+        return self.settings.names_of(self.info.model_name)
 
     @property
     def is_configured(self) -> bool:
@@ -141,7 +124,7 @@ class Service:
     def _enforce(self, document: ConfigDocument) -> None:
         """Enforce a config from now on, here and in the engine; requests in flight go on."""
         config, num_replicas = document.config, document.assignment.num_replicas
-        self.authenticator = make_authenticator(self.settings, config)
+        self.authenticator = Authenticator.of(self.settings, config)
         self.admission.reconfigure(config, time.monotonic(), num_replicas)
         self.backend.reconfigure(config, num_replicas)
         if self.api_side is not None:
@@ -211,75 +194,4 @@ class Service:
         )
 
 
-class EngineService:
-    """What a process at the public port of our own engine needs: it tokenizes here, and asks its door for the rest."""
-
-    def __init__(
-        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, compiler: Compiler, door: "Door"
-    ) -> None:
-        self.settings = settings
-        self.backend = backend
-        self.tokenizer = tokenizer
-        self.door = door
-        self.created = int(time.time())
-        self.compiler = compiler
-        self._executor = FairExecutor(_TOKENIZER_THREADS)
-
-    @property
-    def backend_name(self) -> str:
-        """What generates, in a word."""
-        return "evenhand"
-
-    @property
-    def info(self) -> ModelInfo:
-        return self.backend.info
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return served_names(self.settings, self.info)
-
-    def check_model(self, model: str | None) -> None:
-        """Raises Refusal 404 unless `model` is one of ours; None is."""
-        if model is not None and model not in self.model_names:
-            names = ", ".join(self.model_names)
-            raise Refusal(
-                404, "model_not_found", f"Model {model[:200]!r} is not served here, but {names}.", param="model"
-            )
-
-    async def compute(self, tenant_id: str, num_bytes: int, function: Callable[[], T]) -> T:
-        """The result of `function`, which turns a body of `num_bytes` into tokens or back.
-
-        A large one is worked on off the event loop and in the tenant's turn.
-        """
-        if num_bytes <= _INLINE_BYTES:
-            return function()
-        return await self.compute_aside(tenant_id, function)
-
-    async def compute_aside(self, tenant_id: str, function: Callable[[], T]) -> T:
-        """The result of `function`, which may take long: off the event loop and in the tenant's turn."""
-        return await self._executor.run(tenant_id, function)
-
-    def close(self) -> None:
-        self._executor.close()
-
-
-def served_names(settings: ServerSettings, info: ModelInfo) -> tuple[str, ...]:
-    """Under which clients may ask for the model; the first is the one that answers carry."""
-    return settings.served_model_names or (info.model_name,)
-
-
-def make_authenticator(settings: ServerSettings, config: SchedulerConfig) -> Authenticator:
-    """Who may use the engine, by the config and by the command line."""
-    key = settings.api_key
-    return Authenticator(config, anonymous=settings.anonymous and key is None, shared_keys=[] if key is None else [key])
-
-
-SETTINGS = web.AppKey("settings", ServerSettings)
 SERVICE = web.AppKey("service", Service)
-ENGINE = web.AppKey("engine", EngineService)
-TENANT_ID = web.RequestKey("tenant_id", str)
-REQUEST_ID = web.RequestKey("request_id", str)
-BODY = web.RequestKey("body", Held)
-WRITES = web.RequestKey("writes", WriteTimeout)
-LOG_FIELDS = web.RequestKey("log_fields", dict[str, Any])
-"""What a handler adds to its line in the access log."""

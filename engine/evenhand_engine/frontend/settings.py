@@ -62,3 +62,7 @@ class ServerSettings:
     reasoning_parser: str | None = None
     allowed_origins: tuple[str, ...] = ()
     stall_timeout: float = 60.0
+
+    def names_of(self, model_name: str) -> tuple[str, ...]:
+        """Under which clients may ask for the model of this name; the first is the one that answers carry."""
+        return self.served_model_names or (model_name,)

@@ -11,8 +11,9 @@ import msgspec
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.engine_service import ENGINE, EngineService
+from evenhand_engine.frontend.keys import REQUEST_ID, TENANT_ID
 from evenhand_engine.frontend.requests import enter
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID, TENANT_ID, EngineService
 from evenhand_engine.openai.bodies import parse_body, without_raw
 from evenhand_engine.openai.generation import begin
 from evenhand_engine.openai.logprobs import CompletionLogprobs, token_ids_of

@@ -11,7 +11,7 @@ from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
-from evenhand_engine.frontend.service import SETTINGS, TENANT_ID, WRITES
+from evenhand_engine.frontend.keys import SETTINGS, TENANT_ID, WRITES
 from evenhand_engine.openai.deltas import Deltas, Take
 from evenhand_engine.openai.errors import refuse_dead_engine
 

@@ -17,7 +17,7 @@ import msgspec
 from evenhand_engine.backends.backend import Delta, Ending, GenerationRequest, Say, Stream
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.claims import Claim, Demand
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.errors import refuse_finished
 from evenhand_engine.openai.sampling import choice_params
 from evenhand_engine.openai.schema import SamplingFields

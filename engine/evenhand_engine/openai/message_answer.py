@@ -7,7 +7,8 @@ from aiohttp import web
 
 from evenhand_engine.backends.backend import Delta
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import ENGINE, TENANT_ID
+from evenhand_engine.frontend.engine_service import ENGINE
+from evenhand_engine.frontend.keys import TENANT_ID
 from evenhand_engine.openai.chat import ReadChat, message_reader
 from evenhand_engine.openai.deltas import Deltas
 from evenhand_engine.openai.events import Event, EventStream, First, answer_in_events, named_events

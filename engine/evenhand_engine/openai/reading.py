@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from evenhand_engine.frontend.engine_service import ENGINE
+from evenhand_engine.frontend.keys import BODY, TENANT_ID
 from evenhand_engine.frontend.requests import read_body
-from evenhand_engine.frontend.service import BODY, ENGINE, TENANT_ID
 
 T = TypeVar("T", bound=tuple[Any, ...])
 

@@ -1,7 +1,7 @@
 """Reasoning: what a chat's body says of it, in tokens of the model."""
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.prompts import final_text
 from evenhand_engine.openai.schema import ChatCompletionRequest
 from evenhand_engine.scheduler.request import Reasoning, SamplingParams

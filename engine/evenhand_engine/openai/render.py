@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
+from evenhand_engine.frontend.engine_service import ENGINE
+from evenhand_engine.frontend.keys import REQUEST_ID
 from evenhand_engine.frontend.requests import enter
-from evenhand_engine.frontend.service import ENGINE, REQUEST_ID
 from evenhand_engine.openai.answers import Rendered, RenderedSampling
 from evenhand_engine.openai.chat import read_chat
 from evenhand_engine.openai.completions import read_completion

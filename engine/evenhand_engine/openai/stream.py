@@ -10,7 +10,7 @@ from evenhand_engine.backends.backend import Delta, Say
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
-from evenhand_engine.frontend.service import LOG_FIELDS
+from evenhand_engine.frontend.keys import LOG_FIELDS
 from evenhand_engine.openai.deltas import Deltas
 from evenhand_engine.openai.errors import error_body
 from evenhand_engine.openai.events import EventStream, First, answer_in_events, data_event

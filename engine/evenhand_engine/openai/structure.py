@@ -5,7 +5,7 @@ from typing import NamedTuple
 from msgspec import Raw
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.bodies import decode_raw, given
 from evenhand_engine.openai.members import Choices, ResponseFormat, StructuredOutputs
 from evenhand_engine.openai.schema import SamplingFields

@@ -8,8 +8,8 @@ from aiohttp import web
 from msgspec import UNSET
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.engine_service import ENGINE, EngineService
 from evenhand_engine.frontend.requests import enter
-from evenhand_engine.frontend.service import ENGINE, EngineService
 from evenhand_engine.openai.answers import Detokenized, Tokens
 from evenhand_engine.openai.bodies import given, parse_body, token_ids
 from evenhand_engine.openai.prompts import PromptReader, check_token_ids

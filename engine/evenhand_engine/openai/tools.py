@@ -6,7 +6,7 @@ from typing import Any
 from msgspec import UNSET, Raw
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.bodies import decode_raw, first_elements, given
 from evenhand_engine.openai.members import NamedToolChoice, Tool
 from evenhand_engine.openai.schema import ChatCompletionRequest

@@ -20,8 +20,8 @@ from evenhand_engine.backends.engine_client import ConnectedCore, Core
 from evenhand_engine.backends.local import LocalBackend
 from evenhand_engine.errors import StartupError
 from evenhand_engine.frontend.door_messages import Idle, Serving, StartFailed, ToOwner
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.frontend.remote_door import RemoteDoor
-from evenhand_engine.frontend.service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.logs import configure_logging
 from evenhand_engine.server.api_servers import ApiServers, spawn

@@ -13,17 +13,9 @@ from aiohttp import web
 
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.door import DOOR, RateLimit
+from evenhand_engine.frontend.engine_service import ENGINE, EngineService
+from evenhand_engine.frontend.keys import BODY, LOG_FIELDS, REQUEST_ID, SETTINGS, TENANT_ID, WRITES
 from evenhand_engine.frontend.requests import request_id
-from evenhand_engine.frontend.service import (
-    BODY,
-    ENGINE,
-    LOG_FIELDS,
-    REQUEST_ID,
-    SETTINGS,
-    TENANT_ID,
-    WRITES,
-    EngineService,
-)
 from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.openai.errors import (
     error_response,

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from evenhand_engine.frontend.service import SETTINGS
+from evenhand_engine.frontend.keys import SETTINGS
 
 _MAX_AGE_SECONDS = 600  # that a browser remembers what it may send
 _EXPOSED = (

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.service import ENGINE, EngineService
+from evenhand_engine.frontend.engine_service import ENGINE, EngineService
 from evenhand_engine.openai.answers import (
     KvCache,
     Load,

@@ -3,7 +3,7 @@
 from aiohttp import web
 
 from evenhand_engine.frontend.door import DOOR
-from evenhand_engine.frontend.service import SETTINGS
+from evenhand_engine.frontend.keys import SETTINGS
 from evenhand_engine.server.app import (
     PROBES,
     add_headers,

@@ -21,8 +21,9 @@ from evenhand_engine.server.tasks import background, first_of, in_daemon_thread,
 
 if TYPE_CHECKING:
     from evenhand_engine.frontend.config_in_force import ConfigInForce
+    from evenhand_engine.frontend.engine_service import EngineService
     from evenhand_engine.frontend.push_receiver import PushReceiver
-    from evenhand_engine.frontend.service import EngineService, Service
+    from evenhand_engine.frontend.service import Service
     from evenhand_engine.server.api_servers import ApiServers
     from evenhand_engine.sidecar.front import Front
 
@@ -97,7 +98,8 @@ async def start_server(
 
             from evenhand_engine.frontend.door import OwnDoor
             from evenhand_engine.frontend.doorkeeper import Doorkeeper
-            from evenhand_engine.frontend.service import EngineService, Service
+            from evenhand_engine.frontend.engine_service import EngineService
+            from evenhand_engine.frontend.service import Service
             from evenhand_engine.server.admin import build_admin_app
             from evenhand_engine.server.app import build_app
             from evenhand_engine.structured.compiler import Compiler

@@ -18,7 +18,7 @@ from evenhand_engine.backends.upstream_connection import UpstreamConnection
 from evenhand_engine.errors import Refusal
 from evenhand_engine.frontend.door import DOOR
 from evenhand_engine.frontend.event_writer import EventWriter
-from evenhand_engine.frontend.service import REQUEST_ID, TENANT_ID, WRITES
+from evenhand_engine.frontend.keys import REQUEST_ID, TENANT_ID, WRITES
 from evenhand_engine.openai.errors import error_body, refuse_draining
 from evenhand_engine.sidecar.events import EventReader, Usage, usage_of
 from evenhand_engine.sidecar.front import FRONT

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
-from evenhand_engine.frontend.service import LOG_FIELDS, TENANT_ID
+from evenhand_engine.frontend.keys import LOG_FIELDS, TENANT_ID
 from evenhand_engine.sidecar.body import MAX_CHOICES, Body, is_true
 from evenhand_engine.sidecar.events import Usage
 from evenhand_engine.sidecar.front import Front

@@ -3,8 +3,8 @@
 from aiohttp import web
 
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.keys import TENANT_ID
 from evenhand_engine.frontend.requests import enter, read_pieces, read_start, stream_body
-from evenhand_engine.frontend.service import TENANT_ID
 from evenhand_engine.sidecar.body import Body, is_json_object
 from evenhand_engine.sidecar.exchange import exchange, target_of
 from evenhand_engine.sidecar.front import FRONT, is_management

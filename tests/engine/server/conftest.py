@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from evenhand_engine.backends.upstream_connection import UpstreamSettings
 from evenhand_engine.config import EngineConfig
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.messages import (
     AddRequest,

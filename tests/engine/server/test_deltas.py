@@ -13,7 +13,7 @@ from evenhand_engine.backends.stream import LocalStream
 from evenhand_engine.errors import EngineDeadError, Refusal
 from evenhand_engine.frontend.claims import Claim
 from evenhand_engine.frontend.door import Door
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.deltas import Deltas
 from evenhand_engine.openai.generation import Generation
 from evenhand_engine.scheduler.request import FinishReason, RequestOutput, SamplingParams

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evenhand_engine.frontend.service import WRITES
+from evenhand_engine.frontend.keys import WRITES
 from evenhand_engine.frontend.write_timeout import WriteTimeout
 from evenhand_engine.openai.events import EventStream, data_event
 

@@ -7,7 +7,7 @@ import pytest
 
 from evenhand_engine.backends.backend import GenerationRequest
 from evenhand_engine.frontend.claims import Claim
-from evenhand_engine.frontend.service import EngineService
+from evenhand_engine.frontend.engine_service import EngineService
 from evenhand_engine.openai.generation import Generation
 from evenhand_engine.scheduler.request import SamplingParams
 from evenhand_engine.text.detokenizer import Detokenizer
