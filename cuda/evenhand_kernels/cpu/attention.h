@@ -52,7 +52,8 @@ static std::vector<WorkItem> work_items(const AttentionLayer& layer, const Atten
   const int group_size = layer.num_heads / layer.num_kv_heads;
   int tile = std::max(1, MAX_QUERIES / group_size);
   // Half as large read keys and values twice as often, which costs less than a thread that waits for the last item.
-  if (batch.num_tokens * layer.num_kv_heads < tile * num_threads * PIECES_PER_THREAD) tile = (tile + 1) / 2;
+  for (int halvings = 0; halvings < 2 && batch.num_tokens * layer.num_kv_heads < tile * num_threads * PIECES_PER_THREAD; halvings++)
+    tile = (tile + 1) / 2;
   std::vector<WorkItem> items;
   for (int32_t request = static_cast<int32_t>(batch.num_requests) - 1; request >= 0; request--) {  // decodes last
     const int32_t num_queries = batch.cu_seqlens_q[request + 1] - batch.cu_seqlens_q[request];

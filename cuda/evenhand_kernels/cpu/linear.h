@@ -129,8 +129,9 @@ static const float* normed_by_all(Pool& pool, const Entering& entering, long row
   return entering.normed;
 }
 
-// y: the bias and what multiply(prepared, first row, rows, panel, c) adds to it, for all panels and rows: as many at a time as are whole
-// tiles; prepared = prepare(pool, what enters).
+// y: the bias and what multiply(prepared, first row, rows, panel, c, done) adds to it, for all panels and rows: as many at a time as are
+// whole tiles; prepared = prepare(pool, what enters). It calls done(first row of c, rows) for each row once, as early as it can: they are
+// far apart in y, so that to write them takes long, but little of what is computed meanwhile.
 template <typename F, typename Prepare, typename Multiply>
 static void compute(Pool& pool, const Weight& weight, const Entering& entering, float* y, Tiles tiles, const Readings& after,
                     const Prepare& prepare, const Multiply& multiply) {
@@ -140,9 +141,10 @@ static void compute(Pool& pool, const Weight& weight, const Entering& entering, 
     alignas(64) float c[MAX_BLOCK_ROWS * PANEL];
     const Pair bias = weight.bias ? load_pair(weight.bias + p * PANEL) : Pair{Vec{}, Vec{}};
     for (int m = 0; m < block_rows; m++) store(c + m * PANEL, bias.low), store(c + m * PANEL + LANES, bias.high);
-    multiply(prepared, row, block_rows, weight.packed + p * panel_bytes, c);
-    (weight.gated ? write_gated_rows : write_rows)(c, block_rows, static_cast<int>(std::min(width, ldy - p * width)),
-                                                   y + row * ldy + p * width, ldy);
+    multiply(prepared, row, block_rows, weight.packed + p * panel_bytes, c, [&](int first, int num_rows) {
+      (weight.gated ? write_gated_rows : write_rows)(c + first * PANEL, num_rows, static_cast<int>(std::min(width, ldy - p * width)),
+                                                     y + (row + first) * ldy + p * width, ldy);
+    });
   };
   if (rows == 0) return;
   if (rows <= FEW_ROWS) {
@@ -178,11 +180,11 @@ static void linear_of_integers(Pool& pool, const Weight& weight, const Entering&
     return Integers(threads, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
   };
   const Tiles tiles = {rows, P::MOST_ROWS};
-  compute<F>(pool, weight, entering, y, tiles, after, prepare, [&](const Integers& x, long row, int block_rows, const char* panel, float* c) {
-    if (rows >= FEWEST_UNPACKED_ROWS)
-      multiply_unpacked<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
-    else
-      multiply_integers<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
+  compute<F>(pool, weight, entering, y, tiles, after, prepare,
+             [&](const Integers& x, long row, int block_rows, const char* panel, float* c, const auto& done) {
+    if (rows >= FEWEST_UNPACKED_ROWS) return multiply_unpacked<F>(x, row, block_rows, panel, weight.inputs, weight.group, c, done);
+    multiply_integers<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
+    done(0, block_rows);
   });
 }
 
@@ -231,7 +233,8 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
       }
     return result;
   };
-  compute<F>(pool, weight, entering, y, {rows, MAX_ROWS}, after, prepare, [&](const Prepared& prepared, long row, int block_rows, const char* panel, float* c) {
+  compute<F>(pool, weight, entering, y, {rows, MAX_ROWS}, after, prepare,
+             [&](const Prepared& prepared, long row, int block_rows, const char* panel, float* c, const auto& done) {
     if (products == Products::CODES) {
       if constexpr (F::GROUPED)
         multiply_coded<F, ByteProducts>(block_rows, prepared.coded.rows().from(row, inputs / 4, groups), panel, inputs, group, c);
@@ -245,6 +248,7 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
     } else {
       multiply_many<F>(block_rows, prepared.x + row * inputs, panel, inputs, group, c);
     }
+    done(0, block_rows);
   });
 }
 

@@ -54,8 +54,10 @@ static void multiply_unpacked(const Chunk<P, CHUNK>* x, const Unpacked<P>& panel
 }
 
 // c[rows][PANEL] += x[rows][inputs] * panel, for whole tiles of rows, the first of which is `row`. Each tile asks for some of the next block.
-template <typename F, typename P, int CHUNK>
-static void multiply_unpacked(const IntegerRows<P, CHUNK>& x, long row, int rows, const char* panel, long inputs, int group, float* c) {
+// Calls done(first row of c, rows) as soon as nothing is added to these any more.
+template <typename F, typename P, int CHUNK, typename Done>
+static void multiply_unpacked(const IntegerRows<P, CHUNK>& x, long row, int rows, const char* panel, long inputs, int group, float* c,
+                              const Done& done) {
   Unpacked<P> unpacked;
   const long groups = inputs / group, most = UNPACKED_INPUTS / group, num_blocks = (groups + most - 1) / most;
   for (long block = 0; block < num_blocks; block++) {
@@ -68,6 +70,7 @@ static void multiply_unpacked(const IntegerRows<P, CHUNK>& x, long row, int rows
       for (const char* end_of_share = next + next_bytes; next < end_of_share; next += 64) __builtin_prefetch(next, 0, 2);
       multiply_unpacked<P, CHUNK, F::HAS_MINIMA || P::OFFSET, ROWS>(x.tile_at(row + first) + begin * group / CHUNK * ROWS, unpacked,
                                                                     static_cast<int>(end - begin), group, c + first * PANEL);
+      if (end == groups) done(first, ROWS);
     });
   }
 }
