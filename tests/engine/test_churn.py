@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         )
         try:
             deadline = time.monotonic() + 280
-            while not is_listening(port):
+            while not is_ready(port):
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.1)
             yield Server(
@@ -137,9 +138,13 @@ def server(tmp_path: Path) -> Iterator[Server]:
             process.wait()
 
 
-def is_listening(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+def is_ready(port: int) -> bool:
+    """It listens before: a start that takes long answers 503."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 async def one_request(session: aiohttp.ClientSession, server: Server, rng: random.Random) -> str:
