@@ -7,14 +7,15 @@ with the time that it has waited.
 
 Throughput is compared twice: with fcfs given exactly the token budgets that fair used, step by step (what fairness
 costs), and with fcfs at the budget that is best for it on this processor (what the inter-token SLO costs). Both sides
-must serve the same chat for that, so measuring begins when fcfs has worked off the flood's first prompts and the chat
-behind them is answered, and fair runs as long before it is measured.
+must serve the same chat for that, so measuring begins when fcfs has worked off the flood's first prompts, all that the chat
+had sent until then too, and fair runs as long before it is measured.
 """
 
 import asyncio
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ NUM_BATCH_REQUESTS = 16
 BUDGETS = (64, 256, 512)
 MAX_SETTLE_SECONDS = 300.0
 SETTLED_AFTER = 4  # chat requests; the first come before the whole flood is there
-REPLAY_MARGIN = 1.3  # replayed, fcfs has smaller steps than its best, and may need longer to settle
+REPLAY_MARGIN = 1.1  # replayed, fcfs has smaller steps than its best, and may need longer to settle
 SWEEP_SECONDS = 10.0
 
 
@@ -111,7 +112,7 @@ class Incident:
     ) -> Outcome:
         """Serve under the scheduling policy, load the server, and measure for `seconds` after `settle` seconds.
 
-        `settle` None: until a chat request that came after the whole flood is answered.
+        `settle` None: until the chat is served as it comes, see `_until_steady`.
         """
         with serving.serve("--policies", str(self._policies), "--scheduling-policy", policy, *flags) as server:
             return asyncio.run(self._load(server, seconds, settle, chat=chat, flood=flood))
@@ -128,7 +129,7 @@ class Incident:
                 tasks.append(asyncio.create_task(self._chat(chat_client, timings)))
             loaded_at = time.monotonic()
             if settle is None:
-                await self._until_answered(timings)
+                await self._until_steady(timings)
             else:
                 await asyncio.sleep(settle)
             started_at, before = time.monotonic(), [await self._tokens(server, tenant) for tenant in ("batch", "chat")]
@@ -144,9 +145,21 @@ class Incident:
             (sum(after) - sum(before)) / (now - started_at),
         )
 
+    async def _until_steady(self, timings: list[serving.Timing]) -> None:
+        """Until a chat request behind the whole flood is answered, and then the last one that had been sent by then.
+
+        What the chat had piled up is worked off in between, which would count as more tokens than it sends.
+        """
+        await self._until_answered(timings)
+        last = timings[-1]
+        await self._until(lambda: bool(last.token_times))
+
     async def _until_answered(self, timings: list[serving.Timing]) -> None:
+        await self._until(lambda: any(timing.token_times for timing in timings[SETTLED_AFTER:]))
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + MAX_SETTLE_SECONDS
-        while time.monotonic() < deadline and not any(timing.token_times for timing in timings[SETTLED_AFTER:]):
+        while time.monotonic() < deadline and not holds():
             await asyncio.sleep(self._traffic.chat_interval)
 
     async def _chat(self, client: openai.AsyncOpenAI, timings: list[serving.Timing]) -> None:
