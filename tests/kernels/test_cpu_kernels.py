@@ -134,7 +134,7 @@ def test_what_attention_would_leave_out_is_refused(cpu_kernels: CpuKernels) -> N
 
 
 def test_attention_with_a_group_larger_than_a_tile(cpu_kernels: CpuKernels) -> None:
-    check_attention(cpu_kernels, AttentionLayer(50, 1, 64, eps=1e-6), torch.float32)
+    check_attention(cpu_kernels, AttentionLayer(100, 1, 64, eps=1e-6), torch.float32)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])

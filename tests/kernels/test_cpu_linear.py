@@ -163,6 +163,24 @@ def test_linear_of_a_quantized_weight_in_whole_numbers(
 
 
 @pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_many_rows_in_whole_numbers(
+    gated: bool, dtype: torch.dtype, largest: int, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
+) -> None:
+    """Of every size that their tiles can have, in one block of rows and in two."""
+    weight = quantized(120, 640, 4, 32, torch.float16, True)
+    kernels = kernels_of_level(dtype)
+    linear = kernels.gated_linear(weight, None) if gated else kernels.linear(weight, None)
+    for rows in (7, 31, 32, 33, 41, 48, 264, 265, 300):
+        x = randn(rows, 640, seed=4)
+        expected = functional.linear(rounded_to_integers(x, 32, largest), weight.dequantized().double())
+        if gated:
+            gate, up = expected.chunk(2, dim=1)
+            expected = functional.silu(gate) * up
+        assert_close(linear(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
 @pytest.mark.parametrize("bits, code", [(4, 15), (8, -128), (8, 127)])
 def test_sums_of_the_largest_whole_numbers_do_not_overflow(
     bits: int,
