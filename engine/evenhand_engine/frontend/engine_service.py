@@ -2,19 +2,17 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from aiohttp import web
 
 from evenhand_engine.backends.backend import Backend, ModelInfo
 from evenhand_engine.errors import Refusal
+from evenhand_engine.frontend.door import Door
 from evenhand_engine.frontend.fair_executor import FairExecutor
 from evenhand_engine.frontend.settings import ServerSettings
 from evenhand_engine.structured.compiler import Compiler
 from evenhand_engine.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from evenhand_engine.frontend.door import Door
 
 _TOKENIZER_THREADS = 2
 _INLINE_BYTES = 4096  # so little is tokenized in about the time that a thread needs to wake
@@ -26,7 +24,7 @@ class EngineService:
     """Tokenizes here, and asks its door for the rest."""
 
     def __init__(
-        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, compiler: Compiler, door: "Door"
+        self, settings: ServerSettings, backend: Backend, tokenizer: Tokenizer, compiler: Compiler, door: Door
     ) -> None:
         self.settings = settings
         self.backend = backend
