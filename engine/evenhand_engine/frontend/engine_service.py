@@ -35,11 +35,6 @@ class EngineService:
         self._executor = FairExecutor(_TOKENIZER_THREADS)
 
     @property
-    def backend_name(self) -> str:
-        """What generates, in a word."""
-        return "evenhand"
-
-    @property
     def info(self) -> ModelInfo:
         return self.backend.info
 
