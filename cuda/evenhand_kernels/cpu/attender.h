@@ -8,7 +8,7 @@
 
 #include "multiply.h"
 
-constexpr int GROUP = 16;  // tokens whose scores a register tile computes together; block_size is a multiple
+constexpr int GROUP = 16;  // tokens whose keys lie together; block_size is a multiple
 constexpr int GROUPS_AT_ONCE = 2 * LANES / GROUP;  // that two vectors hold
 constexpr int SPAN = 64;         // tokens between two updates of the running maximum
 constexpr int MAX_QUERIES = 96;  // rows of an item: 8 register tiles or more share each load of keys and values
@@ -131,6 +131,14 @@ class Attender {
   // Of these rows several tiles share what is widened once; a single one widens what it reads itself.
   static bool widens(int rows) { return sizeof(T) < 4 && num_row_tiles(rows) > 1; }
 
+  // For each step of a product of these rows `stride` numbers from `first` on, shared out among its tiles, and as many from `second` on, which
+  // only a product of two groups asks for. Null: none.
+  static Prefetch asking_for(const T* first, const T* second, long stride, int rows) {
+    if (!first) return {};
+    const auto bytes = [](const T* at) { return reinterpret_cast<const char*>(at); };
+    return {bytes(first), stride * static_cast<long>(sizeof(T)) / num_row_tiles(rows), second ? bytes(second) - bytes(first) : 0};
+  }
+
   // Two vectors at a time, of two groups where one vector holds a group. Meanwhile asks for the keys of the same groups of the next span.
   void compute_scores(const WorkItem& item, int rows, int32_t token, int num_tokens, int32_t end) {
     const long block_size = layer_.block_size;
@@ -138,25 +146,25 @@ class Attender {
       constexpr int NV = decltype(vectors)::value;
       const T* keys = places_[group].keys;
       float* to = scores_ + group * GROUP;
-      Prefetch prefetch;
-      if (const int32_t next = token + SPAN + group * GROUP; next < end) {
-        const auto keys_at = [&](int32_t position) { return reinterpret_cast<const char*>(place_of(item, position).keys); };
-        prefetch = {keys_at(next), block_size * static_cast<long>(sizeof(T)) / num_row_tiles(rows)};
-        if (NV == 2 && LANES == GROUP && next + GROUP < end) prefetch.second = keys_at(next + GROUP) - prefetch.next;
-      }
+      const auto next_keys = [&](int of_group) -> const T* {
+        const int32_t next = token + SPAN + of_group * GROUP;
+        return next < end ? place_of(item, next).keys : nullptr;
+      };
+      const Prefetch prefetch = asking_for(next_keys(group), next_keys(group + 1), block_size, rows);
       if (!widens(rows)) return multiply<NV, true>(rows, queries_, dim_, RightSide<T>{&keys, dim_, block_size, second}, dim_, to, SPAN, prefetch);
       for (int i = 0; i < dim_; i++)
         for (int v = 0; v < NV; v++) store(wide_ + (i * NV + v) * LANES, load(keys + i * block_size + v * second));
       const float* wide = wide_;
       multiply<NV, true>(rows, queries_, dim_, RightSide<float>{&wide, dim_, NV * LANES}, dim_, to, SPAN, prefetch);
     };
-    for (int group = 0; group * GROUP < num_tokens; group += GROUPS_AT_ONCE)
-      if (GROUPS_AT_ONCE == 1)
+    for (int group = 0; group * GROUP < num_tokens; group += GROUPS_AT_ONCE) {
+      if constexpr (GROUPS_AT_ONCE == 1)
         compute(std::integral_constant<int, 2>{}, group, LANES);
       else if ((group + 1) * GROUP < num_tokens)
         compute(std::integral_constant<int, 2>{}, group, places_[group + 1].keys - places_[group].keys);
       else
         compute(std::integral_constant<int, 1>{}, group, 0);
+    }
   }
 
   void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
@@ -212,11 +220,12 @@ class Attender {
       const T* columns[SPAN / GROUP];
       for (int group = 0; group * GROUP < num_tokens; group++) columns[group] = places_[group].values + column;
       float* to = output_ + column;
-      Prefetch prefetch;
-      const int first = column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
-      if (const int32_t next = token + SPAN + group * GROUP; next < end)
-        prefetch = {reinterpret_cast<const char*>(place_of(item, next).values + first % (GROUP * width_)),
-                    NV * LANES * static_cast<long>(sizeof(T)) / num_row_tiles(rows)};
+      const auto next_values = [&](int of_column) -> const T* {
+        const int first = of_column * SPAN, group = first / (GROUP * width_);  // its part of the values, were they in one piece
+        const int32_t next = token + SPAN + group * GROUP;
+        return next < end ? place_of(item, next).values + first % (GROUP * width_) : nullptr;
+      };
+      const Prefetch prefetch = asking_for(next_values(column), next_values(column + LANES), GROUP, rows);
       if (!widens(rows)) return multiply<NV>(rows, scores_, SPAN, RightSide<T>{columns, GROUP, width_}, num_tokens, to, width_, prefetch);
       for (int i = 0; i < num_tokens; i++)
         for (int v = 0; v < NV; v++) store(wide_ + (i * NV + v) * LANES, load(columns[i / GROUP] + i % GROUP * width_ + v * LANES));
@@ -225,7 +234,8 @@ class Attender {
     };
     int column = 0;
     for (; column + 2 * LANES <= width_; column += 2 * LANES) accumulate(std::integral_constant<int, 2>{}, column);
-    if (column < width_) accumulate(std::integral_constant<int, 1>{}, column);
+    if constexpr (GROUPS_AT_ONCE > 1)
+      if (column < width_) accumulate(std::integral_constant<int, 1>{}, column);
   }
 
   void write_output(int32_t token, int rows, int first_head, int num_heads) {

@@ -1,7 +1,7 @@
 // Attention over a paged KV cache: norms and rotates queries and keys, stores keys and values, attends.
 //
 // keys   [num_blocks][num_kv_heads][head_dim][block_size]: 16 tokens' worth of one dimension are one or two vectors, so
-//        a block is a ready operand of the register tile that computes scores.
+//        a block, or two of them, is a ready operand of the register tile that computes scores.
 // values [num_blocks][num_kv_heads][block_size][padded_head_dim], rows padded to a multiple of 16.
 //
 // A work item is up to MAX_QUERIES (query token, query head) pairs of one request that share a KV head: a tile of a
@@ -51,7 +51,7 @@ constexpr int PART = 448;  // tokens of a context that are worth a piece of thei
 static std::vector<WorkItem> work_items(const AttentionLayer& layer, const AttentionBatch& batch, int num_threads) {
   const int group_size = layer.num_heads / layer.num_kv_heads;
   int tile = std::max(1, MAX_QUERIES / group_size);
-  // Half as large read keys and values twice as often, which costs less than a thread that waits for the last item.
+  // Each time half as large read keys and values twice as often, which costs less than a thread that waits for the last item.
   for (int halvings = 0; halvings < 2 && batch.num_tokens * layer.num_kv_heads < tile * num_threads * PIECES_PER_THREAD; halvings++)
     tile = (tile + 1) / 2;
   std::vector<WorkItem> items;
