@@ -197,13 +197,15 @@ def test_sums_of_the_largest_whole_numbers_do_not_overflow(
         assert_close(kernels_of_level(dtype).linear(weight, None)(x), expected, 1e-5)
 
 
+@pytest.mark.parametrize("bits, group, scales", [(4, 32, torch.float16), (8, 16, torch.float32)])
 def test_a_row_in_whole_numbers_does_not_depend_on_the_others(
-    kernels_of_level: Callable[[torch.dtype | None], CpuKernels],
+    bits: int, group: int, scales: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
 ) -> None:
+    """The second form is that of K-quants of unlike kinds, stacked."""
     kernels = kernels_of_level(torch.int16)
     if not kernels.has_products:
         pytest.skip("multiplied in float32 here, few rows in another order than many")
-    linear, x = kernels.linear(quantized(120, 1344, 4, 32, torch.float16, True), None), randn(301, 1344)
+    linear, x = kernels.linear(quantized(120, 1344, bits, group, scales, True), None), randn(301, 1344)
     together = linear(x)
     for rows in (slice(0, 1), slice(24, 37), slice(200, 264), slice(264, 265), slice(300, 301)):
         assert torch.equal(linear(x[rows].contiguous()), together[rows])

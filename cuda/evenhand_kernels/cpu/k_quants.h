@@ -55,7 +55,7 @@ struct KQuant : Fields<BITS> {
   static constexpr bool GROUPED = true, PAIRED = false, HAS_MINIMA = BITS < 6;
   template <typename T>
   static constexpr bool LIES_AS = false;
-  static constexpr int CODE_BITS = BITS, SUPER = 256, GROUP = BITS == 6 ? 16 : 32, CHUNK = GROUP, RANGE = 1 << BITS;
+  static constexpr int CODE_BITS = BITS, SUPER = 256, GROUP = BITS == 6 ? 16 : 32, CHUNK = GROUP, SMALL_CHUNK = CHUNK, RANGE = 1 << BITS;
   static constexpr int ZERO = HAS_MINIMA ? 0 : RANGE / 2;  // the field of code 0, were it not signed
   static constexpr int LANE_PARTS = HAS_MINIMA ? 2 : 1;
 

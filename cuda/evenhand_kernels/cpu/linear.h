@@ -8,7 +8,7 @@
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
 // are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
 // multiplied as they lie in both cases (coded.h), and so they are by AVX2 and AVX-512 with rows of 16 bits, and without VNNI with those of
-// 8 (integers.h), where codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
+// 8 (integers.h), where groups are whole chunks, and codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
 // float32. Sums are float32.
 #pragma once
 
@@ -173,9 +173,9 @@ static void compute(Pool& pool, const Weight& weight, const Entering& entering, 
 }
 
 #if defined(EVENHAND_SHORT_PRODUCTS)
-template <typename F, typename P>
+template <typename F, typename P, int CHUNK>
 static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
-  using Integers = IntegerRows<P, F::CHUNK>;
+  using Integers = IntegerRows<P, CHUNK>;
   const auto prepare = [&](Pool& threads, const float* x) {
     return Integers(threads, {x, rows, weight.inputs}, weight.group, largest_code(weight.activations), P::MOST_ROWS);
   };
@@ -186,6 +186,13 @@ static void linear_of_integers(Pool& pool, const Weight& weight, const Entering&
     multiply_integers<F>(x, row, block_rows, panel, weight.inputs, weight.group, c);
     done(0, block_rows);
   });
+}
+
+template <typename F, typename P>
+static void linear_of_integers(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
+  if constexpr (F::SMALL_CHUNK < F::CHUNK)
+    if (weight.group % F::CHUNK) return linear_of_integers<F, P, F::SMALL_CHUNK>(pool, weight, entering, y, rows, after);
+  linear_of_integers<F, P, F::CHUNK>(pool, weight, entering, y, rows, after);
 }
 
 template <typename F>
@@ -209,7 +216,7 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
 #if defined(EVENHAND_SHORT_PRODUCTS)
   if constexpr (F::GROUPED)
-    if ((weight.activations == INT16 || (weight.activations == INT8 && !HAS_CODE_PRODUCTS)) && group % F::CHUNK == 0)
+    if ((weight.activations == INT16 || (weight.activations == INT8 && !HAS_CODE_PRODUCTS)) && group % F::SMALL_CHUNK == 0)
       return linear_of_integers<F>(pool, weight, entering, y, rows, after);
 #endif
   const bool is_few = rows <= FEW_ROWS || (WIDENS_IN_REGISTERS<F> && weight.activations != BFLOAT16);

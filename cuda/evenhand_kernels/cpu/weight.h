@@ -151,6 +151,8 @@ struct Grouped {
   static constexpr bool LIES_AS = false;
   static constexpr int UNIT = 8;    // inputs that `codes` visits together
   static constexpr int CHUNK = 32;  // whose products with rows in whole numbers are added before a scale is applied
+  // The same where groups are no multiple of that: K-quants of unlike kinds, stacked, are codes of 8 bits with a float scale for each 16.
+  static constexpr int SMALL_CHUNK = BITS == 8 && std::is_same_v<SCALE, float> ? 16 : CHUNK;
   static constexpr int CODE_BITS = BITS;
 
   static long header_bytes() { return PANEL * (MINIMA ? 2 : 1) * static_cast<long>(sizeof(SCALE)); }
