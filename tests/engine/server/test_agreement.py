@@ -1,6 +1,7 @@
 """The real engine, by HTTP, does what the simulator says: `make bench-agreement` on a tiny model.
 
-Only what does not depend on the machine's speed is asserted: what each step computes, and in which order tenants start.
+Only what does not depend on the machine's speed is asserted: what each step computes. The tenants' requests differ in
+length, so equal steps are equal turns; when a client reads of them is up to the machine.
 """
 
 import json
@@ -22,5 +23,5 @@ def test_every_step_of_the_real_engine_is_the_simulated_one(model_dir: Path, tmp
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["results"]
     assert found["num_steps"]["real"] == found["num_steps"]["simulated"] == found["num_steps_equal"] > 100
-    assert found["ttft_order"]["real"] == found["ttft_order"]["simulated"] == ["large", "middle", "small"]
+    assert found["ttft_order"]["simulated"] == ["large", "middle", "small"]
     assert found["preemptions_simulated"] == 0, "else the order would depend on the machine's speed"
