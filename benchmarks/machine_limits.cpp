@@ -1,5 +1,6 @@
 // What one core can do at most: products in registers by each instruction that the kernels use, and a sum over memory.
 #include "integers.h"
+#include "tiles.h"
 
 constexpr int CHAINS = LANES == 16 ? 24 : 12;  // sums under way: as many as a tile of the kernels has
 
@@ -29,12 +30,29 @@ static float run_integers(long rounds) {
 }
 #endif
 
+#if defined(EVENHAND_TILES)
+// Rounds of four products of tiles, which wait for nothing.
+__attribute__((target("amx-tile,amx-bf16"))) static double run_tiles(long rounds) {
+  const TileShapes shapes;
+  for (long round = 0; round < rounds; round++) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 2.0 * 4 * TILE_ROWS * LANES * TILE_INPUTS * static_cast<double>(rounds);
+}
+#endif
+
 static volatile float sink;  // so that nothing is left out
 
 extern "C" {
 
-// Products and additions of this many rounds, of float32 (0), pairs of bfloat16 (1), or codes with rows in 8 (2) or 16 bits (3).
+// Products and additions of this many rounds, of float32 (0), bfloat16 (1), or codes with rows in 8 (2) or 16 bits (3).
 double limit_operations(int kind, long rounds) {
+#if defined(EVENHAND_TILES)
+  if (kind == 1 && has_tiles()) return run_tiles(rounds);
+#endif
   static constexpr int PRODUCTS[] = {1, 2, 4, 2};
   if (kind == 0) sink = run(rounds, [](Vec sum, Vec a, Vec b) { return sum + a * b; });
   if (kind == 1)

@@ -87,7 +87,8 @@ class EngineConfig:
             e4m3, with the scales that the checkpoint names for each layer, or 1.
         activation_dtype: to which what enters a linear layer is rounded, on the CPU: "float32", "bfloat16", which
             multiplies twice as fast on processors that have it, "int16" and "int8", which do with weights in codes, or "auto":
-            beside weights of float32 or float16 float32, else bfloat16 on processors that have it, or beside codes int16.
+            beside weights of float32 or float16 float32, else bfloat16 on processors that are fast with it, or beside
+            codes int16.
         quantization: "none", or "int8" for weights that the checkpoint does not hold quantised.
         max_model_len: None: the model's own.
         max_num_seqs: None: 32 on the CPU, 256 on a GPU.

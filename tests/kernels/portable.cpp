@@ -34,7 +34,7 @@ struct Made {
 
 template <typename F>
 static Made made(Pool& pool, int format, long outputs, long inputs, int group, const Parts& parts) {
-  Made result = {{outputs, inputs, format, group, 0, FLOAT32, nullptr, nullptr}, {}, std::vector<float>(outputs * inputs)};
+  Made result = {{outputs, inputs, format, group, 0, 0, FLOAT32, nullptr, nullptr}, {}, std::vector<float>(outputs * inputs)};
   result.memory.resize(num_panels(result.weight) * F::panel_bytes(inputs, group));
   result.weight.packed = result.memory.data();
   for (long p = 0; p < num_panels(result.weight); p++) {
@@ -113,7 +113,7 @@ static bool check_attention(Pool& pool, const char* what, int cache_dtype, int l
   constexpr int HEADS = 6, KV_HEADS = 2, DIM = 40, BLOCK = 16, WIDTH = (HEADS + 2 * KV_HEADS) * DIM;
   const int blocks = (length + BLOCK - 1) / BLOCK;
   std::vector<T> keys(blocks * KV_HEADS * DIM * BLOCK), values(blocks * KV_HEADS * BLOCK * padded(DIM));
-  const AttentionLayer layer = {HEADS, KV_HEADS, DIM, BLOCK, 0, cache_dtype, 0.1f, 1e-6f, nullptr, nullptr, nullptr, keys.data(), values.data()};
+  const AttentionLayer layer = {HEADS, KV_HEADS, DIM, BLOCK, 0, cache_dtype, 0, 0.1f, 1e-6f, nullptr, nullptr, nullptr, keys.data(), values.data()};
   std::vector<int32_t> table(blocks), places(length);
   for (int i = 0; i < blocks; i++) table[i] = i;
   for (int i = 0; i < length; i++) places[i] = i;

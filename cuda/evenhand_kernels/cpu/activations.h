@@ -27,11 +27,7 @@ struct Rows {
 static inline std::vector<BFloat16Pair> to_pairs(Pool& pool, Rows from) {
   std::vector<BFloat16Pair> pairs(from.rows * num_pairs(from.inputs));
   for_each_row(pool, from.rows, from.inputs, [&](long row) {
-    const float* x = from.x + row * from.inputs;
-    BFloat16* to = reinterpret_cast<BFloat16*>(pairs.data() + row * num_pairs(from.inputs));
-    long k = 0;
-    for (; k + LANES <= from.inputs; k += LANES) narrow(load(x + k), to + k);
-    for (; k < from.inputs; k++) narrow(x[k], to + k);
+    narrow(from.x + row * from.inputs, from.inputs, reinterpret_cast<BFloat16*>(pairs.data() + row * num_pairs(from.inputs)));
   });
   return pairs;
 }

@@ -6,7 +6,9 @@
 #include <cmath>
 #include <vector>
 
+#include "attention_batch.h"
 #include "multiply.h"
+#include "tiled_span.h"
 
 constexpr int GROUP = 16;  // tokens whose keys lie together; block_size is a multiple
 constexpr int GROUPS_AT_ONCE = 2 * LANES / GROUP;  // that two vectors hold
@@ -14,19 +16,6 @@ constexpr int SPAN = 64;         // tokens between two updates of the running ma
 constexpr int MAX_QUERIES = 96;  // rows of an item: 8 register tiles or more share each load of keys and values
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float HIDDEN = -1e30f;  // score of what a query must not see; finite, so that its exp never is NaN
-
-struct AttentionLayer {
-  int32_t num_heads, num_kv_heads, head_dim, block_size, window;  // window: 0 means all
-  int32_t cache_dtype;  // 0 float32, 1 bfloat16, 2 float16
-  float scale, eps;
-  const float *cos_sin, *q_norm, *k_norm;  // null: none
-  void *keys, *values;
-};
-
-struct AttentionBatch {
-  int64_t num_tokens, num_requests, table_stride;
-  const int32_t *positions, *slots, *block_table, *cu_seqlens_q;
-};
 
 static inline int padded(int head_dim) { return (head_dim + GROUP - 1) / GROUP * GROUP; }
 
@@ -86,22 +75,55 @@ class Attender {
  private:
   void attend(const WorkItem& item, int first_head, int num_heads) {
     const int rows = (item.end - item.first) * num_heads;
-    const int32_t start = batch_.cu_seqlens_q[item.request];
-    const int32_t first_position = batch_.positions[start + item.first];
-    load_queries(start + item.first, rows, first_head, num_heads);
-    int32_t end = first_position + (item.end - item.first);
-    int32_t begin = layer_.window > 0 ? std::max(0, first_position - layer_.window + 1) : 0;
+    load_queries(batch_.cu_seqlens_q[item.request] + item.first, rows, first_head, num_heads);
+#if defined(EVENHAND_TILES)
+    if constexpr (sizeof(T) == 2)
+      if (layer_.tiled && rows >= TILE_ROWS && dim_ % PANEL == 0) return attend_by_tiles(item, rows, num_heads);
+#endif
+    for_each_span(item, [&](int32_t token, int num_tokens, int32_t end) {
+      compute_scores(item, rows, token, num_tokens, end);
+      weigh({0, rows, scores_}, num_heads, first_position(item), token, num_tokens);
+      accumulate_values(item, rows, token, num_tokens, end);
+    });
+  }
+
+#if defined(EVENHAND_TILES)
+  void attend_by_tiles(const WorkItem& item, int rows, int num_heads) {
+    using Tiles = TiledSpan<T, MAX_QUERIES, MAX_HEAD_DIM, SPAN>;
+    Tiles tiles;
+    tiles.set_queries(queries_, rows, dim_);
+    for_each_span(item, [&](int32_t token, int num_tokens, int32_t) {
+      tiles.set_tokens(num_tokens, [&](int group) { return places_[group].keys; }, layer_.block_size,
+                       [&](int i) { return places_[i / GROUP].values + i % GROUP * width_; });
+      const auto scored = [&](int first) {
+        return Scored{first, std::min(first + Tiles::ROWS, rows), scores_ + first / Tiles::ROWS % 2 * Tiles::ROWS * SPAN};
+      };
+      tiles.compute_scores(0, scored(0).end, scored(0).scores);
+      for (int first = 0; first < rows; first += Tiles::ROWS) {
+        const Scored here = scored(first), next = scored(here.end);
+        weigh(here, num_heads, first_position(item), token, num_tokens);
+        tiles.set_weights(here.scores, here.end - first);
+        if (next.first < rows) tiles.compute_scores(next.first, next.end - next.first, next.scores);  // while the weights reach the cache
+        tiles.accumulate(here.end - first, output_ + first * width_);
+      }
+    });
+  }
+#endif
+
+  int32_t first_position(const WorkItem& item) const { return batch_.positions[batch_.cu_seqlens_q[item.request] + item.first]; }
+
+  // Calls visit(its first token, tokens, end of all) for each span that the item sees, whose keys and values lie at places_.
+  template <typename Visit>
+  void for_each_span(const WorkItem& item, const Visit& visit) {
+    int32_t end = first_position(item) + (item.end - item.first);
+    int32_t begin = layer_.window > 0 ? std::max(0, first_position(item) - layer_.window + 1) : 0;
     begin -= begin % SPAN;
     const int32_t spans = (end - begin + SPAN - 1) / SPAN, part_begin = begin + spans * item.part / item.num_parts * SPAN;
     end = std::min(end, begin + spans * (item.part + 1) / item.num_parts * SPAN);
     for (int32_t token = part_begin; token < end; token += SPAN) {
       const int num_tokens = std::min(SPAN, end - token);
       for (int group = 0; group * GROUP < num_tokens; group++) places_[group] = place_of(item, token + group * GROUP);
-      compute_scores(item, rows, token, num_tokens, end);
-      mask(rows, num_heads, first_position, token, num_tokens);
-      raise_maxima(rows, num_tokens);
-      weigh(rows, num_tokens);
-      accumulate_values(item, rows, token, num_tokens, end);
+      visit(token, num_tokens, end);
     }
   }
 
@@ -167,29 +189,51 @@ class Attender {
     }
   }
 
-  void mask(int rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
+  // Rows, whose scores lie SPAN apart.
+  struct Scored {
+    int first, end;
+    float* scores;
+  };
+
+  // Turns scores into weights relative to the running maximum.
+  void weigh(Scored rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
+    mask(rows, num_heads, first_position, token, num_tokens);
+    float* scores = rows.scores;
+    for (int row = rows.first; row < rows.end; row++, scores += SPAN) {
+      raise_maximum(row, scores, num_tokens);
+      const Vec maximum = splat(maximum_[row]);
+      Vec total = load(totals_ + row * LANES);
+      for (int i = 0; i < num_tokens; i += LANES) {
+        const Vec weight = exp(load(scores + i) - maximum);
+        store(scores + i, weight);
+        total += weight;
+      }
+      store(totals_ + row * LANES, total);
+    }
+  }
+
+  void mask(Scored rows, int num_heads, int32_t first_position, int32_t token, int num_tokens) {
     const int padded_tokens = (num_tokens + LANES - 1) / LANES * LANES;
-    const int32_t last_position = first_position + (rows - 1) / num_heads;
-    const bool causal = token + padded_tokens - 1 > first_position;
+    const int32_t last_position = first_position + (rows.end - 1) / num_heads;
+    const bool causal = token + padded_tokens - 1 > first_position + rows.first / num_heads;
     const bool windowed = layer_.window > 0 && token <= last_position - layer_.window;
     if (!causal && !windowed) return;
-    for (int row = 0; row < rows; row++) {
+    float* scores = rows.scores;
+    for (int row = rows.first; row < rows.end; row++, scores += SPAN) {
       const int32_t position = first_position + row / num_heads;
       const int visible_end = std::clamp(position + 1 - token, 0, padded_tokens);
       const int visible_begin = layer_.window > 0 ? std::clamp(position + 1 - layer_.window - token, 0, visible_end) : 0;
-      std::fill_n(scores_ + row * SPAN, visible_begin, HIDDEN);
-      std::fill_n(scores_ + row * SPAN + visible_end, padded_tokens - visible_end, HIDDEN);
+      std::fill_n(scores, visible_begin, HIDDEN);
+      std::fill_n(scores + visible_end, padded_tokens - visible_end, HIDDEN);
     }
   }
 
   // Rescales what was accumulated under a lower maximum. A row that saw nothing yet has the maximum HIDDEN and meaningless
   // weights, which its first token rescales to e^-87.
-  void raise_maxima(int rows, int num_tokens) {
-    for (int row = 0; row < rows; row++) {
-      Vec high = load(scores_ + row * SPAN);
-      for (int i = LANES; i < num_tokens; i += LANES) high = max(high, load(scores_ + row * SPAN + i));
-      if (const float maximum = largest(high); maximum > maximum_[row]) rescale(row, maximum);
-    }
+  void raise_maximum(int row, const float* scores, int num_tokens) {
+    Vec high = load(scores);
+    for (int i = LANES; i < num_tokens; i += LANES) high = max(high, load(scores + i));
+    if (const float maximum = largest(high); maximum > maximum_[row]) rescale(row, maximum);
   }
 
   void rescale(int row, float maximum) {
@@ -197,20 +241,6 @@ class Attender {
     for (int i = 0; i < width_; i += LANES) store(output_ + row * width_ + i, load(output_ + row * width_ + i) * factor);
     store(totals_ + row * LANES, load(totals_ + row * LANES) * factor);
     maximum_[row] = maximum;
-  }
-
-  // Turns scores into weights relative to the running maximum.
-  void weigh(int rows, int num_tokens) {
-    for (int row = 0; row < rows; row++) {
-      const Vec maximum = splat(maximum_[row]);
-      Vec total = load(totals_ + row * LANES);
-      for (int i = 0; i < num_tokens; i += LANES) {
-        const Vec weight = exp(load(scores_ + row * SPAN + i) - maximum);
-        store(scores_ + row * SPAN + i, weight);
-        total += weight;
-      }
-      store(totals_ + row * LANES, total);
-    }
   }
 
   // Two vectors of columns at a time. Meanwhile asks for the values of the next span, each for as many as it reads itself.

@@ -41,8 +41,10 @@ static void store_token(float* qkv, int32_t position, int32_t slot, const Attent
     const long head = block * layer.num_kv_heads + h;
     T* key = static_cast<T*>(layer.keys) + head * dim * layer.block_size + offset;
     T* value = static_cast<T*>(layer.values) + (head * layer.block_size + offset) * padded(dim);
-    for (int i = 0; i < dim; i++) narrow(qkv[(layer.num_heads + h) * dim + i], key + i * layer.block_size);
-    for (int i = 0; i < dim; i++) narrow(qkv[(rotated + h) * dim + i], value + i);
+    T narrowed[MAX_HEAD_DIM];  // vectors at a time, where a key's numbers lie far apart
+    narrow(qkv + (layer.num_heads + h) * dim, dim, narrowed);
+    for (int i = 0; i < dim; i++) key[i * layer.block_size] = narrowed[i];
+    narrow(qkv + (rotated + h) * dim, dim, value);
   }
 }
 
@@ -82,8 +84,9 @@ static std::vector<WorkItem> split(const std::vector<WorkItem>& items, const Att
 template <typename T>
 static void attention_in(Pool& pool, const AttentionLayer& layer, const AttentionBatch& batch, float* qkv, float* out, const Readings& after) {
   const long width = static_cast<long>(layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim;
-  for_each_row(pool, batch.num_tokens, width, [&](long token) {
-    store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
+  pool.run((batch.num_tokens + GROUP - 1) / GROUP, [&](long group) {  // so that seldom two threads write keys that lie together
+    for (long token = group * GROUP; token < std::min<long>((group + 1) * GROUP, batch.num_tokens); token++)
+      store_token<T>(qkv + token * width, batch.positions[token], batch.slots[token], layer);
   });
   const std::vector<WorkItem> items = split(work_items(layer, batch, pool.num_threads()), layer, batch, pool.num_threads());
   const bool is_split = std::any_of(items.begin(), items.end(), [](const WorkItem& item) { return item.num_parts > 1; });

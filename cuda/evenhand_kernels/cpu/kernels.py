@@ -48,7 +48,12 @@ class CpuKernels:
     torch_device = torch.device("cpu")
 
     def __init__(
-        self, cache_dir: Path, num_threads: int | None = None, activation_dtype: torch.dtype | None = torch.float32
+        self,
+        cache_dir: Path,
+        num_threads: int | None = None,
+        activation_dtype: torch.dtype | None = torch.float32,
+        *,
+        tiled: bool = True,
     ) -> None:
         """Compiles the kernels into `cache_dir` if they are not there. Raises CompileError.
 
@@ -57,16 +62,21 @@ class CpuKernels:
             activation_dtype: float32, or to what is rounded what enters a linear layer: bfloat16, to which
                 plain weights are rounded too where many rows pass over them; or int8 or int16, codes with a scale for each row
                 and group of the weight, or for 32 inputs. Sums, and all else, are float32. None: beside plain weights of
-                float32 or float16, which would lose, float32; else what the processor multiplies itself: bfloat16, or beside
-                weights in codes int16, or float32.
+                float32 or float16, which would lose, float32; beside bfloat16, bfloat16 where the processor is faster by it; beside
+                weights in codes whichever of bfloat16 and int16 it multiplies faster, or float32.
+            tiled: whether many rows are multiplied by tiles of AMX where processor and system have them: those of bfloat16,
+                and those of int16 beside codes.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)
+        self.tiled = tiled and bool(self._native.library.evenhand_has_tiles())
         self._chooses = activation_dtype is None
-        if activation_dtype is None:
-            choices = (torch.bfloat16, torch.int16, torch.float32)
-            activation_dtype = next(dtype for dtype in choices if self._multiplies(dtype))
-        self.activation_dtype = activation_dtype
+        self._prefers_integers = bool(self._native.library.evenhand_prefers_integers())
+        self.activation_dtype = activation_dtype or self._beside_codes()
+
+    def _beside_codes(self) -> torch.dtype:
+        choices = (torch.int16, torch.bfloat16) if self._prefers_integers else (torch.bfloat16, torch.int16)
+        return next((dtype for dtype in choices if self._multiplies(dtype)), torch.float32)
 
     @property
     def has_products(self) -> bool:
@@ -105,7 +115,7 @@ class CpuKernels:
         return _Plan(batch, structure)
 
     def attention(self, layer: AttentionLayer, cache: KvCacheShape) -> Attention:
-        return _Attention(self._native, layer, cache)
+        return _Attention(self._native, layer, cache, self.tiled)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(None, x, weight, eps)
@@ -125,12 +135,15 @@ class CpuKernels:
         result = packed(self._native, weight, bias, gated=gated)
         dtype = None if isinstance(weight, QuantizedTensor) else weight.dtype
         result.structure.activations = ACTIVATION_DTYPES[self._entering(dtype)]
+        result.structure.tiled = self.tiled
         return result
 
     def _entering(self, weight_dtype: torch.dtype | None) -> torch.dtype:
         """To what the inputs of a weight are rounded; None: it is in codes."""
-        suits = weight_dtype is None or (weight_dtype, self.activation_dtype) == (torch.bfloat16,) * 2
-        return self.activation_dtype if suits or not self._chooses else torch.float32
+        if weight_dtype is None or not self._chooses:
+            return self.activation_dtype
+        is_faster = self._multiplies(torch.bfloat16) and (self.tiled or not self._prefers_integers)
+        return torch.bfloat16 if weight_dtype is torch.bfloat16 and is_faster else torch.float32
 
     def multiplied_as(self, weight_dtype: torch.dtype | None) -> torch.dtype:
         """As what many rows are multiplied with a weight of that dtype, None: in codes; float32 where the processor has no instruction
@@ -173,7 +186,7 @@ class _Embedding:
 
 
 class _Attention:
-    def __init__(self, native: Native, layer: AttentionLayer, cache: KvCacheShape) -> None:
+    def __init__(self, native: Native, layer: AttentionLayer, cache: KvCacheShape, tiled: bool) -> None:
         if layer.head_dim > MAX_HEAD_DIM or cache.block_size % 16:
             raise ValueError(
                 f"head_dim {layer.head_dim} must be at most {MAX_HEAD_DIM}, "
@@ -193,6 +206,7 @@ class _Attention:
             block_size=cache.block_size,
             window=layer.sliding_window or 0,
             cache_dtype=DTYPES[cache.dtype],
+            tiled=tiled,
             scale=1 / math.sqrt(layer.head_dim),
             eps=layer.eps,
             cos_sin=_pointer(layer.cos_sin),

@@ -6,7 +6,7 @@
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
-// are multiplied at once where the processor can (vdpbf16ps). With those of 8 bits four are (vpdpbusd). Codes of weights are
+// are multiplied at once where the processor can (vdpbf16ps), or whole tiles (paired_tiles.h). With those of 8 bits four are (vpdpbusd). Codes of weights are
 // multiplied as they lie in both cases (coded.h), and so they are by AVX2 and AVX-512 with rows of 16 bits, and without VNNI with those of
 // 8 (integers.h), where groups are whole chunks, and codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
 // float32. Sums are float32.
@@ -16,17 +16,20 @@
 #include <vector>
 
 #include "activations.h"
+#include "entering.h"
 #include "formats.h"
 #include "integers.h"
+#include "paired_tiles.h"
 #include "panel.h"
 #include "pool.h"
 #include "unpacked.h"
 
-constexpr int MAX_BLOCK_ROWS = 264;  // rows that pass over a panel together: whole tiles, of 4, 6 or 12 rows
+constexpr int MAX_BLOCK_ROWS = 264;  // rows that pass over a panel together: whole tiles, of 4, 6, 12 or 16 rows
 
 struct Weight {
   int64_t outputs, inputs;
   int32_t format, group, gated;  // format: see dispatch_format; group: inputs that share a scale, 1 for plain numbers
+  int32_t tiled;                 // whether many rows are multiplied by tiles of AMX
   ActivationDtype activations;   // what they are rounded to
   char* packed;
   const float* bias;  // packed like a plain weight of one input; null: none
@@ -89,51 +92,11 @@ static Products products_of(const Weight& weight, bool is_few) {
   return weight.activations == BFLOAT16 && !F::GROUPED && !is_few ? Products::PAIRS : Products::FLOATS;
 }
 
-// What enters a linear layer: rows x, or where there is a norm, what that makes of residual + x, or of x where residual is null.
-struct Entering {
-  const float *x, *residual = nullptr;
-  float* sum = nullptr;  // becomes residual + x
-  const float* norm = nullptr;
-  float eps = 0;
-  float* normed = nullptr;  // memory of as many rows, for many
-};
-
-// What enters, made by one thread for itself.
-class EnteringHere {
- public:
-  EnteringHere(const Entering& entering, long rows, long inputs) : entering_(entering), size_(rows * inputs), x_(entering.x) {
-    if (!entering.norm) return;
-    thread_local std::vector<float> memory;  // stays in the core's cache from one layer to the next
-    memory.resize(std::max<size_t>(memory.size(), 2 * size_));
-    float *normed = memory.data(), *sum = normed + size_;
-    add_rms_norm(Pool::alone(), entering.x, entering.residual, sum, entering.norm, normed, rows, inputs, entering.eps);
-    x_ = normed, sum_ = sum;
-  }
-
-  const float* x() const { return x_; }
-
-  // One thread does that.
-  void store_sum() const {
-    if (entering_.norm) std::copy_n(sum_, size_, entering_.sum);
-  }
-
- private:
-  const Entering& entering_;
-  const long size_;
-  const float *x_, *sum_ = nullptr;
-};
-
-static const float* normed_by_all(Pool& pool, const Entering& entering, long rows, long inputs) {
-  if (!entering.norm) return entering.x;
-  add_rms_norm(pool, entering.x, entering.residual, entering.sum, entering.norm, entering.normed, rows, inputs, entering.eps);
-  return entering.normed;
-}
-
 // y: the bias and what multiply(prepared, first row, rows, panel, c, done) adds to it, for all panels and rows: as many at a time as are
 // whole tiles; prepared = prepare(pool, what enters). It calls done(first row of c, rows) for each row once, as early as it can: they are
 // far apart in y, so that to write them takes long, but little of what is computed meanwhile.
-template <typename F, typename Prepare, typename Multiply>
-static void compute(Pool& pool, const Weight& weight, const Entering& entering, float* y, Tiles tiles, const Readings& after,
+template <typename F, typename RowTiles, typename Prepare, typename Multiply>
+static void compute(Pool& pool, const Weight& weight, const Entering& entering, float* y, RowTiles tiles, const Readings& after,
                     const Prepare& prepare, const Multiply& multiply) {
   const long width = rows_per_panel(weight.gated), ldy = weight.gated ? weight.outputs / 2 : weight.outputs;
   const long rows = tiles.rows, panels = num_panels(weight), panel_bytes = F::panel_bytes(weight.inputs, weight.group);
@@ -203,6 +166,18 @@ static void linear_of_integers(Pool& pool, const Weight& weight, const Entering&
 }
 #endif
 
+#if defined(EVENHAND_TILES)
+// Of bfloat16, by tiles.
+template <typename F>
+static void linear_of_paired_tiles(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
+  const auto prepare = [&](Pool& threads, const float* x) { return PairedRows(threads, {x, rows, weight.inputs}); };
+  compute<F>(pool, weight, entering, y, TileRows{rows}, after, prepare,
+             [&](const PairedRows& x, long row, int block_rows, const char* panel, float* c, const auto& done) {
+    multiply_tiled<F>(x, row, block_rows, panel, weight.inputs, c, done);
+  });
+}
+#endif
+
 // Rows in all forms that products take; of which one is there.
 struct Prepared {
   const float* x;
@@ -214,6 +189,11 @@ struct Prepared {
 template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
+#if defined(EVENHAND_TILES)
+  if constexpr (!F::GROUPED)
+    if (weight.tiled && weight.activations == BFLOAT16 && rows > FEW_ROWS && inputs % TILE_INPUTS == 0)
+      return linear_of_paired_tiles<F>(pool, weight, entering, y, rows, after);
+#endif
 #if defined(EVENHAND_SHORT_PRODUCTS)
   if constexpr (F::GROUPED)
     if ((weight.activations == INT16 || (weight.activations == INT8 && !HAS_CODE_PRODUCTS)) && group % F::SMALL_CHUNK == 0)
@@ -240,7 +220,7 @@ static void linear_in(Pool& pool, const Weight& weight, const Entering& entering
       }
     return result;
   };
-  compute<F>(pool, weight, entering, y, {rows, MAX_ROWS}, after, prepare,
+  compute<F>(pool, weight, entering, y, Tiles{rows, MAX_ROWS}, after, prepare,
              [&](const Prepared& prepared, long row, int block_rows, const char* panel, float* c, const auto& done) {
     if (products == Products::CODES) {
       if constexpr (F::GROUPED)

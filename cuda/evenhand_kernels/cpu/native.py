@@ -22,7 +22,7 @@ class WeightStructure(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("outputs", "inputs")),
-        *((name, c_int32) for name in ("format", "group", "gated", "activations")),
+        *((name, c_int32) for name in ("format", "group", "gated", "tiled", "activations")),
         *((name, c_void_p) for name in ("packed", "bias")),
     )
 
@@ -37,7 +37,8 @@ class AttentionStructure(ctypes.Structure):
     """`AttentionLayer` of attention.h."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "window", "cache_dtype")),
+        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "window")),
+        *((name, c_int32) for name in ("cache_dtype", "tiled")),
         *((name, c_float) for name in ("scale", "eps")),
         *((name, c_void_p) for name in ("cos_sin", "q_norm", "k_norm", "keys", "values")),
     )
@@ -76,6 +77,8 @@ _SIGNATURES = {
     "evenhand_delete_pool": (None, [c_void_p]),
     "evenhand_prefer_huge_pages": (None, [c_void_p, c_long]),
     "evenhand_has_products": (c_int, [c_int32]),
+    "evenhand_has_tiles": (c_int, []),
+    "evenhand_prefers_integers": (c_int, []),
     "evenhand_packed_bytes": (c_long, [POINTER(WeightStructure)]),
     "evenhand_pack": (None, [c_void_p, POINTER(WeightStructure), POINTER(PartsStructure)]),
     "evenhand_linear": (None, [c_void_p, POINTER(WeightStructure), c_void_p, c_void_p, c_long]),

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -56,10 +57,17 @@ static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 
-static inline Vec load(const BFloat16* p) {
-  const HalfVec bits = *reinterpret_cast<const HalfVec*>(p);
-  return (Vec)(__builtin_convertvector(bits, IntVec) << 16);
+// The bits of LANES numbers of 16 bits, each in the lower half of a lane.
+template <typename T>
+static inline IntVec halves(const T* p) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));  // GCC 12 would do it in two parts
+#else
+  return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), IntVec);
+#endif
 }
+
+static inline Vec load(const BFloat16* p) { return (Vec)(halves(p) << 16); }
 
 static inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -256,6 +264,14 @@ static inline void narrow(float x, Float16* to) {
   const NativeHalf value = x;
   std::memcpy(to, &value, 2);
 #endif
+}
+
+template <typename T>
+static inline void narrow(const float* from, long size, T* to) {
+  long i = 0;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (; i + LANES <= size; i += LANES) narrow(load(from + i), to + i);
+  for (; i < size; i++) narrow(from[i], to + i);
 }
 
 // The nearest whole numbers, ties to even, of numbers or vectors below 2^22.
