@@ -148,7 +148,8 @@ def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
             seconds = time.monotonic() - started_at
             yield Contender(f"{name}, {Path(model).name}", f"http://127.0.0.1:{port}/v1", seconds)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself, of which the error tells
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
