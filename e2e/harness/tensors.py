@@ -52,3 +52,15 @@ def rounded_to_integers(x: Tensor, group: int, largest: int) -> Tensor:
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
         runs.append((run.double() * inverse).round() * scale)
     return torch.cat(runs, dim=1)
+
+
+TILED_CODE_ROWS = 96
+"""Rows from which on those of int16 are multiplied with codes by tiles of AMX (paired_tiles.h)."""
+
+
+def as_multiplied_with_codes(x: Tensor, group: int, largest: int, *, tiled: bool) -> tuple[Tensor, float]:
+    """What rows become in whole numbers up to `largest`, in float64, and how near to it a result is: by tiles many rows of
+    int16 stay what they are, as the sum of two bfloat16 each."""
+    if tiled and largest > 127 and len(x) >= TILED_CODE_ROWS:
+        return x.double(), 1e-4
+    return rounded_to_integers(x, group, largest), 1e-5

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.native import WeightStructure
-from harness.tensors import assert_close, k_quant, randn, rounded_to_integers
+from harness.tensors import as_multiplied_with_codes, assert_close, k_quant, randn
 
 pytestmark = pytest.mark.parametrize("bits", [4, 5, 6])
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 257)
@@ -38,11 +38,12 @@ def test_linear_in_whole_numbers(
     bits: int, dtype: torch.dtype, largest: int, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
 ) -> None:
     weight, bias = k_quant(120, 768, bits), randn(120, seed=3)
-    linear, widened = kernels_of_level(dtype).linear(weight, bias), weight.dequantized().double()
+    kernels = kernels_of_level(dtype)
+    linear, widened = kernels.linear(weight, bias), weight.dequantized().double()
     for rows in ROWS:
         x = randn(rows, 768, seed=4)
-        expected = functional.linear(rounded_to_integers(x, weight.group, largest), widened, bias.double())
-        assert_close(linear(x), expected, 1e-5)
+        entering, tolerance = as_multiplied_with_codes(x, weight.group, largest, tiled=kernels.tiled)
+        assert_close(linear(x), functional.linear(entering, widened, bias.double()), tolerance)
 
 
 def test_gated_linear(cpu_kernels: CpuKernels, bits: int) -> None:

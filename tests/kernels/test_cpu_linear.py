@@ -11,7 +11,14 @@ from torch.nn import functional
 from evenhand_kernels.cpu.kernels import CpuKernels
 from evenhand_kernels.cpu.levels import CPUINFO
 from evenhand_kernels.quantized import QuantizedTensor
-from harness.tensors import assert_close, quantized, randn, rounded_to_integers
+from harness.tensors import (
+    TILED_CODE_ROWS,
+    as_multiplied_with_codes,
+    assert_close,
+    quantized,
+    randn,
+    rounded_to_integers,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW_ROWS = 4
@@ -156,14 +163,13 @@ def test_linear_of_a_quantized_weight_in_whole_numbers(
     """Exact sums of codes, or where the processor has no instruction for them, of the same rounded numbers."""
     inputs = 5 * math.lcm(group, 32)
     weight, bias = quantized(120, inputs, bits, group, scales, minima), randn(120, seed=3)
-    linear = kernels_of_level(dtype).linear(weight, bias)
-    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 257):
+    kernels = kernels_of_level(dtype)
+    linear = kernels.linear(weight, bias)
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 96, 257):
         x = randn(rows, inputs, seed=4)
         x[0, :group] = 0
-        expected = functional.linear(
-            rounded_to_integers(x, group, largest), weight.dequantized().double(), bias.double()
-        )
-        assert_close(linear(x), expected, 1e-5)
+        entering, tolerance = as_multiplied_with_codes(x, group, largest, tiled=kernels.tiled)
+        assert_close(linear(x), functional.linear(entering, weight.dequantized().double(), bias.double()), tolerance)
 
 
 @pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
@@ -177,11 +183,12 @@ def test_many_rows_in_whole_numbers(
     linear = kernels.gated_linear(weight, None) if gated else kernels.linear(weight, None)
     for rows in (7, 31, 32, 33, 41, 48, 264, 265, 300):
         x = randn(rows, 640, seed=4)
-        expected = functional.linear(rounded_to_integers(x, 32, largest), weight.dequantized().double())
+        entering, tolerance = as_multiplied_with_codes(x, 32, largest, tiled=kernels.tiled)
+        expected = functional.linear(entering, weight.dequantized().double())
         if gated:
             gate, up = expected.chunk(2, dim=1)
             expected = functional.silu(gate) * up
-        assert_close(linear(x), expected, 1e-5)
+        assert_close(linear(x), expected, tolerance)
 
 
 @pytest.mark.parametrize("dtype, largest", WHOLE_NUMBERS)
@@ -205,13 +212,15 @@ def test_sums_of_the_largest_whole_numbers_do_not_overflow(
 def test_a_row_in_whole_numbers_does_not_depend_on_the_others(
     bits: int, group: int, scales: torch.dtype, kernels_of_level: Callable[[torch.dtype | None], CpuKernels]
 ) -> None:
-    """The second form is that of K-quants of unlike kinds, stacked."""
+    """The second form is that of K-quants of unlike kinds, stacked. By tiles of AMX a row is one of few, or one of many."""
     kernels = kernels_of_level(torch.int16)
     if not kernels.has_products:
         pytest.skip("multiplied in float32 here, few rows in another order than many")
     linear, x = kernels.linear(quantized(120, 1344, bits, group, scales, True), None), randn(301, 1344)
     together = linear(x)
-    for rows in (slice(0, 1), slice(24, 37), slice(200, 264), slice(264, 265), slice(300, 301)):
+    for rows in (slice(0, 1), slice(24, 37), slice(200, 264), slice(37, 300), slice(264, 265), slice(300, 301)):
+        if kernels.tiled and rows.stop - rows.start < TILED_CODE_ROWS:
+            continue
         assert torch.equal(linear(x[rows].contiguous()), together[rows])
 
 
@@ -229,7 +238,7 @@ def test_what_is_not_finite_is_seen_in_whole_numbers(
         quantized(40, 64, 4, 32, torch.float16, True),
     )
     for weight in weights:
-        for rows in (1, 6):
+        for rows in (1, 6, 100):
             x = randn(rows, 64)
             x[-1, 40] = value
             outputs = kernels_of_level(dtype).linear(weight, None)(x)

@@ -64,8 +64,8 @@ class CpuKernels:
                 and group of the weight, or for 32 inputs. Sums, and all else, are float32. None: beside plain weights of
                 float32 or float16, which would lose, float32; beside bfloat16, bfloat16 where the processor is faster by it; beside
                 weights in codes whichever of bfloat16 and int16 it multiplies faster, or float32.
-            tiled: whether many rows are multiplied by tiles of AMX where processor and system have them: those of bfloat16,
-                and those of int16 beside codes.
+            tiled: whether many rows are multiplied by tiles of AMX where processor and system have them: those of bfloat16
+                with plain weights, and of int16 with codes, as the sum of two numbers in bfloat16, which is more precise.
         """
         self.num_threads = num_threads or num_cores()
         self._native = Native(cache_dir, self.num_threads)

@@ -6,10 +6,10 @@
 // two dozen rows on the arithmetic hides the memory traffic.
 //
 // With activations of bfloat16, rows are rounded to it first, and the plain weights that many rows pass over are too: two inputs
-// are multiplied at once where the processor can (vdpbf16ps), or whole tiles (paired_tiles.h). With those of 8 bits four are (vpdpbusd). Codes of weights are
-// multiplied as they lie in both cases (coded.h), and so they are by AVX2 and AVX-512 with rows of 16 bits, and without VNNI with those of
-// 8 (integers.h), where groups are whole chunks, and codes are unpacked once for many rows (unpacked.h). Elsewhere the same rounded numbers are multiplied in
-// float32. Sums are float32.
+// are multiplied at once where the processor can (vdpbf16ps), or whole tiles (paired_tiles.h). With those of 8 bits four are
+// (vpdpbusd). Codes of weights are multiplied as they lie in both cases (coded.h), and so they are by AVX2 and AVX-512 with rows of 16
+// bits, and without VNNI with those of 8 (integers.h), where groups are whole chunks; codes are unpacked once for many rows
+// (unpacked.h), or multiplied by tiles too. Elsewhere the same rounded numbers are multiplied in float32. Sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -167,13 +167,20 @@ static void linear_of_integers(Pool& pool, const Weight& weight, const Entering&
 #endif
 
 #if defined(EVENHAND_TILES)
-// Of bfloat16, by tiles.
 template <typename F>
-static void linear_of_paired_tiles(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
-  const auto prepare = [&](Pool& threads, const float* x) { return PairedRows(threads, {x, rows, weight.inputs}); };
+static bool suits_tiles(const Weight& weight, long rows) {
+  const bool suits = F::GROUPED ? weight.activations == INT16 && rows >= FEWEST_TILED_CODE_ROWS : weight.activations == BFLOAT16 && rows > FEW_ROWS;
+  const int group = weight.group;
+  return weight.tiled && suits && weight.inputs % TILE_INPUTS == 0 && (group % TILE_INPUTS == 0 || TILE_INPUTS % group == 0);
+}
+
+template <typename F>
+static void linear_of_tiles(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
+  using Paired = PairedRows<F::GROUPED ? 2 : 1>;
+  const auto prepare = [&](Pool& threads, const float* x) { return Paired(threads, {x, rows, weight.inputs}); };
   compute<F>(pool, weight, entering, y, TileRows{rows}, after, prepare,
-             [&](const PairedRows& x, long row, int block_rows, const char* panel, float* c, const auto& done) {
-    multiply_tiled<F>(x, row, block_rows, panel, weight.inputs, c, done);
+             [&](const Paired& x, long row, int block_rows, const char* panel, float* c, const auto& done) {
+    multiply_tiled<F>(x, row, block_rows, panel, weight.inputs, weight.group, c, done);
   });
 }
 #endif
@@ -190,9 +197,7 @@ template <typename F>
 static void linear_in(Pool& pool, const Weight& weight, const Entering& entering, float* y, long rows, const Readings& after) {
   const long inputs = weight.inputs, group = weight.group, groups = inputs / group;
 #if defined(EVENHAND_TILES)
-  if constexpr (!F::GROUPED)
-    if (weight.tiled && weight.activations == BFLOAT16 && rows > FEW_ROWS && inputs % TILE_INPUTS == 0)
-      return linear_of_paired_tiles<F>(pool, weight, entering, y, rows, after);
+  if (suits_tiles<F>(weight, rows)) return linear_of_tiles<F>(pool, weight, entering, y, rows, after);
 #endif
 #if defined(EVENHAND_SHORT_PRODUCTS)
   if constexpr (F::GROUPED)

@@ -83,8 +83,8 @@ class TiledSpan {
     if constexpr (HAS_LOWER) {
       const Vec low = first ? load(first) : Vec{}, high = second ? load(second) : Vec{};
       const IntVec upper_low = nearest_upper(low), upper_high = nearest_upper(high);
-      store(tokens.upper + to, pairs(upper_low, upper_high));
-      store(tokens.lower + to, pairs((IntVec)(low - (Vec)upper_low), (IntVec)(high - (Vec)upper_high)));
+      store(tokens.upper + to, pairs_of_uppers(upper_low, upper_high));
+      store(tokens.lower + to, pairs_of_uppers((IntVec)(low - (Vec)upper_low), (IntVec)(high - (Vec)upper_high)));
     } else {
       store(tokens.upper + to, (Vec)((first ? halves(first) : IntVec{}) | (second ? halves(second) << 16 : IntVec{})));
     }
@@ -97,15 +97,10 @@ class TiledSpan {
         const Vec first = load(from + i), second = i + LANES < size ? load(from + i + LANES) : Vec{};
         const IntVec upper_first = nearest_upper(first), upper_second = nearest_upper(second);
         PairTile* tile = x + (row / TILE_ROWS * (ld / TILE_INPUTS) + i / TILE_INPUTS) * 2;
-        store(tile[0].row(row % TILE_ROWS), pairs(upper_first, upper_second));
-        store(tile[1].row(row % TILE_ROWS), pairs(nearest_upper(first - (Vec)upper_first), nearest_upper(second - (Vec)upper_second)));
+        store(tile[0].row(row % TILE_ROWS), pairs_of_uppers(upper_first, upper_second));
+        store(tile[1].row(row % TILE_ROWS), pairs_of_uppers(nearest_upper(first - (Vec)upper_first), nearest_upper(second - (Vec)upper_second)));
       }
   }
-
-  // The upper half of each lane, rounded to nearest: the instruction for that takes longer on the processors that have tiles.
-  static IntVec nearest_upper(Vec v) { return ((IntVec)v + 0x8000) & UPPER; }
-  // Of upper halves whose lower ones are zero.
-  static Vec pairs(IntVec first, IntVec second) { return (Vec)((IntVec)((UnsignedVec)first >> 16) | second); }
 
   // c[rows][PANEL] += x[2][most_steps][2] * a panel of `tokens`, of which so many steps.
   template <bool FRESH>
@@ -116,8 +111,6 @@ class TiledSpan {
     else
       multiply_tiles<1, 2, HAS_LOWER, FRESH>(x, x, upper, lower, steps, c, ldc);
   }
-
-  static constexpr int UPPER = static_cast<int>(0xffff0000);
 
   const TileShapes shapes_;
   int num_tokens_ = 0, dim_ = 0;

@@ -17,9 +17,7 @@
 constexpr int PANEL = 2 * LANES;
 constexpr int MAX_GROUP = 256;
 
-struct Pair {
-  Vec low, high;  // of the first and second half of a panel
-};
+struct Pair { Vec low, high; };  // of the first and second half of a panel
 
 // A weight as it is packed: plain numbers, or codes with scales and minima, row-major as in quantized.py; null: none.
 struct Parts {
