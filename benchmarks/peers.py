@@ -12,6 +12,9 @@ from pathlib import Path
 import serving
 
 BINARY_VARIABLE, MODEL_VARIABLE = "EVENHAND_LLAMA_SERVER", "EVENHAND_LLAMA_MODEL"
+LLAMA_CPP_RETRIES = 2
+"""It closes a connection after a hundred requests, though the next one may be under way on it already."""
+
 _COUNTS = re.compile(r"^llamacpp:(?:prompt_tokens_total|tokens_predicted_total) (\d+)", re.MULTILINE)
 
 
@@ -43,7 +46,7 @@ def llama_cpp(*flags: str, num_slots: int = 4, context: int = 16384) -> Iterator
         try:
             serving.await_port(process, port, log, "/health")
             url = f"http://127.0.0.1:{port}"
-            yield serving.Server(url, url, process.pid)
+            yield serving.Server(url, url, process.pid, LLAMA_CPP_RETRIES)
         finally:
             process.terminate()
             try:

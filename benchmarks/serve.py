@@ -29,6 +29,7 @@ import common
 import httpx2
 import openai
 from machine_limits import Machine
+from peers import LLAMA_CPP_RETRIES
 from serve_limits import fractions
 from serving import MODEL, await_port, free_port, serve
 
@@ -48,10 +49,11 @@ class Contender:
     name: str
     base_url: str
     startup_seconds: float
+    max_retries: int = 0
 
     def client(self) -> openai.AsyncOpenAI:
         """With connections of its own: a server may close those that were idle while another was measured."""
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=3600)
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=self.max_retries, timeout=3600)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _peer(name: str, model: str, flags: Sequence[str]) -> Iterator[Contender]:
         try:
             await_port(process, port, log, "/health")
             seconds = time.monotonic() - started_at
-            yield Contender(f"{name}, {Path(model).name}", f"http://127.0.0.1:{port}/v1", seconds)
+            retries = LLAMA_CPP_RETRIES if name == "llama.cpp" else 0
+            yield Contender(f"{name}, {Path(model).name}", f"http://127.0.0.1:{port}/v1", seconds, retries)
         finally:
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, of which the error tells
                 os.killpg(process.pid, signal.SIGKILL)

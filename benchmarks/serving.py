@@ -24,15 +24,18 @@ MODEL = "benchmark"
 
 @dataclass
 class Server:
-    """A running server. `admin_url` is its admin port's, `pid` that of its HTTP process."""
+    """A running server. `admin_url` is its admin port's, `pid` that of its HTTP process. `max_retries`: of a request that fails."""
 
     url: str
     admin_url: str
     pid: int
+    max_retries: int = 0
 
     def client(self, api_key: str) -> openai.AsyncOpenAI:
-        """The official client, as the tenant that `api_key` proves; it never retries."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=3600)
+        """The official client, as the tenant that `api_key` proves."""
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=self.max_retries, timeout=3600
+        )
 
     async def tenants(self) -> list[dict[str, Any]]:
         """The tenants' live state by the admin port."""

@@ -62,5 +62,5 @@ def as_multiplied_with_codes(x: Tensor, group: int, largest: int, *, tiled: bool
     """What rows become in whole numbers up to `largest`, in float64, and how near to it a result is: by tiles many rows of
     int16 stay what they are, as the sum of two bfloat16 each."""
     if tiled and largest > 127 and len(x) >= TILED_CODE_ROWS:
-        return x.double(), 1e-4
+        return x.double(), 2e-4
     return rounded_to_integers(x, group, largest), 1e-5

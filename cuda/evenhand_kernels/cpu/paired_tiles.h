@@ -1,5 +1,5 @@
-// Products of many rows with a panel by tiles of AMX, 32 inputs at a time (tdpbf16ps): of rows in bfloat16 with plain weights, and with
-// codes of rows that are the sum of two numbers in bfloat16, 16 bits together, as scale and minimum make of a code.
+// Products of many rows with a panel by tiles of AMX, 32 inputs at a time (tdpbf16ps): of rows in bfloat16 with plain weights; and of rows with
+// codes, where both rows and what scale and minimum make of a code are the sum of two numbers in bfloat16, 16 bits together.
 #pragma once
 
 #include "panel.h"
@@ -22,10 +22,12 @@ struct Block<BFloat16Parts> {
   }
 
  private:
+  // The upper part is cut off, the lower one rounded: as few instructions as it takes, since all weights of a panel go through here.
   void put(long at, Vec first, Vec second) const {
-    const IntVec upper_first = nearest_upper(first), upper_second = nearest_upper(second);
+    const int UPPER = static_cast<int>(0xffff0000);
+    const IntVec upper_first = (IntVec)first & UPPER, upper_second = (IntVec)second & UPPER;
     store(upper + at, pairs_of_uppers(upper_first, upper_second));
-    store(lower + at, pairs_of_uppers(nearest_upper(first - (Vec)upper_first), nearest_upper(second - (Vec)upper_second)));
+    store(lower + at, pairs_of_uppers((IntVec)(first - (Vec)upper_first) + 0x8000, (IntVec)(second - (Vec)upper_second) + 0x8000));
   }
 };
 

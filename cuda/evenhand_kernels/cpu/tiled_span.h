@@ -98,7 +98,8 @@ class TiledSpan {
         const IntVec upper_first = nearest_upper(first), upper_second = nearest_upper(second);
         PairTile* tile = x + (row / TILE_ROWS * (ld / TILE_INPUTS) + i / TILE_INPUTS) * 2;
         store(tile[0].row(row % TILE_ROWS), pairs_of_uppers(upper_first, upper_second));
-        store(tile[1].row(row % TILE_ROWS), pairs_of_uppers(nearest_upper(first - (Vec)upper_first), nearest_upper(second - (Vec)upper_second)));
+        store(tile[1].row(row % TILE_ROWS),
+              pairs_of_uppers((IntVec)(first - (Vec)upper_first) + 0x8000, (IntVec)(second - (Vec)upper_second) + 0x8000));
       }
   }
 

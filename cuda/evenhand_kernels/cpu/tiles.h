@@ -52,11 +52,13 @@ struct TileRows {
 
 // The upper half of each lane, rounded to nearest: the instruction for that takes longer on the processors that have tiles.
 static inline IntVec nearest_upper(Vec v) { return ((IntVec)v + 0x8000) & static_cast<int>(0xffff0000); }
-// Two of these as pairs.
-static inline Vec pairs_of_uppers(IntVec first, IntVec second) { return (Vec)((IntVec)((UnsignedVec)first >> 16) | second); }
+// The upper halves of two vectors as pairs.
+static inline Vec pairs_of_uppers(IntVec first, IntVec second) {
+  return (Vec)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)((UnsignedVec)first >> 16), (__m512i)second);
+}
 
-// Keeps the compiler from moving stores behind loads of tiles, of which it does not know that they read memory.
-static inline __attribute__((always_inline)) void before_tiles_are_loaded() { asm volatile("" : : : "memory"); }
+// Keeps the compiler from moving stores behind loads of tiles, or leaving them out: it does not know that these read memory.
+static inline __attribute__((always_inline)) void before_tiles_are_loaded(const void* from) { asm volatile("" : : "r"(from) : "memory"); }
 
 // All tiles have 16 rows of 64 bytes while an object of this lives.
 class TileShapes {
@@ -68,7 +70,7 @@ class TileShapes {
       uint8_t rows[16] = {};
     } shapes;
     for (int tile = 0; tile < 8; tile++) shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = TILE_ROWS;
-    before_tiles_are_loaded();
+    before_tiles_are_loaded(&shapes);
     _tile_loadconfig(&shapes);
   }
   __attribute__((target("amx-tile"))) ~TileShapes() { _tile_release(); }
@@ -85,7 +87,7 @@ __attribute__((target("amx-tile,amx-bf16"), noinline)) static void multiply_tile
   constexpr long PANEL_LINE = PANEL * 4;
   const long c_line = ldc * 4;
   float* c_below = c + TILE_ROWS * ldc;
-  before_tiles_are_loaded();
+  before_tiles_are_loaded(x);
   if constexpr (FRESH) {
     _tile_zero(0);
     _tile_zero(1);
