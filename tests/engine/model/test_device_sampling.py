@@ -56,7 +56,11 @@ def test_a_seed_gives_the_token_that_it_gives_on_the_cpu(model: Model, params: d
         {"repetition_penalty": 1.6, "frequency_penalty": 0.9, "presence_penalty": 2.0},
         {"allowed_token_ids": frozenset(range(20, 70))},
         {"logit_bias": ((9, 8.0), (150, 7.5), (70, -3.0))},
-        {"min_p": 0.4, "temperature": 1.5, "seed": 5},
+        {
+            "min_p": 0.4,
+            "temperature": 1.5,
+            "seed": 11,
+        },  # no likelihood within 2 % of min_p, no draw within 1 % of a border
     ],
     ids=str,
 )
