@@ -7,7 +7,8 @@
 // A work item is up to MAX_QUERIES (query token, query head) pairs of one request that share a KV head: a tile of a
 // prompt chunk, or the group of a decode. It reads keys and values once, SPAN tokens at a time, with an online softmax
 // (arXiv 2205.14135). Threads take items as they get free, long prompts first. Where items are fewer than keep the threads busy, long
-// contexts are split, and whoever ends the last part merges them by their maxima (arXiv 2311.01282).
+// contexts are split, and whoever ends the last part merges them by their maxima (arXiv 2311.01282). Many queries are multiplied by tiles
+// of AMX where there are some and the cache has 16 bits (tiled_span.h).
 #pragma once
 
 #include <algorithm>

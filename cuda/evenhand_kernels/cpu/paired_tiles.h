@@ -2,7 +2,10 @@
 // codes, where both rows and what scale and minimum make of a code are the sum of two numbers in bfloat16, 16 bits together.
 #pragma once
 
-#include "panel.h"
+#include <memory>
+
+#include "activations.h"
+#include "multiply.h"
 #include "tiles.h"
 
 #if defined(EVENHAND_TILES)
@@ -17,17 +20,11 @@ template <>
 struct Block<BFloat16Parts> {
   BFloat16Pair *upper, *lower;  // [depth / 2][PANEL]
 
+  // Upper halves are cut off, not rounded: all weights of a panel go through here, and it is an instruction less for each.
   void add(long k, Pair first, Pair second) const {
-    put(k / 2 * PANEL, first.low, second.low), put(k / 2 * PANEL + LANES, first.high, second.high);
-  }
-
- private:
-  // The upper part is cut off, the lower one rounded: as few instructions as it takes, since all weights of a panel go through here.
-  void put(long at, Vec first, Vec second) const {
-    const int UPPER = static_cast<int>(0xffff0000);
-    const IntVec upper_first = (IntVec)first & UPPER, upper_second = (IntVec)second & UPPER;
-    store(upper + at, pairs_of_uppers(upper_first, upper_second));
-    store(lower + at, pairs_of_uppers((IntVec)(first - (Vec)upper_first) + 0x8000, (IntVec)(second - (Vec)upper_second) + 0x8000));
+    const long at = k / 2 * PANEL;
+    const auto put = [&](long i, Vec a, Vec b) { store_as_sums(a, b, upper_half(a), upper_half(b), upper + i, lower + i); };
+    put(at, first.low, second.low), put(at + LANES, first.high, second.high);
   }
 };
 

@@ -82,9 +82,7 @@ class TiledSpan {
   static void put(Tokens& tokens, long to, const T* first, const T* second) {
     if constexpr (HAS_LOWER) {
       const Vec low = first ? load(first) : Vec{}, high = second ? load(second) : Vec{};
-      const IntVec upper_low = nearest_upper(low), upper_high = nearest_upper(high);
-      store(tokens.upper + to, pairs_of_uppers(upper_low, upper_high));
-      store(tokens.lower + to, pairs_of_uppers((IntVec)(low - (Vec)upper_low), (IntVec)(high - (Vec)upper_high)));
+      store_as_sums(low, high, tokens.upper + to, tokens.lower + to);
     } else {
       store(tokens.upper + to, (Vec)((first ? halves(first) : IntVec{}) | (second ? halves(second) << 16 : IntVec{})));
     }
@@ -95,11 +93,8 @@ class TiledSpan {
     for (int row = 0; row < rows; row++, from += ld)
       for (int i = 0; i < size; i += TILE_INPUTS) {
         const Vec first = load(from + i), second = i + LANES < size ? load(from + i + LANES) : Vec{};
-        const IntVec upper_first = nearest_upper(first), upper_second = nearest_upper(second);
         PairTile* tile = x + (row / TILE_ROWS * (ld / TILE_INPUTS) + i / TILE_INPUTS) * 2;
-        store(tile[0].row(row % TILE_ROWS), pairs_of_uppers(upper_first, upper_second));
-        store(tile[1].row(row % TILE_ROWS),
-              pairs_of_uppers((IntVec)(first - (Vec)upper_first) + 0x8000, (IntVec)(second - (Vec)upper_second) + 0x8000));
+        store_as_sums(first, second, tile[0].row(row % TILE_ROWS), tile[1].row(row % TILE_ROWS));
       }
   }
 

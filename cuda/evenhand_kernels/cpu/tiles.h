@@ -4,10 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
-#include "activations.h"
-#include "multiply.h"
 #include "weight.h"
 
 #if defined(__AVX512BF16__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
@@ -28,11 +25,6 @@ static inline bool has_tiles() {
   return result;
 }
 
-static inline bool is_made_by_intel() {
-  unsigned a, b = 0, c, d;
-  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
-}
-
 constexpr int TILE_ROWS = 16, TILE_INPUTS = 32, TILE_LINE = 64;
 
 struct alignas(64) PairTile {
@@ -50,11 +42,18 @@ struct TileRows {
   long first(long tile) const { return std::min(tile * most, rows); }
 };
 
-// The upper half of each lane, rounded to nearest: the instruction for that takes longer on the processors that have tiles.
-static inline IntVec nearest_upper(Vec v) { return ((IntVec)v + 0x8000) & static_cast<int>(0xffff0000); }
-// The upper halves of two vectors as pairs.
-static inline Vec pairs_of_uppers(IntVec first, IntVec second) {
-  return (Vec)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)((UnsignedVec)first >> 16), (__m512i)second);
+// The upper half of each lane, and that rounded to nearest: the instruction for it takes longer on the processors that have tiles.
+static inline IntVec upper_half(Vec v) { return (IntVec)v & static_cast<int>(0xffff0000); }
+static inline IntVec nearest_upper_half(Vec v) { return upper_half((Vec)((IntVec)v + 0x8000)); }
+
+// Two vectors as pairs of bfloat16: of these upper halves, and of what is left, rounded to nearest. Both together have 16 bits.
+static inline void store_as_sums(Vec first, Vec second, IntVec upper_first, IntVec upper_second, BFloat16Pair* upper, BFloat16Pair* lower) {
+  const auto pairs = [](IntVec a, IntVec b) { return (Vec)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)((UnsignedVec)a >> 16), (__m512i)b); };
+  store(upper, pairs(upper_first, upper_second));
+  store(lower, pairs((IntVec)(first - (Vec)upper_first) + 0x8000, (IntVec)(second - (Vec)upper_second) + 0x8000));
+}
+static inline void store_as_sums(Vec first, Vec second, BFloat16Pair* upper, BFloat16Pair* lower) {
+  store_as_sums(first, second, nearest_upper_half(first), nearest_upper_half(second), upper, lower);
 }
 
 // Keeps the compiler from moving stores behind loads of tiles, or leaving them out: it does not know that these read memory.
